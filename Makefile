@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything else is `make help`.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format ui docs clean constraints
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: .venv/installed ## text in, registered and promoted model out (minutes)
+	@$(BIN)/python -m train_job.demo
+
+test: .venv/installed-dev ## every fast test
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-dev ## every test
+	@$(BIN)/python -m pytest
+
+check: .venv/installed-dev ## lint, format, types, import rules
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+format: .venv/installed-dev ## put every file into the house format
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+ui: .venv/installed ## MLflow's UI on loopback, port 5000
+	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"
+
+constraints: .venv/installed-dev ## write constraints.txt anew from what is installed
+	@$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' > constraints.txt
+
+clean: ## remove what training and tests wrote; the environment stays
+	rm -rf runs .cache mlflow/mlflow.db* mlflow/artifacts .pytest_cache .mypy_cache .ruff_cache
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the pinned dependencies into .venv (once; minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

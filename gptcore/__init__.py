@@ -1,0 +1,4 @@
+"""What a GPT is and how it speaks: config, network, tokenizer, model package, sampling.
+
+Knows torch, numpy, tiktoken, tokenizers and safetensors; never Ray, MLflow or FastAPI.
+"""

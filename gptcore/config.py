@@ -1,0 +1,131 @@
+"""The shape of a model, and the shapes that have names.
+
+`ModelConfig` is what the network, the package and the trainer agree on. `MODEL_PRESETS` names the shapes people
+ask for; everything about *how* a model is trained lives in `train_job.config`.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from gptcore.errors import ConfigError, did_you_mean
+
+FAMILIES = ("qwen3", "gpt2")
+
+
+def setting(default: Any, help: str, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that carries its own documentation: `--help`, YAML and the docs are made from it."""
+    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one network. Fields left at None are derived from the others, so a built config is concrete.
+
+    Raises ConfigError if the numbers do not fit each other.
+    """
+
+    vocab_size: int = field(metadata={"help": "Rows of the embedding; set from the tokenizer.", "unit": "tokens"})
+    family: str = setting(
+        "qwen3",
+        "Architecture: qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU) or gpt2 (LayerNorm, learned positions, GELU).",
+        choices=FAMILIES,
+    )
+    context_length: int = setting(256, "Longest sequence the model sees.", "tokens")
+    hidden_size: int = setting(256, "Width of the residual stream.", "features")
+    num_layers: int = setting(4, "Transformer blocks.", "blocks")
+    num_heads: int = setting(4, "Attention heads.", "heads")
+    num_kv_heads: int | None = setting(None, "Key/value heads (grouped-query attention); default num_heads.", "heads")
+    head_dim: int | None = setting(None, "Width of one head; default hidden_size / num_heads.", "features")
+    intermediate_size: int | None = setting(
+        None, "Width inside the MLP; default 4x hidden (gpt2) or 8/3x rounded up to 64 (qwen3).", "features"
+    )
+    dropout: float = setting(0.0, "Dropout on embeddings, attention and residual branches while training.")
+    qkv_bias: bool = setting(True, "Biases on the query, key and value projections (gpt2 only).")
+    tie_embeddings: bool | None = setting(
+        None, "Use the embedding as the output head; default true for gpt2, false for qwen3."
+    )
+    rope_theta: float = setting(10000.0, "Base wavelength of the rotary embedding (qwen3 only).")
+    norm_eps: float | None = setting(None, "Epsilon inside the norms; default 1e-5 (gpt2) or 1e-6 (qwen3).")
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ConfigError(
+                f"family {self.family!r} is not one of {', '.join(FAMILIES)}.{did_you_mean(self.family, FAMILIES)}"
+            )
+        for name in ("vocab_size", "context_length", "hidden_size", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        gpt2 = self.family == "gpt2"
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "
+                f"{self.hidden_size // self.num_heads * self.num_heads or self.num_heads} would be"
+            )
+        mlp = 4 * self.hidden_size if gpt2 else -(-self.hidden_size * 8 // 3 // 64) * 64
+        self._derive("head_dim", self.hidden_size // self.num_heads)
+        self._derive("num_kv_heads", self.num_heads)
+        self._derive("intermediate_size", mlp)
+        self._derive("tie_embeddings", gpt2)
+        self._derive("norm_eps", 1e-5 if gpt2 else 1e-6)
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
+        if gpt2 and (self.kv_heads != self.num_heads or self.head_size * self.num_heads != self.hidden_size):
+            raise ConfigError(
+                "the gpt2 family has as many key/value heads as heads, and head_dim x heads = hidden_size"
+            )
+        if not gpt2 and self.head_size % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embeddings need an even head_dim")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout is {self.dropout}; expected at least 0 and less than 1")
+
+    def _derive(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    # The optional fields are concrete once built; these say so to the type checker.
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head, in features."""
+        return self.head_dim or 0
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_kv_heads or 0
+
+
+MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    # The demo: learns tiny corpora on a laptop's CPU in about two minutes.
+    "quick": dict(family="qwen3", num_layers=4, num_heads=4, hidden_size=256, context_length=256),
+    # GPT-2 small as OpenAI published it, and the qwen3 family at the same size.
+    "gpt2-124m": dict(family="gpt2", num_layers=12, num_heads=12, hidden_size=768, context_length=1024),
+    "foundry-124m": dict(
+        family="qwen3", num_layers=12, num_heads=12, hidden_size=768, context_length=1024, tie_embeddings=True
+    ),
+    # The models of the projects that this one succeeds.
+    "tiny": dict(family="gpt2", num_layers=2, num_heads=4, hidden_size=128, context_length=128),
+    "shakespeare": dict(family="gpt2", num_layers=12, num_heads=12, hidden_size=768, context_length=1024),
+    "story": dict(
+        family="gpt2",
+        num_layers=12,
+        num_heads=12,
+        hidden_size=768,
+        context_length=256,
+        dropout=0.1,
+        qkv_bias=False,
+    ),
+    "mini": dict(family="gpt2", num_layers=8, num_heads=4, hidden_size=768, context_length=512),
+}
+
+
+def model_preset(name: str, vocab_size: int) -> ModelConfig:
+    """The named shape with `vocab_size` rows of embedding. Raises ConfigError for an unknown name."""
+    if name not in MODEL_PRESETS:
+        raise ConfigError(
+            f"no preset is called {name!r}; there are {', '.join(MODEL_PRESETS)}.{did_you_mean(name, MODEL_PRESETS)}"
+        )
+    return ModelConfig(vocab_size=vocab_size, **MODEL_PRESETS[name])
+
+
+MODEL_FIELDS = tuple(f for f in fields(ModelConfig) if f.name != "vocab_size")
+"""The fields a user sets; the vocabulary's size follows from the tokenizer."""

@@ -1,0 +1,46 @@
+"""The errors a person at the keyboard can meet, one type per room, and the one way to suggest a near miss.
+
+Every message names the value that was wrong, what was expected, and the nearest right thing. The command line
+prints such an error as one line and exits with code 2; a service answers with a 4xx status.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FoundryError(Exception):
+    """Base of every error that is the input's fault, not the program's."""
+
+
+class ConfigError(FoundryError):
+    """A setting, preset or flag that does not exist or does not fit."""
+
+
+class TokenizerError(FoundryError):
+    """A tokenizer that cannot be found, read or learned."""
+
+
+class PackageError(FoundryError):
+    """A model package that is missing, altered, cut short or of an unknown kind."""
+
+
+class HubError(FoundryError):
+    """A model name that leads to no package."""
+
+
+class CorpusError(FoundryError):
+    """Text to train on that is missing, empty, binary or too small."""
+
+
+class CheckpointError(FoundryError):
+    """Training state that is missing, damaged, or of another run."""
+
+
+class TrainingError(FoundryError):
+    """Training that cannot go on: a loss that is no longer a number, a full disk."""
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the known name nearest to `value`, or an empty string."""
+    near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,80 @@
+"""A continuation of a prompt, on the command line.
+
+    python -m gptcore.generate PACKAGE_OR_URI --prompt "Once upon a time"
+
+In: the name of a package (see gptcore.hub) and how to sample. Out: prompt and continuation, as they come. An error is
+one line on stderr and exit code 2.
+"""
+
+import argparse
+import re
+import sys
+from typing import NoReturn
+
+from gptcore.errors import ConfigError, FoundryError, did_you_mean
+from gptcore.hub import KINDS, resolve
+from gptcore.package import open_package
+from gptcore.sampling import SamplingParams, stream_text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with our kind of error: one line, and the nearest flag for one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        raise ConfigError(message + (f".{did_you_mean(flag[1], self._option_string_actions)}" if flag else ""))
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams]:
+    """Model name, prompt and sampling parameters. Raises ConfigError."""
+    default = SamplingParams()
+    parser = Parser(prog="python -m gptcore.generate", description="Continue a text.", allow_abbrev=False)
+    parser.add_argument("model", metavar="PACKAGE_OR_URI", help=KINDS)
+    parser.add_argument("--prompt", default="", help="text to continue; none: begin a document")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=default.max_new_tokens, metavar="N", help="tokens (%(default)s)"
+    )
+    heat = parser.add_mutually_exclusive_group()
+    heat.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    heat.add_argument(
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        metavar="T",
+        help="below 1 safer, above 1 wilder (%(default)s)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=default.top_k, metavar="K", help="of the K likeliest tokens; 0: all"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=default.top_p, metavar="P", help="of the likeliest that hold P; 1: all"
+    )
+    parser.add_argument("--seed", type=int, help="the same seed and prompt give the same text")
+    a = parser.parse_args(argv)
+    temperature = 0.0 if a.greedy else a.temperature
+    return a.model, a.prompt, SamplingParams(a.max_new_tokens, temperature, a.top_k, a.top_p, a.seed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    try:
+        name, prompt, params = parse_arguments(argv)
+        package = open_package(resolve(name))
+        pieces = stream_text(package.load_model(), package.tokenizer, prompt, params)
+    except FoundryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        sys.stdout.write(prompt.encode(errors="replace").decode())
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

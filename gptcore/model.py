@@ -1,0 +1,230 @@
+"""The network, read top to bottom in one sitting: token ids in, logits (or a loss) out.
+
+One decoder, two dialects. `gpt2` is numerically transformers' GPT2LMHeadModel, `qwen3` its Qwen3ForCausalLM;
+parameter names follow Qwen3's, and `gptcore.package` maps them to each family's published tensor names.
+Shapes: B sequences, T positions, C = hidden_size, H heads, K key/value heads, D = head_dim, V = vocab_size.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptcore.config import ModelConfig
+
+IGNORE = -100
+"""A target with this value adds nothing to the loss."""
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: two fixed buffers (L, B, K, S, D), filled from the left."""
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, length: int = 0, dtype=torch.float32, device="cpu"
+    ) -> None:
+        slots = length or config.context_length
+        shape = (config.num_layers, batch_size, config.kv_heads, slots, config.head_size)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, K, T, D) behind what `layer` holds; returns all of it, (B, K, length + T, D)."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def make_norm(config: ModelConfig, size: int) -> nn.Module:
+    norm = nn.LayerNorm if config.family == "gpt2" else nn.RMSNorm
+    return norm(size, eps=config.norm_eps)
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin (S, D) of RoPE (Su et al. 2021), each half of D repeating the same D/2 frequencies."""
+    D = config.head_size
+    frequencies = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
+    angles = torch.outer(torch.arange(config.context_length).float(), frequencies).repeat(1, 2)  # (S, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its position's angle; cos, sin are (T, D)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with QK-norm, RoPE and grouped key/value heads in the qwen3 family."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        C, D = config.hidden_size, config.head_size
+        gpt2 = config.family == "gpt2"
+        self.q_proj = nn.Linear(C, config.num_heads * D, bias=gpt2)
+        self.k_proj = nn.Linear(C, config.kv_heads * D, bias=gpt2)
+        self.v_proj = nn.Linear(C, config.kv_heads * D, bias=gpt2)
+        self.o_proj = nn.Linear(config.num_heads * D, C, bias=gpt2)
+        if not gpt2:
+            self.q_norm, self.k_norm = make_norm(config, D), make_norm(config, D)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        D = self.config.head_size
+        q = self.q_proj(x).view(B, T, -1, D)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, D)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
+        if rotary is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, K, T, D)
+        if rotary is not None:
+            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        mask = None
+        if cache is not None:
+            past = cache.length
+            k, v = cache.update(self.layer, k, v)
+            if past and T > 1:  # a chunk behind earlier tokens: causal within the chunk, open to the past
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            enable_gqa=self.config.kv_heads != self.config.num_heads,
+        )  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """The position-wise network: SwiGLU (Shazeer 2020) in qwen3, GELU (its tanh form) in gpt2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C, M = config.hidden_size, config.intermediate_size or 0
+        self.gated = config.family == "qwen3"
+        self.up_proj = nn.Linear(C, M, bias=not self.gated)
+        self.down_proj = nn.Linear(M, C, bias=not self.gated)
+        if self.gated:
+            self.gate_proj = nn.Linear(C, M, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)  # (B, T, M)
+        hidden = F.silu(self.gate_proj(x)) * up if self.gated else F.gelu(up, approximate="tanh")
+        return self.down_proj(hidden)  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then the MLP."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. `GPT(config)` is initialised and ready to train."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.family == "gpt2":
+            self.embed_positions = nn.Embedding(config.context_length, config.hidden_size)
+        else:
+            for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
+                self.register_buffer(name, table, persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = make_norm(config, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Sets every parameter afresh, from torch's global generator.
+
+        | parameter                   | gpt2 (Radford et al. 2019)   | qwen3                         |
+        |-----------------------------|------------------------------|-------------------------------|
+        | embeddings                  | N(0, 0.02)                   | N(0, 1), tied: N(0, 0.02)     |
+        | q, k, v, gate, up           | N(0, 0.02)                   | U(-s, s), std 1/sqrt(C)       |
+        | o, down (onto the residual) | N(0, 0.02 / sqrt(2 layers))  | 0: every block starts as x    |
+        | lm_head, untied             | N(0, 0.02)                   | 0: the first loss is ln V     |
+        | norms, biases               | gain 1, bias 0               | gain 1                        |
+        """
+        gpt2, C = self.config.family == "gpt2", self.config.hidden_size
+        residual = 0.02 / math.sqrt(2 * self.config.num_layers) if gpt2 else 0.0
+        for name, p in self.named_parameters():
+            if name.startswith("embed"):
+                p.normal_(std=1.0 if not gpt2 and not self.config.tie_embeddings else 0.02)
+            elif "norm" in name or name.endswith("bias"):
+                p.fill_(float(name.endswith("weight")))
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.normal_(std=residual) if residual else p.zero_()
+            elif gpt2:
+                p.normal_(std=0.02)
+            elif name == "lm_head.weight":
+                p.zero_()
+            else:
+                s = math.sqrt(3 / C)
+                p.uniform_(-s, s)
+        if not self.config.qkv_bias:  # frozen at zero, so that the published layout, which has them, still holds
+            for name, p in self.named_parameters():
+                if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+                    p.requires_grad_(False)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) for tokens (B, T); with targets (B, T), the summed cross-entropy in nats instead.
+
+        With a cache, `tokens` continue what it holds. The caller keeps cached and new tokens within
+        `context_length`. Targets equal to IGNORE add nothing.
+        """
+        T = tokens.size(1)
+        past = cache.length if cache is not None else 0
+        x = self.embed_tokens(tokens)  # (B, T, C)
+        rotary = None
+        if self.config.family == "gpt2":
+            x = x + self.embed_positions.weight[past : past + T]
+        else:
+            rotary = (self.cos[past : past + T], self.sin[past : past + T])
+        x = self.dropout(x)
+        for layer in self.layers:
+            x = layer(x, rotary, cache)
+        if cache is not None:
+            cache.length += T
+        logits = self.lm_head(self.norm(x))  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def num_parameters(self, embedding: bool = True) -> int:
+        """Parameters, tied ones counted once; without the input embeddings if `embedding` is false."""
+        skipped = 0 if embedding else sum(p.numel() for n, p in self.named_parameters() if n.startswith("embed"))
+        return sum(p.numel() for p in self.parameters()) - skipped
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of one training step per token, forward and backward, in sequences of `length`.
+
+        Six per matrix parameter (the head counts, the input embedding does not) plus attention's
+        12 L H D T (PaLM, Chowdhery et al. 2022, appendix B).
+        """
+        c = self.config
+        matrices = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and not n.startswith("embed"))
+        if c.tie_embeddings:
+            matrices += self.embed_tokens.weight.numel()
+        return 6 * matrices + 12 * c.num_layers * c.num_heads * c.head_size * length

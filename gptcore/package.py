@@ -1,0 +1,241 @@
+"""The model package: the one place that knows what a model looks like on disk.
+
+In go a config, weights and a tokenizer; out comes a Hugging Face model folder that `transformers`, vLLM and
+llama.cpp's converter read as it is, with `foundry.json` beside it (format, sha256 of each file, training summary).
+The loader also reads folders that others made: OpenAI's GPT-2 as published, or a Qwen3 of GPT-2's tokenizer.
+Weights are safetensors only: nothing here ever unpickles.
+"""
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptcore.config import ModelConfig
+from gptcore.errors import PackageError, TokenizerError
+from gptcore.model import GPT, rotary_tables
+from gptcore.published import adopt, empty_model, parse_config, publish, published_config
+from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer
+
+FORMAT_VERSION = 1
+MANIFEST, WEIGHTS, CONFIG = "foundry.json", "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Package:
+    """An opened package. `info` is foundry.json's content, {} for a folder that others made."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    info: dict[str, Any] = field(repr=False)
+
+    def load_model(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+        """The network in eval mode. Raises PackageError if the weights are unreadable or of another shape."""
+        try:
+            tensors = load_file(self.path / WEIGHTS)
+            model = empty_model(self.config)
+            state = adopt(model, tensors)
+        except (OSError, SafetensorError, PackageError) as error:
+            raise PackageError(f"{self.path / WEIGHTS} cannot be used: {error}") from error
+        state = {name: tensor.to(device, dtype).contiguous() for name, tensor in state.items()}
+        if self.config.tie_embeddings:
+            state["lm_head.weight"] = state["embed_tokens.weight"]
+        model.load_state_dict(state, assign=True)
+        if self.config.tie_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        if self.config.family == "qwen3":  # positions stay in fp32, whatever the weights are in
+            model.cos, model.sin = (table.to(device) for table in rotary_tables(self.config))
+        return model.eval()
+
+
+def save_package(
+    folder: Path | str,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    training: dict[str, Any],
+) -> Package:
+    """Writes a package at `folder`, replacing an earlier one, and opens it. `state` has gptcore.model.GPT's names.
+
+    It is built beside and renamed, so a reader sees all of it or nothing. Raises PackageError if the parts do not
+    fit each other, if the folder holds something else, or if it cannot be written.
+    """
+    folder = Path(folder).absolute()
+    _check_vocabulary(config, tokenizer, folder)
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PackageError(f"{folder} exists and is no package of ours; name another folder")
+    tensors = publish(empty_model(config), state)
+    beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        beside.mkdir(parents=True)
+        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+        save_tokenizer(tokenizer, beside)
+        dtype = str(tensors[next(iter(tensors))].dtype).removeprefix("torch.")
+        _write_json(beside / CONFIG, {**published_config(config), "torch_dtype": dtype, **_special_ids(tokenizer)})
+        _write_json(beside / "generation_config.json", _generation_config(config, tokenizer))
+        info: dict[str, Any] = {
+            "format": FORMAT_VERSION,
+            "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+            "training": training,
+        }
+        (beside / "README.md").write_text(_model_card(Package(folder, config, tokenizer, info)), encoding="utf-8")
+        files = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
+        _write_json(beside / MANIFEST, {**info, "files": files})
+        _put_in_place(beside, folder)
+    except (OSError, SafetensorError) as error:
+        raise PackageError(f"the package {folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return open_package(folder, verify=False)
+
+
+def open_package(folder: Path | str, verify: bool = True) -> Package:
+    """Reads the package at `folder`; with `verify`, each file must have the sha256 that foundry.json records.
+
+    Raises PackageError, naming the file, if something is missing, altered, cut short or of an unknown kind.
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        reason = "it is not a folder" if folder.exists() else "no such folder"
+        raise PackageError(f"there is no package at {folder}: {reason}")
+    info = _read_manifest(folder) if (folder / MANIFEST).exists() else {}
+    for name, sha256 in info.get("files", {}).items():
+        if not (folder / name).is_file():
+            raise PackageError(f"{folder / name} is missing")
+        if verify and _sha256(folder / name) != sha256:
+            raise PackageError(f"{folder / name} was altered or cut short: its sha256 is not the one in {MANIFEST}")
+    _check_weights_exist(folder)
+    raw = _read_json(folder / CONFIG)
+    try:
+        config, tokenizer = parse_config(raw), read_tokenizer(folder)
+    except PackageError as error:
+        raise PackageError(f"{folder / CONFIG}: {error}") from error
+    except TokenizerError as error:
+        raise PackageError(str(error)) from error
+    _check_vocabulary(config, tokenizer, folder)
+    if info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        raise PackageError(f"the tokenizer in {folder} is not the one that the model was trained with")
+    return Package(folder, config, tokenizer, info)
+
+
+def describe(package: Package) -> str:
+    """A few lines for people: the network, its tokenizer, and what foundry.json says of its training."""
+    c, tokenizer = package.config, package.tokenizer
+    heads = f"{c.num_heads} heads" + (f" ({c.kv_heads} for keys and values)" if c.kv_heads != c.num_heads else "")
+    lines = [
+        f"{c.family}, {empty_model(c).num_parameters() / 1e6:.1f} M parameters: {c.num_layers} layers, {heads}, "
+        f"hidden size {c.hidden_size}, context {c.context_length} tokens",
+        f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} tokens",
+    ]
+    for key, value in package.info.get("training", {}).items():
+        if isinstance(value, str | int | float):
+            lines.append(f"{key.replace('_', ' ')}: {f'{value:.4g}' if isinstance(value, float) else value}")
+    return "\n".join(lines)
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+
+
+def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Defaults for `generate` elsewhere: stop at the end of text, never choose a padding row of the vocabulary."""
+    padding = list(range(tokenizer.vocab_size, config.vocab_size))
+    settings = {**_special_ids(tokenizer), "pad_token_id": tokenizer.eot, "do_sample": True}
+    return {**settings, "suppress_tokens": padding} if padding else settings
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    info = _read_json(folder / MANIFEST)
+    if info.get("format") != FORMAT_VERSION:
+        raise PackageError(
+            f"{folder / MANIFEST} has format {info.get('format')!r}; this version reads format {FORMAT_VERSION}"
+        )
+    files, tokenizer = info.get("files"), info.get("tokenizer")
+    if not isinstance(files, dict) or not isinstance(tokenizer, dict) or "fingerprint" not in tokenizer:
+        raise PackageError(f"{folder / MANIFEST} is incomplete: it lacks the files' sha256 or the tokenizer's")
+    return info
+
+
+def _check_weights_exist(folder: Path) -> None:
+    if (folder / WEIGHTS).is_file():
+        return
+    if (folder / f"{WEIGHTS}.index.json").is_file():
+        raise PackageError(f"{folder} holds its weights in several files; only one {WEIGHTS} is supported")
+    pickles = [name for name in ("pytorch_model.bin", "model.pt", "model.pth") if (folder / name).is_file()]
+    if pickles:
+        raise PackageError(f"{folder / pickles[0]} is a pickle and is never opened; convert it to {WEIGHTS}")
+    raise PackageError(f"{folder / WEIGHTS} is missing")
+
+
+def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise PackageError(
+            f"the vocabulary of {folder} does not match: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
+            f"tokens, the model only {config.vocab_size}"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PackageError(f"{file} is missing") from error
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{file} is unreadable: {error}") from error
+    if not isinstance(value, dict):
+        raise PackageError(f"{file} is unreadable: expected a JSON object")
+    return value
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _put_in_place(beside: Path, folder: Path) -> None:
+    """Renames `beside` to `folder`; an earlier package there is moved away first, then deleted."""
+    old = beside.with_name(f"{beside.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _model_card(package: Package) -> str:
+    facts = "\n".join(f"- {line}" for line in describe(package).splitlines())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt-foundry]
+---
+# {package.path.name}
+
+A language model trained from scratch with GPT Foundry. It continues text; it does not follow instructions.
+
+{facts}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```
+
+Here: `python -m gptcore.generate FOLDER --prompt "Once upon a time"`.
+"""

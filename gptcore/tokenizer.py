@@ -1,0 +1,299 @@
+"""Text to token ids and back: GPT-2's BPE, a BPE learned from the corpus, or plain bytes.
+
+In comes a spec ("gpt2", "bpe:2048", "bytes") or a package folder; out comes a `Tokenizer`, always one
+`tiktoken.Encoding` with GPT-2's way of splitting text, the 256 single bytes, and <|endoftext|> as the last id.
+A tokenizer is written as Hugging Face's tokenizer.json, which `transformers` reads and encodes with identically.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from gptcore.errors import TokenizerError, did_you_mean
+
+EOT = "<|endoftext|>"
+
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+"""How GPT-2 cuts text before merging, in tiktoken's faster spelling: contractions, letters, digits, marks, space."""
+
+SMALLEST = 257
+"""Every byte and <|endoftext|>."""
+
+DOWNLOAD_SECONDS = 30
+LEARN_BYTES = 1 << 27
+"""A BPE is learned from the first 128 MiB of text: beyond, the merges hardly change and memory grows."""
+
+CHUNK_CHARS = 1 << 20
+LONG_SPACE = 100_000
+SPACE_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{LONG_SPACE},}}")
+Ranks = dict[bytes, int]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A named encoding. Pickles whole, so a worker needs neither the network nor a cache."""
+
+    name: str
+    encoding: tiktoken.Encoding = field(repr=False)
+    eot: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, <|endoftext|> included."""
+        return self.encoding.n_vocab
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 of pattern, ranks and specials: equal exactly when two tokenizers encode alike."""
+        digest = hashlib.sha256(self.encoding._pat_str.encode())
+        for token, rank in sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+            digest.update(f"\n{rank} {token.hex()}".encode())
+        digest.update(f"\n{self.eot} {EOT}".encode())
+        return digest.hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; the characters of a special token are text like any other."""
+        ids: list[int] = []
+        for piece in _cut_long_space(text):
+            ids += self.encoding.encode_ordinary(piece)
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes behind `ids`, which need not be whole characters."""
+        return self.encoding.decode_bytes(list(ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text behind `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def parse_tokenizer(spec: str) -> int:
+    """The vocabulary size that `spec` stands for, <|endoftext|> included. Raises TokenizerError if it is no spec."""
+    if spec in ("gpt2", "bytes"):
+        return 50257 if spec == "gpt2" else SMALLEST
+    size = re.fullmatch(r"bpe:(\d+)", spec)
+    if size is None:
+        digits = re.search(r"\d{3,}", spec)
+        known = ("gpt2", "bytes", f"bpe:{digits.group() if digits else 2048}")
+        raise TokenizerError(
+            f"tokenizer {spec!r} is not one of gpt2, bytes, bpe:N (as in bpe:2048).{did_you_mean(spec, known)}"
+        )
+    if int(size[1]) < SMALLEST:
+        raise TokenizerError(f"tokenizer {spec!r} is too small; bpe:{SMALLEST} (every byte, {EOT}) is the smallest")
+    return int(size[1])
+
+
+def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = None) -> Tokenizer:
+    """The tokenizer `spec` names; bpe:N is learned from `train_texts()`, the training split alone.
+
+    Raises TokenizerError for an unknown spec, a vocabulary that cannot be had, or text too small for N tokens.
+    """
+    size = parse_tokenizer(spec)
+    if spec == "gpt2":
+        return _build(_gpt2_ranks(), spec)
+    ranks = {bytes([b]): b for b in range(256)}
+    if spec != "bytes":
+        if train_texts is None:
+            raise TokenizerError(f"tokenizer {spec!r} is learned from a corpus, and there is none here")
+        merges = _learn_merges(train_texts(), size - SMALLEST)
+        if len(merges) < size - SMALLEST:
+            raise TokenizerError(
+                f"the corpus is too small to learn {size} tokens from; bpe:{SMALLEST + len(merges)} is the largest it "
+                "can give"
+            )
+        ranks.update((token, 256 + i) for i, token in enumerate(merges))
+    return _build(ranks, spec)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json into `folder`, for AutoTokenizer and `read_tokenizer`."""
+    ranks, shown = tokenizer.encoding._mergeable_ranks, _byte_characters()
+
+    def spell(token: bytes) -> str:
+        return "".join(shown[b] for b in token)
+
+    merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": tokenizer.eot, "content": EOT, **flags}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {**{spell(token): rank for token, rank in ranks.items()}, EOT: tokenizer.eot},
+            "merges": [[spell(left), spell(right)] for left, right in merges],
+        },
+    }
+    # The generic class takes tokenizer.json as it is; GPT2Tokenizer would rebuild it from its parts.
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, value in (("tokenizer.json", content), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in `folder`: tokenizer.json, or GPT-2's vocab.json with merges.txt.
+
+    Raises TokenizerError if there is none, or if it is no byte-level BPE split GPT-2's way.
+    """
+    whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
+    if not whole.is_file() and not all(part.is_file() for part in parts):
+        raise TokenizerError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
+    try:
+        if whole.is_file():
+            content = json.loads(whole.read_text(encoding="utf-8"))
+            _check_gpt2_style(content)
+            vocab, merges = dict(content["model"]["vocab"]), content["model"]["merges"]
+            specials = {token["content"]: token["id"] for token in content["added_tokens"]}
+        else:
+            vocab = json.loads(parts[0].read_text(encoding="utf-8"))
+            merges = [line for line in parts[1].read_text(encoding="utf-8").split("\n") if line and line[0:2] != "#v"]
+            specials = {EOT: vocab[EOT]} if EOT in vocab else {}
+        return _from_vocab(vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], specials)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TokenizerError(f"the tokenizer in {folder} is not a readable GPT-2-style BPE: {error}") from error
+
+
+def _check_gpt2_style(content: dict[str, Any]) -> None:
+    """Raises ValueError unless tokenizer.json describes a byte-level BPE with GPT-2's split and nothing besides."""
+    kind, splits = content["model"].get("type", "BPE"), content.get("pre_tokenizer") or {}
+    if kind != "BPE":
+        raise ValueError(f"its model is {kind!r}, expected 'BPE'")
+    if splits.get("type") != "ByteLevel" or not splits.get("use_regex", True) or splits.get("add_prefix_space"):
+        raise ValueError("it splits text by other rules than GPT-2's")
+    if content.get("normalizer"):
+        raise ValueError("it normalises text first, so it does not keep every byte")
+
+
+def _from_vocab(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: dict[str, int]) -> Tokenizer:
+    """A tokenizer from tokens spelt in GPT-2's byte characters. Raises ValueError if tiktoken cannot stand for it."""
+    if set(specials) != {EOT}:
+        raise ValueError(f"its special tokens are {sorted(specials)}, expected only {EOT!r}")
+    byte_of = {character: b for b, character in _byte_characters().items()}
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocab.items() if token not in specials}
+    if sorted([*ranks.values(), specials[EOT]]) != list(range(len(ranks) + 1)) or specials[EOT] != len(ranks):
+        raise ValueError(f"its ids are not 0 to {len(ranks)} with {EOT} last")
+    if any(bytes([b]) not in ranks for b in range(256)):
+        raise ValueError("it lacks some of the 256 single bytes")
+    order = [vocab[left + right] for left, right in merges]
+    if len(order) != len(ranks) - 256 or any(a >= b for a, b in pairwise(order)):
+        raise ValueError("its merges are not in the order of its ids")
+    if not order:
+        return _build(ranks, "bytes")
+    return _build(ranks, "gpt2" if ranks[b"!"] == 0 and len(ranks) == 50256 else f"bpe:{len(ranks) + 1}")
+
+
+def _cut_long_space(text: str) -> list[str]:
+    """`text` in pieces that encode like the whole, none with a very long run of white space before a word.
+
+    tiktoken's regex backtracks through such a run and dies of a stack overflow near a million characters. The
+    pattern puts a border before the run's last character anyway, so a cut there changes nothing.
+    """
+    if len(text) <= LONG_SPACE:
+        return [text]
+    cuts = [run.end() - 1 for run in SPACE_RUN.finditer(text) if run.end() < len(text)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+
+
+def _build(ranks: Ranks, name: str) -> Tokenizer:
+    eot = len(ranks)
+    encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: eot})
+    return Tokenizer(name, encoding, eot)
+
+
+def _gpt2_ranks() -> Ranks:
+    """GPT-2's published vocabulary, from tiktoken's cache or the network."""
+    answer: list[tiktoken.Encoding | Exception] = []
+
+    def fetch() -> None:
+        try:
+            answer.append(tiktoken.get_encoding("gpt2"))
+        except Exception as error:
+            answer.append(error)
+
+    # tiktoken downloads without a time limit; a daemon thread can be left behind.
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if answer and isinstance(answer[0], tiktoken.Encoding):
+        return answer[0]._mergeable_ranks
+    reason = type(answer[0]).__name__ if answer else f"no answer within {DOWNLOAD_SECONDS} s"
+    raise TokenizerError(
+        f"GPT-2's vocabulary could not be downloaded ({reason}). Offline, set TIKTOKEN_CACHE_DIR to a folder where "
+        "tiktoken has cached it, or use the tokenizer bpe:2048 or bytes"
+    )
+
+
+def _learn_merges(texts: Iterator[str], count: int) -> list[bytes]:
+    """Up to `count` merged tokens, most frequent pair first (Sennrich et al. 2016), each pair seen at least twice."""
+    from tokenizers import Tokenizer as Learner
+    from tokenizers import models, pre_tokenizers, trainers
+
+    learner = Learner(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + count,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(_chunks(texts), trainer)
+    byte_of = {character: b for b, character in _byte_characters().items()}
+    merges = json.loads(learner.to_str())["model"]["merges"]
+    return [bytes(byte_of[c] for c in left + right) for left, right in merges]
+
+
+def _chunks(texts: Iterator[str]) -> Iterator[str]:
+    """The first LEARN_BYTES of `texts` in pieces, since the learner holds many bytes per character of a piece."""
+    left = LEARN_BYTES
+    for text in texts:
+        for start in range(0, len(text), CHUNK_CHARS):
+            chunk = text[start : start + CHUNK_CHARS].encode("utf-8", errors="replace")
+            left -= len(chunk)
+            yield chunk.decode()
+            if left <= 0:
+                return
+
+
+def _last_merge(token: bytes, ranks: Ranks) -> tuple[bytes, bytes]:
+    """The two tokens whose merge makes `token`: what BPE leaves of its bytes with the earlier merges alone."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable character for each byte: itself where it prints, else the next one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(0x100 + i) for i, b in enumerate(hidden)}}

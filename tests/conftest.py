@@ -1,0 +1,26 @@
+"""Fixtures for data that lies beside a checkout: canonical tiny Shakespeare and GPT-2's real vocabulary."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    """Canonical tiny Shakespeare; skips where it is absent."""
+    path = SHARED / "data" / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip("tinyshakespeare.txt is not beside the checkout")
+    return path
+
+
+@pytest.fixture
+def gpt2_cache(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Points TIKTOKEN_CACHE_DIR at GPT-2's real vocabulary; skips where it is absent."""
+    path = SHARED / "tiktoken"
+    if not path.is_dir():
+        pytest.skip("GPT-2's vocabulary is not beside the checkout")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(path))
+    return path

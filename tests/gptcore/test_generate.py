@@ -1,0 +1,67 @@
+"""The command line: a package's name and a prompt to text; every mistake to one line and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptcore.generate import main
+from gptcore.package import Package
+from gptcore.sampling import SamplingParams, generate_text
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_the_command_prints_prompt_and_continuation(package: Package) -> None:
+    command = [sys.executable, "-m", "gptcore.generate", str(package.path), "--prompt", "Café: ", "--seed", "4"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([*command, "--max-new-tokens", "20"], capture_output=True, cwd=root, timeout=120)
+    params = SamplingParams(max_new_tokens=20, seed=4)
+    expected = "Café: " + generate_text(package.load_model(), package.tokenizer, "Café: ", params) + "\n"
+    assert done.stdout.decode() == expected
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_every_flag_reaches_the_sampler(package: Package, capsys: Capture) -> None:
+    flags = ["--max-new-tokens=9", "--temperature=0.6", "--top-k=30", "--top-p=0.9", "--seed=8"]
+    assert main([str(package.path), "--prompt=ab", *flags]) == 0
+    params = SamplingParams(max_new_tokens=9, temperature=0.6, top_k=30, top_p=0.9, seed=8)
+    model = package.load_model()
+    assert capsys.readouterr().out == "ab" + generate_text(model, package.tokenizer, "ab", params) + "\n"
+    assert main([str(package.path), "--prompt", "ab", "--max-new-tokens", "9", "--greedy"]) == 0
+    greedy = SamplingParams(max_new_tokens=9, temperature=0)
+    assert capsys.readouterr().out == "ab" + generate_text(model, package.tokenizer, "ab", greedy) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PACKAGE", "--temprature", "1"], "unrecognized arguments: --temprature 1. Did you mean '--temperature'?"),
+        (["PACKAGE", "--temperature", "-1"], "temperature is -1.0"),
+        (["PACKAGE", "--temperature", "hot"], "invalid float value: 'hot'"),
+        (["PACKAGE", "--greedy", "--temperature", "2"], "not allowed with argument --greedy"),
+        (["PACKAGE", "--top-p", "0"], "top_p is 0.0"),
+        (["PACKAGE", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["PACKAGE", "--prompt", "x" * 64], "at most 63 fit"),
+        (["PACKAGE/../packagee"], "Did you mean"),
+        (["PACKAGE/.."], "model.safetensors is missing"),
+        (["PACKAGE/README.md"], "is a file"),
+        ([], "required: PACKAGE_OR_URI"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, package: Package, capsys: Capture
+) -> None:
+    assert main([argument.replace("PACKAGE", str(package.path), 1) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_damaged_package_is_one_line_and_exit_code_2(package: Package, capsys: Capture) -> None:
+    (package.path / "model.safetensors").write_bytes(b"no weights")
+    assert main([str(package.path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

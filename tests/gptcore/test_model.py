@@ -1,0 +1,130 @@
+"""The network agrees with transformers on random weights, in both directions, and with itself when cached."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from gptcore.config import ModelConfig
+from gptcore.model import GPT, IGNORE, KVCache
+from gptcore.package import open_package, save_package
+from gptcore.tokenizer import Tokenizer, save_tokenizer
+
+MakeModel = Callable[[ModelConfig], GPT]
+
+
+def tokens(config: ModelConfig, length: int | None = None) -> torch.Tensor:
+    return torch.randint(0, 257, (2, length or config.context_length))
+
+
+def test_transformers_computes_the_logits_of_our_package(
+    config: ModelConfig, random_model: MakeModel, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model, x = random_model(config), tokens(config)
+    save_package(tmp_path / "p", config, model.state_dict(), byte_tokenizer, {})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "p").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x).logits, model(x), atol=1e-4, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "p").encode("Ω or not") == byte_tokenizer.encode("Ω or not")
+
+
+def theirs_gpt2(**changes: object) -> GPT2LMHeadModel:
+    shape = dict(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.2)
+    return GPT2LMHeadModel(GPT2Config(**{**shape, **changes}))
+
+
+def theirs_qwen3(**changes: object) -> Qwen3ForCausalLM:
+    shape = dict(vocab_size=300, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+    more = dict(num_key_value_heads=4, head_dim=16, max_position_embeddings=64)
+    return Qwen3ForCausalLM(Qwen3Config(**{**shape, **more, **changes}))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        theirs_gpt2,
+        lambda: theirs_gpt2(tie_word_embeddings=False, n_inner=96, layer_norm_epsilon=1e-3),
+        theirs_qwen3,
+        lambda: theirs_qwen3(tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        lambda: theirs_qwen3(num_key_value_heads=1, head_dim=32, rms_norm_eps=1e-3),
+    ],
+    ids=["gpt2", "gpt2-untied", "qwen3", "qwen3-tied", "qwen3-gqa"],
+)
+def test_we_compute_the_logits_of_a_model_saved_by_transformers(
+    build: Callable[[], torch.nn.Module], byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    theirs = build().eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.normal_(mean=float("norm" in name or "ln_" in name), std=0.1)
+    theirs.save_pretrained(tmp_path)  # type: ignore[operator]
+    save_tokenizer(byte_tokenizer, tmp_path)
+    ours = open_package(tmp_path).load_model()
+    x = tokens(ours.config)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=0)
+
+
+def test_a_model_saved_and_opened_again_is_the_same(
+    config: ModelConfig, random_model: MakeModel, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = random_model(config)
+    package = save_package(tmp_path / "p", config, model.state_dict(), byte_tokenizer, {})
+    again = package.load_model()
+    assert package.config == config
+    assert not again.training
+    assert (again.lm_head.weight is again.embed_tokens.weight) == config.tie_embeddings
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    x = tokens(config)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("chunks", [(64,), (1,) * 64, (5, 1, 1, 30, 2, 25)], ids=["whole", "one by one", "mixed"])
+def test_cached_decoding_equals_the_full_forward(
+    config: ModelConfig, random_model: MakeModel, chunks: tuple[int, ...]
+) -> None:
+    model, x = random_model(config), tokens(config)
+    cache = KVCache(config, batch_size=2)
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in x.split(chunks, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(x), atol=1e-4, rtol=0)
+
+
+def test_no_token_sees_a_later_one(config: ModelConfig, random_model: MakeModel) -> None:
+    model, x = random_model(config), tokens(config)
+    changed = x.clone()
+    changed[:, 40:] = (x[:, 40:] + 1) % 257
+    with torch.no_grad():
+        torch.testing.assert_close(model(changed)[:, :40], model(x)[:, :40], atol=1e-6, rtol=0)
+
+
+def test_the_loss_is_the_summed_cross_entropy_of_the_targets_that_count(
+    config: ModelConfig, random_model: MakeModel
+) -> None:
+    model, x, y = random_model(config), tokens(config), tokens(config)
+    y[:, ::3] = IGNORE
+    logprobs = model(x).log_softmax(dim=-1)
+    expected = -sum(logprobs[b, t, y[b, t]] for b, t in (y != IGNORE).nonzero().tolist())
+    torch.testing.assert_close(model(x, y), expected, rtol=1e-5, atol=0)
+
+
+def test_a_model_without_qkv_bias_has_frozen_zeros_there(random_model: MakeModel) -> None:
+    model = random_model(ModelConfig(family="gpt2", qkv_bias=False, vocab_size=300, hidden_size=64, num_layers=1))
+    biases = {n: p for n, p in model.named_parameters() if n.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))}
+    assert len(biases) == 3
+    assert all(not p.requires_grad and not p.any() for p in biases.values())
+
+
+def test_half_precision_keeps_positions_in_fp32_and_stays_near(
+    config: ModelConfig, random_model: MakeModel, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model, x = random_model(config), tokens(config)
+    half = save_package(tmp_path / "p", config, model.state_dict(), byte_tokenizer, {}).load_model(dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+    assert all(b.dtype == torch.float32 for b in half.buffers())
+    with torch.no_grad():
+        assert (half(x).float() - model(x)).abs().mean() < 0.05

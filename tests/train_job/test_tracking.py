@@ -1,0 +1,288 @@
+"""Claims about train_job.tracking and train_job.spool, against a real tracking server that is killed and started."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptcore.errors import TrainingError
+from train_job import tracking
+from train_job.spool import Spool, undelivered
+from train_job.tracking import DatasetUse, SystemMetrics
+
+CONFIG = {"preset": "quick", "learning_rate": 3e-3, "model": {"hidden_size": 256}, "name": None}
+
+
+class Server:
+    """`mlflow server` on a free port of the loopback interface, with its database in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        with open(self.folder / "server.log", "ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                return urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+            except OSError:
+                assert self.process.poll() is None, (self.folder / "server.log").read_text()
+                assert time.monotonic() < deadline, "mlflow server does not start"
+                time.sleep(0.1)
+
+    def kill(self) -> None:
+        """As a crash would: the server's whole process group, with no chance to finish anything."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('embedded')}/mlflow/mlflow.db"
+
+
+def client(uri: str):
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, key))
+
+
+def test_an_outage_loses_nothing_repeats_nothing_and_never_blocks_the_caller(server: Server, tmp_path: Path):
+    run_id = tracking.start_run(server.uri, CONFIG)
+    spool = Spool(tmp_path / "spool", run_id, server.uri)
+    slowest = 0.0
+
+    def train(steps: range) -> None:
+        nonlocal slowest
+        for step in steps:
+            before = time.perf_counter()
+            spool.metrics(step, {"train/loss": 1 / step, "tokens_seen": 64 * step})
+            slowest = max(slowest, time.perf_counter() - before)
+
+    train(range(1, 201))
+    wait_until(lambda: undelivered(spool.folder) == 0)
+    server.kill()
+    (tmp_path / "curve.txt").write_text("early")
+    train(range(201, 1501))
+    spool.artifact(tmp_path / "curve.txt", "plots")
+    (tmp_path / "curve.txt").write_text("late")
+    assert spool.close(timeout_s=3) == 1301
+
+    server.start()
+    resumed = Spool(tmp_path / "spool", run_id, server.uri)
+    spool = resumed
+    train(range(1401, 1601))  # from a checkpoint at step 1400
+    assert resumed.close(timeout_s=60) == 0
+    assert slowest < 0.5
+    assert history(server.uri, run_id, "train/loss") == [(step, 1 / step) for step in range(1, 1601)]
+    assert [step for step, _ in history(server.uri, run_id, "tokens_seen")] == list(range(1, 1601))
+    copy = client(server.uri).download_artifacts(run_id, "plots/curve.txt", str(tmp_path))
+    assert Path(copy).read_text() == "late"
+
+
+def wait_until(condition, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_batch_sent_twice_is_kept_once(database: str, tmp_path: Path):
+    run_id = tracking.start_run(database, CONFIG)
+    spool = Spool(tmp_path, run_id, database)
+    for step in range(2500):
+        spool.metrics(step, {"train/loss": float("nan") if step == 7 else step})
+    assert spool.close(60) == 0
+    state = json.loads((tmp_path / "delivered.json").read_text())
+    (tmp_path / "delivered.json").write_text(json.dumps(state | {"offset": 0}))  # killed before it could remember
+    assert tracking.main(["deliver", str(tmp_path)]) == 0
+    assert len(history(database, run_id, "train/loss")) == 2500
+
+
+def test_a_spool_in_a_new_folder_drops_the_steps_that_the_server_holds(database: str, tmp_path: Path):
+    run_id = tracking.start_run(database, CONFIG)
+    for folder, steps in (("one", range(1, 11)), ("two", range(6, 21))):
+        spool = Spool(tmp_path / folder, run_id, database)
+        for step in steps:
+            spool.metrics(step, {"train/loss": step})
+        spool.metrics(steps[-1], {"val/loss": 1.0})  # a second call at the same step is another metric's first
+        assert spool.close(60) == 0
+    assert [step for step, _ in history(database, run_id, "train/loss")] == list(range(1, 21))
+    assert [step for step, _ in history(database, run_id, "val/loss")] == [10, 20]
+
+
+def test_a_line_torn_by_a_crash_does_not_harm_the_next(database: str, tmp_path: Path):
+    run_id = tracking.start_run(database, CONFIG)
+    (tmp_path / "lines.jsonl").write_text('{"step": 1, "time": 5, "values": {"train/loss": 1.0}}\n{"step": 2, "ti')
+    spool = Spool(tmp_path, run_id, database)
+    spool.metrics(1, {"train/loss": 9.0})
+    spool.metrics(2, {"train/loss": 2.0})
+    assert spool.close(60) == 0
+    assert history(database, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_what_mlflow_refuses_is_set_aside_and_the_rest_goes_on(database: str, tmp_path: Path):
+    run_id = tracking.start_run(database, CONFIG)
+    spool = Spool(tmp_path, run_id, database)
+    spool.metrics(1, {"no?such*name": 1.0})
+    spool.artifact(tmp_path / "never-written.png")
+    spool.metrics(1, {"train/loss": 1.0})
+    assert spool.close(60) == 0
+    assert "no?such*name" in (tmp_path / "refused.jsonl").read_text()
+    assert history(database, run_id, "train/loss") == [(1, 1.0)]
+
+
+def test_a_run_carries_its_settings_its_origin_and_its_data(database: str):
+    train = DatasetUse("train", "builtin", "builtin", "ab" * 32, num_bytes=900, num_tokens=300)
+    validation = DatasetUse("validation", "web", "https://example.com/a.txt", "cd" * 32, num_bytes=100, num_tokens=30)
+    run_id = tracking.start_run(
+        database, CONFIG, name="first", datasets=[train, validation], tags={"stage": "test"}, experiment="other"
+    )
+    run = client(database).get_run(run_id)
+    assert run.info.run_name == "first"
+    assert run.info.status == "RUNNING"
+    assert run.data.params == {"preset": "quick", "learning_rate": "0.003", "model.hidden_size": "256", "name": "None"}
+    wanted = {"mlflow.user", "mlflow.source.name", "mlflow.source.type", "hardware.cpu", "hardware.cores"}
+    assert wanted | {"hardware.gpus", "version.torch", "stage"} <= run.data.tags.keys()
+    used = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}
+    assert used["train"].digest == ("ab" * 32)[:32]
+    assert json.loads(used["train"].profile) == {"bytes": 900, "tokens": 300, "fingerprint": "ab" * 32}
+    assert json.loads(used["validation"].source) == {"url": "https://example.com/a.txt"}
+    assert run.info.artifact_uri.startswith(Path(database.removeprefix("sqlite:///")).parent.as_uri())
+
+
+def test_git_tags_name_the_commit_and_whether_it_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "a.txt").write_text("one")
+    git("add", "a.txt")
+    git("commit", "-q", "-m", "one")
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "train_job" / "tracking.py"))
+    tags = tracking.source_tags()
+    assert (tags["mlflow.source.git.commit"], tags["git.dirty"]) == (git("rev-parse", "HEAD"), "false")
+    (tmp_path / "a.txt").write_text("two")
+    assert tracking.source_tags()["git.dirty"] == "true"
+
+
+def test_a_finished_run_can_be_resumed_and_closed_again(database: str):
+    run_id = tracking.start_run(database, CONFIG)
+    for status in ("KILLED", "FINISHED"):
+        tracking.finish_run(database, run_id, status)
+        assert client(database).get_run(run_id).info.status == status
+        tracking.resume_run(database, run_id)
+        assert client(database).get_run(run_id).info.status == "RUNNING"
+    with pytest.raises(TrainingError, match="0123456789abcdef"):
+        tracking.resume_run(database, "0123456789abcdef0123456789abcdef")
+
+
+def test_an_unreachable_server_is_reported_at_once_without_its_password():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        uri = f"http://me:secret@127.0.0.1:{unused.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(TrainingError, match=r"answers at http://\*\*\*@127\.0\.0\.1") as caught:
+            tracking.start_run(uri, CONFIG)
+    assert time.monotonic() - began < 6
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_accepts_but_never_answers_is_given_up():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(TrainingError, match="no tracking server answers"):
+            tracking.check_server(f"http://127.0.0.1:{port}", timeout_s=0.3)
+
+
+def test_a_tracking_uri_of_no_known_kind_is_refused():
+    with pytest.raises(TrainingError, match=r"expected http\(s\)"):
+        tracking.check_server("./mlruns")
+
+
+def test_a_deleted_experiment_is_named_with_its_cure(database: str):
+    tracking.start_run(database, CONFIG, experiment="gone")
+    experiment = client(database).get_experiment_by_name("gone")
+    client(database).delete_experiment(experiment.experiment_id)
+    with pytest.raises(TrainingError, match=r"'gone' is deleted.*restore"):
+        tracking.start_run(database, CONFIG, experiment="gone")
+
+
+def test_delivering_a_folder_that_is_no_spool_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert tracking.main(["deliver", str(tmp_path)]) == 2
+    assert "is no spool" in capsys.readouterr().err
+
+
+def test_the_tracking_uri_is_absolute_and_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", "here")
+    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/here/mlflow/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
+    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/mine.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking.tracking_uri() == "http://127.0.0.1:5000"
+    assert tracking.artifact_root(tracking.tracking_uri()) is None
+
+
+def test_system_metrics_reach_the_run(database: str, tmp_path: Path):
+    run_id = tracking.start_run(database, CONFIG)
+    spool = Spool(tmp_path, run_id, database)
+    monitor = SystemMetrics(spool, interval_s=0.2)
+    wait_until(lambda: "system/cpu_utilization_percentage" in (tmp_path / "lines.jsonl").read_text())
+    monitor.stop()
+    assert spool.close(60) == 0
+    points = history(database, run_id, "system/system_memory_usage_megabytes")
+    assert points
+    assert points[0][1] > 0
+
+
+def test_a_table_is_marked_as_one_for_the_ui(database: str, tmp_path: Path):
+    run_id = tracking.start_run(database, CONFIG)
+    spool = Spool(tmp_path / "spool", run_id, database)
+    (tmp_path / "samples.json").write_text('{"columns": ["step"], "data": [[1]]}')
+    for _ in range(2):
+        spool.artifact(tmp_path / "samples.json", table=True)
+    assert spool.close(60) == 0
+    tag = client(database).get_run(run_id).data.tags["mlflow.loggedArtifacts"]
+    assert json.loads(tag) == [{"path": "samples.json", "type": "table"}]
+
+
+def test_importing_tracking_does_not_import_mlflow():
+    code = "import sys, train_job.tracking; print('mlflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

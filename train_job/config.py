@@ -1,0 +1,355 @@
+"""What a training run is told: one frozen dataclass, and the ways to fill it.
+
+In: a preset's name, a YAML file, command-line flags; later ones win. Out: a `TrainConfig`. A field's help, unit and
+choices stand beside its default and are the only description there is: `--help` and the docs are made from them.
+"""
+
+import argparse
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gptcore.config import MODEL_FIELDS, MODEL_PRESETS, ModelConfig, setting
+from gptcore.errors import ConfigError, did_you_mean
+
+SCHEDULES = ("wsd", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything one run is told. `model` holds the shape's settings (see gptcore.config.ModelConfig)."""
+
+    preset: str = setting("quick", "Named starting point for the model and its recipe.")
+    # Text
+    data: str = setting("builtin", "builtin, shakespeare, or a file, folder, glob or URL (text, jsonl, parquet).")
+    val_data: str | None = setting(None, "Validation corpus; default: the end of the training corpus.")
+    val_fraction: float = setting(0.1, "Share of the corpus kept for validation, taken from its end.", "0..1")
+    text_column: str = setting("text", "Column with the text in jsonl and parquet files.")
+    tokenizer: str = setting("bpe:2048", "gpt2, bpe:N (learned from the training split, N tokens) or bytes.")
+    cache_dir: str | None = setting(None, "Where token shards and downloads are kept; default: .cache at home.")
+    # Model
+    model: dict[str, Any] = field(default_factory=dict, metadata={"help": "Shape of the model."})
+    init_from: str | None = setting(None, "Start from this package (folder, models:/…, runs:/…, hf:…): fine-tuning.")
+    # Batches
+    batch_size: int = setting(8, "Sequences per step over all workers.", "sequences")
+    micro_batch_size: int | None = setting(None, "Most sequences a worker runs at once; default: its whole share.")
+    sequence_length: int | None = setting(None, "Tokens per training sequence; default: context_length.", "tokens")
+    stride: int | None = setting(None, "Distance between sliding windows; default: sequence_length.", "tokens")
+    seed: int = setting(1337, "Decides initial weights, the order of the data and dropout.")
+    # Optimizer
+    optimizer: str = setting("muon", "muon (for matrices, AdamW for the rest) or adamw.", choices=("muon", "adamw"))
+    learning_rate: float = setting(3e-3, "Peak learning rate of AdamW.")
+    matrix_learning_rate: float = setting(0.02, "Peak learning rate of Muon.")
+    weight_decay: float = setting(0.1, "Decoupled weight decay of matrices.")
+    beta1: float = setting(0.8, "AdamW's first-moment decay.")
+    beta2: float = setting(0.95, "AdamW's second-moment decay.")
+    momentum: float = setting(0.95, "Muon's momentum.")
+    grad_clip: float = setting(1.0, "Largest gradient norm; 0 turns clipping off.")
+    schedule: str = setting(
+        "wsd", "After warm-up: wsd (constant, then linear cool-down), linear or cosine.", choices=SCHEDULES
+    )
+    warmup_steps: int = setting(20, "Steps over which the learning rate rises from 0.", "steps")
+    cooldown_fraction: float = setting(0.6, "Share of the run in which wsd cools down.", "0..1")
+    min_lr_fraction: float = setting(0.0, "Where the learning rate ends, as a share of its peak.", "0..1")
+    # When to stop: whichever comes first
+    max_steps: int | None = setting(None, "Stop after this many optimizer steps.", "steps")
+    max_epochs: float | None = setting(None, "Stop after this many passes over the training split.", "epochs")
+    max_tokens: int | None = setting(None, "Stop after this many training tokens.", "tokens")
+    max_minutes: float | None = setting(None, "Stop after this much training time.", "minutes")
+    target_loss: float | None = setting(None, "Stop once the validation loss is this low.", "nats/token")
+    target_bits_per_byte: float | None = setting(None, "Stop once validation bits per byte are this low.", "bits/byte")
+    patience: int | None = setting(None, "Stop after this many evaluations without a better one.", "evaluations")
+    # Looking at it
+    log_interval: int = setting(10, "Steps between logged metrics.", "steps")
+    eval_interval: int = setting(100, "Steps between evaluations on the whole validation split.", "steps")
+    checkpoint_interval: int | None = setting(None, "Steps between checkpoints; default: eval_interval.", "steps")
+    sample_prompts: tuple[str, ...] = setting(("The ",), "Prompts continued at every evaluation.")
+    sample_tokens: int = setting(48, "Length of those samples; 0 turns them off.", "tokens")
+    # Machine
+    device: str = setting("auto", "cuda, mps, cpu, or auto: the best there is.", choices=("auto", "cuda", "mps", "cpu"))
+    precision: str = setting(
+        "auto", "bf16 (autocast), fp32, or auto: bf16 where the hardware has it.", choices=("auto", "bf16", "fp32")
+    )
+    compile: bool = setting(False, "Compile the model with torch.compile.")
+    # Ray Train
+    num_workers: str = setting("1", "Workers: N, or MIN:MAX for elastic training.", "workers")
+    use_gpu: bool = setting(False, "Give each worker a GPU.")
+    cpus_per_worker: float | None = setting(None, "CPUs for each worker; default: an equal share of the cluster's.")
+    max_failures: int = setting(3, "Restarts from the last checkpoint before the run is given up; -1: no limit.")
+    storage_path: str | None = setting(None, "Where runs are kept: a folder or fsspec URL; default: runs at home.")
+    # Tracking
+    name: str | None = setting(None, "Name of the run; default: the preset and the time.")
+    resume: str | None = setting(None, "Go on with this run (its name).")
+    experiment: str = setting("gpt", "MLflow experiment.")
+    register_as: str = setting("gpt", "Registered model that gets a new version.")
+    promote: str = setting(
+        "if-better", "When @champion moves to the new version.", choices=("if-better", "always", "never")
+    )
+
+    def __post_init__(self) -> None:
+        positive = "batch_size micro_batch_size sequence_length stride max_steps max_epochs max_tokens max_minutes"
+        positive += " patience log_interval eval_interval checkpoint_interval learning_rate matrix_learning_rate"
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}; expected more than 0")
+        for name in ("weight_decay", "grad_clip", "warmup_steps", "sample_tokens"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("val_fraction", "cooldown_fraction", "min_lr_fraction", "beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected between 0 and 1")
+        for f in fields(self):
+            _check_choice(f, getattr(self, f.name))
+        if not self.val_data and not 0 < self.val_fraction < 1:
+            raise ConfigError(f"val_fraction is {self.val_fraction}; expected between 0 and 1, or give val_data")
+        if self.planned_limits() == [] and self.max_minutes is None:
+            raise ConfigError("nothing says when to stop; expected max_steps, max_epochs, max_tokens or max_minutes")
+        if self.workers[1] > self.batch_size:
+            raise ConfigError(
+                f"num_workers {self.num_workers} is more than batch_size {self.batch_size}: a worker would idle"
+            )
+        self.model_config(vocab_size=1)  # raises if the shape does not fit itself
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """(fewest, most) workers."""
+        low, _, high = self.num_workers.partition(":")
+        try:
+            bounds = int(low), int(high or low)
+        except ValueError:
+            bounds = (0, 0)
+        if not 1 <= bounds[0] <= bounds[1]:
+            raise ConfigError(f"num_workers is {self.num_workers!r}; expected N or MIN:MAX, such as 2 or 1:4")
+        return bounds
+
+    @property
+    def context(self) -> int:
+        """Tokens per training sequence."""
+        return self.sequence_length or self.model_config(1).context_length
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The shape that is trained, with `vocab_size` rows of embedding."""
+        return ModelConfig(vocab_size=vocab_size, **self.model)
+
+    def planned_limits(self) -> list[str]:
+        """Names of the limits that are known in steps before the run starts."""
+        return [name for name in ("max_steps", "max_epochs", "max_tokens") if getattr(self, name) is not None]
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under its own name, the model's among them: for YAML files and MLflow's parameters."""
+        values = asdict(self)
+        values["sample_prompts"] = list(self.sample_prompts)
+        return {**{k: v for k, v in values.items() if k != "model"}, **values["model"]}
+
+
+# Settings that may change when a run goes on; any other decides what a step is.
+RESUMABLE = frozenset(
+    {
+        "resume",
+        "name",
+        "max_steps",
+        "max_epochs",
+        "max_tokens",
+        "max_minutes",
+        "target_loss",
+        "target_bits_per_byte",
+        "patience",
+        "log_interval",
+        "eval_interval",
+        "checkpoint_interval",
+        "sample_prompts",
+        "sample_tokens",
+        "device",
+        "compile",
+        "num_workers",
+        "use_gpu",
+        "cpus_per_worker",
+        "max_failures",
+        "micro_batch_size",
+        "cache_dir",
+        "storage_path",
+        "experiment",
+        "register_as",
+        "promote",
+    }
+)
+
+_GPT2_ADAMW = dict(optimizer="adamw", tokenizer="gpt2", beta1=0.9, schedule="cosine", min_lr_fraction=0.1)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": dict(max_steps=600),
+    "gpt2-124m": _GPT2_ADAMW
+    | dict(batch_size=480, micro_batch_size=16, learning_rate=6e-4, warmup_steps=700, max_tokens=10_000_000_000)
+    | dict(eval_interval=1000, precision="auto"),
+    "foundry-124m": dict(
+        tokenizer="gpt2",
+        batch_size=512,
+        micro_batch_size=16,
+        warmup_steps=200,
+        max_tokens=2_500_000_000,
+        eval_interval=500,
+    ),
+    # The projects that this one succeeds; docs/predecessors.md has where each figure comes from.
+    "tiny": _GPT2_ADAMW | dict(batch_size=16, learning_rate=1e-3, max_steps=500),
+    "shakespeare": _GPT2_ADAMW
+    | dict(data="shakespeare", batch_size=16, sequence_length=128, learning_rate=3e-4, max_epochs=10),
+    "story": _GPT2_ADAMW
+    | dict(batch_size=2, learning_rate=4e-4, stride=128, max_epochs=10, warmup_steps=0, eval_interval=50),
+    "mini": _GPT2_ADAMW | dict(batch_size=16, learning_rate=1e-3, max_epochs=5),
+}
+
+_TRAIN_FIELDS = {f.name: f for f in fields(TrainConfig) if f.name != "model"}
+_FIELDS = _TRAIN_FIELDS | {f.name: f for f in MODEL_FIELDS}
+_HINTS = typing.get_type_hints(ModelConfig) | typing.get_type_hints(TrainConfig)
+
+
+def build_config(*layers: Mapping[str, Any]) -> TrainConfig:
+    """A config from layers of settings, later ones winning; the preset they name comes below all of them.
+
+    Raises ConfigError for an unknown key or preset, or a value of the wrong type.
+    """
+    given: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in _FIELDS:
+                raise ConfigError(f"there is no setting {key!r}.{did_you_mean(str(key), _FIELDS)}")
+            given[key] = _convert(key, value)
+    preset = given.get("preset", TrainConfig.preset)
+    if preset not in PRESETS:
+        raise ConfigError(
+            f"no preset is called {preset!r}; there are {', '.join(PRESETS)}.{did_you_mean(str(preset), PRESETS)}"
+        )
+    if given.get("init_from"):
+        taken = sorted({f.name for f in MODEL_FIELDS if f.name != "dropout"} & set(given) | {"tokenizer"} & set(given))
+        if taken:
+            raise ConfigError(f"init_from brings its own model and tokenizer; leave out {', '.join(taken)}")
+    recipe, shape = dict(PRESETS[preset]), dict(MODEL_PRESETS[preset])
+    if given.keys() & {"max_steps", "max_epochs", "max_tokens", "max_minutes"}:  # a user's limit replaces the recipe's
+        recipe = {k: v for k, v in recipe.items() if k not in ("max_steps", "max_epochs", "max_tokens")}
+    values = recipe | {k: v for k, v in given.items() if k in _TRAIN_FIELDS}
+    return TrainConfig(model=shape | {k: v for k, v in given.items() if k not in _TRAIN_FIELDS}, **values)
+
+
+def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings that a command line gives, its --config file's below its flags, for `build_config`.
+
+    Raises ConfigError; `--help` prints and exits 0.
+    """
+    parser = _Parser(
+        prog="python train_job/run.py",
+        description="Train a GPT on text and register it. Flags win over --config, which wins over --preset.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings as YAML, under the names below with _ for -")
+    for name, f in _FIELDS.items():
+        flag, text = "--" + name.replace("_", "-"), _help_text(name)
+        if _HINTS[name] is bool:
+            parser.add_argument(flag, help=text, default=None, action=argparse.BooleanOptionalAction)
+        else:
+            nargs = "+" if typing.get_origin(_HINTS[name]) is tuple else None
+            parser.add_argument(flag, help=text, metavar=_metavar(f), nargs=nargs)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigError(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], known)}")
+    flags = {k: v for k, v in vars(namespace).items() if v is not None and k != "config"}
+    return (read_yaml(namespace.config) if namespace.config else {}) | flags
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML file. Raises ConfigError if it cannot be read or is no mapping."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"the config file {path} holds no settings; expected lines such as `batch_size: 16`")
+    return loaded
+
+
+def write_yaml(config: TrainConfig, path: Path) -> None:
+    """The resolved config, every field named: `--config` reads it back."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def resume_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
+    """The saved run's config, changed by those of the given settings that a resume may change.
+
+    Raises ConfigError for a setting that would make the steps to come differ from the steps done.
+    """
+    old = build_config(saved).flat()
+    for key, value in given.items():
+        if key not in _FIELDS:
+            raise ConfigError(f"there is no setting {key!r}.{did_you_mean(key, _FIELDS)}")
+        if key not in RESUMABLE and _convert(key, value) != old[key]:
+            raise ConfigError(
+                f"{key} was {old[key]!r} when run {given['resume']} began and cannot become {value!r} as it goes on; "
+                "leave it out, or begin a new run (--init-from takes the weights along)"
+            )
+    return build_config(old, {k: v for k, v in given.items() if k in RESUMABLE - {"resume", "name"}})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def _help_text(name: str) -> str:
+    f = _FIELDS[name]
+    default = f.default if not isinstance(f.default, tuple) else " ".join(map(repr, f.default))
+    notes = [f.metadata["unit"]] if f.metadata["unit"] else []
+    notes += [f"default: {default}"] if default is not None else []
+    return (f.metadata["help"] + (f" [{'; '.join(notes)}]" if notes else "")).replace("%", "%%")
+
+
+def _metavar(f: Any) -> str:
+    return (
+        "{" + ",".join(f.metadata["choices"]) + "}"
+        if f.metadata["choices"]
+        else {int: "INT", float: "FLOAT"}.get(_type(f.name)[0], "TEXT")
+    )
+
+
+def _type(name: str) -> tuple[Any, bool]:
+    """The field's type without `| None`, and whether None is allowed."""
+    hint = _HINTS[name]
+    if not isinstance(hint, types.UnionType):
+        return hint, False
+    return next(o for o in typing.get_args(hint) if o is not types.NoneType), True
+
+
+def _check_choice(f: Any, value: Any) -> None:
+    choices = f.metadata.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(f"{f.name} is {value!r}; expected {', '.join(choices)}.{did_you_mean(str(value), choices)}")
+
+
+def _convert(name: str, value: Any) -> Any:
+    """`value` (a flag's string or YAML's own type) as the field's type."""
+    wanted, optional = _type(name)
+    if value is None and optional:
+        return None
+    if typing.get_origin(wanted) is tuple:
+        return tuple(map(str, [value] if isinstance(value, str) else value))
+    if optional and str(value).lower() == "none":
+        return None
+    try:
+        if wanted is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if wanted is int and (isinstance(value, bool) or float(value) != int(float(value))):
+            raise ValueError
+        if isinstance(value, (list, dict)) or (wanted is float and isinstance(value, bool)):
+            raise ValueError
+        return int(float(value)) if wanted is int else wanted(value)
+    except (KeyError, ValueError, TypeError, OverflowError):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[wanted]
+        unit = f" ({_FIELDS[name].metadata['unit']})" if _FIELDS[name].metadata["unit"] else ""
+        raise ConfigError(f"{name} is {value!r}; expected {kind}{unit}") from None

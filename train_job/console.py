@@ -1,0 +1,87 @@
+"""What the person at the keyboard sees: a header, one live progress line, and a log file with all of it.
+
+In: events. Out: text on stdout (one line rewritten in place on a terminal, a new line every few seconds elsewhere,
+so that `ray job logs` stays readable) and `training_YYYYMMDD_HHMMSS.log` in the run's folder.
+"""
+
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+from train_job.loop import Evaluation, Progress
+
+LINE_SECONDS = 5.0
+"""Progress lines are at least this far apart where they cannot be rewritten in place."""
+
+
+class Console:
+    """Prints, and keeps a timestamped copy of every line in the log file."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
+        self._log = self.path.open("a", buffering=1, encoding="utf-8")
+        self._live = sys.stdout.isatty()
+        self._open_line = False
+        self._last = 0.0
+
+    def say(self, text: str = "") -> None:
+        """A line that stays."""
+        self._write(("\r\x1b[K" if self._open_line else "") + text + "\n")
+        self._open_line = False
+        self._keep(text)
+
+    def progress(self, event: Progress) -> None:
+        """The live line."""
+        of = f"/{event.total_steps}" if event.total_steps else ""
+        text = (
+            f"step {event.step:>5}{of} | loss {event.loss:.4f} | {event.bits_per_byte:.3f} bits/byte | "
+            f"{event.tokens_per_second / 1000:.1f}k tokens/s | {duration(event.seconds_left)} left"
+        )
+        self._keep(text)
+        if self._live:
+            self._write("\r\x1b[K" + text)
+            self._open_line = True
+        elif time.monotonic() - self._last >= LINE_SECONDS:
+            self._last = time.monotonic()
+            self._write(text + "\n")
+
+    def evaluation(self, event: Evaluation) -> None:
+        """A line per evaluation."""
+        best = "  best so far" if event.best else ""
+        self.say(
+            f"step {event.step:>5} | validation loss {event.loss:.4f} | {event.bits_per_byte:.4f} bits/byte | "
+            f"epoch {event.epoch:.2f}{best}"
+        )
+
+    def close(self) -> None:
+        """Ends the live line and the log."""
+        if self._open_line:
+            self._write("\n")
+        self._log.close()
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def _keep(self, text: str) -> None:
+        if text:
+            self._log.write(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {text}\n")
+
+
+def duration(seconds: float) -> str:
+    """`m:ss` or `h:mm:ss`; `?` where nothing bounds it."""
+    if seconds > 100 * 86400:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def count(number: float) -> str:
+    """4262656 -> '4.3M'."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f}{suffix}"
+    return str(round(number))

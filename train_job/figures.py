@@ -1,0 +1,129 @@
+"""Pictures of a run: the loss curve, and what temperature does to the next token's odds.
+
+In: the run's history, or one vector of logits. Out: PNG files. matplotlib is imported when a picture is drawn, and
+drawn without a display.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gptcore.sampling import SamplingParams, filtered_probs
+from gptcore.tokenizer import Tokenizer
+
+INK, FAINT = "#2b2b33", "#d9d9e0"
+COLOURS = ("#1f5fa8", "#e07b39", "#3b8f5a", "#8a4fa3")
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "font.size": 10,
+    "savefig.dpi": 130,
+}
+
+
+def loss_curve(history: Sequence[Mapping[str, float]], path: Path, title: str = "Loss") -> None:
+    """Draws training and validation loss (nats/token) against tokens seen below and epochs above.
+
+    A row of `history` has `tokens` and `epoch`, and `train_loss` or `val_loss` or both. Rows whose loss is no number
+    are left out.
+    """
+    with _figure(path, (7.5, 4.5)) as axes:
+        for key, label, colour, marker in (
+            ("train_loss", "training", COLOURS[0], ""),
+            ("val_loss", "validation", COLOURS[1], "o"),
+        ):
+            rows = [row for row in history if math.isfinite(row.get(key, math.nan))]
+            if not rows:
+                continue
+            tokens, losses = [row["tokens"] for row in rows], [row[key] for row in rows]
+            axes.plot(tokens, losses, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
+            axes.annotate(
+                f"{losses[-1]:.3f}",
+                (tokens[-1], losses[-1]),
+                (6, 0),
+                textcoords="offset points",
+                color=colour,
+                va="center",
+            )
+        axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title=title)
+        axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        if axes.lines:
+            axes.legend()
+        last = max(history, key=lambda row: row["tokens"], default={})
+        if last.get("epoch"):
+            per_epoch = last["tokens"] / last["epoch"]
+            above = axes.secondary_xaxis("top", functions=(lambda t: t / per_epoch, lambda e: e * per_epoch))
+            above.set_xlabel("epochs")
+
+
+def temperature_effect(
+    logits: Tensor,
+    tokenizer: Tokenizer,
+    path: Path,
+    temperatures: Sequence[float] = (0.1, 1.0, 5.0),
+    top: int = 12,
+    prompt: str = "",
+) -> None:
+    """Draws the probabilities of the `top` likeliest next tokens at each temperature, from logits (V,)."""
+    logits = logits.detach().cpu()[: tokenizer.vocab_size]
+    top = min(top, len(logits))
+    likeliest = logits.float().topk(top).indices
+    width = 0.8 / len(temperatures)
+    with _figure(path, (8.5, 4.5)) as axes:
+        for i, temperature in enumerate(temperatures):
+            probabilities = filtered_probs(logits, SamplingParams(temperature=temperature))[likeliest]
+            places = [j + (i - (len(temperatures) - 1) / 2) * width for j in range(top)]
+            colour = COLOURS[i % len(COLOURS)]
+            axes.bar(places, probabilities.tolist(), width, color=colour, label=f"temperature {temperature:g}")
+        axes.set_xticks(range(top), [_label(tokenizer, int(token)) for token in likeliest], rotation=45, ha="right")
+        behind = f" behind {_shortened(prompt)!r}" if prompt else ""
+        axes.set(ylabel="probability", title=f"The likeliest next tokens{behind}")
+        axes.grid(visible=False, axis="x")
+        axes.legend()
+
+
+def short_count(value: float) -> str:
+    """12_000 as "12K": a number that fits an axis."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:g}"
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """One axes in the house's style, `size` inches; written to `path` once the block has ended well."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure.add_subplot()
+        figure.savefig(path)
+
+
+def _label(tokenizer: Tokenizer, token: int) -> str:
+    """A token as it may stand under a bar: quoted, its bytes in hex where they are no text."""
+    try:
+        text = tokenizer.decode_bytes([token]).decode()
+    except UnicodeDecodeError:
+        return tokenizer.decode_bytes([token]).hex(" ")
+    return repr(text).replace("$", r"\$")  # matplotlib would take $…$ for mathematics
+
+
+def _shortened(prompt: str, longest: int = 40) -> str:
+    return prompt if len(prompt) <= longest else f"…{prompt[-longest:]}"

@@ -1,0 +1,303 @@
+"""The training loop, runnable with torch alone: a model and token shards in, a stream of events out.
+
+`Trainer.run` is a generator: it does steps until something is worth telling and yields it. Whoever drives it (a Ray
+worker, a benchmark, a notebook) logs, saves and shows; while an event is being handled the clock stands and the
+state is consistent. A step is a function of (config, step number): the batch, dropout's masks and the learning rate
+follow from the number, so a resumed run takes the same steps. Ranks work on slices of one global batch.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gptcore.errors import TrainingError
+from gptcore.model import GPT
+from train_job.batches import Batches
+from train_job.checkpoint import Checkpoint, Identity, TrainState
+from train_job.config import TrainConfig
+from train_job.evaluate import validation_nats
+from train_job.hardware import peak_flops, pick_dtype
+from train_job.optimizer import Optimizers, learning_rate_factor
+from train_job.shards import TokenSet
+
+UNBOUNDED = 2**40
+"""More steps than any run takes."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the steps since the last Progress did, over all workers."""
+
+    step: int
+    tokens: int
+    epoch: float
+    loss: float
+    """Mean training loss since the last Progress, in nats per token."""
+    bits_per_byte: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    mfu: float | None
+    seconds_left: float
+    total_steps: int | None
+    """None where only the clock ends the run."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The whole validation split under the weights of this step."""
+
+    step: int
+    tokens: int
+    epoch: float
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    best: bool
+    seconds: float
+    trained_seconds: float
+    """Seconds spent in steps until now, evaluations and event handling excluded."""
+
+
+@dataclass(frozen=True)
+class CheckpointDue:
+    """A moment at which the state should be saved. `loss` is inf unless this step was evaluated."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event: which limit ended the run; `stopped` if someone asked."""
+
+    step: int
+    reason: str
+
+
+Event = Progress | Evaluation | CheckpointDue | Finished
+
+
+class Trainer:
+    """One rank's share of a run. `wrap` puts the model under DDP; `stop_asked` is polled on rank 0."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: GPT,
+        train: TokenSet,
+        validation: TokenSet,
+        device: torch.device,
+        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+        stop_asked: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.device, self.stop_asked = config, device, stop_asked
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.batches = Batches(train, config.context, config.batch_size, config.seed, config.stride)
+        self.train, self.validation = train, validation
+        self.model = model.to(device)
+        self.optimizers = Optimizers(self.model, config)
+        if config.compile:
+            self.model.compile()
+        self.runner: Any = wrap(self.model)
+        self.dtype = pick_dtype(config, device)
+        self.total_steps, self.limit = self._plan()
+        self.state = TrainState()
+        self.trained_seconds = 0.0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one global batch."""
+        return self.config.batch_size * self.config.context
+
+    def identity(self, tokenizer_fingerprint: str) -> Identity:
+        """What a checkpoint must share with this run."""
+        shape = json.dumps(asdict(self.model.config) | {"dropout": 0.0}, sort_keys=True)
+        data = self.train.fingerprint + self.validation.fingerprint
+        return Identity(*(hashlib.sha256(s.encode()).hexdigest() for s in (shape, tokenizer_fingerprint, data)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's parameters, tied ones once."""
+        return dict(self.model.named_parameters())
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts the run where the checkpoint was taken."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(checkpoint.model[name])
+        self.optimizers.load_tensors(checkpoint.optimizer)
+        self.state = TrainState(**asdict(checkpoint.state))
+
+    def run(self) -> Iterator[Event]:
+        """Trains until a limit is met. Raises TrainingError, on every rank, when the loss stops being a number."""
+        config, state = self.config, self.state
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
+        logged_step, logged_seconds, sums = state.step, 0.0, 0.0
+        began, evaluated = time.perf_counter() - state.elapsed, -1
+        reason = self.limit if state.step >= self.total_steps else ""
+        look_every = 1 if self.device.type == "cpu" else config.log_interval  # looking waits for the device
+        while not reason:
+            clock = time.perf_counter()
+            while True:
+                loss, norm = self._step(state.step)
+                losses.append(loss)
+                norms.append(norm)
+                state.step += 1
+                if state.step % look_every == 0 or self._due(state.step):
+                    break
+            means, norm_now, asked = self._look(losses, norms, time.perf_counter() - began)
+            sums += sum(means)
+            losses, norms = [], []
+            state.elapsed = time.perf_counter() - began
+            self.trained_seconds += time.perf_counter() - clock
+            reason = self.limit if state.step >= self.total_steps else asked
+            if reason or state.step % config.log_interval == 0:
+                seconds = self.trained_seconds - logged_seconds
+                yield self._progress(sums / (state.step - logged_step), norm_now, state.step - logged_step, seconds)
+                logged_step, logged_seconds, sums = state.step, self.trained_seconds, 0.0
+            if reason != "stopped" and (reason or state.step % config.eval_interval == 0):
+                evaluation = self.evaluate()
+                evaluated = state.step
+                state.elapsed = time.perf_counter() - began
+                yield evaluation
+                reason = reason or self._met(evaluation)
+            every = config.checkpoint_interval or config.eval_interval
+            if reason or evaluated == state.step or state.step % every == 0:
+                yield CheckpointDue(state.step, evaluation.loss if evaluated == state.step else math.inf)
+        yield Finished(state.step, reason)
+
+    def evaluate(self) -> Evaluation:
+        """The whole validation split, every rank a share of it; remembers the best."""
+        state, start = self.state, time.perf_counter()
+        micro = self.config.micro_batch_size or math.ceil(self.config.batch_size / self.world_size)
+        with self._autocast():
+            nats = validation_nats(self.model, self.validation, self.config.context, micro, self.rank, self.world_size)
+        nats = self._all_reduce(nats)
+        loss = float(nats) / (self.validation.num_tokens - 1)
+        best = loss < state.best_loss
+        state.since_best = 0 if best else state.since_best + 1
+        if best:
+            state.best_loss, state.best_step = loss, state.step
+        return Evaluation(
+            state.step,
+            state.step * self.tokens_per_step,
+            state.step / self.batches.steps_per_epoch,
+            loss,
+            float(nats) / math.log(2) / self.validation.num_bytes,
+            best,
+            time.perf_counter() - start,
+            self.trained_seconds,
+        )
+
+    # --- the hot path -------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; this rank's share of the mean loss, and the gradient's norm."""
+        x, y = self.batches.batch(step, self.rank, self.world_size)  # (b, T) each
+        if self.model.config.dropout:
+            torch.manual_seed(((self.config.seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
+        size = self.config.micro_batch_size or len(x)
+        scale = self.world_size / self.tokens_per_step  # DDP averages over ranks, so each multiplies
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(x), size):
+            xs, ys = (t[start : start + size].to(self.device, non_blocking=True) for t in (x, y))
+            with self._sync(start + size >= len(x)), self._autocast():
+                loss = self.runner(xs, ys) * scale
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        self.optimizers.step(learning_rate_factor(self.config, step, self.total_steps))
+        return total, norm
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _sync(self, last: bool):
+        """Gradients travel between ranks on a step's last micro-batch only."""
+        return contextlib.nullcontext() if last or self.world_size == 1 else self.runner.no_sync()
+
+    # --- between steps ------------------------------------------------------------------------------------------
+
+    def _plan(self) -> tuple[int, str]:
+        """(steps until the first limit that can be counted in steps, its name)."""
+        c = self.config
+        limits = {"max_steps": c.max_steps}
+        if c.max_epochs is not None:
+            limits["max_epochs"] = math.ceil(c.max_epochs * self.batches.steps_per_epoch)
+        if c.max_tokens is not None:
+            limits["max_tokens"] = math.ceil(c.max_tokens / self.tokens_per_step)
+        known = {name: steps for name, steps in limits.items() if steps is not None}
+        limit = min(known, key=known.__getitem__) if known else "max_minutes"
+        return known.get(limit, UNBOUNDED), limit
+
+    def _due(self, step: int) -> bool:
+        c = self.config
+        intervals = (c.log_interval, c.eval_interval, c.checkpoint_interval or c.eval_interval)
+        return step >= self.total_steps or any(step % interval == 0 for interval in intervals)
+
+    def _look(self, losses: list[Tensor], norms: list[Tensor], elapsed: float) -> tuple[list[float], float, str]:
+        """Agrees with the other ranks: mean losses, the last gradient norm, and whether to stop and why."""
+        asked = 0.0
+        if self.rank == 0:
+            minutes = self.config.max_minutes
+            asked = 2.0 if self.stop_asked() else 1.0 if minutes is not None and elapsed >= 60 * minutes else 0.0
+        flag = torch.tensor([asked * self.world_size], device=self.device)
+        agreed = (self._all_reduce(torch.cat([torch.stack(losses), torch.stack(norms).float(), flag]))).tolist()
+        means, norm_list, code = (
+            [v / self.world_size for v in part]
+            for part in (agreed[: len(losses)], agreed[len(losses) : -1], agreed[-1:])
+        )
+        for i, (loss, norm) in enumerate(zip(means, norm_list, strict=True)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+                raise TrainingError(
+                    f"the {what} at step {self.state.step - len(losses) + i + 1}; the last good checkpoint is kept. "
+                    "Try a lower learning rate, more warm-up steps or --precision fp32"
+                )
+        return means, norm_list[-1], {0: "", 1: "max_minutes", 2: "stopped"}[round(code[0])]
+
+    def _all_reduce(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def _progress(self, loss: float, norm: float, steps: int, seconds: float) -> Progress:
+        step, rate = self.state.step, steps * self.tokens_per_step / seconds
+        peak = peak_flops(self.device)
+        flops = self.model.flops_per_token(self.config.context)
+        left = (self.total_steps - step) * seconds / steps
+        if self.config.max_minutes is not None:
+            left = min(left, max(0.0, 60 * self.config.max_minutes - self.state.elapsed))
+        return Progress(
+            step,
+            step * self.tokens_per_step,
+            step / self.batches.steps_per_epoch,
+            loss,
+            loss * self.train.num_tokens / self.train.num_bytes / math.log(2),
+            norm,
+            self.config.learning_rate * learning_rate_factor(self.config, step - 1, self.total_steps),
+            rate,
+            rate * flops / (peak * self.world_size) if peak else None,
+            left,
+            self.total_steps if self.total_steps < UNBOUNDED else None,
+        )
+
+    def _met(self, evaluation: Evaluation) -> str:
+        """The goal that this evaluation reaches, or an empty string."""
+        c = self.config
+        if c.target_loss is not None and evaluation.loss <= c.target_loss:
+            return "target_loss"
+        if c.target_bits_per_byte is not None and evaluation.bits_per_byte <= c.target_bits_per_byte:
+            return "target_bits_per_byte"
+        return "patience" if c.patience is not None and self.state.since_best >= c.patience else ""

@@ -1,0 +1,82 @@
+"""Which parameter is moved by what, and how far at each step.
+
+In: a model and a config. Out: `Optimizers`, which steps Muon (Jordan et al. 2024, as torch.optim.Muon) for the
+matrices inside the blocks and AdamW for everything else, and `learning_rate_factor`, the schedule as a pure function.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from train_job.config import TrainConfig
+
+
+def learning_rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The share of the peak learning rate that step number `step` (0-based) of `total_steps` uses, in (0, 1]."""
+    warmup = min(config.warmup_steps, total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "wsd":
+        decay = max(1, round(config.cooldown_fraction * total_steps))
+        left = min(1.0, (total_steps - step) / decay)
+    else:
+        left = (total_steps - step) / max(1, total_steps - warmup)
+        left = 0.5 * (1 - math.cos(math.pi * left)) if config.schedule == "cosine" else left
+    return config.min_lr_fraction + (1 - config.min_lr_fraction) * max(0.0, left)
+
+
+class Optimizers:
+    """The optimizers of one model, stepped together; peak learning rates are scaled by one factor."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in trained if p.ndim == 2 and "layers." in n]
+        embeddings = [p for n, p in trained if p.ndim == 2 and "layers." not in n]
+        vectors = [p for n, p in trained if p.ndim < 2]  # gains and biases: never decayed
+        muon = config.optimizer == "muon"
+        decay = config.weight_decay
+        groups = [
+            {"params": embeddings, "weight_decay": 0.0 if muon else decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        if not muon:
+            groups.append({"params": matrices, "weight_decay": decay})
+        fused = all(p.device.type in ("cpu", "cuda") for _, p in trained)
+        betas = (config.beta1, config.beta2)
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=1e-10 if muon else 1e-8, fused=fused)
+        ]
+        if muon:
+            self.parts.append(
+                torch.optim.Muon(matrices, lr=config.matrix_learning_rate, momentum=config.momentum, weight_decay=decay)
+            )
+        self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    def step(self, factor: float) -> None:
+        """One update at `factor` times the peak learning rates; gradients are dropped afterwards."""
+        for part, peaks in zip(self.parts, self.peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizers' state as flat names: `0.12.exp_avg` is part 0, parameter 12."""
+        return {
+            f"{i}.{index}.{key}": torch.as_tensor(value)
+            for i, part in enumerate(self.parts)
+            for index, state in part.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Restores what `tensors` returned. Raises KeyError or ValueError if the parameters are others."""
+        for i, part in enumerate(self.parts):
+            state: dict[int, dict[str, Any]] = {}
+            for name, tensor in tensors.items():
+                which, index, key = name.split(".")
+                if int(which) == i:
+                    state.setdefault(int(index), {})[key] = tensor
+            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})

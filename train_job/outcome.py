@@ -1,0 +1,132 @@
+"""After the last step: the best checkpoint becomes a package, the package a registered version, and the user is told.
+
+In: a finished, stopped or failed run. Out: files in the run's folder and in MLflow, an exit code.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptcore.errors import CheckpointError, FoundryError, TrainingError
+from gptcore.package import Package, save_package
+from gptcore.sampling import SamplingParams, generate_text
+from train_job import figures, registry, tracking
+from train_job.checkpoint import load_model
+from train_job.hardware import peak_memory_mb
+from train_job.spool import Spool
+
+if TYPE_CHECKING:
+    from train_job.run import Run
+
+PATIENCE_SECONDS = 60.0
+"""How long the end of a run waits for a tracking server that is away."""
+
+
+def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
+    """Registers a finished run's model, or records why there is none; returns the exit code."""
+    if problem:
+        run.console.say(f"error: {problem}")
+        _close(run, "FAILED", [run.console.path])
+        return 1 if isinstance(problem, TrainingError) else 2
+    if run.signal:
+        _close(run, "KILLED", [run.console.path])
+        run.console.say(f"stopped; go on with: python train_job/run.py --resume {run.config.name}")
+        return 128 + run.signal
+    package = _package(run, result)
+    pictures = _figures(run, package)
+    try:
+        published = registry.publish(
+            run.uri,
+            run.run_id,
+            package,
+            registry.Validation(run.inputs.validation_corpus.fingerprint, run.inputs.validation_corpus.documents),
+            name=run.config.register_as,
+            promote=run.config.promote,
+            bits_per_byte=package.info["training"]["bits_per_byte"],
+            step=package.info["training"]["step"],
+        )
+    except FoundryError as error:
+        run.console.say(f"error: {error}")
+        run.console.say(f"the package is whole in {package.path}; register it with --resume {run.config.name}")
+        _close(run, "FAILED", [*pictures, run.console.path])
+        return 1
+    _tell(run, package, published, result.return_value or {})
+    _close(run, "FINISHED", [*pictures, run.run_dir / "config.yaml", run.console.path])
+    return 0
+
+
+def _package(run: Run, result: Any) -> Package:
+    """The checkpoint with the lowest validation loss, as a model package in the run's folder."""
+    saved: list[tuple[Any, dict[str, Any]]] = result.best_checkpoints or []
+    if not saved:
+        raise CheckpointError(f"run {run.config.name} has left no checkpoint in {result.path}")
+    checkpoint, metrics = min(saved, key=lambda pair: pair[1]["val_loss"])
+    inputs, loss = run.inputs, metrics["val_loss"]
+    bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
+    with checkpoint.as_directory() as folder:
+        state = load_model(Path(folder))
+    training = {
+        "run": run.config.name,
+        "run_id": run.run_id,
+        "step": metrics["step"],
+        "tokens": metrics["step"] * run.config.batch_size * run.config.context,
+        "validation_loss": loss,
+        "bits_per_byte": bits,
+        "data": inputs.train_corpus.name,
+        "data_fingerprint": inputs.train_corpus.fingerprint,
+        "validation_fingerprint": inputs.validation_corpus.fingerprint,
+        "parent": run.config.init_from,
+    }
+    summary = {k: v for k, v in training.items() if v is not None}
+    return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
+
+
+@torch.inference_mode()
+def _figures(run: Run, package: Package) -> list[Path]:
+    """The loss curve, and what temperature does to the model's own next-token distribution."""
+    folder = run.run_dir / "figures"
+    folder.mkdir(exist_ok=True)
+    curve, temperature = folder / "loss_curve.png", folder / "temperature_effect.png"
+    figures.loss_curve(run.history, curve)
+    prompt = package.tokenizer.encode(run.config.sample_prompts[0]) or [package.tokenizer.eot]
+    logits = package.load_model()(torch.tensor([prompt]))[0, -1]  # (V,)
+    figures.temperature_effect(logits[: package.tokenizer.vocab_size], package.tokenizer, temperature)
+    return [curve, temperature]
+
+
+def _tell(run: Run, package: Package, published: registry.Published, worker_memory: dict[str, float]) -> None:
+    say, training = run.console.say, package.info["training"]
+    driver = peak_memory_mb()["memory"]
+    memory = {"driver": driver} | {f"worker {k.replace('_', ' ')}": v for k, v in worker_memory.items()}
+    say(f"memory    peak: {', '.join(f'{k} {v:,.0f} MiB' for k, v in memory.items())}")
+    say(f"package   {package.path}  (step {training['step']}, {training['bits_per_byte']:.4f} bits/byte)")
+    moved = "now @champion" if published.promoted else "@champion stays"
+    say(f"registry  {published.name} version {published.version}, {moved}: {published.reason}")
+    params = SamplingParams(max_new_tokens=60, temperature=0.8, top_k=50, seed=run.config.seed)
+    prompt = run.config.sample_prompts[0]
+    say("sample    " + prompt + generate_text(package.load_model(), package.tokenizer, prompt, params))
+
+
+def _close(run: Run, status: str, files: list[Path]) -> None:
+    """Delivers what is left and ends the MLflow run; says what a missing server kept from it."""
+    spool = Spool(run.run_dir / "spool", run.run_id, run.uri)
+    spool.metrics(max((int(row["step"]) for row in run.history), default=0), _driver_memory())
+    for file in files:
+        spool.artifact(file, "figures" if file.suffix == ".png" else None)
+    if left := spool.close(PATIENCE_SECONDS):
+        run.console.say(
+            f"the tracking server is away: {left} lines wait; deliver them with "
+            f"python -m train_job.tracking deliver {spool.folder}"
+        )
+    try:
+        tracking.finish_run(run.uri, run.run_id, status)
+    except TrainingError as error:
+        run.console.say(f"warning: the run's end could not be recorded: {error}")
+
+
+def _driver_memory() -> dict[str, float]:
+    return {"peak_memory_mb/driver": peak_memory_mb()["memory"]}

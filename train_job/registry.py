@@ -1,0 +1,216 @@
+"""From a finished package to a version in MLflow's registry, and the gate in front of @champion.
+
+In: a run, its package, and the validation text. Out: a registered version that `mlflow.pyfunc.load_model` reads and
+that carries, as tags, what it scored, on which bytes, and whether and why it became the champion. Champion and
+newcomer are compared by bits per byte on the same bytes, whatever their tokenizers.
+"""
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gptcore
+from gptcore.errors import ConfigError, FoundryError, HubError, did_you_mean
+from gptcore.package import Package, describe
+from train_job.spool import answers_expected, mlflow_client, shown
+
+MODES = ("if-better", "always", "never")
+CHAMPION = "champion"
+REQUIREMENTS = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")  # what gptcore needs to predict
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The text that judges: its corpus's fingerprint, and a way to read its documents again."""
+
+    fingerprint: str
+    texts: Callable[[], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says."""
+
+    promote: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """A registered version, and what the gate said of it."""
+
+    name: str
+    version: str
+    promoted: bool
+    reason: str
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that holds @champion and its bits per byte on our validation text; None with a `problem`."""
+
+    version: str
+    bits_per_byte: float | None
+    problem: str = ""
+
+
+def decide(mode: str, bits_per_byte: float, champion: Champion | None) -> Decision:
+    """Whether a model that needs `bits_per_byte` takes @champion over. Raises ConfigError for an unknown mode."""
+    if mode not in MODES:
+        raise ConfigError(f"promote is {mode!r}; expected {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
+    ours = f"{bits_per_byte:.4f} bits per byte"
+    if mode != "if-better":
+        return Decision(mode == "always", f"promotion was set to {mode!r} ({ours})")
+    if not math.isfinite(bits_per_byte):
+        return Decision(False, f"{ours} is not a figure to be champion with")
+    if champion is None:
+        return Decision(True, f"{ours}, and there was no champion yet")
+    if champion.bits_per_byte is None:
+        return Decision(False, f"{ours}, but champion version {champion.version} cannot be judged: {champion.problem}")
+    better = bits_per_byte < champion.bits_per_byte
+    theirs = f"{champion.bits_per_byte:.4f} of champion version {champion.version} on the same text"
+    return Decision(better, f"{ours} is {'better' if better else 'no better'} than the {theirs}")
+
+
+def publish(
+    uri: str,
+    run_id: str,
+    package: Package,
+    validation: Validation,
+    *,
+    name: str = "gpt",
+    promote: str = "if-better",
+    bits_per_byte: float | None = None,
+    step: int = 0,
+) -> Published:
+    """Logs the package with the run, registers it as a version of `name`, and moves @champion if the gate says so.
+
+    `bits_per_byte` is the package's figure on the whole validation text, computed here if it is None; `step` is the
+    one whose metrics MLflow shows beside the model. Raises TrainingError if MLflow refuses or is away.
+    """
+    import mlflow
+
+    if bits_per_byte is None:
+        bits_per_byte = _evaluate(package, validation)
+    mlflow.set_tracking_uri(uri)  # logging a model knows only the process-wide one
+    with answers_expected(uri):
+        client = mlflow_client(uri)
+        champion = _champion(client, uri, name, validation) if promote == "if-better" else None
+        decision = decide(promote, bits_per_byte, champion)
+        tags = {
+            "bits_per_byte": repr(bits_per_byte),
+            "validation_fingerprint": validation.fingerprint,
+            **_origin_tags(client.get_run(run_id)),
+            "promoted": str(decision.promote).lower(),
+            "promotion_reason": decision.reason,
+        }
+        version = _register(run_id, package, name, tags, step)
+        client.update_model_version(name, version, description=describe(package))
+        if decision.promote:
+            client.set_registered_model_alias(name, CHAMPION, version)
+    return Published(name, version, decision.promote, decision.reason, bits_per_byte)
+
+
+def pin(model: str, uri: str) -> str:
+    """`models:/NAME@ALIAS` as `models:/NAME/VERSION`, so that a resumed run starts from the same; others unchanged.
+
+    Raises HubError if no version has the alias.
+    """
+    name, at, alias = model.removeprefix("models:/").partition("@")
+    if not (at and model.startswith("models:/")):
+        return model
+    import mlflow
+
+    try:
+        version = mlflow_client(uri).get_model_version_by_alias(name, alias)
+    except mlflow.MlflowException as error:
+        raise HubError(f"no model {name!r} with the alias {alias!r} is registered at {shown(uri)}") from error
+    return f"models:/{name}/{version.version}"
+
+
+def _evaluate(package: Package, validation: Validation) -> float:
+    from train_job.evaluate import bits_per_byte
+
+    return bits_per_byte(package, validation.texts())
+
+
+def _champion(client: Any, uri: str, name: str, validation: Validation) -> Champion | None:
+    """The champion on our validation text: its own figure if it was judged on the same bytes, else judged here."""
+    from mlflow import MlflowException
+
+    try:
+        holder = client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model; no such alias
+            return None
+        raise
+    if holder.tags.get("validation_fingerprint") == validation.fingerprint and "bits_per_byte" in holder.tags:
+        return Champion(str(holder.version), float(holder.tags["bits_per_byte"]))
+    from gptcore.hub import resolve
+    from gptcore.package import open_package
+
+    try:
+        package = open_package(resolve(f"models:/{name}/{holder.version}", uri))
+        return Champion(str(holder.version), _evaluate(package, validation))
+    except FoundryError as error:
+        return Champion(str(holder.version), None, str(error))
+
+
+def _origin_tags(run: Any) -> dict[str, str]:
+    """What the run knows of where the model comes from, under the names that versions use."""
+    names = {"git_commit": "mlflow.source.git.commit", "git_dirty": "git.dirty", "parent": "parent"}
+    tags = {ours: run.data.tags[theirs] for ours, theirs in names.items() if theirs in run.data.tags}
+    for used in run.inputs.dataset_inputs:
+        if any(tag.value == "train" for tag in used.tags):
+            tags["data"] = used.dataset.name
+            tags["data_fingerprint"] = json.loads(used.dataset.profile)["fingerprint"]
+    return tags
+
+
+def _register(run_id: str, package: Package, name: str, tags: dict[str, str], step: int) -> str:
+    """Logs the package's files as they are (no pickle) under a pyfunc model and registers it; returns the version."""
+    import mlflow.models
+
+    # MLflow runs the example once before it uploads: a package that cannot speak is not registered unnoticed.
+    example = ({"prompt": "Once upon a time"}, {"max_new_tokens": 8, "temperature": 0.0})
+    logged = mlflow.models.Model.log(  # what pyfunc.log_model calls, for a run that need not be the thread's active one
+        artifact_path=None,
+        name="model",
+        flavor=mlflow.pyfunc,
+        run_id=run_id,
+        registered_model_name=name,
+        tags=tags,
+        step=step,
+        loader_module="gptcore.pyfunc",
+        data_path=str(package.path),
+        code_paths=[str(Path(gptcore.__file__).parent)],
+        pip_requirements=_requirements(),
+        signature=_signature(),
+        input_example=example,
+    )
+    return str(logged.registered_model_version)
+
+
+def _signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    params = [
+        ParamSpec("max_new_tokens", DataType.long, 128),
+        ParamSpec("temperature", DataType.double, 1.0),
+        ParamSpec("top_k", DataType.long, 0),
+        ParamSpec("top_p", DataType.double, 1.0),
+        ParamSpec("seed", DataType.long, None),
+    ]
+    text = Schema([ColSpec(DataType.string)])
+    return ModelSignature(Schema([ColSpec(DataType.string, "prompt")]), text, ParamSchema(params))
+
+
+def _requirements() -> list[str]:
+    """Exact versions, without build labels such as +cpu, which package indexes do not carry."""
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]

@@ -1,0 +1,326 @@
+"""The job: from a command line to a registered model. Parse, plan, launch, register, say what happened.
+
+Runs alike as `python train_job/run.py`, through `ray job submit -- python train_job/run.py`, and with
+`--working-dir .`. Exit codes: 0 done, 1 training failed, 2 the input was wrong, 130 or 143 stopped by a signal.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if Path(sys.path[0]).resolve() == ROOT / "train_job":  # run as a script: our modules are train_job.*, not top-level
+    sys.path[0] = str(ROOT)
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for this poll, 2 s by default
+
+from gptcore.errors import ConfigError, FoundryError, TrainingError, did_you_mean  # noqa: E402
+from gptcore.home import home  # noqa: E402
+from train_job.config import TrainConfig, build_config, parse_settings, read_yaml, resume_config, write_yaml  # noqa: E402
+from train_job.console import Console, count  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; returns the exit code."""
+    try:
+        given = parse_settings(sys.argv[1:] if argv is None else argv)
+        config, run_dir = begin(given)
+        return Run(config, run_dir).execute()
+    except FoundryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
+    """The config and folder of the run that was asked for: a new one, or an earlier one that goes on.
+
+    Raises ConfigError if the name is taken, or if there is no such run to resume.
+    """
+    storage = str(given.get("storage_path") or home() / "runs")
+    local = home() / "runs" if "://" in storage else Path(storage).expanduser().absolute()
+    if given.get("resume"):
+        run_dir = local / str(given["resume"])
+        if not (run_dir / "config.yaml").exists():
+            known = sorted(p.parent.name for p in local.glob("*/config.yaml"))
+            raise ConfigError(f"no run {given['resume']!r} in {local}.{did_you_mean(str(given['resume']), known)}")
+        return resume_config(read_yaml(str(run_dir / "config.yaml")), given), run_dir
+    config = build_config(given)
+    name = config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    if "/" in name or name.startswith("."):
+        raise ConfigError(f"name is {name!r}; expected one that can be a folder's")
+    run_dir = local / name
+    if (run_dir / "config.yaml").exists():
+        raise ConfigError(f"there is a run {name!r} already; go on with --resume {name}, or choose another --name")
+    return replace(config, name=name, storage_path=storage if "://" in storage else str(local)), run_dir
+
+
+class Run:
+    """One run from the driver's side: what was planned, the workers' news, and the outcome."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.signal = 0
+        self.history: list[dict[str, float]] = []
+
+    def execute(self) -> int:
+        """Plans, trains and registers. Raises FoundryError for wrong input, before anything is begun."""
+        from train_job import outcome, tracking
+        from train_job.registry import pin
+
+        self.uri = tracking.tracking_uri()
+        tracking.check_server(self.uri)
+        if self.config.init_from:
+            self.config = replace(self.config, init_from=pin(self.config.init_from, self.uri))
+        with ray_cluster() as ray:
+            self.inputs = self._prepare(ray)
+            self.resources = resources_per_worker(self.config, ray.nodes())
+            self.console = Console(self.run_dir)
+            try:
+                self.run_id = self._open()
+                self._introduce()
+                result, problem = self._train(ray)
+                return outcome.conclude(self, result, problem)
+            finally:
+                self.console.close()
+
+    def _prepare(self, ray: Any):
+        from train_job.inputs import prepare_inputs
+        from train_job.ray_data import ray_map
+
+        return prepare_inputs(self.config, ray_map)
+
+    def _open(self) -> str:
+        """Opens the MLflow run, or goes on with the one that this folder names."""
+        from train_job import tracking
+
+        record = self.run_dir / "run.json"
+        if record.exists():
+            run_id = json.loads(record.read_text())["run_id"]
+            tracking.resume_run(self.uri, run_id)
+            self.history = _read_history(self.run_dir / "history.jsonl")
+        else:
+            inputs = self.inputs
+            uses = [
+                tracking.DatasetUse(
+                    context, corpus.name, self.config.data, corpus.fingerprint, t.num_bytes, t.num_tokens
+                )
+                for context, corpus, t in (
+                    ("train", inputs.train_corpus, inputs.train),
+                    ("validation", inputs.validation_corpus, inputs.validation),
+                )
+            ]
+            tags = {"tokenizer": inputs.tokenizer.fingerprint}
+            if self.config.init_from:
+                tags["parent"] = self.config.init_from
+            run_id = tracking.start_run(
+                self.uri,
+                self.config.flat(),
+                name=self.config.name,
+                datasets=uses,
+                tags=tags,
+                experiment=self.config.experiment,
+            )
+            record.write_text(json.dumps({"run_id": run_id, "tracking_uri": self.uri}))
+        write_yaml(self.config, self.run_dir / "config.yaml")
+        return run_id
+
+    def _introduce(self) -> None:
+        """Says what is about to happen, before the first step."""
+        import torch
+
+        from gptcore.model import GPT
+        from train_job.spool import shown
+
+        c, i, say = self.config, self.inputs, self.console.say
+        with torch.device("meta"):
+            parameters = GPT(i.model).num_parameters()
+        shape = f"{i.model.num_layers} layers, {i.model.hidden_size} wide, context {i.model.context_length}"
+        low, high = c.workers
+        workers = str(low) if low == high else f"{low} to {high}"
+        say(f"model     {c.preset}: {count(parameters)} parameters, {i.model.family}, {shape}")
+        say(f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes, {i.train.num_tokens:,} tokens by")
+        say(f"          {i.tokenizer.name}; {i.validation.num_bytes:,} bytes more are kept for validation")
+        say(f"workers   {workers}, each with {_resources_text(self.resources)}")
+        say(f"run       {c.name} ({self.run_id})")
+        say(f"tracking  {shown(self.uri)}")
+
+    def _train(self, ray: Any) -> tuple[Any, FoundryError | None]:
+        """Runs Ray Train in a thread, so that this one can show progress and hear signals."""
+        from train_job.worker import Board, Job, train_worker
+
+        inputs, config = self.inputs, self.config
+        here = ray.get_runtime_context().get_node_id()
+        board = ray.remote(Board).options(num_cpus=0, label_selector={ray._raylet.RAY_NODE_ID_KEY: here}).remote()
+        initial = ray.put(inputs.parent.load_model().state_dict()) if inputs.parent else None
+        job = Job(
+            config,
+            inputs.model,
+            inputs.tokenizer,
+            inputs.train_corpus,
+            inputs.validation_corpus,
+            initial,
+            self.run_id,
+            self.uri,
+            self.run_dir,
+            board,
+        )
+        trainer = _trainer(train_worker, job, self.resources)
+        outcome: list[Any] = []
+
+        def fit() -> None:
+            try:
+                outcome.append(trainer.fit())
+            except Exception as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=fit, daemon=True)
+        with self._signals(board):
+            thread.start()
+            while thread.is_alive():
+                self._show(ray.get(board.read.remote()))
+                thread.join(0.25)
+        self._show(ray.get(board.read.remote()))
+        problem = ray.get(board.failed.remote())
+        result = outcome[0]
+        if isinstance(result, Exception):
+            problem = problem or TrainingError(f"training failed: {_reason(result)}")
+            result = None
+        return result, problem
+
+    @contextlib.contextmanager
+    def _signals(self, board: Any):
+        """Within it, Ctrl-C and `ray job stop` ask the workers for a last checkpoint; a second signal exits at once."""
+        from train_job import tracking
+
+        def handle(number: int, frame: Any) -> None:
+            if self.signal:
+                os._exit(128 + number)
+            self.signal = number
+            board.ask_stop.remote()
+            self.console.say("stopping: saving a checkpoint (once more to leave without one)")
+            # Marked now: whoever stopped us may not wait for the checkpoint.
+            threading.Thread(target=tracking.finish_run, args=(self.uri, self.run_id, "KILLED"), daemon=True).start()
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _show(self, news: list[Any]) -> None:
+        from train_job.loop import Evaluation, Progress
+
+        for event in news:
+            if isinstance(event, str):
+                self.console.say(event)
+            elif isinstance(event, Progress):
+                self.console.progress(event)
+                self._remember(step=event.step, tokens=event.tokens, epoch=event.epoch, train_loss=event.loss)
+            elif isinstance(event, Evaluation):
+                self.console.evaluation(event)
+                self._remember(
+                    step=event.step,
+                    tokens=event.tokens,
+                    epoch=event.epoch,
+                    val_loss=event.loss,
+                    bits_per_byte=event.bits_per_byte,
+                )
+
+    def _remember(self, **row: float) -> None:
+        """Keeps a point of the loss curve; steps repeated after a restart are kept once."""
+        kind = "train_loss" if "train_loss" in row else "val_loss"
+        if any(kind in old and old["step"] >= row["step"] for old in reversed(self.history[-50:])):
+            return
+        self.history.append(row)
+        with (self.run_dir / "history.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@contextlib.contextmanager
+def ray_cluster():
+    """Ray, connected: to the cluster that RAY_ADDRESS names or that runs here, else to one started for this run."""
+    import logging
+
+    import ray
+
+    quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
+    named = os.environ.get("RAY_ADDRESS")
+    try:
+        if named == "local":
+            raise ConnectionError
+        ray.init(address=named or "auto", **quiet)
+    except ConnectionError:
+        if named not in (None, "", "local"):
+            raise ConfigError(f"RAY_ADDRESS is {named!r}, but no Ray cluster answers there") from None
+        ray.init(address="local", include_dashboard=False, **quiet)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def resources_per_worker(config: TrainConfig, nodes: list[dict[str, Any]]) -> dict[str, float]:
+    """CPUs (and a GPU) for each worker: the largest whole share of which the cluster holds as many as asked for.
+
+    Raises ConfigError if `cpus_per_worker` is more than any node has.
+    """
+    cpus = [node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]]
+    most = config.workers[1]
+    if config.cpus_per_worker is not None:
+        if config.cpus_per_worker > max(cpus):
+            raise ConfigError(f"cpus_per_worker is {config.cpus_per_worker:g}; no node has more than {max(cpus):g}")
+        share = config.cpus_per_worker
+    else:
+        fits = (n for n in range(int(max(cpus)), 0, -1) if sum(c // n for c in cpus) >= most)
+        share = next(fits, 1)
+    return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
+
+
+def _trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    low, high = job.config.workers
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
+            use_gpu=job.config.use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=job.config.name,
+            storage_path=job.config.storage_path,
+            failure_config=FailureConfig(max_failures=job.config.max_failures),
+            # Ray keeps the latest beside the best.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
+            ),
+        ),
+    )
+
+
+def _resources_text(resources: dict[str, float]) -> str:
+    return ", ".join(f"{n:g} {kind}{'s' if n != 1 else ''}" for kind, n in resources.items())
+
+
+def _read_history(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what Ray Train reports: the exception that a worker died of."""
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""A run's points and files on their way to MLflow: a file on disk that a background thread delivers.
+
+In: metric points and file names, from a training loop that must not wait. Out: the same in MLflow, each once and in
+order, however long the server is away and however often the process dies. Only sending knows MLflow.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptcore.errors import FoundryError, TrainingError
+from train_job.files import written_whole
+
+log = logging.getLogger(__name__)
+
+POINTS_PER_BATCH = 1000  # the most that MLflow takes in one log_batch
+DELIVERY_INTERVAL_S = 3.0  # points are sent in batches this far apart: a request per step would cost training time
+LONGEST_BACKOFF_S = 15.0
+
+_environment = threading.Lock()
+
+
+def shown(uri: str) -> str:
+    """`uri` without the password it may carry."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
+def mlflow_client(uri: str) -> Any:
+    """An MlflowClient, imported when first needed."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+@contextlib.contextmanager
+def impatient_requests(timeout_s: int, retries: int) -> Iterator[None]:
+    """Within it, MLflow's HTTP calls give up sooner than the minutes they take by default.
+
+    MLflow reads these from the environment at each call, so one thread at a time may change them.
+    """
+    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+    with _environment:
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+@contextlib.contextmanager
+def answers_expected(uri: str) -> Iterator[None]:
+    """Turns whatever MLflow raises within it into one TrainingError; our own errors pass."""
+    try:
+        yield
+    except FoundryError:
+        raise
+    except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own types through
+        raise TrainingError(f"MLflow at {shown(uri)} refused: {error}") from error
+
+
+@dataclass
+class _Progress:
+    """How far a spool is delivered: bytes of its lines, and the steps the server held before the first of them."""
+
+    offset: int = 0
+    floor: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def read(folder: Path) -> "_Progress | None":
+        path = folder / "delivered.json"
+        return _Progress(**json.loads(path.read_text())) if path.exists() else None
+
+    def write(self, folder: Path) -> None:
+        with written_whole(folder / "delivered.json") as file:
+            file.write(json.dumps(asdict(self)).encode())
+
+
+def _read_lines(folder: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each whole line of the spool from `offset` on, and where it ends."""
+    path = folder / "lines.jsonl"
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for raw in file:
+            if not raw.endswith(b"\n"):  # still being written, or torn by a crash
+                return
+            offset += len(raw)
+            yield json.loads(raw), offset
+
+
+def undelivered(folder: Path) -> int:
+    """Lines of the spool that the server does not have yet."""
+    progress = _Progress.read(folder) or _Progress()
+    return sum(1 for _ in _read_lines(folder, progress.offset))
+
+
+def deliver_batch(folder: Path, run_id: str, client: Any) -> bool:
+    """Sends the next points, or the next file; False if all is sent. Raises whatever MLflow raises.
+
+    A crash between sending and remembering sends a batch again, which changes nothing: a point's timestamp is the
+    time it was spooled, and MLflow keeps identical points once; a file replaces itself.
+    """
+    from mlflow.exceptions import MlflowException
+
+    progress = _Progress.read(folder)
+    if progress is None:  # remembered before anything is sent, so that it never counts what came from here
+        held = client.get_run(run_id).data._metric_objs  # the public .metrics lacks the steps
+        progress = _Progress(floor={metric.key: metric.step for metric in held})
+        progress.write(folder)
+    lines: list[dict[str, Any]] = []
+    points = 0
+    for line, end in _read_lines(folder, progress.offset):
+        points += len(line.get("values", ()))
+        if lines and (points > POINTS_PER_BATCH or "artifact" in line):
+            break
+        lines.append(line)
+        progress.offset = end
+        if "artifact" in line:
+            break
+    if not lines:
+        return False
+    try:
+        _send(lines, progress.floor, run_id, client)
+    except MlflowException as error:
+        if error.get_http_status_code() != 400:  # anything but bad input may pass with time
+            raise
+        log.warning("MLflow refused %d lines, kept in %s: %s", len(lines), folder / "refused.jsonl", error)
+        with (folder / "refused.jsonl").open("a") as refused:
+            refused.writelines(json.dumps(line) + "\n" for line in lines)
+    progress.write(folder)
+    return True
+
+
+def _send(lines: list[dict[str, Any]], floor: dict[str, int], run_id: str, client: Any) -> None:
+    from mlflow.entities import Metric
+
+    if "artifact" in lines[0]:
+        return _send_file(lines[0], run_id, client)
+    metrics = [
+        Metric(key, value, line["time"], line["step"])
+        for line in lines
+        for key, value in line["values"].items()
+        if line["step"] > floor.get(key, -1)
+    ]
+    if metrics:
+        client.log_batch(run_id, metrics=metrics)
+    return None
+
+
+def _send_file(line: dict[str, Any], run_id: str, client: Any) -> None:
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+    path = Path(line["artifact"])
+    if not path.exists():
+        log.warning("%s was to be logged to MLflow, but is gone", path)
+        return
+    client.log_artifact(run_id, str(path), line["to"])
+    if line["table"]:  # the tag that MLflow's own log_table leaves, so that the UI shows a table
+        entry = {"path": f"{line['to']}/{path.name}" if line["to"] else path.name, "type": "table"}
+        tables = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        if entry not in tables:
+            client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, entry]))
+
+
+class Spool:
+    """A run's points and files on their way to MLflow. One writer process per folder; no call waits for the server.
+
+    A resumed run opens the same folder again, or an empty one. Either way a metric's steps that were spooled, or that
+    the server holds, are dropped: repeating the steps since the last checkpoint logs nothing twice.
+    Writing raises TrainingError if the disk is full.
+    """
+
+    def __init__(self, folder: Path, run_id: str, tracking_uri: str) -> None:
+        self.folder, self.run_id, self.tracking_uri = Path(folder).absolute(), run_id, tracking_uri
+        with written_whole(self.folder / "spool.json") as file:
+            file.write(json.dumps({"run_id": run_id, "tracking_uri": tracking_uri}).encode())
+        self._last_step: dict[str, int] = {}
+        whole = 0
+        for line, end in _read_lines(self.folder):
+            self._last_step.update(dict.fromkeys(line.get("values", ()), line.get("step", 0)))
+            whole = end
+        self._file = (self.folder / "lines.jsonl").open("a")
+        self._file.truncate(whole)  # what a crash tore
+        self._lock = threading.Lock()
+        self._closing, self._abandoned = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._deliver, name="mlflow-spool", daemon=True)
+        self._thread.start()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs `values` at `step`; those that were logged at this step or a later one are dropped."""
+        with self._lock:
+            fresh = {key: float(value) for key, value in values.items() if step > self._last_step.get(key, -1)}
+            if fresh:
+                self._append({"step": step, "time": int(time.time() * 1000), "values": fresh})
+                self._last_step.update(dict.fromkeys(fresh, step))
+
+    def artifact(self, local_file: Path, artifact_path: str | None = None, table: bool = False) -> None:
+        """Logs a file as it is when its turn comes, under the folder `artifact_path`; `table`: shown as one."""
+        with self._lock:
+            self._append({"artifact": str(Path(local_file).absolute()), "to": artifact_path, "table": table})
+
+    def close(self, timeout_s: float = 30.0) -> int:
+        """Delivers what is left for at most `timeout_s` seconds; returns how many lines the server still lacks."""
+        self._closing.set()
+        self._thread.join(timeout_s)
+        self._abandoned.set()
+        with self._lock:
+            self._file.close()
+        return undelivered(self.folder)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"cannot write metrics to {self.folder}: {error.strerror}") from error
+
+    def _deliver(self) -> None:
+        pause, away = DELIVERY_INTERVAL_S, False
+        while not self._abandoned.is_set():
+            closing = self._closing.is_set()
+            try:
+                while not self._abandoned.is_set() and self._deliver_batch():
+                    pass
+                if closing:
+                    return
+                if away:
+                    log.info("MLflow at %s is back; nothing was lost", shown(self.tracking_uri))
+                pause, away = DELIVERY_INTERVAL_S, False
+            except Exception as error:  # whatever it is, training goes on and the next attempt may succeed
+                if not away:
+                    log.warning("MLflow is away, metrics wait in %s (%s)", self.folder, error)
+                pause, away = min(2 * pause, LONGEST_BACKOFF_S), True
+            if closing:
+                self._abandoned.wait(1.0)
+            else:
+                self._closing.wait(pause)
+
+    def _deliver_batch(self) -> bool:
+        with impatient_requests(timeout_s=10, retries=0):
+            return deliver_batch(self.folder, self.run_id, mlflow_client(self.tracking_uri))

@@ -1,0 +1,298 @@
+"""What a run tells MLflow, in a way that an outage of the tracking server cannot hurt.
+
+In: a run's settings, datasets, metric points and files. Out: one MLflow run that holds each of them once. Settings go
+straight to the server, which must be up when a run starts; points and files go through a `Spool`: a file on disk that
+a background thread delivers in order, for as long as it takes. What is left when a process ends is delivered by
+`python -m train_job.tracking deliver FOLDER`. MLflow is imported inside functions, since importing it takes seconds.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gptcore.errors import FoundryError, TrainingError
+from gptcore.home import checkout, home
+from train_job.spool import (
+    Spool,
+    answers_expected,
+    deliver_batch,
+    impatient_requests,
+    mlflow_client,
+    shown,
+    undelivered,
+)
+
+log = logging.getLogger(__name__)
+
+PARAMS_PER_BATCH = 100  # the most that MLflow takes at once
+DIGEST_LENGTH = 32  # MLflow refuses a dataset digest of more than 36 characters
+
+
+def tracking_uri() -> str:
+    """$MLFLOW_TRACKING_URI, else the embedded sqlite database; absolute, since Ray's workers change folder."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri
+
+
+def artifact_root(uri: str) -> str | None:
+    """Where a run's files go when no server decides: beside an sqlite database, else under home(). A file:// URI."""
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https") or scheme.startswith("databricks"):
+        return None
+    folder = Path(uri.removeprefix("sqlite:///")).parent if scheme == "sqlite" else home() / "mlflow"
+    return (folder / "artifacts").absolute().as_uri()
+
+
+def check_server(uri: str, timeout_s: float = 5.0) -> None:
+    """Raises TrainingError, within about `timeout_s` seconds, if nothing answers at the tracking URI."""
+    parts = urlsplit(uri)
+    try:
+        if parts.scheme in ("http", "https"):
+            host = parts.netloc.rpartition("@")[2]
+            health = f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health"
+            with contextlib.closing(urllib.request.urlopen(health, timeout=timeout_s)):
+                return
+        if parts.scheme == "sqlite":
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        elif parts.hostname:
+            port = parts.port or {"mysql": 3306, "mssql": 1433}.get(parts.scheme.partition("+")[0], 5432)
+            socket.create_connection((parts.hostname, port), timeout=timeout_s).close()
+        elif not parts.scheme.startswith("databricks"):
+            raise TrainingError(f"tracking URI {uri!r} is of no known kind; expected http(s)://… or sqlite:///…")
+    except urllib.error.HTTPError as error:  # it answers: an older server or a gateway without /health will do
+        if error.code >= 500:
+            raise TrainingError(f"the tracking server at {shown(uri)} answers {error.code} {error.reason}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise TrainingError(
+            f"no tracking server answers at {shown(uri)} ({reason}); "
+            "start it, correct MLFLOW_TRACKING_URI, or unset that to use the embedded database"
+        ) from error
+
+
+@dataclass(frozen=True)
+class DatasetUse:
+    """One split as the run used it. `context` is "train" or "validation", `source` a path, URL or corpus name."""
+
+    context: str
+    name: str
+    source: str
+    fingerprint: str
+    num_bytes: int
+    num_tokens: int
+
+
+def start_run(
+    uri: str,
+    config: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    datasets: Iterable[DatasetUse] = (),
+    tags: Mapping[str, str] | None = None,
+    experiment: str = "gpt",
+) -> str:
+    """Opens a run with `config` (nested dicts become dotted names) as parameters; returns its id.
+
+    Raises TrainingError if the server does not answer or refuses.
+    """
+    check_server(uri)
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=3):
+        from mlflow.entities import Param
+
+        client = mlflow_client(uri)
+        all_tags = source_tags() | hardware_tags() | dict(tags or {})
+        run = client.create_run(_experiment_id(client, uri, experiment), run_name=name, tags=all_tags)
+        run_id: str = run.info.run_id
+        params = [Param(key, str(value)) for key, value in _flat(config)]
+        for i in range(0, len(params), PARAMS_PER_BATCH):
+            client.log_batch(run_id, params=params[i : i + PARAMS_PER_BATCH])
+        client.log_inputs(run_id, [_dataset_input(use) for use in datasets])
+    return run_id
+
+
+def resume_run(uri: str, run_id: str) -> None:
+    """Marks the run as running again. Raises TrainingError if it cannot be found or the server does not answer."""
+    check_server(uri)
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=3):
+        mlflow_client(uri).update_run(run_id, status="RUNNING")
+
+
+def finish_run(uri: str, run_id: str, status: str = "FINISHED") -> None:
+    """Closes the run as FINISHED, FAILED or KILLED. Waits about a minute for a server that is away, then raises."""
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=5):
+        mlflow_client(uri).set_terminated(run_id, status)
+
+
+def _experiment_id(client: Any, uri: str, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return client.create_experiment(name, artifact_location=artifact_root(uri))
+    if experiment.lifecycle_stage != "active":
+        raise TrainingError(
+            f"experiment {name!r} is deleted; choose another one, or bring it back with "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        )
+    return experiment.experiment_id
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _dataset_input(use: DatasetUse) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    web = use.source.startswith(("http://", "https://"))
+    profile = {"bytes": use.num_bytes, "tokens": use.num_tokens, "fingerprint": use.fingerprint}
+    dataset = Dataset(
+        name=use.name,
+        digest=use.fingerprint[:DIGEST_LENGTH],
+        source_type="http" if web else "local",
+        source=json.dumps({"url" if web else "uri": use.source}),
+        profile=json.dumps(profile),
+    )
+    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, use.context)])
+
+
+def source_tags() -> dict[str, str]:
+    """Who runs what: MLflow's user and source tags, the git commit, and whether the checkout differs from it."""
+    from mlflow.tracking.context.git_context import GitRunContext
+    from mlflow.tracking.context.registry import resolve_tags
+
+    # MLflow's own git tags name the remote's URL, password included, and look beside the main file only.
+    tags: dict[str, str] = resolve_tags(ignore=[GitRunContext])  # type: ignore[list-item]  # it wants the class
+    beside_us = Path(__file__).resolve().parents[1]
+    for folder in (beside_us, checkout()):
+        if folder and (folder / ".git").exists() and (commit := _git(folder, "rev-parse", "HEAD")):
+            dirty = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+            return tags | {"mlflow.source.git.commit": commit, "git.dirty": str(dirty).lower()}
+    return tags
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def hardware_tags() -> dict[str, str]:
+    """This machine: CPU model, cores, GPUs, and the versions of Python and torch."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        if model := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            cpu = model[1]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "hardware.cpu": cpu,
+        "hardware.cores": str(os.cpu_count()),
+        "hardware.gpus": ", ".join(f"{gpus.count(gpu)} x {gpu}" for gpu in sorted(set(gpus))) or "none",
+        "version.python": platform.python_version(),
+        "version.torch": torch.__version__,
+    }
+
+
+class SystemMetrics:
+    """Spools what MLflow's own monitors see (CPU, memory, disk, network, GPUs) as "system/…" until `stop()`.
+
+    Their step is the run's age in whole seconds, so that a resumed run's go on behind the earlier ones.
+    """
+
+    def __init__(self, spool: Spool, interval_s: float = 10.0) -> None:
+        self._spool, self._interval_s = spool, interval_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="system-metrics", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; call it before the spool is closed."""
+        self._stopped.set()
+        self._thread.join(self._interval_s)
+
+    def _watch(self) -> None:
+        monitors, started = _monitors(), None
+        while not self._stopped.wait(self._interval_s):
+            try:
+                started = started or mlflow_client(self._spool.tracking_uri).get_run(self._spool.run_id).info.start_time
+                values: dict[str, float] = {}
+                for monitor in monitors:
+                    monitor.collect_metrics()
+                    values |= {f"system/{key}": value for key, value in monitor.aggregate_metrics().items()}
+                    monitor.clear_metrics()
+                if not self._stopped.is_set():
+                    self._spool.metrics(int(time.time() - started / 1000), values)
+            except Exception as error:  # a figure about the machine is not worth a run
+                log.debug("no system metrics this time: %s", error)
+
+
+def _monitors() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors = []
+    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+        with contextlib.suppress(Exception):  # no GPU, no NVML, a sandbox without counters
+            monitors.append(kind())
+    return monitors
+
+
+def deliver(folder: Path) -> int:
+    """Sends what a finished or killed process left in its spool; returns the number of lines sent.
+
+    Raises TrainingError if `folder` is no spool or the server does not answer.
+    """
+    if not (folder / "spool.json").exists():
+        raise TrainingError(f"{folder} is no spool: it has no spool.json; expected the spool folder of a run")
+    spool = json.loads((folder / "spool.json").read_text())
+    waiting = undelivered(folder)
+    check_server(spool["tracking_uri"])
+    with answers_expected(spool["tracking_uri"]), impatient_requests(timeout_s=30, retries=2):
+        client = mlflow_client(spool["tracking_uri"])
+        while deliver_batch(folder, spool["run_id"], client):
+            pass
+    return waiting
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train_job.tracking", description="What a run left undelivered.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("deliver", help="send a spool's remaining points and files to MLflow")
+    command.add_argument("folder", type=Path, help="the spool's folder")
+    try:
+        print(f"delivered {deliver(parser.parse_args(arguments).folder)} lines; nothing is left")
+    except FoundryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

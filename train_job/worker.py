@@ -1,0 +1,238 @@
+"""The loop inside a Ray Train worker: checkpoints through Ray, figures through the spool, news to the driver.
+
+In: a `Job` from the driver. Out: checkpoints in the run's storage, metrics in MLflow, events on the `Board`.
+Rank 0 speaks; the other ranks only train. Ray restarts this function after a failure, and it goes on from the last
+checkpoint.
+"""
+
+import errno
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch.distributed as dist
+
+from gptcore.config import ModelConfig
+from gptcore.errors import FoundryError, TrainingError
+from gptcore.model import GPT
+from gptcore.sampling import SamplingParams, generate_text
+from gptcore.tokenizer import Tokenizer
+from train_job.checkpoint import load_checkpoint, save_checkpoint
+from train_job.config import TrainConfig
+from train_job.corpus import Corpus
+from train_job.hardware import peak_memory_mb, pick_device
+from train_job.inputs import build_model, cache_dir
+from train_job.loop import CheckpointDue, Evaluation, Event, Progress, Trainer
+from train_job.shards import prepare
+from train_job.spool import Spool
+from train_job.tracking import SystemMetrics
+
+STOP_POLL_SECONDS = 0.2
+SPOOL_PATIENCE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker; all paths absolute, since workers change folder."""
+
+    config: TrainConfig
+    model: ModelConfig
+    tokenizer: Tokenizer
+    train: Corpus
+    validation: Corpus
+    initial: Any
+    """ObjectRef of the parent's state dict, or None."""
+    run_id: str
+    tracking_uri: str
+    run_dir: Path
+    board: Any
+
+
+class Board:
+    """An actor where rank 0 pins news for the driver, and the driver the wish to stop."""
+
+    def __init__(self) -> None:
+        self.events: list[Event | str] = []
+        self.stop_wanted = False
+        self.problem: FoundryError | None = None
+
+    def post(self, event: Event | str) -> None:
+        self.events.append(event)
+
+    def read(self) -> list[Event | str]:
+        """The news since the last call."""
+        news, self.events = self.events, []
+        return news
+
+    def ask_stop(self) -> None:
+        self.stop_wanted = True
+
+    def stop_asked(self) -> bool:
+        return self.stop_wanted
+
+    def fail(self, problem: FoundryError) -> None:
+        """A problem that a restart would only meet again."""
+        self.problem = self.problem or problem
+
+    def failed(self) -> FoundryError | None:
+        return self.problem
+
+
+class StopFlag:
+    """Whether the driver asked to stop, looked up in the background so that no step waits for the answer."""
+
+    def __init__(self, board: Any) -> None:
+        self.board, self.reply, self.next_look, self.asked = board, board.stop_asked.remote(), 0.0, False
+
+    def __call__(self) -> bool:
+        if not self.asked and time.monotonic() >= self.next_look:
+            self.next_look = time.monotonic() + STOP_POLL_SECONDS
+            if ray.wait([self.reply], timeout=0)[0]:
+                self.asked = ray.get(self.reply)
+                self.reply = self.board.stop_asked.remote()
+        return self.asked
+
+
+def train_worker(settings: dict[str, Job]) -> dict[str, float]:
+    """One rank of one run; returns rank 0's peak memory in MiB. A FoundryError ends the run without restarts."""
+    job = settings["job"]
+    if ray.get(job.board.failed.remote()):
+        return {}
+    try:
+        return _train(job)
+    except FoundryError as problem:
+        ray.get(job.board.fail.remote(problem))
+        return {}
+
+
+def _train(job: Job) -> dict[str, float]:
+    config, rank = job.config, ray.train.get_context().get_world_rank()
+    device = ray.train.torch.get_device() if config.use_gpu else pick_device(config)
+    initial = ray.get(job.initial) if job.initial is not None else None
+    trainer = Trainer(
+        config,
+        build_model(config, job.model, initial),
+        prepare(job.train, job.tokenizer, cache_dir(config)),
+        prepare(job.validation, job.tokenizer, cache_dir(config)),
+        device,
+        wrap=lambda model: ray.train.torch.prepare_model(
+            model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False}
+        ),
+        stop_asked=StopFlag(job.board) if rank == 0 else lambda: False,
+    )
+    identity = trainer.identity(job.tokenizer.fingerprint)
+    if saved := ray.train.get_checkpoint():
+        with saved.as_directory() as folder:
+            trainer.restore(load_checkpoint(Path(folder), identity))
+    voice = Voice(job, trainer) if rank == 0 else None
+    for event in trainer.run():
+        if voice:
+            voice.tell(event)
+        if isinstance(event, CheckpointDue):
+            with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
+                folder = Path(scratch) / "checkpoint"
+                problem = None
+                if rank == 0:
+                    try:
+                        save_checkpoint(
+                            folder, trainer.state, identity, trainer.tensors(), trainer.optimizers.tensors()
+                        )
+                    except TrainingError as error:
+                        problem = error
+                _raise_together(problem)
+                _report(event, folder if rank == 0 else None)
+    if voice:
+        voice.close()
+    return peak_memory_mb(device)
+
+
+def _report(event: CheckpointDue, folder: Path | None) -> None:
+    """Hands the checkpoint to Ray, which uploads it and lets all ranks go on together."""
+    checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
+    try:
+        ray.train.report({"val_loss": event.loss, "step": event.step}, checkpoint=checkpoint)
+    except OSError as error:
+        if error.errno != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        raise TrainingError(
+            "the run's storage is full: no room for a checkpoint; the last one is whole. "
+            "Free some space, then go on with --resume"
+        ) from None
+
+
+def _raise_together(problem: Exception | None) -> None:
+    """Raises rank 0's problem on every rank, so that none waits for one that has left."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        shared = [problem]
+        dist.broadcast_object_list(shared, src=0)
+        problem = shared[0]
+    if problem:
+        raise problem
+
+
+class Voice:
+    """Rank 0's: puts every event on the board and its figures into the spool."""
+
+    def __init__(self, job: Job, trainer: Trainer) -> None:
+        self.job, self.trainer = job, trainer
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        self.spool = Spool(job.run_dir / "spool", job.run_id, job.tracking_uri)
+        self.system = SystemMetrics(self.spool)
+        self.samples = job.run_dir / "samples.json"
+
+    def tell(self, event: Event) -> None:
+        """Posts the event; figures of steps that were logged before a restart are not logged again."""
+        self.job.board.post.remote(event)
+        if isinstance(event, Progress):
+            figures = {
+                "train/loss": event.loss,
+                "train/bits_per_byte": event.bits_per_byte,
+                "learning_rate": event.learning_rate,
+                "grad_norm": event.grad_norm,
+                "tokens_per_second": event.tokens_per_second,
+                "tokens_seen": event.tokens,
+                "epoch": event.epoch,
+            }
+            self.spool.metrics(event.step, figures | ({"mfu": event.mfu} if event.mfu is not None else {}))
+        elif isinstance(event, Evaluation):
+            self.spool.metrics(event.step, {"val/loss": event.loss, "val/bits_per_byte": event.bits_per_byte})
+            self._sample(event.step)
+
+    def _sample(self, step: int) -> None:
+        """Adds the model's continuation of every prompt to a table that MLflow's UI shows."""
+        config, model = self.job.config, self.trainer.model
+        if not config.sample_tokens:
+            return
+        rows = json.loads(self.samples.read_text())["data"] if self.samples.exists() else []
+        rows = [row for row in rows if row[0] < step]
+        params = SamplingParams(max_new_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
+        rows += [
+            [step, prompt, continue_text(model, self.job.tokenizer, prompt, params)] for prompt in config.sample_prompts
+        ]
+        self.samples.write_text(json.dumps({"columns": ["step", "prompt", "continuation"], "data": rows}))
+        self.spool.artifact(self.samples, table=True)
+
+    def close(self) -> None:
+        """Logs the peak memory and waits a while for the server to take the rest."""
+        figures = peak_memory_mb(self.trainer.device)
+        self.spool.metrics(self.trainer.state.step, {f"peak_{k}_mb/worker": v for k, v in figures.items()})
+        self.system.stop()
+        if left := self.spool.close(SPOOL_PATIENCE_SECONDS):
+            ray.get(
+                self.job.board.post.remote(f"{left} metric lines wait for the tracking server in {self.spool.folder}")
+            )
+
+
+def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> str:
+    """The model's continuation of a prompt, in evaluation mode."""
+    model.eval()
+    try:
+        return generate_text(model, tokenizer, prompt, params)
+    finally:
+        model.train()
