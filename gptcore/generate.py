@@ -8,6 +8,7 @@ one line on stderr and exit code 2.
 
 import argparse
 import re
+import signal
 import sys
 from typing import NoReturn
 
@@ -77,4 +78,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command quietly
     sys.exit(main())

@@ -60,11 +60,12 @@ def _tracking_uri() -> str:
 def _download(name: str, tracking_uri: str) -> Path:
     """The folder of an MLflow model: where it lies if that is this machine, else a download."""
     _check_reachable(name, tracking_uri)
-    from mlflow.artifacts import download_artifacts
+    import mlflow
     from mlflow.exceptions import MlflowException
 
+    mlflow.set_tracking_uri(tracking_uri)  # aliases are looked up through the process-wide one alone
     try:
-        return Path(download_artifacts(name, tracking_uri=tracking_uri, registry_uri=tracking_uri))
+        return Path(mlflow.artifacts.download_artifacts(name))
     except MlflowException as error:
         raise HubError(f"MLflow knows no model {name!r}: {_reason(error)}{_nearest(name, tracking_uri)}") from error
     except OSError as error:

@@ -40,7 +40,7 @@ class KVCache:
 
 def make_norm(config: ModelConfig, size: int) -> nn.Module:
     norm = nn.LayerNorm if config.family == "gpt2" else nn.RMSNorm
-    return norm(size, eps=config.norm_eps)
+    return norm(size, eps=config.norm_eps or 0.0)
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -137,6 +137,9 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """A decoder-only transformer. `GPT(config)` is initialised and ready to train."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -42,8 +42,8 @@ def prompts_of(model_input: Any) -> list[str]:
             raise ConfigError(f'the input has {", ".join(map(repr, model_input))}; expected a column "prompt"')
         return prompts_of(model_input["prompt"])
     prompts: list[str] = []
-    for item in model_input:
-        prompts += prompts_of(item) if isinstance(item, str | dict) else [str(item)]
+    for item in model_input:  # MLflow makes one cell of {"prompt": [...]}, so lists nest
+        prompts += prompts_of(item) if isinstance(item, str | dict) or hasattr(item, "__iter__") else [str(item)]
     return prompts
 
 

@@ -24,3 +24,11 @@ def gpt2_cache(monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.skip("GPT-2's vocabulary is not beside the checkout")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some kilobytes of text with something to learn in it."""
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    path.write_text("".join(f"{n} green bottles hanging on the wall, take {n % 7} down.\n" for n in range(300)))
+    return path

@@ -5,7 +5,6 @@ In: a model and the validation split's tokens, or a package and texts. Every tok
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,16 +12,7 @@ from torch import Tensor
 
 from gptcore.model import GPT
 from gptcore.package import Package
-from train_job.batches import validation_batches
-
-
-class TokenStream(Protocol):
-    """What evaluation needs of a TokenSet."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    def read(self, start: int, length: int) -> np.ndarray: ...
+from train_job.batches import TokenStream, validation_batches
 
 
 @torch.inference_mode()
@@ -45,7 +35,7 @@ class _InMemory:
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = np.asarray(ids, dtype=np.int64)
-        self.num_tokens = len(ids)
+        self.num_tokens: int = len(ids)
 
     def read(self, start: int, length: int) -> np.ndarray:
         return self.ids[start : start + length]

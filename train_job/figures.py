@@ -32,6 +32,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "font.size": 10,
     "savefig.dpi": 130,
+    "text.parse_math": False,  # a dollar sign in a token is no formula
 }
 
 
@@ -50,15 +51,8 @@ def loss_curve(history: Sequence[Mapping[str, float]], path: Path, title: str = 
             if not rows:
                 continue
             tokens, losses = [row["tokens"] for row in rows], [row[key] for row in rows]
-            axes.plot(tokens, losses, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
-            axes.annotate(
-                f"{losses[-1]:.3f}",
-                (tokens[-1], losses[-1]),
-                (6, 0),
-                textcoords="offset points",
-                color=colour,
-                va="center",
-            )
+            ends = f"{label}, last {losses[-1]:.3f}"
+            axes.plot(tokens, losses, color=colour, marker=marker, markersize=4, linewidth=1.6, label=ends)
         axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title=title)
         axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
         if axes.lines:
@@ -89,9 +83,10 @@ def temperature_effect(
             places = [j + (i - (len(temperatures) - 1) / 2) * width for j in range(top)]
             colour = COLOURS[i % len(COLOURS)]
             axes.bar(places, probabilities.tolist(), width, color=colour, label=f"temperature {temperature:g}")
-        axes.set_xticks(range(top), [_label(tokenizer, int(token)) for token in likeliest], rotation=45, ha="right")
-        behind = f" behind {_shortened(prompt)!r}" if prompt else ""
-        axes.set(ylabel="probability", title=f"The likeliest next tokens{behind}")
+        labels = [_label(tokenizer, int(token)) for token in likeliest]
+        axes.set_xticks(range(top), labels, rotation=45, ha="right", rotation_mode="anchor")
+        after = f" after {_shortened(prompt)!r}" if prompt else ""
+        axes.set(ylabel="probability", title=f"The likeliest next tokens{after}")
         axes.grid(visible=False, axis="x")
         axes.legend()
 
@@ -122,7 +117,7 @@ def _label(tokenizer: Tokenizer, token: int) -> str:
         text = tokenizer.decode_bytes([token]).decode()
     except UnicodeDecodeError:
         return tokenizer.decode_bytes([token]).hex(" ")
-    return repr(text).replace("$", r"\$")  # matplotlib would take $…$ for mathematics
+    return repr(text)
 
 
 def _shortened(prompt: str, longest: int = 40) -> str:

@@ -5,23 +5,30 @@ In: a finished, stopped or failed run. Out: files in the run's folder and in MLf
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gptcore.errors import CheckpointError, FoundryError, TrainingError
-from gptcore.package import Package, save_package
+from gptcore.package import Package, open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from train_job import figures, registry, tracking
 from train_job.checkpoint import load_model
+from train_job.config import TrainConfig
 from train_job.hardware import peak_memory_mb
 from train_job.spool import Spool
+from train_job.worker import UNJUDGED
 
 if TYPE_CHECKING:
     from train_job.run import Run
 
+OUTCOME = "outcome.json"
+"""In a finished run's folder: the version that it was registered as, and the config that led there."""
 PATIENCE_SECONDS = 60.0
 """How long the end of a run waits for a tracking server that is away."""
 
@@ -54,16 +61,20 @@ def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
         run.console.say(f"the package is whole in {package.path}; register it with --resume {run.config.name}")
         _close(run, "FAILED", [*pictures, run.console.path])
         return 1
-    _tell(run, package, published, result.return_value or {})
+    record = asdict(published) | {"config": run.config.flat()}
+    (run.run_dir / OUTCOME).write_text(json.dumps(record, indent=1))
+    _tell(run, result.return_value or {})
+    show(run.console.say, package, record, run.config)
     _close(run, "FINISHED", [*pictures, run.run_dir / "config.yaml", run.console.path])
     return 0
 
 
 def _package(run: Run, result: Any) -> Package:
     """The checkpoint with the lowest validation loss, as a model package in the run's folder."""
-    saved: list[tuple[Any, dict[str, Any]]] = result.best_checkpoints or []
+    kept: list[tuple[Any, dict[str, Any]]] = result.best_checkpoints or []
+    saved = [pair for pair in kept if pair[1]["val_loss"] < UNJUDGED]
     if not saved:
-        raise CheckpointError(f"run {run.config.name} has left no checkpoint in {result.path}")
+        raise CheckpointError(f"run {run.config.name} has left no evaluated checkpoint in {result.path}")
     checkpoint, metrics = min(saved, key=lambda pair: pair[1]["val_loss"])
     inputs, loss = run.inputs, metrics["val_loss"]
     bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
@@ -98,17 +109,35 @@ def _figures(run: Run, package: Package) -> list[Path]:
     return [curve, temperature]
 
 
-def _tell(run: Run, package: Package, published: registry.Published, worker_memory: dict[str, float]) -> None:
-    say, training = run.console.say, package.info["training"]
+def _tell(run: Run, worker_memory: dict[str, float]) -> None:
     driver = peak_memory_mb()["memory"]
     memory = {"driver": driver} | {f"worker {k.replace('_', ' ')}": v for k, v in worker_memory.items()}
-    say(f"memory    peak: {', '.join(f'{k} {v:,.0f} MiB' for k, v in memory.items())}")
-    say(f"package   {package.path}  (step {training['step']}, {training['bits_per_byte']:.4f} bits/byte)")
-    moved = "now @champion" if published.promoted else "@champion stays"
-    say(f"registry  {published.name} version {published.version}, {moved}: {published.reason}")
-    params = SamplingParams(max_new_tokens=60, temperature=0.8, top_k=50, seed=run.config.seed)
-    prompt = run.config.sample_prompts[0]
+    run.console.say(f"memory    peak: {', '.join(f'{k} {v:,.0f} MiB' for k, v in memory.items())}")
+
+
+def show(say: Callable[[str], None], package: Package, record: dict[str, Any], config: TrainConfig) -> None:
+    """The package, the version that it is, and a sample."""
+    training = package.info["training"]
+    say(f"package   {package.path}")
+    say(f"          of step {training['step']}, {training['bits_per_byte']:.4f} bits/byte on the validation text")
+    say(f"registry  {record['name']} version {record['version']}, {'now' if record['promoted'] else 'not'} @champion:")
+    say(f"          {record['reason']}")
+    params = SamplingParams(max_new_tokens=60, temperature=0.8, top_k=50, seed=config.seed)
+    prompt = config.sample_prompts[0]
     say("sample    " + prompt + generate_text(package.load_model(), package.tokenizer, prompt, params))
+
+
+def is_finished(run_dir: Path, config: TrainConfig) -> bool:
+    """Whether the run ended with a registered version and nothing new is asked of it."""
+    path = run_dir / OUTCOME
+    return path.exists() and json.loads(path.read_text())["config"] == config.flat()
+
+
+def show_again(run_dir: Path, config: TrainConfig) -> int:
+    """What a finished run ended with; nothing is trained or registered."""
+    print(f"run {config.name} is finished; more steps are had with --resume {config.name} --max-steps N")
+    show(print, open_package(run_dir / "package"), json.loads((run_dir / OUTCOME).read_text()), config)
+    return 0
 
 
 def _close(run: Run, status: str, files: list[Path]) -> None:

@@ -52,6 +52,8 @@ class Piece:
             yield from (text for text in READERS[self.kind](self) if text)
         except OSError as error:
             raise CorpusError(f"cannot read {self.path}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:  # Parquet's writers may put any bytes into a text column
+            raise CorpusError(f"{self.path}: column {self.column!r} has a row that is not UTF-8: {error}") from None
 
     def continues_in(self, other: "Piece") -> bool:
         """Whether `other` goes on with the document that this piece ends with."""

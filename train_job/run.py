@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == ROOT / "train_job":  # run as a script: our modules are train_job.*, not top-level
     sys.path[0] = str(ROOT)
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for this poll, 2 s by default
 
 from gptcore.errors import ConfigError, FoundryError, TrainingError, did_you_mean  # noqa: E402
@@ -58,7 +59,10 @@ def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
     run_dir = local / name
     if (run_dir / "config.yaml").exists():
         raise ConfigError(f"there is a run {name!r} already; go on with --resume {name}, or choose another --name")
-    return replace(config, name=name, storage_path=storage if "://" in storage else str(local)), run_dir
+    # Workers have another folder and another environment than the driver: what they look up is made absolute here.
+    cache = Path(config.cache_dir).expanduser().absolute() if config.cache_dir else home() / ".cache"
+    storage = storage if "://" in storage else str(local)
+    return replace(config, name=name, storage_path=storage, cache_dir=str(cache)), run_dir
 
 
 class Run:
@@ -74,6 +78,8 @@ class Run:
         from train_job import outcome, tracking
         from train_job.registry import pin
 
+        if outcome.is_finished(self.run_dir, self.config):
+            return outcome.show_again(self.run_dir, self.config)
         self.uri = tracking.tracking_uri()
         tracking.check_server(self.uri)
         if self.config.init_from:
@@ -247,12 +253,14 @@ class Run:
 @contextlib.contextmanager
 def ray_cluster():
     """Ray, connected: to the cluster that RAY_ADDRESS names or that runs here, else to one started for this run."""
+    named = os.environ.get("RAY_ADDRESS")
+    if named and (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray shows its token by itself only where no address is named
     import logging
 
     import ray
 
     quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
-    named = os.environ.get("RAY_ADDRESS")
     try:
         if named == "local":
             raise ConnectionError

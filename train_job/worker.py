@@ -34,6 +34,8 @@ from train_job.spool import Spool
 from train_job.tracking import SystemMetrics
 
 STOP_POLL_SECONDS = 0.2
+UNJUDGED = 1e30
+"""The validation loss under which Ray ranks a checkpoint that was not evaluated."""
 SPOOL_PATIENCE_SECONDS = 30.0
 
 
@@ -156,7 +158,8 @@ def _report(event: CheckpointDue, folder: Path | None) -> None:
     """Hands the checkpoint to Ray, which uploads it and lets all ranks go on together."""
     checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
     try:
-        ray.train.report({"val_loss": event.loss, "step": event.step}, checkpoint=checkpoint)
+        # Ray keeps metrics as JSON, which has no infinity.
+        ray.train.report({"val_loss": min(event.loss, UNJUDGED), "step": event.step}, checkpoint=checkpoint)
     except OSError as error:
         if error.errno != errno.ENOSPC and "No space left" not in str(error):
             raise

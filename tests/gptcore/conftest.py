@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from gptcore.model import GPT
 from gptcore.package import Package, save_package
 from gptcore.tokenizer import Tokenizer, load_tokenizer
 
-SHAPE = dict(vocab_size=320, hidden_size=64, num_layers=2, num_heads=4, context_length=64)
+SHAPE: dict[str, Any] = dict(vocab_size=320, hidden_size=64, num_layers=2, num_heads=4, context_length=64)
 CONFIGS = {
     "gpt2": ModelConfig(family="gpt2", **SHAPE),
     "gpt2-untied": ModelConfig(family="gpt2", tie_embeddings=False, intermediate_size=96, **SHAPE),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,14 +31,16 @@ def test_transformers_computes_the_logits_of_our_package(
     assert AutoTokenizer.from_pretrained(tmp_path / "p").encode("Ω or not") == byte_tokenizer.encode("Ω or not")
 
 
-def theirs_gpt2(**changes: object) -> GPT2LMHeadModel:
-    shape = dict(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.2)
+def theirs_gpt2(**changes: Any) -> GPT2LMHeadModel:
+    shape: dict[str, Any] = dict(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.2)
     return GPT2LMHeadModel(GPT2Config(**{**shape, **changes}))
 
 
-def theirs_qwen3(**changes: object) -> Qwen3ForCausalLM:
-    shape = dict(vocab_size=300, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
-    more = dict(num_key_value_heads=4, head_dim=16, max_position_embeddings=64)
+def theirs_qwen3(**changes: Any) -> Qwen3ForCausalLM:
+    shape: dict[str, Any] = dict(
+        vocab_size=300, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
+    )
+    more: dict[str, Any] = dict(num_key_value_heads=4, head_dim=16, max_position_embeddings=64)
     return Qwen3ForCausalLM(Qwen3Config(**{**shape, **more, **changes}))
 
 

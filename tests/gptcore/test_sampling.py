@@ -1,7 +1,6 @@
 """The next token follows the distribution that was asked for, and depends on seed and position alone."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -124,7 +123,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(package: Pac
 def test_generation_is_decoding_without_a_cache_token_by_token(package: Package, model: GPT) -> None:
     params = SamplingParams(max_new_tokens=20, top_k=40, seed=5)
     tokens = package.tokenizer.encode("Once upon")
-    expected = []
+    expected: list[int] = []
     for position in range(len(tokens), len(tokens) + 20):
         logits = model(torch.tensor([tokens + expected]))[0, -1]
         token = next_token(logits[: package.tokenizer.vocab_size], params, 5, position)
@@ -135,13 +134,9 @@ def test_generation_is_decoding_without_a_cache_token_by_token(package: Package,
 
 
 def biased(model: GPT, token: int) -> GPT:
-    """The model with `token` made by far the likeliest: the head ignores its input but for a constant direction."""
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.norm.weight.zero_()
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
-    with torch.no_grad():
-        model.lm_head.bias[token] = 100.0
+    """The model with a head that says `token`, whatever comes in."""
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias = torch.nn.Parameter(100.0 * torch.eye(model.config.vocab_size)[token])
     return model
 
 
@@ -175,12 +170,7 @@ def test_a_prompt_that_fills_the_context_is_refused_at_once(package: Package, mo
         generate(model, package.tokenizer, "x" * 64, SamplingParams())
 
 
-def test_streamed_pieces_are_whole_characters(
-    package: Package, model: GPT, monkeypatch: pytest.MonkeyPatch, byte_tokenizer: object
-) -> None:
-    def spoken(*_: object) -> Callable[[], int]:
-        return iter("aé中🧑".encode() + b"\xe4")  # type: ignore[return-value]
-
-    monkeypatch.setattr("gptcore.sampling.generate", spoken)
+def test_streamed_pieces_are_whole_characters(package: Package, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptcore.sampling.generate", lambda *_: iter("aé中🧑".encode() + b"\xe4"))
     pieces = list(stream_text(model, package.tokenizer, "", SamplingParams()))
     assert pieces == ["a", "é", "中", "🧑", "\ufffd"]

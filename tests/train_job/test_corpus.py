@@ -290,6 +290,13 @@ def test_parquet_without_the_column_names_those_it_has(tmp_path):
         open_corpus(str(tmp_path / "a.parquet"), "id", tmp_path)
 
 
+def test_parquet_with_bytes_for_text_is_refused(tmp_path):
+    texts = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"a\.parquet: column 'text' has a row that is not UTF-8"):
+        text_of(open_corpus(str(tmp_path / "a.parquet"), cache_dir=tmp_path))
+
+
 def test_a_missing_corpus_is_answered_with_the_nearest_name(tmp_path, monkeypatch):
     (tmp_path / "stories.txt").write_text("x")
     with pytest.raises(CorpusError, match=r"Did you mean 'stories\.txt'\?"):

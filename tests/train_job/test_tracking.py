@@ -13,8 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from gptcore.config import ModelConfig
 from gptcore.errors import TrainingError
+from gptcore.hub import resolve
+from gptcore.model import GPT
+from gptcore.package import open_package, save_package
+from gptcore.tokenizer import load_tokenizer
 from train_job import tracking
+from train_job.registry import Validation, publish
 from train_job.spool import Spool, undelivered
 from train_job.tracking import DatasetUse, SystemMetrics
 
@@ -109,6 +115,26 @@ def test_an_outage_loses_nothing_repeats_nothing_and_never_blocks_the_caller(ser
     assert [step for step, _ in history(server.uri, run_id, "tokens_seen")] == list(range(1, 1601))
     copy = client(server.uri).download_artifacts(run_id, "plots/curve.txt", str(tmp_path))
     assert Path(copy).read_text() == "late"
+
+
+def test_a_package_is_published_through_a_server_and_read_back_from_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # put back afterwards: publishing sets it
+    tokenizer = load_tokenizer("bytes", None)
+    config = ModelConfig(vocab_size=320, hidden_size=32, num_layers=1, num_heads=2, context_length=64)
+    package = save_package(tmp_path / "package", config, GPT(config).state_dict(), tokenizer, {})
+    run_id = tracking.start_run(server.uri, CONFIG)
+    for fingerprint in ("one", "two"):  # the second time, the champion is fetched and judged on our text
+        validation = Validation(fingerprint, lambda: iter(["some text"]))
+        published = publish(server.uri, run_id, package, validation, name="remote")
+    assert (published.version, published.promoted) == ("2", False)
+    assert "no better" in published.reason
+    champion = open_package(resolve("models:/remote@champion", server.uri))
+    assert champion.info == package.info
+    mlflow.set_tracking_uri(None)
 
 
 def wait_until(condition, timeout_s: float = 60.0) -> None:

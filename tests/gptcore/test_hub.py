@@ -1,0 +1,111 @@
+"""A name leads to a package folder, whoever keeps it, or to one message that says what is wrong."""
+
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptcore.errors import HubError
+from gptcore.hub import resolve
+from gptcore.package import Package, open_package
+
+
+def test_a_folder_is_itself(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve(str(package.path)) == package.path
+    monkeypatch.chdir(package.path.parent)
+    assert resolve(package.path.name) == package.path
+
+
+def test_a_name_that_leads_nowhere_says_what_is_expected_and_what_is_near(package: Package) -> None:
+    with pytest.raises(HubError, match=r"models:/NAME@ALIAS.* Did you mean .*/package'"):
+        resolve(str(package.path) + "s")
+    with pytest.raises(HubError, match=r"README\.md' is a file"):
+        resolve(str(package.path / "README.md"))
+
+
+def test_hugging_faces_cache_is_used_without_its_client(
+    package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    with pytest.raises(HubError, match="pip install huggingface-hub"):
+        resolve("hf:some/model")
+    repo = tmp_path / "hf" / "hub" / "models--some--model"
+    shutil.copytree(package.path, repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    assert open_package(resolve("hf:some/model")).config == package.config
+
+
+def test_hugging_faces_client_offline_is_one_clear_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(HubError, match=r"hf:some/model-that-is-not-there cannot be downloaded") as caught:
+        resolve("hf:some/model-that-is-not-there")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_database_yet_says_to_train_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))
+    with pytest.raises(HubError, match=rf"no database at sqlite:///{tmp_path}/mlflow/mlflow\.db; train a model first"):
+        resolve("models:/gpt@champion")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_is_away_is_told_within_seconds() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start = time.monotonic()
+    with pytest.raises(HubError, match=rf"http://127.0.0.1:{port} does not answer"):
+        resolve("models:/gpt@champion", tracking_uri=f"http://127.0.0.1:{port}")
+    assert time.monotonic() - start < 6
+
+
+@pytest.fixture
+def registry(tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A real MLflow on sqlite, with the package as version 1 of `gpt` and its champion; returns the run's id."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = mlflow.create_experiment("gpt", artifact_location=(tmp_path / "artifacts").as_uri())
+    with mlflow.start_run(experiment_id=experiment) as run:
+        mlflow.pyfunc.log_model(
+            name="model",
+            loader_module="gptcore.pyfunc",
+            data_path=str(package.path),
+            registered_model_name="gpt",
+            pip_requirements=["torch"],
+        )
+    mlflow.MlflowClient().set_registered_model_alias("gpt", "champion", "1")
+    return run.info.run_id
+
+
+def test_mlflows_names_lead_to_the_package_inside_its_model(registry: str, package: Package) -> None:
+    import mlflow
+
+    for name in ("models:/gpt@champion", "models:/gpt/1", f"runs:/{registry}/model"):
+        found = open_package(resolve(name))
+        assert found.config == package.config
+        assert found.info == package.info
+    with pytest.raises(HubError, match="Did you mean 'models:/gpt@champion'") as caught:
+        resolve("models:/gpt@champoin")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(HubError, match="MLflow knows no model 'runs:/nothing/model'"):
+        resolve("runs:/nothing/model")
+
+    loaded = mlflow.pyfunc.load_model("models:/gpt@champion")
+    texts = loaded.predict(["one", "two"])
+    assert len(texts) == 2
+    assert all(isinstance(text, str) for text in texts)
+
+
+def test_an_mlflow_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "MLmodel").write_text("flavors:\n  python_function:\n    loader_module: mlflow.sklearn\n")
+    with pytest.raises(HubError, match="not one of ours"):
+        resolve(str(tmp_path))

@@ -1,0 +1,149 @@
+"""A real Ray cluster on this machine, and the job as a user runs it: a process with a command line."""
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+TOKEN = secrets.token_hex(32)
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`ray start --head`: where drivers connect, and where jobs are submitted."""
+
+    address: str
+    dashboard: str
+    home: Path
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four CPUs' worth of Ray, started as the README says and stopped by its process id."""
+    home, port, dashboard = tmp_path_factory.mktemp("home"), free_port(), free_port()
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:  # socket paths are short
+        head = subprocess.Popen(
+            [
+                BIN / "ray",
+                "start",
+                "--head",
+                "--block",
+                "--num-cpus=4",
+                f"--port={port}",
+                "--node-ip-address=127.0.0.1",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={dashboard}",
+                f"--temp-dir={scratch}",
+                "--disable-usage-stats",
+            ],
+            cwd=ROOT,
+            env=environment(home),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert head.stdout
+        for line in head.stdout:
+            if "Ray runtime started" in line:
+                break
+        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", home)
+        started = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, timeout=10)
+        head.wait()
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """This environment with the project's home elsewhere and its Python first."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "GPT_FOUNDRY"))}
+    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    return kept | auth | {"GPT_FOUNDRY_HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"} | more
+
+
+SMALL = [
+    "--tokenizer=bytes",
+    "--num-layers=2",
+    "--num-heads=2",
+    "--hidden-size=64",
+    "--context-length=64",
+    "--batch-size=8",
+    "--max-steps=60",
+    "--eval-interval=20",
+    "--log-interval=5",
+    "--sample-tokens=8",
+    "--cpus-per-worker=1",
+]
+
+
+@dataclass
+class Job:
+    """A training job in a process of its own, and the folder of its run."""
+
+    process: subprocess.Popen[str]
+    run_dir: Path
+    uri: str
+
+    def await_line(self, pattern: str) -> str:
+        """Reads the job's output until a line matches; fails with all of it if none does."""
+        seen = []
+        assert self.process.stdout
+        for line in self.process.stdout:
+            seen.append(line)
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"no line matched {pattern!r} in:\n{''.join(seen)}")
+
+    def finish(self) -> tuple[int, str]:
+        """(exit code, the rest of the output)."""
+        output, _ = self.process.communicate(timeout=300)
+        return self.process.returncode, output
+
+
+@pytest.fixture
+def launch(cluster: Cluster, text_file: Path) -> Iterator[Callable[..., Job]]:
+    """Starts `python train_job/run.py` on the cluster."""
+    jobs: list[Job] = []
+
+    def start(name: str, *flags: str, small: bool = True, **env: str) -> Job:
+        arguments = [*(SMALL if small else ()), *(f"--data={text_file}",), f"--name={name}", *flags]
+        if any(flag.startswith("--resume") for flag in flags):
+            arguments = list(flags)
+        process = subprocess.Popen(
+            [sys.executable, "train_job/run.py", *arguments],
+            cwd=ROOT,
+            env=environment(cluster.home, RAY_ADDRESS=cluster.address, **env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        uri = env.get("MLFLOW_TRACKING_URI", f"sqlite:///{cluster.home}/mlflow/mlflow.db")
+        jobs.append(Job(process, cluster.home / "runs" / name, uri))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        if job.process.poll() is None:
+            job.process.kill()
+            job.process.wait()

@@ -1,0 +1,182 @@
+"""The job as a user runs it: a real cluster, real processes, a real registry."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment
+
+Launch = Callable[..., Job]
+
+
+def mlflow_client(job: Job) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(job.uri)
+
+
+def run_id(job: Job) -> str:
+    return str(json.loads((job.run_dir / "run.json").read_text())["run_id"])
+
+
+def points(job: Job, key: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in mlflow_client(job).get_metric_history(run_id(job), key)]
+
+
+def artifacts(job: Job, folder: str = "") -> list[str]:
+    return [a.path for a in mlflow_client(job).list_artifacts(run_id(job), folder)]
+
+
+def weights(job: Job) -> dict[str, torch.Tensor]:
+    return load_file(job.run_dir / "package" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, text_file: Path) -> Job:
+    """A run that nothing happens to; the others are compared with it."""
+    command = [sys.executable, "train_job/run.py", *SMALL, f"--data={text_file}", "--name=undisturbed"]
+    env = environment(cluster.home, RAY_ADDRESS=cluster.address)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = Job(process, cluster.home / "runs" / "undisturbed", f"sqlite:///{cluster.home}/mlflow/mlflow.db")
+    code, output = job.finish()
+    assert code == 0, output
+    return job
+
+
+def test_a_finished_run_has_its_curves_artifacts_and_a_registered_version(undisturbed: Job) -> None:
+    client, run = mlflow_client(undisturbed), mlflow_client(undisturbed).get_run(run_id(undisturbed))
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in points(undisturbed, "train/loss")] == list(range(5, 61, 5))
+    assert [step for step, _ in points(undisturbed, "val/bits_per_byte")] == [20, 40, 60]
+    expected = "train/bits_per_byte learning_rate grad_norm tokens_per_second tokens_seen epoch val/loss"
+    assert set(expected.split()) <= set(run.data.metrics)
+    assert run.data.params["hidden_size"] == "64"
+    assert "hardware.cpu" in run.data.tags
+    assert {i.dataset.name for i in run.inputs.dataset_inputs}
+    names = artifacts(undisturbed) + artifacts(undisturbed, "figures")
+    assert {"figures/loss_curve.png", "figures/temperature_effect.png", "samples.json", "config.yaml"} <= set(names)
+    assert any(name.startswith("training_") and name.endswith(".log") for name in names)
+    [version] = [v for v in client.search_model_versions("name='gpt'") if v.run_id == run.info.run_id]
+    assert float(version.tags["bits_per_byte"]) == pytest.approx(points(undisturbed, "val/bits_per_byte")[-1][1])
+    assert version.tags["promotion_reason"]
+
+
+def test_the_registered_version_speaks_through_mlflow_and_through_generate(undisturbed: Job) -> None:
+    code = (
+        "import mlflow, pandas\n"
+        f"mlflow.set_tracking_uri({undisturbed.uri!r})\n"
+        "model = mlflow.pyfunc.load_model('models:/gpt@champion')\n"
+        "print(len(model.predict(pandas.DataFrame({'prompt': ['1 green', 'x']}), params={'max_new_tokens': 4})))"
+    )
+    spoken = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert spoken.stdout.strip() == "2", spoken.stderr
+    command = [sys.executable, "-m", "gptcore.generate", "models:/gpt@champion", "--prompt", "10 green", "--greedy"]
+    env = environment(undisturbed.run_dir.parents[1])
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip()
+
+
+def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch, undisturbed: Job) -> None:
+    job = launch("killed-worker")
+    job.await_line(r"step +20 \| validation")
+    workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ())]
+    ours = [p for p in workers if p.environ().get("GPT_FOUNDRY_HOME") == str(job.run_dir.parents[1])]
+    assert ours, "no training worker was found to kill"
+    for worker in ours:
+        worker.send_signal(signal.SIGKILL)
+    code, output = job.finish()
+    assert code == 0, output
+    mine, theirs = weights(job), weights(undisturbed)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert [step for step, _ in points(job, "train/loss")] == list(range(5, 61, 5)), "a step was lost or logged twice"
+
+
+def test_two_workers_see_the_same_batches_and_agree_on_the_loss(launch: Launch, undisturbed: Job) -> None:
+    job = launch("two-workers", "--num-workers=2")
+    code, output = job.finish()
+    assert code == 0, output
+    for (step, one), (_, two) in zip(points(undisturbed, "train/loss"), points(job, "train/loss"), strict=True):
+        assert one == pytest.approx(two, rel=1e-3), f"step {step}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_marked_killed_and_goes_on_with_more_workers(
+    launch: Launch, undisturbed: Job, number: signal.Signals
+) -> None:
+    name = f"stopped-{number.name.lower()}"
+    job = launch(name, "--max-steps=2000", "--schedule=wsd", "--cooldown-fraction=0.01")
+    job.await_line(r"step +20 \| validation")
+    job.process.send_signal(number)
+    code, output = job.finish()
+    assert code == 128 + number, output
+    assert f"--resume {name}" in output
+    assert mlflow_client(job).get_run(run_id(job)).info.status == "KILLED"
+    stopped_at = json.loads(next(iter(job.run_dir.glob("checkpoint_*/state.json"))).read_text())["state"]["step"]
+    assert stopped_at >= 20
+
+    again = launch(name, f"--resume={name}", "--num-workers=2", f"--max-steps={stopped_at + 40}")
+    code, output = again.finish()
+    assert code == 0, output
+    assert mlflow_client(job).get_run(run_id(job)).info.status == "FINISHED"
+    steps = [step for step, _ in points(job, "train/loss")]
+    assert len(steps) == len(set(steps)), "a step was logged twice"
+    assert max(steps) == stopped_at + 40
+
+
+def test_a_finished_run_resumed_without_news_is_shown_again(launch: Launch, undisturbed: Job) -> None:
+    job = launch("undisturbed", "--resume=undisturbed")
+    code, output = job.finish()
+    assert code == 0
+    assert "is finished" in output
+    assert "registry" in output
+
+
+@pytest.mark.parametrize("working_dir", [False, True])
+def test_the_job_runs_through_ray_job_submit(cluster: Cluster, text_file: Path, working_dir: bool) -> None:
+    name = f"submitted-{working_dir}"
+    command = [BIN / "ray", "job", "submit", f"--address={cluster.dashboard}"]
+    command += ["--working-dir=."] if working_dir else []
+    command += ["--", "python", "train_job/run.py", *SMALL, f"--data={text_file}", f"--name={name}", "--promote=always"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(cluster.home), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "now @champion" in done.stdout
+    assert (cluster.home / "runs" / name / "outcome.json").exists()
+
+
+def test_ray_job_stop_leaves_a_checkpoint_and_a_killed_run(cluster: Cluster, text_file: Path) -> None:
+    from mlflow import MlflowClient
+
+    ray = [BIN / "ray", "job"]
+    where = f"--address={cluster.dashboard}"
+    command = [*ray, "submit", where, "--submission-id=to-stop", "--", "python", "train_job/run.py", *SMALL]
+    submitted = subprocess.Popen(
+        [*command, f"--data={text_file}", "--name=job-stopped", "--max-steps=100000"],
+        cwd=ROOT,
+        env=environment(cluster.home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    run_dir = cluster.home / "runs" / "job-stopped"
+    Job(submitted, run_dir, "").await_line(r"step +20 \| validation")
+    subprocess.run([*ray, "stop", where, "to-stop"], check=True, capture_output=True, env=environment(cluster.home))
+    submitted.communicate(timeout=60)
+    record = json.loads((run_dir / "run.json").read_text())
+    assert MlflowClient(record["tracking_uri"]).get_run(record["run_id"]).info.status == "KILLED"
+    snapshot = (run_dir / "checkpoint_manager_snapshot.json").read_text()
+    last = json.loads(
+        (run_dir / json.loads(snapshot)["latest_checkpoint_result"]["checkpoint_dir_name"] / "state.json").read_text()
+    )
+    assert last["state"]["step"] % 20, "the last checkpoint is the stop's own, not a periodic one"
+    assert os.path.exists(run_dir / "config.yaml")

@@ -1,0 +1,104 @@
+"""What a user may say, and what is answered when it makes no sense."""
+
+from pathlib import Path
+
+import pytest
+
+from gptcore.config import MODEL_PRESETS
+from gptcore.errors import ConfigError
+from train_job.config import PRESETS, build_config, parse_settings, resume_config, write_yaml
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_makes_a_config_and_names_a_model(preset: str) -> None:
+    config = build_config({"preset": preset})
+    assert config.model_config(vocab_size=64).num_layers == MODEL_PRESETS[preset]["num_layers"]
+    assert config.planned_limits()
+
+
+def test_flags_win_over_the_config_file_which_wins_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: story\nbatch_size: 6\nlearning_rate: 1e-4\nnum_layers: 3\n")
+    config = build_config(parse_settings(["--config", str(file), "--batch-size", "12", "--no-compile"]))
+    assert (config.preset, config.batch_size, config.learning_rate) == ("story", 12, 1e-4)
+    assert config.model["num_layers"] == 3
+    assert config.stride == PRESETS["story"]["stride"]
+
+
+def test_a_written_config_is_read_back_the_same(tmp_path: Path) -> None:
+    config = build_config({"preset": "mini", "sample_prompts": ["a", "b"], "max_minutes": 2.5})
+    write_yaml(config, tmp_path / "config.yaml")
+    assert build_config(parse_settings(["--config", str(tmp_path / "config.yaml")])) == config
+
+
+def test_a_limit_of_ones_own_replaces_the_presets() -> None:
+    config = build_config({"preset": "mini", "max_steps": 7})
+    assert (config.max_steps, config.max_epochs) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--max-stpes", "5"], ["--max-stpes", "Did you mean '--max-steps'"]),
+        (["--preset", "quik"], ["quik", "quick"]),
+        (["--max-steps", "many"], ["max_steps", "many", "whole number", "steps"]),
+        (["--max-steps", "0"], ["max_steps is 0", "more than 0"]),
+        (["--learning-rate", "nan"], ["learning_rate is nan"]),
+        (["--learning-rate", "-1"], ["learning_rate is -1"]),
+        (["--optimizer", "moun"], ["moun", "Did you mean 'muon'"]),
+        (["--num-workers", "4:1"], ["4:1", "MIN:MAX"]),
+        (["--num-workers", "9"], ["num_workers 9", "batch_size 8"]),
+        (["--num-heads", "7"], ["hidden_size 256", "num_heads 7"]),
+        (["--family", "gpt3"], ["gpt3", "Did you mean 'gpt2'"]),
+        (["--dropout", "1"], ["dropout is 1.0"]),
+        (["--val-fraction", "0"], ["val_fraction is 0", "val_data"]),
+        (["--init-from", "here", "--num-layers", "2"], ["init_from", "num_layers"]),
+        (["--init-from", "here", "--tokenizer", "bytes"], ["init_from", "tokenizer"]),
+        (["--config", "/no/such.yaml"], ["/no/such.yaml"]),
+    ],
+)
+def test_bad_settings_are_named_with_what_was_expected(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config(parse_settings(argv))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch_siez: 3", ["batch_siez", "Did you mean 'batch_size'"]),
+        ("compile: perhaps", ["compile", "perhaps", "true or false"]),
+        ("batch_size: [3]", ["batch_size", "[3]"]),
+        ("just words", ["holds no settings"]),
+        ("a: b: c", ["cannot read"]),
+    ],
+)
+def test_bad_yaml_is_named_with_what_was_expected(tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        build_config(parse_settings(["--config", str(tmp_path / "run.yaml")]))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_help_lists_every_field_with_its_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_settings(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for flag in ("--max-steps", "--num-workers", "--hidden-size", "--matrix-learning-rate", "--resume"):
+        assert flag in text
+    assert "[steps; default: 20]" in text
+    assert "[tokens; default: 256]" in text
+
+
+def test_a_resumed_run_may_change_its_end_but_not_its_steps() -> None:
+    saved = build_config({"max_steps": 10, "name": "x"}).flat()
+    assert resume_config(saved, {"resume": "x", "max_steps": "20"}).max_steps == 20
+    assert resume_config(saved, {"resume": "x", "batch_size": "8"}).batch_size == 8  # as it was
+    with pytest.raises(ConfigError, match="batch_size was 8 when run x began and cannot become '16'"):
+        resume_config(saved, {"resume": "x", "batch_size": "16"})
+    with pytest.raises(ConfigError, match="tokenizer was"):
+        resume_config(saved, {"resume": "x", "tokenizer": "bytes"})
+    with pytest.raises(ConfigError, match="Did you mean 'max_steps'"):
+        resume_config(saved, {"resume": "x", "max_step": "16"})

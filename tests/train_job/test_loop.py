@@ -1,0 +1,159 @@
+"""The loop with torch alone: what it learns, when it stops, and that a resumed run is the same run."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptcore.errors import TrainingError
+from train_job.checkpoint import load_checkpoint, save_checkpoint
+from train_job.evaluate import validation_nats
+from train_job.loop import CheckpointDue, Evaluation, Event, Finished, Progress, Trainer
+
+Make = Callable[..., Trainer]
+
+
+def events(trainer: Trainer) -> list[Event]:
+    return list(trainer.run())
+
+
+def of_kind(kind: type, found: list[Event]) -> list[Any]:
+    return [event for event in found if isinstance(event, kind)]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in trainer.tensors().items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_training_lowers_the_loss_on_text_it_has_not_seen(trainer: Make, family: str, optimizer: str) -> None:
+    found = events(trainer(family=family, optimizer=optimizer, max_steps=60, eval_interval=20))
+    losses = [e.loss for e in of_kind(Evaluation, found)]
+    assert losses[-1] < losses[0] < math.log(257)
+    assert of_kind(Evaluation, found)[-1].best
+
+
+def test_events_come_in_order_and_cover_every_step(trainer: Make) -> None:
+    found = events(trainer(max_steps=8, eval_interval=4, log_interval=3))
+    assert [e.step for e in of_kind(Progress, found)] == [3, 6, 8]
+    assert [e.step for e in of_kind(Evaluation, found)] == [4, 8]
+    assert [e.step for e in of_kind(CheckpointDue, found)] == [4, 8]
+    assert found[-1] == Finished(8, "max_steps")
+
+
+def test_bits_per_byte_counts_every_byte_of_the_split_once(trainer: Make) -> None:
+    t = trainer()
+    evaluation = t.evaluate()
+    with torch.no_grad():
+        stream = torch.from_numpy(t.validation.read(0, t.validation.num_tokens))
+        T, nats = t.config.context, 0.0
+        for start in range(0, len(stream) - 1, T):
+            x, y = stream[start : start + T], stream[start + 1 : start + T + 1]
+            nats += float(t.model(x[None, : len(y)], y[None]))
+    assert evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / t.validation.num_bytes, rel=2e-3)
+    assert evaluation.loss == pytest.approx(nats / (len(stream) - 1), rel=2e-3)
+
+
+def test_evaluation_leaves_the_model_in_training_mode(trainer: Make) -> None:
+    t = trainer(dropout=0.1)
+    validation_nats(t.model, t.validation, 32, 4)
+    assert t.model.training
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resumed_run_ends_with_identical_weights(trainer: Make, tmp_path: Path, optimizer: str) -> None:
+    whole = trainer(dropout=0.1, optimizer=optimizer)
+    undisturbed = events(whole)
+
+    first = trainer(dropout=0.1, optimizer=optimizer)
+    identity = first.identity("tokenizer")
+    for event in first.run():
+        if isinstance(event, CheckpointDue):
+            save_checkpoint(tmp_path / "c", first.state, identity, first.tensors(), first.optimizers.tensors())
+            break
+    second = trainer(dropout=0.1, optimizer=optimizer, seed=1337)
+    second.restore(load_checkpoint(tmp_path / "c", identity))
+    resumed = events(second)
+
+    assert_same(weights(whole), weights(second))
+    assert of_kind(Progress, resumed)[-1].loss == of_kind(Progress, undisturbed)[-1].loss
+    assert of_kind(Evaluation, resumed)[-1].loss == of_kind(Evaluation, undisturbed)[-1].loss
+
+
+def test_gradient_accumulation_takes_the_same_steps(trainer: Make) -> None:
+    whole, parts = trainer(precision="fp32"), trainer(precision="fp32", micro_batch_size=1)
+    events(whole), events(parts)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(parts)[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (dict(max_steps=5), "max_steps"),
+        (dict(max_steps=None, max_epochs=0.05), "max_epochs"),
+        (dict(max_steps=None, max_tokens=300), "max_tokens"),
+        (dict(max_steps=100, max_tokens=300), "max_tokens"),
+        (dict(max_steps=10000, max_minutes=0.0001), "max_minutes"),
+        (dict(max_steps=50, target_loss=5.6), "target_loss"),
+        (dict(max_steps=50, target_bits_per_byte=8.0), "target_bits_per_byte"),
+        (dict(max_steps=500, learning_rate=1e-12, optimizer="adamw", patience=1, eval_interval=1), "patience"),
+    ],
+)
+def test_whichever_limit_comes_first_ends_the_run(trainer: Make, settings: dict[str, Any], reason: str) -> None:
+    found = events(trainer(**settings))
+    assert found[-1].reason == reason  # type: ignore[union-attr]
+    assert of_kind(CheckpointDue, found)[-1].step == found[-1].step
+    assert math.isfinite(of_kind(CheckpointDue, found)[-1].loss), "the last state is judged before it is kept"
+
+
+def test_a_stop_leaves_a_checkpoint_at_once(trainer: Make) -> None:
+    polled = iter([False, False, True])
+    found = events(trainer(stop_asked=lambda: next(polled)))
+    assert found[-2:] == [CheckpointDue(3, math.inf), Finished(3, "stopped")]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_at_which_step(trainer: Make) -> None:
+    t = trainer(max_steps=20, log_interval=5)
+    run = t.run()
+    saved = next(event for event in run if isinstance(event, CheckpointDue))
+    assert saved.step == 6
+    t.batches = _PoisonedAt(t, 8)  # type: ignore[assignment]
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 8; the last good checkpoint is kept"):
+        next(event for event in run if isinstance(event, CheckpointDue))
+
+
+class _PoisonedAt:
+    """Batches that turn the weights into NaN just before the given step (counted from 1)."""
+
+    def __init__(self, trainer: Trainer, step: int) -> None:
+        self.trainer, self.step, self.inner = trainer, step, trainer.batches
+        self.steps_per_epoch = self.inner.steps_per_epoch
+
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        if step + 1 == self.step:
+            with torch.no_grad():
+                self.trainer.model.norm.weight.fill_(math.nan)
+        return self.inner.batch(step, rank, world_size)
+
+
+def test_the_schedule_warms_up_and_cools_down(small: Callable[..., Any]) -> None:
+    from train_job.optimizer import learning_rate_factor as factor
+
+    for schedule in ("wsd", "linear", "cosine"):
+        config = small(schedule=schedule, warmup_steps=10, cooldown_fraction=0.5, min_lr_fraction=0.1)
+        path = [factor(config, step, 100) for step in range(100)]
+        assert path[0] == pytest.approx(0.1)
+        assert max(path) == path[10] == pytest.approx(1.0)
+        assert path[-1] == pytest.approx(0.1, abs=0.03)
+        assert path[10:] == sorted(path[10:], reverse=True)
+    assert [factor(small(schedule="wsd"), step, 100) for step in (20, 39)] == [1.0, 1.0]
