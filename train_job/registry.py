@@ -109,7 +109,7 @@ def publish(
             "promoted": str(decision.promote).lower(),
             "promotion_reason": decision.reason,
         }
-        version = _register(run_id, package, name, tags, step)
+        version = _register(client.get_run(run_id), package, name, tags, step)
         client.update_model_version(name, version, description=describe(package))
         if decision.promote:
             client.set_registered_model_alias(name, CHAMPION, version)
@@ -172,17 +172,18 @@ def _origin_tags(run: Any) -> dict[str, str]:
     return tags
 
 
-def _register(run_id: str, package: Package, name: str, tags: dict[str, str], step: int) -> str:
+def _register(run: Any, package: Package, name: str, tags: dict[str, str], step: int) -> str:
     """Logs the package's files as they are (no pickle) under a pyfunc model and registers it; returns the version."""
     import mlflow.models
 
+    mlflow.set_experiment(experiment_id=run.info.experiment_id)  # else the model lands in "Default", in this folder
     # MLflow runs the example once before it uploads: a package that cannot speak is not registered unnoticed.
     example = ({"prompt": "Once upon a time"}, {"max_new_tokens": 8, "temperature": 0.0})
     logged = mlflow.models.Model.log(  # what pyfunc.log_model calls, for a run that need not be the thread's active one
         artifact_path=None,
         name="model",
         flavor=mlflow.pyfunc,
-        run_id=run_id,
+        run_id=run.info.run_id,
         registered_model_name=name,
         tags=tags,
         step=step,
