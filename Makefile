@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format ui docs clean constraints
+.PHONY: help demo test test-slow check format ui clean constraints
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,8 +15,8 @@ demo: .venv/installed ## text in, registered and promoted model out (minutes)
 test: .venv/installed-dev ## every fast test
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-slow: .venv/installed-dev ## every test
-	@$(BIN)/python -m pytest
+test-slow: .venv/installed-dev ## the tests that take minutes each
+	@$(BIN)/python -m pytest -m slow
 
 check: .venv/installed-dev ## lint, format, types, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

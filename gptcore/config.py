@@ -96,7 +96,7 @@ class ModelConfig:
 
 MODEL_PRESETS: dict[str, dict[str, Any]] = {
     # The demo: learns tiny corpora on a laptop's CPU in about two minutes.
-    "quick": dict(family="qwen3", num_layers=4, num_heads=4, hidden_size=256, context_length=256),
+    "quick": dict(family="qwen3", num_layers=4, num_heads=2, hidden_size=256, context_length=256),
     # GPT-2 small as OpenAI published it, and the qwen3 family at the same size.
     "gpt2-124m": dict(family="gpt2", num_layers=12, num_heads=12, hidden_size=768, context_length=1024),
     "foundry-124m": dict(

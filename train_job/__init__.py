@@ -1,4 +1,4 @@
 """How a model package is made: from text to a registered, promoted version.
 
-`run`, `worker` and `ray_data` know Ray; `run`, `tracking` and `registry` know MLflow; the loop needs torch alone.
+`run`, `worker` and `ray_data` know Ray; `tracking`, `spool` and `registry` know MLflow; the loop needs torch alone.
 """

@@ -7,7 +7,6 @@ same tokens in the same order. Validation is not sampled at all: every token is 
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,16 +15,6 @@ from torch import Tensor
 from gptcore.errors import ConfigError, CorpusError
 from gptcore.model import IGNORE
 from train_job.shards import TokenSet
-
-
-class TokenStream(Protocol):
-    """What evaluation needs of a TokenSet."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    def read(self, start: int, length: int) -> np.ndarray: ...
-
 
 ROUNDS = 8
 """Feistel rounds: four are enough for long epochs (Luby and Rackoff 1988), but in one of ten windows show a bias."""
@@ -122,7 +111,7 @@ class Batches:
 
 
 def validation_batches(
-    tokens: TokenStream, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1
+    tokens: TokenSet, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The rank's share of the whole stream as (x, y), int64 (b, T) each, b <= batch_size.
 

@@ -102,6 +102,8 @@ class TrainConfig:
         for name in ("val_fraction", "cooldown_fraction", "min_lr_fraction", "beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected between 0 and 1")
+        if not self.sample_prompts:
+            raise ConfigError("sample_prompts is empty; give one, or turn samples off with sample_tokens 0")
         for f in fields(self):
             _check_choice(f, getattr(self, f.name))
         if not self.val_data and not 0 < self.val_fraction < 1:
@@ -141,9 +143,12 @@ class TrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every setting under its own name, the model's among them: for YAML files and MLflow's parameters."""
-        values = asdict(self)
-        values["sample_prompts"] = list(self.sample_prompts)
-        return {**{k: v for k, v in values.items() if k != "model"}, **values["model"]}
+        values = asdict(self) | {"sample_prompts": list(self.sample_prompts)}
+        model = values.pop("model")
+        if self.init_from:  # the parent's, whatever the preset says
+            values.pop("tokenizer")
+            model = {k: v for k, v in model.items() if k == "dropout"}
+        return values | model
 
 
 # Settings that may change when a run goes on; any other decides what a step is.
@@ -181,7 +186,7 @@ RESUMABLE = frozenset(
 _GPT2_ADAMW = dict(optimizer="adamw", tokenizer="gpt2", beta1=0.9, schedule="cosine", min_lr_fraction=0.1)
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(max_steps=600),
+    "quick": dict(max_steps=330, learning_rate=6e-3, cooldown_fraction=0.45),
     "gpt2-124m": _GPT2_ADAMW
     | dict(batch_size=480, micro_batch_size=16, learning_rate=6e-4, warmup_steps=700, max_tokens=10_000_000_000)
     | dict(eval_interval=1000, precision="auto"),
@@ -193,7 +198,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_tokens=2_500_000_000,
         eval_interval=500,
     ),
-    # The projects that this one succeeds; docs/predecessors.md has where each figure comes from.
+    # The recipes of the projects that this one succeeds, where they say them.
     "tiny": _GPT2_ADAMW | dict(batch_size=16, learning_rate=1e-3, max_steps=500),
     "shakespeare": _GPT2_ADAMW
     | dict(data="shakespeare", batch_size=16, sequence_length=128, learning_rate=3e-4, max_epochs=10),
@@ -289,9 +294,10 @@ def resume_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainCo
     for key, value in given.items():
         if key not in _FIELDS:
             raise ConfigError(f"there is no setting {key!r}.{did_you_mean(key, _FIELDS)}")
-        if key not in RESUMABLE and _convert(key, value) != old[key]:
+        if key not in RESUMABLE and _convert(key, value) != old.get(key):
+            before = old.get(key, "the parent's")
             raise ConfigError(
-                f"{key} was {old[key]!r} when run {given['resume']} began and cannot become {value!r} as it goes on; "
+                f"{key} was {before!r} when run {given['resume']} began and cannot become {value!r} as it goes on; "
                 "leave it out, or begin a new run (--init-from takes the weights along)"
             )
     return build_config(old, {k: v for k, v in given.items() if k in RESUMABLE - {"resume", "name"}})

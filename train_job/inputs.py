@@ -4,6 +4,8 @@ In: a TrainConfig. Out: `Inputs`, and a `GPT` with the run's initial weights. Ev
 or pinned, so a worker on another machine, or a resumed run, comes to the same.
 """
 
+import hashlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +19,12 @@ from gptcore.home import home
 from gptcore.hub import resolve
 from gptcore.model import GPT
 from gptcore.package import Package, open_package
-from gptcore.tokenizer import Tokenizer, load_tokenizer
+from gptcore.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer, read_tokenizer, save_tokenizer
+from train_job.batches import Batches
 from train_job.config import TrainConfig
 from train_job.corpus import Corpus, open_corpus, split
+from train_job.files import written_whole
+from train_job.hardware import pick_device
 from train_job.shards import TokenSet, prepare
 
 VOCAB_MULTIPLE = 64
@@ -28,8 +33,9 @@ VOCAB_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from. `parent` is the package it is fine-tuned from, if any."""
+    """What a run is made from. `parent` is the package it is fine-tuned from, if any; `config` knows what it brings."""
 
+    config: TrainConfig
     tokenizer: Tokenizer
     train_corpus: Corpus
     validation_corpus: Corpus
@@ -50,27 +56,25 @@ def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map) -> Inp
     Raises CorpusError, TokenizerError, PackageError, HubError or ConfigError: whatever is wrong is found here.
     """
     cache = cache_dir(config)
+    if config.device != "auto" and not config.use_gpu:
+        pick_device(config)
     corpus = open_corpus(config.data, config.text_column, cache)
     if config.val_data:
         train, validation = corpus, open_corpus(config.val_data, config.text_column, cache)
     else:
         train, validation = split(corpus, config.val_fraction)
     parent = open_package(resolve(config.init_from)) if config.init_from else None
-    tokenizer = parent.tokenizer if parent else load_tokenizer(config.tokenizer, train.documents)
+    tokenizer = parent.tokenizer if parent else _tokenizer(config, train)
     shape = _child_shape(config, parent.config) if parent else config.model_config(_padded(tokenizer.vocab_size))
+    if parent and config.sequence_length is None:
+        config = replace(config, sequence_length=shape.context_length)
     if config.context > shape.context_length:
         raise ConfigError(
             f"sequence_length {config.context} is more than the model's context_length {shape.context_length}"
         )
-    return Inputs(
-        tokenizer,
-        train,
-        validation,
-        prepare(train, tokenizer, cache, mapper),
-        prepare(validation, tokenizer, cache, mapper),
-        shape,
-        parent,
-    )
+    tokens, judge = (prepare(corpus, tokenizer, cache, mapper) for corpus in (train, validation))
+    Batches(tokens, config.context, config.batch_size, config.seed, config.stride)  # raises if the text is too short
+    return Inputs(config, tokenizer, train, validation, tokens, judge, shape, parent)
 
 
 def build_model(config: TrainConfig, shape: ModelConfig, initial: dict[str, torch.Tensor] | None = None) -> GPT:
@@ -80,6 +84,23 @@ def build_model(config: TrainConfig, shape: ModelConfig, initial: dict[str, torc
     if initial is not None:
         model.load_state_dict(initial)
     return model
+
+
+def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
+    """The tokenizer that the config names; one that is learned is kept beside the shards and learned once."""
+    parse_tokenizer(config.tokenizer)
+    if not config.tokenizer.startswith("bpe:"):
+        return load_tokenizer(config.tokenizer, train.documents)
+    key = hashlib.sha256(f"{config.tokenizer} {train.fingerprint}".encode()).hexdigest()[:32]
+    folder = cache_dir(config) / "tokenizers" / key
+    if not (folder / "tokenizer.json").exists():
+        learned = load_tokenizer(config.tokenizer, train.documents)
+        with tempfile.TemporaryDirectory() as scratch:
+            save_tokenizer(learned, Path(scratch))
+            for file in Path(scratch).iterdir():  # written whole: another run may be learning the same
+                with written_whole(folder / file.name) as copy:
+                    copy.write(file.read_bytes())
+    return replace(read_tokenizer(folder), name=config.tokenizer)
 
 
 def _padded(vocab_size: int) -> int:

@@ -139,7 +139,7 @@ class Trainer:
         self.state = TrainState(**asdict(checkpoint.state))
 
     def run(self) -> Iterator[Event]:
-        """Trains until a limit is met. Raises TrainingError, on every rank, when the loss stops being a number."""
+        """Trains until a limit is met. Raises TrainingError, on every rank, when a loss stops being a number."""
         config, state = self.config, self.state
         losses: list[Tensor] = []
         norms: list[Tensor] = []
@@ -185,6 +185,8 @@ class Trainer:
             nats = validation_nats(self.model, self.validation, self.config.context, micro, self.rank, self.world_size)
         nats = self._all_reduce(nats)
         loss = float(nats) / (self.validation.num_tokens - 1)
+        if not math.isfinite(loss):
+            raise diverged(f"validation loss is {loss}", state.step)
         best = loss < state.best_loss
         state.since_best = 0 if best else state.since_best + 1
         if best:
@@ -261,10 +263,7 @@ class Trainer:
         for i, (loss, norm) in enumerate(zip(means, norm_list, strict=True)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-                raise TrainingError(
-                    f"the {what} at step {self.state.step - len(losses) + i + 1}; the last good checkpoint is kept. "
-                    "Try a lower learning rate, more warm-up steps or --precision fp32"
-                )
+                raise diverged(what, self.state.step - len(losses) + i + 1)
         return means, norm_list[-1], {0: "", 1: "max_minutes", 2: "stopped"}[round(code[0])]
 
     def _all_reduce(self, value: Tensor) -> Tensor:
@@ -301,3 +300,11 @@ class Trainer:
         if c.target_bits_per_byte is not None and evaluation.bits_per_byte <= c.target_bits_per_byte:
             return "target_bits_per_byte"
         return "patience" if c.patience is not None and self.state.since_best >= c.patience else ""
+
+
+def diverged(what: str, step: int) -> TrainingError:
+    """The error of a run whose figures are no numbers any more."""
+    return TrainingError(
+        f"the {what} at step {step}; the last good checkpoint is kept. "
+        "Try a lower learning rate, more warm-up steps or --precision fp32"
+    )

@@ -20,7 +20,9 @@ from gptcore.sampling import SamplingParams, generate_text
 from train_job import figures, registry, tracking
 from train_job.checkpoint import load_model
 from train_job.config import TrainConfig
+from train_job.evaluate import bits_per_byte
 from train_job.hardware import peak_memory_mb
+from train_job.inputs import cache_dir
 from train_job.spool import Spool
 from train_job.worker import UNJUDGED
 
@@ -41,7 +43,7 @@ def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
         return 1 if isinstance(problem, TrainingError) else 2
     if run.signal:
         _close(run, "KILLED", [run.console.path])
-        run.console.say(f"stopped; go on with: python train_job/run.py --resume {run.config.name}")
+        run.console.say(f"stopped; go on with: {run.resume_command()}")
         return 128 + run.signal
     package = _package(run, result)
     pictures = _figures(run, package)
@@ -50,7 +52,10 @@ def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
             run.uri,
             run.run_id,
             package,
-            registry.Validation(run.inputs.validation_corpus.fingerprint, run.inputs.validation_corpus.documents),
+            registry.Validation(
+                run.inputs.validation_corpus.fingerprint,
+                lambda judged: bits_per_byte(judged, run.inputs.validation_corpus, cache_dir(run.config)),
+            ),
             name=run.config.register_as,
             promote=run.config.promote,
             bits_per_byte=package.info["training"]["bits_per_byte"],
@@ -58,7 +63,7 @@ def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
         )
     except FoundryError as error:
         run.console.say(f"error: {error}")
-        run.console.say(f"the package is whole in {package.path}; register it with --resume {run.config.name}")
+        run.console.say(f"the package is whole in {package.path}; register it with: {run.resume_command()}")
         _close(run, "FAILED", [*pictures, run.console.path])
         return 1
     record = asdict(published) | {"config": run.config.flat()}
@@ -85,6 +90,7 @@ def _package(run: Run, result: Any) -> Package:
         "run_id": run.run_id,
         "step": metrics["step"],
         "tokens": metrics["step"] * run.config.batch_size * run.config.context,
+        "sequence_length": run.config.context,
         "validation_loss": loss,
         "bits_per_byte": bits,
         "data": inputs.train_corpus.name,
@@ -105,13 +111,15 @@ def _figures(run: Run, package: Package) -> list[Path]:
     figures.loss_curve(run.history, curve)
     prompt = package.tokenizer.encode(run.config.sample_prompts[0]) or [package.tokenizer.eot]
     logits = package.load_model()(torch.tensor([prompt]))[0, -1]  # (V,)
-    figures.temperature_effect(logits[: package.tokenizer.vocab_size], package.tokenizer, temperature)
+    figures.temperature_effect(
+        logits[: package.tokenizer.vocab_size], package.tokenizer, temperature, prompt=run.config.sample_prompts[0]
+    )
     return [curve, temperature]
 
 
 def _tell(run: Run, worker_memory: dict[str, float]) -> None:
     driver = peak_memory_mb()["memory"]
-    memory = {"driver": driver} | {f"worker {k.replace('_', ' ')}": v for k, v in worker_memory.items()}
+    memory = {"driver memory": driver} | worker_memory
     run.console.say(f"memory    peak: {', '.join(f'{k} {v:,.0f} MiB' for k, v in memory.items())}")
 
 
@@ -158,4 +166,4 @@ def _close(run: Run, status: str, files: list[Path]) -> None:
 
 
 def _driver_memory() -> dict[str, float]:
-    return {"peak_memory_mb/driver": peak_memory_mb()["memory"]}
+    return {"peak_mb/driver memory": peak_memory_mb()["memory"]}

@@ -8,7 +8,7 @@ newcomer are compared by bits per byte on the same bytes, whatever their tokeniz
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ REQUIREMENTS = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")  # wh
 
 @dataclass(frozen=True)
 class Validation:
-    """The text that judges: its corpus's fingerprint, and a way to read its documents again."""
+    """The text that judges: its fingerprint, and a package's bits per byte on it."""
 
     fingerprint: str
-    texts: Callable[[], Iterable[str]]
+    judge: Callable[[Package], float]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Champion:
     version: str
     bits_per_byte: float | None
     problem: str = ""
+    judged_here: bool = False
 
 
 def decide(mode: str, bits_per_byte: float, champion: Champion | None) -> Decision:
@@ -96,12 +97,14 @@ def publish(
     import mlflow
 
     if bits_per_byte is None:
-        bits_per_byte = _evaluate(package, validation)
+        bits_per_byte = validation.judge(package)
     mlflow.set_tracking_uri(uri)  # logging a model knows only the process-wide one
     with answers_expected(uri):
         client = mlflow_client(uri)
         champion = _champion(client, uri, name, validation) if promote == "if-better" else None
-        decision = decide(promote, bits_per_byte, champion)
+        # A champion judged here is compared with what the same judge says of the newcomer.
+        ours = validation.judge(package) if champion and champion.judged_here else bits_per_byte
+        decision = decide(promote, ours, champion)
         tags = {
             "bits_per_byte": repr(bits_per_byte),
             "validation_fingerprint": validation.fingerprint,
@@ -133,12 +136,6 @@ def pin(model: str, uri: str) -> str:
     return f"models:/{name}/{version.version}"
 
 
-def _evaluate(package: Package, validation: Validation) -> float:
-    from train_job.evaluate import bits_per_byte
-
-    return bits_per_byte(package, validation.texts())
-
-
 def _champion(client: Any, uri: str, name: str, validation: Validation) -> Champion | None:
     """The champion on our validation text: its own figure if it was judged on the same bytes, else judged here."""
     from mlflow import MlflowException
@@ -156,7 +153,7 @@ def _champion(client: Any, uri: str, name: str, validation: Validation) -> Champ
 
     try:
         package = open_package(resolve(f"models:/{name}/{holder.version}", uri))
-        return Champion(str(holder.version), _evaluate(package, validation))
+        return Champion(str(holder.version), validation.judge(package), judged_here=True)
     except FoundryError as error:
         return Champion(str(holder.version), None, str(error))
 

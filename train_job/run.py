@@ -4,16 +4,21 @@ Runs alike as `python train_job/run.py`, through `ray job submit -- python train
 `--working-dir .`. Exit codes: 0 done, 1 training failed, 2 the input was wrong, 130 or 143 stopped by a signal.
 """
 
+from __future__ import annotations
+
 import contextlib
+import errno
+import functools
 import json
 import os
 import signal
 import sys
 import threading
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == ROOT / "train_job":  # run as a script: our modules are train_job.*, not top-level
@@ -27,6 +32,9 @@ from gptcore.home import home  # noqa: E402
 from train_job.config import TrainConfig, build_config, parse_settings, read_yaml, resume_config, write_yaml  # noqa: E402
 from train_job.console import Console, count  # noqa: E402
 
+if TYPE_CHECKING:
+    from train_job.inputs import Inputs
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit code."""
@@ -37,6 +45,14 @@ def main(argv: list[str] | None = None) -> int:
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: cannot write {error.filename or home()}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
@@ -51,7 +67,10 @@ def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
         if not (run_dir / "config.yaml").exists():
             known = sorted(p.parent.name for p in local.glob("*/config.yaml"))
             raise ConfigError(f"no run {given['resume']!r} in {local}.{did_you_mean(str(given['resume']), known)}")
-        return resume_config(read_yaml(str(run_dir / "config.yaml")), given), run_dir
+        config = resume_config(read_yaml(str(run_dir / "config.yaml")), given)
+        if "storage_path" not in given:
+            return _absolute(config, config.storage_path or storage, local), run_dir
+        return _absolute(config, storage, local), run_dir
     config = build_config(given)
     name = config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     if "/" in name or name.startswith("."):
@@ -59,10 +78,13 @@ def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
     run_dir = local / name
     if (run_dir / "config.yaml").exists():
         raise ConfigError(f"there is a run {name!r} already; go on with --resume {name}, or choose another --name")
-    # Workers have another folder and another environment than the driver: what they look up is made absolute here.
+    return _absolute(replace(config, name=name), storage, local), run_dir
+
+
+def _absolute(config: TrainConfig, storage: str, local: Path) -> TrainConfig:
+    """Workers have another folder and another environment than the driver: what they look up is made absolute."""
     cache = Path(config.cache_dir).expanduser().absolute() if config.cache_dir else home() / ".cache"
-    storage = storage if "://" in storage else str(local)
-    return replace(config, name=name, storage_path=storage, cache_dir=str(cache)), run_dir
+    return replace(config, storage_path=storage if "://" in storage else str(local), cache_dir=str(cache))
 
 
 class Run:
@@ -80,27 +102,53 @@ class Run:
 
         if outcome.is_finished(self.run_dir, self.config):
             return outcome.show_again(self.run_dir, self.config)
-        self.uri = tracking.tracking_uri()
+        self.uri = self._tracking_uri()
         tracking.check_server(self.uri)
         if self.config.init_from:
             self.config = replace(self.config, init_from=pin(self.config.init_from, self.uri))
-        with ray_cluster() as ray:
-            self.inputs = self._prepare(ray)
-            self.resources = resources_per_worker(self.config, ray.nodes())
+        with contextlib.ExitStack() as stack:
+            # Wrong input should not have to wait for Ray: it starts when there is much to tokenise, or now.
+            cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
+            self.inputs = self._prepare(cluster)
+            self.config = self.inputs.config
+            ray, here_alone = cluster()
+            self.resources = resources_per_worker(self.config, ray.nodes(), here_alone)
             self.console = Console(self.run_dir)
+            stack.callback(self.console.close)
+            self.run_id = self._open()
             try:
-                self.run_id = self._open()
                 self._introduce()
-                result, problem = self._train(ray)
-                return outcome.conclude(self, result, problem)
-            finally:
-                self.console.close()
+                return outcome.conclude(self, *self._train(ray))
+            except BaseException as error:  # not ours: whatever it is, the run must not be left as running
+                killed = isinstance(error, KeyboardInterrupt)
+                tracking.finish_run(self.uri, self.run_id, "KILLED" if killed else "FAILED")
+                raise
 
-    def _prepare(self, ray: Any):
+    def _tracking_uri(self) -> str:
+        """Where the run is tracked: for one that goes on, where it was, unless the environment says otherwise."""
+        from train_job.tracking import tracking_uri
+
+        record = self.run_dir / "run.json"
+        if record.exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
+            return str(json.loads(record.read_text())["tracking_uri"])
+        return tracking_uri()
+
+    def resume_command(self) -> str:
+        """What goes on with this run."""
+        default = self.config.storage_path == str(home() / "runs") or "://" in str(self.config.storage_path)
+        storage = "" if default else f" --storage-path {self.config.storage_path}"
+        return f"python train_job/run.py --resume {self.config.name}{storage}"
+
+    def _prepare(self, cluster: Callable[[], Any]) -> Inputs:
         from train_job.inputs import prepare_inputs
-        from train_job.ray_data import ray_map
 
-        return prepare_inputs(self.config, ray_map)
+        def spread(fn: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+            from train_job.ray_data import ray_map
+
+            cluster()
+            return ray_map(fn, items)
+
+        return prepare_inputs(self.config, spread)
 
     def _open(self) -> str:
         """Opens the MLflow run, or goes on with the one that this folder names."""
@@ -127,7 +175,7 @@ class Run:
                 tags["parent"] = self.config.init_from
             run_id = tracking.start_run(
                 self.uri,
-                self.config.flat(),
+                self.config.flat() | {"tokenizer": inputs.tokenizer.name} | asdict(inputs.model),
                 name=self.config.name,
                 datasets=uses,
                 tags=tags,
@@ -251,8 +299,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def ray_cluster():
-    """Ray, connected: to the cluster that RAY_ADDRESS names or that runs here, else to one started for this run."""
+def ray_cluster() -> Iterator[tuple[Any, bool]]:
+    """Ray, connected, and whether it was started for this run: else it is what RAY_ADDRESS names or what runs here."""
     named = os.environ.get("RAY_ADDRESS")
     if named and (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray shows its token by itself only where no address is named
@@ -261,34 +309,41 @@ def ray_cluster():
     import ray
 
     quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
-    try:
-        if named == "local":
-            raise ConnectionError
-        ray.init(address=named or "auto", **quiet)
-    except ConnectionError:
-        if named not in (None, "", "local"):
-            raise ConfigError(f"RAY_ADDRESS is {named!r}, but no Ray cluster answers there") from None
+    alone = named == "local"
+    if not alone:
+        try:
+            ray.init(address=named or "auto", **quiet)
+        except ConnectionError:
+            if named:
+                raise ConfigError(f"RAY_ADDRESS is {named!r}, but no Ray cluster answers there") from None
+            alone = True
+    if alone:
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
-        yield ray
+        yield ray, alone
     finally:
         ray.shutdown()
 
 
-def resources_per_worker(config: TrainConfig, nodes: list[dict[str, Any]]) -> dict[str, float]:
+def resources_per_worker(config: TrainConfig, nodes: list[dict[str, Any]], fixed: bool = False) -> dict[str, float]:
     """CPUs (and a GPU) for each worker: the largest whole share of which the cluster holds as many as asked for.
 
-    Raises ConfigError if `cpus_per_worker` is more than any node has.
+    Raises ConfigError if a `fixed` cluster, which no autoscaler can grow, can never hold the fewest workers.
     """
-    cpus = [node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]]
-    most = config.workers[1]
-    if config.cpus_per_worker is not None:
-        if config.cpus_per_worker > max(cpus):
-            raise ConfigError(f"cpus_per_worker is {config.cpus_per_worker:g}; no node has more than {max(cpus):g}")
-        share = config.cpus_per_worker
-    else:
-        fits = (n for n in range(int(max(cpus)), 0, -1) if sum(c // n for c in cpus) >= most)
-        share = next(fits, 1)
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = [r.get("CPU", 0) for r in alive], sum(r.get("GPU", 0) for r in alive)
+    low, high = config.workers
+    share = config.cpus_per_worker
+    if share is None:
+        share = next((n for n in range(int(max(cpus)), 0, -1) if sum(c // n for c in cpus) >= high), 1)
+    room = sum(c // share for c in cpus)
+    if fixed and room < low:
+        raise ConfigError(
+            f"num_workers is {config.num_workers} with {share:g} CPUs each; this machine has room for {room:g}. "
+            "Use fewer, or lower --cpus-per-worker"
+        )
+    if fixed and config.use_gpu and gpus < low:
+        raise ConfigError(f"use_gpu is set for {low} workers, but Ray sees {gpus:g} GPUs on this machine")
     return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
 
 

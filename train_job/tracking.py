@@ -282,12 +282,19 @@ def deliver(folder: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train_job.tracking", description="What a run left undelivered.")
+    """`deliver FOLDER` sends what a run left behind; `uri` says where MLflow is. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m train_job.tracking", description="Where runs are tracked.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("uri", help="print the tracking URI that runs use")
     command = commands.add_parser("deliver", help="send a spool's remaining points and files to MLflow")
     command.add_argument("folder", type=Path, help="the spool's folder")
+    asked = parser.parse_args(arguments)
+    if asked.command == "uri":
+        check_server(tracking_uri())  # makes the folder of the embedded database
+        print(tracking_uri())
+        return 0
     try:
-        print(f"delivered {deliver(parser.parse_args(arguments).folder)} lines; nothing is left")
+        print(f"delivered {deliver(asked.folder)} lines; nothing is left")
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -102,7 +102,7 @@ class StopFlag:
 
 
 def train_worker(settings: dict[str, Job]) -> dict[str, float]:
-    """One rank of one run; returns rank 0's peak memory in MiB. A FoundryError ends the run without restarts."""
+    """One rank of one run; returns every rank's peak memory in MiB. A FoundryError ends the run without restarts."""
     job = settings["job"]
     if ray.get(job.board.failed.remote()):
         return {}
@@ -149,9 +149,19 @@ def _train(job: Job) -> dict[str, float]:
                         problem = error
                 _raise_together(problem)
                 _report(event, folder if rank == 0 else None)
+    memory = _gather(peak_memory_mb(device))
     if voice:
-        voice.close()
-    return peak_memory_mb(device)
+        voice.close(memory)
+    return memory
+
+
+def _gather(figures: dict[str, float]) -> dict[str, float]:
+    """Every rank's figures under its number, such as "worker 0 memory"."""
+    everyone: list[Any] = [figures]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, figures)
+    return {f"worker {n} {name}": value for n, theirs in enumerate(everyone) for name, value in theirs.items()}
 
 
 def _report(event: CheckpointDue, folder: Path | None) -> None:
@@ -221,10 +231,9 @@ class Voice:
         self.samples.write_text(json.dumps({"columns": ["step", "prompt", "continuation"], "data": rows}))
         self.spool.artifact(self.samples, table=True)
 
-    def close(self) -> None:
-        """Logs the peak memory and waits a while for the server to take the rest."""
-        figures = peak_memory_mb(self.trainer.device)
-        self.spool.metrics(self.trainer.state.step, {f"peak_{k}_mb/worker": v for k, v in figures.items()})
+    def close(self, memory: dict[str, float]) -> None:
+        """Logs the workers' peak memory and waits a while for the server to take the rest."""
+        self.spool.metrics(self.trainer.state.step, {f"peak_mb/{name}": value for name, value in memory.items()})
         self.system.stop()
         if left := self.spool.close(SPOOL_PATIENCE_SECONDS):
             ray.get(

@@ -1,10 +1,12 @@
 """The job as a user runs it: a real cluster, real processes, a real registry."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment
+from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment, free_port
 
 Launch = Callable[..., Job]
 
@@ -180,3 +182,93 @@ def test_ray_job_stop_leaves_a_checkpoint_and_a_killed_run(cluster: Cluster, tex
     )
     assert last["state"]["step"] % 20, "the last checkpoint is the stop's own, not a periodic one"
     assert os.path.exists(run_dir / "config.yaml")
+
+
+def test_an_elastic_run_uses_what_there_is_and_takes_the_same_steps(launch: Launch, undisturbed: Job) -> None:
+    job = launch("elastic", "--num-workers=1:2")
+    code, output = job.finish()
+    assert code == 0, output
+    assert points(job, "val/loss")[-1][1] == pytest.approx(points(undisturbed, "val/loss")[-1][1], rel=1e-3)
+
+
+def test_fine_tuning_starts_from_the_champion_and_records_its_parent(
+    launch: Launch, undisturbed: Job, text_file: Path
+) -> None:
+    job = launch(
+        "child", f"--data={text_file}", "--init-from=models:/gpt@champion", "--max-steps=10", "--eval-interval=5",
+        "--learning-rate=1e-4", "--matrix-learning-rate=1e-4", "--sample-tokens=0", small=False,
+    )  # fmt: skip
+    code, output = job.finish()
+    assert code == 0, output
+    [version] = [v for v in mlflow_client(job).search_model_versions("name='gpt'") if v.run_id == run_id(job)]
+    assert version.tags["parent"].startswith("models:/gpt/")
+    assert points(job, "val/loss")[0][1] < points(undisturbed, "val/loss")[0][1], "it did not start from scratch"
+
+
+def test_a_loss_that_is_no_number_fails_the_run_without_a_restart(launch: Launch) -> None:
+    job = launch("diverging", "--learning-rate=1e38", "--matrix-learning-rate=1e38", "--precision=fp32")
+    code, output = job.finish()
+    assert code == 1, output
+    assert "at step" in output
+    assert "last good checkpoint is kept" in output
+    assert mlflow_client(job).get_run(run_id(job)).info.status == "FAILED"
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(launch: Launch, undisturbed: Job) -> None:
+    job = launch("damaged")
+    code, output = job.finish()
+    assert code == 0, output
+    for weights_file in job.run_dir.glob("checkpoint_*/model.safetensors"):
+        weights_file.write_bytes(weights_file.read_bytes()[:-100])
+    again = launch("damaged", "--resume=damaged", "--max-steps=80")
+    code, output = again.finish()
+    assert code == 2, output
+    assert "model.safetensors is missing, cut short or altered" in output
+
+
+class TrackingServer:
+    """A real `mlflow server` that can be killed and started again on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        store = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", "artifacts"]
+        command = [BIN / "mlflow", "server", "--host=127.0.0.1", f"--port={self.port}", "--workers=1", *store]
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, cwd=self.folder, stdout=quiet, stderr=quiet, start_new_session=True)
+
+    def kill(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def await_answer(self) -> None:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                return
+            assert self.process
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
+        raise AssertionError("the tracking server does not start")
+
+
+def test_a_tracking_server_that_is_away_for_a_while_costs_no_step_and_no_point(launch: Launch, tmp_path: Path) -> None:
+    server = TrackingServer(tmp_path)
+    server.start()
+    try:
+        server.await_answer()
+        job = launch("outage", "--max-steps=200", MLFLOW_TRACKING_URI=server.uri)
+        job.await_line(r"step +20 \| validation")
+        server.kill()
+        job.await_line(r"step +120 \| validation")
+        server.start()
+        code, output = job.finish()
+        assert code == 0, output
+        assert [step for step, _ in points(job, "train/loss")] == list(range(5, 201, 5))
+        assert [step for step, _ in points(job, "val/loss")] == list(range(20, 201, 20))
+        assert mlflow_client(job).get_run(run_id(job)).info.status == "FINISHED"
+    finally:
+        server.kill()

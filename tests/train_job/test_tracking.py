@@ -128,7 +128,7 @@ def test_a_package_is_published_through_a_server_and_read_back_from_it(
     package = save_package(tmp_path / "package", config, GPT(config).state_dict(), tokenizer, {})
     run_id = tracking.start_run(server.uri, CONFIG)
     for fingerprint in ("one", "two"):  # the second time, the champion is fetched and judged on our text
-        validation = Validation(fingerprint, lambda: iter(["some text"]))
+        validation = Validation(fingerprint, lambda judged: 2.0)
         published = publish(server.uri, run_id, package, validation, name="remote")
     assert (published.version, published.promoted) == ("2", False)
     assert "no better" in published.reason

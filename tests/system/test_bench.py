@@ -1,0 +1,46 @@
+"""The benchmarks run and print one JSON line last; what they measure is judged there, not here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.system.conftest import ROOT, environment
+
+
+def last_line(home: Path, *command: str) -> tuple[int, dict[str, object]]:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment(home), capture_output=True, text=True
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(tmp_path: Path) -> None:
+    code, report = last_line(tmp_path, "bench.gpu_train")
+    assert (code, report["bench"]) == (0, "gpu_train")
+    assert "no CUDA device" in str(report["skipped"])
+
+
+@pytest.mark.parametrize(("bits", "code"), [("7.9", 0), ("0.1", 1)])
+def test_time_to_quality_says_whether_the_target_was_reached(
+    tmp_path: Path, text_file: Path, bits: str, code: int
+) -> None:
+    small = ["tokenizer=bytes", "hidden_size=32", "num_layers=1", "max_steps=20", "eval_interval=10"]
+    found, report = last_line(
+        tmp_path, "bench.time_to_quality", f"--data={text_file}", f"--bpb={bits}", "--set", *small
+    )
+    assert found == code
+    assert report["reached"] is (code == 0)
+    assert float(str(report["seconds"])) > 0
+
+
+@pytest.mark.slow
+def test_the_ray_job_is_measured_against_the_bare_loop(tmp_path: Path) -> None:
+    code, report = last_line(tmp_path, "bench.ray_overhead", "--steps=60")
+    assert code == 0
+    assert 0.5 < float(str(report["ratio"])) < 2

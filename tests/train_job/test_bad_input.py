@@ -1,0 +1,167 @@
+"""Wrong input to the job: one line that says what to do, exit code 2, nothing begun. No Ray is started for it."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptcore.config import ModelConfig
+from gptcore.model import GPT
+from gptcore.package import save_package
+from gptcore.tokenizer import Tokenizer
+from train_job import run
+
+Refused = Callable[..., str]
+
+TINY = ["--tokenizer=bytes", "--num-layers=1", "--num-heads=1", "--hidden-size=16", "--max-steps=2"]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs the job, which must refuse; returns its one line."""
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def start_ray() -> None:
+        raise AssertionError("Ray was started for input that is wrong")
+
+    monkeypatch.setattr(run, "ray_cluster", start_ray)
+
+    def call(*flags: str, tiny: bool = True) -> str:
+        assert run.main([*(TINY if tiny else ()), *flags]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1, said.err
+        assert "Traceback" not in said.out + said.err
+        assert not list((tmp_path / "home" / "runs").glob("*")), "something was begun"
+        return said.err
+
+    return call
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest(refused: Refused) -> None:
+    assert "Did you mean '--batch-size'" in refused("--batchsize=3")
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest(refused: Refused) -> None:
+    assert "Did you mean 'shakespeare'" in refused("--preset=shakespear")
+
+
+def test_a_missing_corpus_is_named(refused: Refused, text_file: Path) -> None:
+    answer = refused(f"--data={text_file.with_name('rhymes.txt')}")
+    assert "rhymes.txt" in answer
+    assert "Did you mean 'rhyme.txt'" in answer
+
+
+def test_an_empty_corpus_is_named(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    assert "empty" in refused(f"--data={tmp_path / 'empty.txt'}")
+
+
+def test_a_binary_corpus_is_named_with_the_place(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "image.txt").write_bytes(b"text " * 30 + b"\x00\xff\xfe" + b"text " * 30)
+    answer = refused(f"--data={tmp_path / 'image.txt'}")
+    assert "image.txt" in answer
+    assert "150" in answer
+
+
+def test_a_context_longer_than_the_corpus_is_answered_with_what_fits(refused: Refused, text_file: Path) -> None:
+    answer = refused(f"--data={text_file}", "--context-length=100000")
+    assert "100000" in answer
+    assert "at most" in answer
+
+
+def test_a_corpus_too_small_for_its_vocabulary_is_named(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "small.txt").write_text("only a few words, " * 20)
+    answer = refused(f"--data={tmp_path / 'small.txt'}", "--preset=quick", "--max-steps=2", tiny=False)
+    assert "2048" in answer
+
+
+def test_a_tracking_server_that_is_away_at_the_start_is_named(
+    refused: Refused, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # bound but not listening: nobody answers there
+        taken.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert uri in refused(f"--data={text_file}")
+
+
+def test_a_run_to_resume_that_is_not_there_is_named(refused: Refused) -> None:
+    assert "no run 'yesterday'" in refused("--resume=yesterday")
+
+
+def test_a_package_whose_vocabulary_does_not_match_its_tokenizer_is_refused(
+    refused: Refused, text_file: Path, tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    config = ModelConfig(vocab_size=320, hidden_size=16, num_layers=1, num_heads=1, context_length=32)
+    package = save_package(tmp_path / "package", config, GPT(config).state_dict(), byte_tokenizer, {})
+    settings = (package.path / "config.json").read_text()
+    (package.path / "config.json").write_text(settings.replace('"vocab_size": 320', '"vocab_size": 100'))
+    (package.path / "foundry.json").unlink()  # a folder of someone else's, with no checksums
+    answer = refused(f"--data={text_file}", f"--init-from={package.path}", "--max-steps=2", tiny=False)
+    assert "vocabulary" in answer
+
+
+def test_an_altered_package_is_refused(
+    refused: Refused, text_file: Path, tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    config = ModelConfig(vocab_size=320, hidden_size=16, num_layers=1, num_heads=1, context_length=32)
+    package = save_package(tmp_path / "package", config, GPT(config).state_dict(), byte_tokenizer, {})
+    weights = package.path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x01\x02\x03\x04")
+    answer = refused(f"--data={text_file}", f"--init-from={package.path}", "--max-steps=2", tiny=False)
+    assert "model.safetensors" in answer
+
+
+def test_a_taken_name_is_refused_with_the_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("preset: quick\n")
+    assert run.main(["--name=mine"]) == 2
+    assert "--resume mine" in capsys.readouterr().err
+    assert run.main(["--resume=mien"]) == 2
+    assert "Did you mean 'mine'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_refused(refused: Refused, text_file: Path) -> None:
+    assert "'cuda'" in refused(f"--data={text_file}", "--device=cuda")
+
+
+@pytest.mark.parametrize(
+    ("flags", "cpus", "share"),
+    [
+        (["--num-workers=1"], [2], 2),
+        (["--num-workers=2"], [2], 1),
+        (["--num-workers=2"], [4, 2], 2),
+        (["--num-workers=3"], [2, 2, 2], 2),
+        (["--num-workers=1:4"], [8], 2),
+        (["--num-workers=4"], [2], 1),
+        (["--num-workers=2", "--cpus-per-worker=1"], [8], 1),
+    ],
+)
+def test_workers_share_the_cluster_in_whole_cpus_that_fit_on_its_nodes(
+    flags: list[str], cpus: list[int], share: int
+) -> None:
+    config = run.build_config(run.parse_settings(flags))
+    nodes = [{"Alive": True, "Resources": {"CPU": float(n)}} for n in cpus]
+    assert run.resources_per_worker(config, nodes) == {"CPU": share}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-workers=4"], "room for 2"),
+        (["--cpus-per-worker=3"], "room for 0"),
+        (["--use-gpu"], "Ray sees 0 GPUs"),
+    ],
+)
+def test_more_than_this_machine_has_is_refused_rather_than_waited_for(flags: list[str], words: str) -> None:
+    config = run.build_config(run.parse_settings(flags))
+    with pytest.raises(run.ConfigError, match=words):
+        run.resources_per_worker(config, [{"Alive": True, "Resources": {"CPU": 2.0}}], fixed=True)
