@@ -1,18 +1,24 @@
-"""What Ray costs: steady-state tokens/s of the job against the bare loop, same config, in turn, in one run.
+"""What Ray costs: steady-state tokens/s of the job against the bare loop, same config, in one run.
 
-`python -m bench.ray_overhead` trains bare, through the job (Ray Train, MLflow, checkpoints and all), and bare again.
-Steady state: the median over log intervals, the first two left out.
+`python -m bench.ray_overhead` starts both and lets them run in turn, a few seconds each, the other one's processes
+stopped meanwhile (all of Ray's among them). So both meet the same moods of a machine whose speed drifts by more than
+what is measured. The ratio is of the medians over log intervals; those that a pause fell into are outliers to it.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from train_job.config import build_config
 from train_job.hardware import pick_device
@@ -20,40 +26,111 @@ from train_job.inputs import build_model, prepare_inputs
 from train_job.loop import Progress, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 2
-"""Log intervals that do not count."""
+WARM_UP = 20
+"""Log intervals before anything counts: by then the job's worker has imported MLflow and delivered its first points."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the ratio job / bare as JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.ray_overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="builtin", help="corpus, as for train_job/run.py")
-    parser.add_argument("--steps", type=int, default=120, help="steps of each run")
-    parser.add_argument("--rounds", type=int, default=1, help="times that the job is run between bare ones")
+    parser.add_argument("--turns", type=int, default=10, help="turns of each")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of a turn")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="bench-") as home:
-        settings = dict(data=arguments.data, max_steps=arguments.steps, eval_interval=arguments.steps, sample_tokens=0)
-        bare = [bare_loop(settings, Path(home))]
-        job = []
-        for n in range(arguments.rounds):
-            job.append(ray_job(settings, Path(home), f"round-{n}"))
-            bare.append(bare_loop(settings, Path(home)))
+    settings = dict(data=arguments.data, max_steps=10**6, eval_interval=10**6, log_interval=2, sample_tokens=0)
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
+        home = Path(scratch)
+        with bare_loop(settings, home) as (bare, bare_rates):
+            await_warm_up(bare, bare_rates)
+            pause(bare)
+            with ray_job(settings, home) as (job, job_rates):
+                await_warm_up(job, job_rates)
+                seen: dict[str, list[float]] = {"job": [], "bare": []}
+                for _ in range(arguments.turns):
+                    seen["job"] += turn(job, job_rates, arguments.seconds)
+                    seen["bare"] += turn(bare, bare_rates, arguments.seconds)
+    medians = {name: statistics.median(rates) for name, rates in seen.items()}
     report = {
         "bench": "ray_overhead",
-        "job_tokens_per_second": [round(rate) for rate in job],
-        "bare_tokens_per_second": [round(rate) for rate in bare],
-        "ratio": round(statistics.mean(job) / statistics.mean(bare), 4),
-        "bare_drift": round(bare[-1] / bare[0], 4),
+        "job_tokens_per_second": round(medians["job"]),
+        "bare_tokens_per_second": round(medians["bare"]),
+        "intervals": {name: len(rates) for name, rates in seen.items()},
+        "ratio": round(medians["job"] / medians["bare"], 4),
     }
     print(json.dumps(report))
     return 0
 
 
-def bare_loop(settings: dict[str, Any], home: Path) -> float:
-    """Median tokens/s of the loop in a process of its own, as the job's worker is."""
+Rates = Callable[[], list[float]]
+
+
+@contextlib.contextmanager
+def bare_loop(settings: dict[str, Any], home: Path) -> Iterator[tuple[psutil.Process, Rates]]:
+    """The loop in a process of its own, and its tokens/s in each log interval so far."""
     command = [sys.executable, "-m", "bench.ray_overhead", "bare", json.dumps(settings | {"cache_dir": str(home)})]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return steady([float(line) for line in done.stdout.split()])
+    output = home / "bare.txt"
+    with output.open("w") as file, running(command, {}, file) as process:
+        yield process, lambda: [float(line) for line in output.read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def ray_job(settings: dict[str, Any], home: Path) -> Iterator[tuple[psutil.Process, Rates]]:
+    """The job as a user starts it, and the tokens/s that it has put into its spool so far."""
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    env = {"GPT_FOUNDRY_HOME": str(home), "RAY_ADDRESS": "local", "MLFLOW_TRACKING_URI": ""}
+    spool = home / "runs" / "measured" / "spool" / "lines.jsonl"
+
+    def rates() -> list[float]:
+        lines = spool.read_text().split("\n")[:-1] if spool.exists() else []
+        points = (json.loads(line).get("values", {}) for line in lines)
+        return [values["tokens_per_second"] for values in points if "tokens_per_second" in values]
+
+    command = [sys.executable, "train_job/run.py", *flags, "--name=measured"]
+    with running(command, env, subprocess.DEVNULL) as process:
+        yield process, rates
+
+
+@contextlib.contextmanager
+def running(command: list[str], env: dict[str, str], output: Any) -> Iterator[psutil.Process]:
+    """A process that is killed with all its children at the end."""
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=output, stderr=subprocess.STDOUT)
+    process = psutil.Process(child.pid)
+    try:
+        yield process
+    finally:
+        for one in family(process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        child.wait()
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """The process and all its descendants."""
+    return [process, *process.children(recursive=True)] if process.is_running() else []
+
+
+def await_warm_up(process: psutil.Process, rates: Rates) -> None:
+    """Returns once enough intervals are behind it."""
+    while len(rates()) < WARM_UP:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            raise SystemExit(f"{' '.join(process.cmdline()) or 'the process'} ended before it was measured")
+        time.sleep(0.5)
+
+
+def pause(process: psutil.Process) -> None:
+    """Stops it and all its descendants where they are."""
+    for one in family(process):
+        one.suspend()
+
+
+def turn(process: psutil.Process, rates: Rates, seconds: float) -> list[float]:
+    """Lets it run for a while; the rates of the intervals that ended meanwhile, without the one the pause fell into."""
+    before = len(rates())
+    for one in family(process):
+        one.resume()
+    time.sleep(seconds)
+    pause(process)
+    return rates()[before + 1 :]
 
 
 def print_bare(settings: dict[str, Any]) -> None:
@@ -63,26 +140,7 @@ def print_bare(settings: dict[str, Any]) -> None:
     trainer = Trainer(config, build_model(config, inputs.model), inputs.train, inputs.validation, pick_device(config))
     for event in trainer.run():
         if isinstance(event, Progress):
-            print(event.tokens_per_second)
-
-
-def ray_job(settings: dict[str, Any], home: Path, name: str) -> float:
-    """Median tokens/s that the job logs to MLflow."""
-    from mlflow import MlflowClient
-
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
-    env = os.environ | {"GPT_FOUNDRY_HOME": str(home), "RAY_ADDRESS": "local"}
-    env.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "train_job/run.py", *flags, f"--name={name}"]
-    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
-    record = json.loads((home / "runs" / name / "run.json").read_text())
-    points = MlflowClient(record["tracking_uri"]).get_metric_history(record["run_id"], "tokens_per_second")
-    return steady([point.value for point in points])
-
-
-def steady(rates: list[float]) -> float:
-    """The median without the warm-up."""
-    return statistics.median(rates[WARM_UP:])
+            print(event.tokens_per_second, flush=True)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ RESUMABLE = frozenset(
 _GPT2_ADAMW = dict(optimizer="adamw", tokenizer="gpt2", beta1=0.9, schedule="cosine", min_lr_fraction=0.1)
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(max_steps=330, learning_rate=6e-3, cooldown_fraction=0.45),
+    "quick": dict(max_epochs=3, max_steps=600, learning_rate=6e-3, cooldown_fraction=0.45, eval_interval=50),
     "gpt2-124m": _GPT2_ADAMW
     | dict(batch_size=480, micro_batch_size=16, learning_rate=6e-4, warmup_steps=700, max_tokens=10_000_000_000)
     | dict(eval_interval=1000, precision="auto"),

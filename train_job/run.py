@@ -24,8 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == ROOT / "train_job":  # run as a script: our modules are train_job.*, not top-level
     sys.path[0] = str(ROOT)
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # its INFO lines would stand between ours
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for this poll, 2 s by default
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a report waits for this poll, 2 s by default
+if os.environ.get("RAY_ADDRESS", "local") not in ("auto", "local") and (Path.home() / ".ray" / "auth_token").exists():
+    # Ray shows its token by itself only to a cluster that it found by itself; it looks when it is imported.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 from gptcore.errors import ConfigError, FoundryError, TrainingError, did_you_mean  # noqa: E402
 from gptcore.home import home  # noqa: E402
@@ -85,6 +89,10 @@ def _absolute(config: TrainConfig, storage: str, local: Path) -> TrainConfig:
     """Workers have another folder and another environment than the driver: what they look up is made absolute."""
     cache = Path(config.cache_dir).expanduser().absolute() if config.cache_dir else home() / ".cache"
     return replace(config, storage_path=storage if "://" in storage else str(local), cache_dir=str(cache))
+
+
+LOOK_SECONDS = 1.0
+"""How often the driver looks for news; on a small machine every look costs the worker a little."""
 
 
 class Run:
@@ -239,7 +247,7 @@ class Run:
             thread.start()
             while thread.is_alive():
                 self._show(ray.get(board.read.remote()))
-                thread.join(0.25)
+                thread.join(LOOK_SECONDS)
         self._show(ray.get(board.read.remote()))
         problem = ray.get(board.failed.remote())
         result = outcome[0]
@@ -301,13 +309,11 @@ class Run:
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[tuple[Any, bool]]:
     """Ray, connected, and whether it was started for this run: else it is what RAY_ADDRESS names or what runs here."""
-    named = os.environ.get("RAY_ADDRESS")
-    if named and (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray shows its token by itself only where no address is named
     import logging
 
     import ray
 
+    named = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
     alone = named == "local"
     if not alone:
@@ -318,6 +324,8 @@ def ray_cluster() -> Iterator[tuple[Any, bool]]:
                 raise ConfigError(f"RAY_ADDRESS is {named!r}, but no Ray cluster answers there") from None
             alone = True
     if alone:
+        # Without a dashboard nobody asks for these, and every process of Ray would wake each second to report them.
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
         yield ray, alone

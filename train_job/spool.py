@@ -22,7 +22,7 @@ from train_job.files import written_whole
 log = logging.getLogger(__name__)
 
 POINTS_PER_BATCH = 1000  # the most that MLflow takes in one log_batch
-DELIVERY_INTERVAL_S = 3.0  # points are sent in batches this far apart: a request per step would cost training time
+DELIVERY_INTERVAL_S = 5.0  # points are sent in batches this far apart: a request per step would cost training time
 LONGEST_BACKOFF_S = 15.0
 
 _environment = threading.Lock()

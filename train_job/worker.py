@@ -33,7 +33,7 @@ from train_job.shards import prepare
 from train_job.spool import Spool
 from train_job.tracking import SystemMetrics
 
-STOP_POLL_SECONDS = 0.2
+STOP_POLL_SECONDS = 0.5
 UNJUDGED = 1e30
 """The validation loss under which Ray ranks a checkpoint that was not evaluated."""
 SPOOL_PATIENCE_SECONDS = 30.0

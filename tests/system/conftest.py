@@ -94,6 +94,10 @@ SMALL = [
     "--log-interval=5",
     "--sample-tokens=8",
     "--cpus-per-worker=1",
+    # So that another world size can be compared: Muon's matrices are bf16, and their rounding grows.
+    "--precision=fp32",
+    "--optimizer=adamw",
+    "--learning-rate=1e-3",
 ]
 
 
