@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ray_overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="builtin", help="corpus, as for train_job/run.py")
     parser.add_argument("--turns", type=int, default=10, help="turns of each")
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of a turn")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a turn")
     arguments = parser.parse_args(argv)
-    settings = dict(data=arguments.data, max_steps=10**6, eval_interval=10**6, log_interval=2, sample_tokens=0)
+    settings = dict(data=arguments.data, max_steps=10**6, eval_interval=10**6, log_interval=4, sample_tokens=0)
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
         home = Path(scratch)
         with bare_loop(settings, home) as (bare, bare_rates):

@@ -324,8 +324,10 @@ def ray_cluster() -> Iterator[tuple[Any, bool]]:
                 raise ConfigError(f"RAY_ADDRESS is {named!r}, but no Ray cluster answers there") from None
             alone = True
     if alone:
-        # Without a dashboard nobody asks for these, and every process of Ray would wake each second to report them.
+        # Without a dashboard nobody asks for task events, and every process of Ray would wake each second to report
+        # them; and training should not wait behind Ray's housekeeping, as Ray's default for workers (15) has it.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
         yield ray, alone

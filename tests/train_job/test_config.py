@@ -102,3 +102,19 @@ def test_a_resumed_run_may_change_its_end_but_not_its_steps() -> None:
         resume_config(saved, {"resume": "x", "tokenizer": "bytes"})
     with pytest.raises(ConfigError, match="Did you mean 'max_steps'"):
         resume_config(saved, {"resume": "x", "max_step": "16"})
+
+
+def test_a_fine_tuned_run_keeps_its_parents_shape_when_it_is_read_back() -> None:
+    child = build_config({"init_from": "models:/gpt/3", "dropout": 0.1, "max_steps": 5, "name": "child"})
+    saved = child.flat()
+    assert "num_layers" not in saved
+    assert "tokenizer" not in saved
+    resumed = resume_config(saved, {"resume": "child", "max_steps": 9})
+    assert (resumed.init_from, resumed.model["dropout"], resumed.max_steps) == ("models:/gpt/3", 0.1, 9)
+    with pytest.raises(ConfigError, match="num_layers was \"the parent's\""):
+        resume_config(saved, {"resume": "child", "num_layers": "3"})
+
+
+def test_samples_need_a_prompt() -> None:
+    with pytest.raises(ConfigError, match="sample_prompts is empty"):
+        build_config({"sample_prompts": []})
