@@ -111,7 +111,7 @@ def test_a_fine_tuned_run_keeps_its_parents_shape_when_it_is_read_back() -> None
     assert "tokenizer" not in saved
     resumed = resume_config(saved, {"resume": "child", "max_steps": 9})
     assert (resumed.init_from, resumed.model["dropout"], resumed.max_steps) == ("models:/gpt/3", 0.1, 9)
-    with pytest.raises(ConfigError, match="num_layers was \"the parent's\""):
+    with pytest.raises(ConfigError, match='num_layers was "the parent\'s"'):
         resume_config(saved, {"resume": "child", "num_layers": "3"})
 
 
