@@ -83,7 +83,7 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, float | Non
             )
             if not math.isfinite(event.loss):
                 raise SystemExit(f"{preset}: the loss is {event.loss}")
-    rate, peak = statistics.median(rates[2:]), peak_flops(device)
+    rate, peak = statistics.median(rates[2:] or rates), peak_flops(device)
     flops = trainer.model.flops_per_token(config.context)
     return {
         "tokens_per_second": round(rate),

@@ -4,6 +4,7 @@
 ask for; everything about *how* a model is trained lives in `train_job.config`.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -55,6 +56,10 @@ class ModelConfig:
         for name in ("vocab_size", "context_length", "hidden_size", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("num_kv_heads", "head_dim", "intermediate_size", "rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}; expected more than 0")
         gpt2 = self.family == "gpt2"
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(

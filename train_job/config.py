@@ -5,6 +5,7 @@ choices stand beside its default and are the only description there is: `--help`
 """
 
 import argparse
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from gptcore.config import MODEL_FIELDS, MODEL_PRESETS, ModelConfig, setting
 from gptcore.errors import ConfigError, did_you_mean
+from train_job.files import written_whole
 
 SCHEDULES = ("wsd", "linear", "cosine")
 
@@ -66,7 +68,7 @@ class TrainConfig:
     log_interval: int = setting(10, "Steps between logged metrics.", "steps")
     eval_interval: int = setting(100, "Steps between evaluations on the whole validation split.", "steps")
     checkpoint_interval: int | None = setting(None, "Steps between checkpoints; default: eval_interval.", "steps")
-    sample_prompts: tuple[str, ...] = setting(("The ",), "Prompts continued at every evaluation.")
+    sample_prompts: tuple[str, ...] = setting(("The",), "Prompts continued at every evaluation.")
     sample_tokens: int = setting(48, "Length of those samples; 0 turns them off.", "tokens")
     # Machine
     device: str = setting("auto", "cuda, mps, cpu, or auto: the best there is.", choices=("auto", "cuda", "mps", "cpu"))
@@ -92,10 +94,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = "batch_size micro_batch_size sequence_length stride max_steps max_epochs max_tokens max_minutes"
         positive += " patience log_interval eval_interval checkpoint_interval learning_rate matrix_learning_rate"
+        positive += " cpus_per_worker"
         for name in positive.split():
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is {value}; expected more than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}; expected more than 0, and finite")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; expected between 0 and 2**63 - 1")
+        if self.max_failures < -1:
+            raise ConfigError(f"max_failures is {self.max_failures}; expected -1 (no limit), 0 or more")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 1:
+                raise ConfigError(f"{name} is 1; expected less")
         for name in ("weight_decay", "grad_clip", "warmup_steps", "sample_tokens"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")
@@ -150,6 +160,8 @@ class TrainConfig:
             model = {k: v for k, v in model.items() if k == "dropout"}
         return values | model
 
+
+LIMITS = frozenset({"max_steps", "max_epochs", "max_tokens", "max_minutes"})
 
 # Settings that may change when a run goes on; any other decides what a step is.
 RESUMABLE = frozenset(
@@ -233,8 +245,8 @@ def build_config(*layers: Mapping[str, Any]) -> TrainConfig:
         if taken:
             raise ConfigError(f"init_from brings its own model and tokenizer; leave out {', '.join(taken)}")
     recipe, shape = dict(PRESETS[preset]), dict(MODEL_PRESETS[preset])
-    if given.keys() & {"max_steps", "max_epochs", "max_tokens", "max_minutes"}:  # a user's limit replaces the recipe's
-        recipe = {k: v for k, v in recipe.items() if k not in ("max_steps", "max_epochs", "max_tokens")}
+    if given.keys() & LIMITS:  # a user's limit replaces the recipe's
+        recipe = {k: v for k, v in recipe.items() if k not in LIMITS}
     values = recipe | {k: v for k, v in given.items() if k in _TRAIN_FIELDS}
     return TrainConfig(model=shape | {k: v for k, v in given.items() if k not in _TRAIN_FIELDS}, **values)
 
@@ -282,7 +294,8 @@ def write_yaml(config: TrainConfig, path: Path) -> None:
     """The resolved config, every field named: `--config` reads it back."""
     import yaml
 
-    path.write_text(yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with written_whole(path) as file:
+        file.write(yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True).encode())
 
 
 def resume_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
@@ -300,6 +313,8 @@ def resume_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainCo
                 f"{key} was {before!r} when run {given['resume']} began and cannot become {value!r} as it goes on; "
                 "leave it out, or begin a new run (--init-from takes the weights along)"
             )
+    if given.keys() & LIMITS:  # as in a new run, limits of one's own replace those there were
+        old |= dict.fromkeys(LIMITS)
     return build_config(old, {k: v for k, v in given.items() if k in RESUMABLE - {"resume", "name"}})
 
 

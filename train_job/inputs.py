@@ -56,8 +56,12 @@ def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map) -> Inp
     Raises CorpusError, TokenizerError, PackageError, HubError or ConfigError: whatever is wrong is found here.
     """
     cache = cache_dir(config)
-    if config.device != "auto" and not config.use_gpu:
-        pick_device(config)
+    if not config.use_gpu:
+        device = pick_device(config).type
+        if device != "cpu" and config.workers[1] > 1:
+            raise ConfigError(
+                f"{config.num_workers} workers would share one {device} device; add --use-gpu or --device cpu"
+            )
     corpus = open_corpus(config.data, config.text_column, cache)
     if config.val_data:
         train, validation = corpus, open_corpus(config.val_data, config.text_column, cache)
@@ -72,6 +76,12 @@ def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map) -> Inp
         raise ConfigError(
             f"sequence_length {config.context} is more than the model's context_length {shape.context_length}"
         )
+    for prompt in config.sample_prompts:
+        if len(tokenizer.encode(prompt)) >= shape.context_length:
+            raise ConfigError(
+                f"the sample prompt {prompt[:40]!r} has {len(tokenizer.encode(prompt))} tokens; the model's context "
+                f"of {shape.context_length} leaves no room for an answer"
+            )
     tokens, judge = (prepare(corpus, tokenizer, cache, mapper) for corpus in (train, validation))
     Batches(tokens, config.context, config.batch_size, config.seed, config.stride)  # raises if the text is too short
     return Inputs(config, tokenizer, train, validation, tokens, judge, shape, parent)

@@ -26,7 +26,7 @@ if Path(sys.path[0]).resolve() == ROOT / "train_job":  # run as a script: our mo
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # its INFO lines would stand between ours
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a report waits for this poll, 2 s by default
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for this poll, 2 s by default
 if os.environ.get("RAY_ADDRESS", "local") not in ("auto", "local") and (Path.home() / ".ray" / "auth_token").exists():
     # Ray shows its token by itself only to a cluster that it found by itself; it looks when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -125,7 +125,7 @@ class Run:
             stack.callback(self.console.close)
             self.run_id = self._open()
             try:
-                self._introduce()
+                self._introduce(ray.nodes())
                 return outcome.conclude(self, *self._train(ray))
             except BaseException as error:  # not ours: whatever it is, the run must not be left as running
                 killed = isinstance(error, KeyboardInterrupt)
@@ -193,7 +193,7 @@ class Run:
         write_yaml(self.config, self.run_dir / "config.yaml")
         return run_id
 
-    def _introduce(self) -> None:
+    def _introduce(self, nodes: list[dict[str, Any]]) -> None:
         """Says what is about to happen, before the first step."""
         import torch
 
@@ -210,6 +210,10 @@ class Run:
         say(f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes, {i.train.num_tokens:,} tokens by")
         say(f"          {i.tokenizer.name}; {i.validation.num_bytes:,} bytes more are kept for validation")
         say(f"workers   {workers}, each with {_resources_text(self.resources)}")
+        try:
+            resources_per_worker(c, nodes, fixed=True)
+        except ConfigError as error:
+            say(f"waiting   for the cluster to grow: {error}")
         say(f"run       {c.name} ({self.run_id})")
         say(f"tracking  {shown(self.uri)}")
 
@@ -349,11 +353,11 @@ def resources_per_worker(config: TrainConfig, nodes: list[dict[str, Any]], fixed
     room = sum(c // share for c in cpus)
     if fixed and room < low:
         raise ConfigError(
-            f"num_workers is {config.num_workers} with {share:g} CPUs each; this machine has room for {room:g}. "
+            f"num_workers is {config.num_workers} with {share:g} CPUs each; there is room for {room:g}. "
             "Use fewer, or lower --cpus-per-worker"
         )
     if fixed and config.use_gpu and gpus < low:
-        raise ConfigError(f"use_gpu is set for {low} workers, but Ray sees {gpus:g} GPUs on this machine")
+        raise ConfigError(f"use_gpu is set for {low} workers, but Ray sees {gpus:g} GPUs")
     return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
 
 
@@ -387,7 +391,8 @@ def _resources_text(resources: dict[str, float]) -> str:
 
 
 def _read_history(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a last line that a kill tore is left out
+    return [json.loads(line) for line in lines]
 
 
 def _reason(error: Exception) -> str:

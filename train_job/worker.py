@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 import torch.distributed as dist
 
 from gptcore.config import ModelConfig
@@ -26,6 +27,7 @@ from gptcore.tokenizer import Tokenizer
 from train_job.checkpoint import load_checkpoint, save_checkpoint
 from train_job.config import TrainConfig
 from train_job.corpus import Corpus
+from train_job.files import written_whole
 from train_job.hardware import peak_memory_mb, pick_device
 from train_job.inputs import build_model, cache_dir
 from train_job.loop import CheckpointDue, Evaluation, Event, Progress, Trainer
@@ -33,7 +35,7 @@ from train_job.shards import prepare
 from train_job.spool import Spool
 from train_job.tracking import SystemMetrics
 
-STOP_POLL_SECONDS = 0.5
+STOP_POLL_SECONDS = 0.25
 UNJUDGED = 1e30
 """The validation loss under which Ray ranks a checkpoint that was not evaluated."""
 SPOOL_PATIENCE_SECONDS = 30.0
@@ -110,6 +112,8 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
         return _train(job)
     except FoundryError as problem:
         ray.get(job.board.fail.remote(problem))
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the other ranks may be waiting for this one; Ray ends them, and a restart sees the board
         return {}
 
 
@@ -228,7 +232,8 @@ class Voice:
         rows += [
             [step, prompt, continue_text(model, self.job.tokenizer, prompt, params)] for prompt in config.sample_prompts
         ]
-        self.samples.write_text(json.dumps({"columns": ["step", "prompt", "continuation"], "data": rows}))
+        with written_whole(self.samples) as file:
+            file.write(json.dumps({"columns": ["step", "prompt", "continuation"], "data": rows}).encode())
         self.spool.artifact(self.samples, table=True)
 
     def close(self, memory: dict[str, float]) -> None:
@@ -245,6 +250,7 @@ def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: Samplin
     """The model's continuation of a prompt, in evaluation mode."""
     model.eval()
     try:
-        return generate_text(model, tokenizer, prompt, params)
+        with torch.compiler.set_stance("force_eager"):  # its many lengths would be compiled, and training again
+            return generate_text(model, tokenizer, prompt, params)
     finally:
         model.train()

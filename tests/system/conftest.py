@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 "--disable-usage-stats",
             ],
             cwd=ROOT,
-            env=environment(home),
+            env=environment(home, RAY_JOB_STOP_WAIT_TIME_S="60"),  # as the README advises
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

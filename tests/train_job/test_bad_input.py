@@ -165,3 +165,8 @@ def test_more_than_this_machine_has_is_refused_rather_than_waited_for(flags: lis
     config = run.build_config(run.parse_settings(flags))
     with pytest.raises(run.ConfigError, match=words):
         run.resources_per_worker(config, [{"Alive": True, "Resources": {"CPU": 2.0}}], fixed=True)
+
+
+def test_a_sample_prompt_that_fills_the_context_is_refused(refused: Refused, text_file: Path) -> None:
+    answer = refused(f"--data={text_file}", "--context-length=16", "--sample-prompts", "far longer than sixteen bytes")
+    assert "'far longer than sixteen bytes' has 29 tokens" in answer

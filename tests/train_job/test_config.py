@@ -118,3 +118,29 @@ def test_a_fine_tuned_run_keeps_its_parents_shape_when_it_is_read_back() -> None
 def test_samples_need_a_prompt() -> None:
     with pytest.raises(ConfigError, match="sample_prompts is empty"):
         build_config({"sample_prompts": []})
+
+
+def test_a_resumed_run_with_a_limit_of_its_own_forgets_the_recipes() -> None:
+    saved = build_config({"name": "x"}).flat()  # quick ends by epochs or steps
+    resumed = resume_config(saved, {"resume": "x", "max_steps": "2000"})
+    assert (resumed.max_steps, resumed.max_epochs) == (2000, None)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--num-kv-heads=0",
+        "--head-dim=-2",
+        "--intermediate-size=-5",
+        "--cpus-per-worker=0",
+        "--max-epochs=inf",
+        "--beta1=1",
+        "--seed=1e20",
+        "--learning-rate=inf",
+        "--max-failures=-5",
+        "--norm-eps=-1",
+    ],
+)
+def test_numbers_that_would_fail_later_are_refused_at_once(flag: str) -> None:
+    with pytest.raises(ConfigError, match=flag.removeprefix("--").partition("=")[0].replace("-", "_")):
+        build_config(parse_settings([flag]))
