@@ -329,9 +329,11 @@ def ray_cluster() -> Iterator[tuple[Any, bool]]:
             alone = True
     if alone:
         # Without a dashboard nobody asks for task events, and every process of Ray would wake each second to report
-        # them; and training should not wait behind Ray's housekeeping, as Ray's default for workers (15) has it.
+        # them; training should not wait behind Ray's housekeeping, as Ray's default for workers (15) has it; and idle
+        # workers started in advance would only take their share.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
         yield ray, alone
