@@ -329,11 +329,9 @@ def ray_cluster() -> Iterator[tuple[Any, bool]]:
             alone = True
     if alone:
         # Without a dashboard nobody asks for task events, and every process of Ray would wake each second to report
-        # them; training should not wait behind Ray's housekeeping, as Ray's default for workers (15) has it; and idle
-        # workers started in advance would only take their share.
+        # them; and training should not wait behind Ray's housekeeping, as Ray's default for workers (15) has it.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
         yield ray, alone
