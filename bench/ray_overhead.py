@@ -1,8 +1,9 @@
 """What Ray costs: steady-state tokens/s of the job against the bare loop, same config, in one run.
 
-`python -m bench.ray_overhead` starts both and lets them run in turn, a few seconds each, the other one's processes
-stopped meanwhile (all of Ray's among them). So both meet the same moods of a machine whose speed drifts by more than
-what is measured. The ratio is of the medians over log intervals; those that a pause fell into are outliers to it.
+`python -m bench.ray_overhead` starts both and lets them run in turn, the other one's processes stopped meanwhile, all
+of Ray's among them. So both meet the same moods of a machine whose speed drifts by more than what is measured. Turns
+are long, since Ray, once woken, makes up for every timer that it has missed. The ratio is of the medians over log
+intervals; those that a pause fell into are outliers to it.
 """
 
 import argparse
@@ -34,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the ratio job / bare as JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.ray_overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="builtin", help="corpus, as for train_job/run.py")
-    parser.add_argument("--turns", type=int, default=10, help="turns of each")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a turn")
+    parser.add_argument("--turns", type=int, default=6, help="turns of each")
+    parser.add_argument("--seconds", type=float, default=25.0, help="length of a turn")
     arguments = parser.parse_args(argv)
     settings = dict(data=arguments.data, max_steps=10**6, eval_interval=10**6, log_interval=4, sample_tokens=0)
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:

@@ -7,13 +7,14 @@ training steps from the first one on; evaluations stand beside it. Settings can 
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from typing import Any
 
 import torch
 
-from gptcore.errors import FoundryError
+from gptcore.errors import ConfigError, FoundryError
 from train_job.config import build_config
 from train_job.hardware import pick_device
 from train_job.inputs import build_model, prepare_inputs
@@ -34,9 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bpb", type=float, default=2.1203, help="validation bits per byte to reach")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings in place of the recipe's")
     arguments = parser.parse_args(argv)
-    recipe = next(settings for reaches, settings in RECIPES if reaches <= arguments.bpb)
-    changes = dict(item.split("=", 1) for item in arguments.set)
     try:
+        if not 0 < arguments.bpb < math.inf:
+            raise ConfigError(f"--bpb is {arguments.bpb:g}; expected more than 0, and finite")
+        recipe = next(settings for reaches, settings in RECIPES if reaches <= arguments.bpb)
+        changes = dict(map(parse_change, arguments.set))
         with tempfile.TemporaryDirectory() as cache:
             base = dict(data=arguments.data, target_bits_per_byte=arguments.bpb, log_interval=10, cache_dir=cache)
             report = measure(base | recipe | changes)
@@ -45,6 +48,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(json.dumps(report | {"target": arguments.bpb, "reached": report["bits_per_byte"] <= arguments.bpb}))
     return 0 if report["bits_per_byte"] <= arguments.bpb else 1
+
+
+def parse_change(item: str) -> tuple[str, str]:
+    """`KEY=VALUE` as a pair. Raises ConfigError if it is none."""
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise ConfigError(f"--set has {item!r}; expected KEY=VALUE, such as max_steps=100")
+    return key, value
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:

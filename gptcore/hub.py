@@ -18,14 +18,15 @@ PACKAGE_FILES = ["*.json", "*.safetensors", "merges.txt"]
 SERVER_SECONDS = 5
 
 
-def resolve(name: str, tracking_uri: str | None = None) -> Path:
+def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None) -> Path:
     """The package folder that `name` stands for; it is not opened here.
 
     `tracking_uri` is where models:/ and runs:/ are looked up: by default $MLFLOW_TRACKING_URI, else the embedded
-    database. Raises HubError if the name leads nowhere.
+    database. What a tracking server sends goes `into` that folder, by default a temporary one that stays. Raises
+    HubError if the name leads nowhere.
     """
     if name.startswith(("models:/", "runs:/")):
-        return _package_inside(_download(name, tracking_uri or _tracking_uri()), name)
+        return _package_inside(_download(name, tracking_uri or _tracking_uri(), into), name)
     if name.startswith("hf:"):
         return _from_hugging_face(name.removeprefix("hf:"))
     folder = Path(name).expanduser()
@@ -57,15 +58,16 @@ def _tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
 
 
-def _download(name: str, tracking_uri: str) -> Path:
+def _download(name: str, tracking_uri: str, into: Path | None) -> Path:
     """The folder of an MLflow model: where it lies if that is this machine, else a download."""
     _check_reachable(name, tracking_uri)
+    remote = tracking_uri.startswith(("http://", "https://"))
     import mlflow
     from mlflow.exceptions import MlflowException
 
     mlflow.set_tracking_uri(tracking_uri)  # aliases are looked up through the process-wide one alone
     try:
-        return Path(mlflow.artifacts.download_artifacts(name))
+        return Path(mlflow.artifacts.download_artifacts(name, dst_path=str(into) if into and remote else None))
     except MlflowException as error:
         raise HubError(f"MLflow knows no model {name!r}: {_reason(error)}{_nearest(name, tracking_uri)}") from error
     except OSError as error:

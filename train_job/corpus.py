@@ -54,17 +54,20 @@ class Corpus:
             yield from piece.documents()
 
 
-def open_corpus(data: str, text_column: str = "text", cache_dir: Path = Path(".cache")) -> Corpus:
+def open_corpus(data: str, text_column: str = "text", cache_dir: Path = Path(".cache"), refresh: bool = True) -> Corpus:
     """The corpus that `data` names: builtin, shakespeare, a file, folder, glob or http(s) URL.
 
-    Raises CorpusError if there is none, or if it is empty or not text.
+    Without `refresh`, a URL that was downloaded before is taken as it was then, whatever is there now. Raises
+    CorpusError if there is none, or if it is empty or not text.
     """
     if not data:
         raise CorpusError(f"no corpus was named; expected {', '.join(NAMED)}, a path, a glob or a URL")
     if data == "builtin":
         return Corpus(data, (builtin_piece(),))
     try:
-        pieces = [piece for path in locate(data, cache_dir) for piece in open_file(path, text_column, cache_dir)]
+        pieces = [
+            piece for path in locate(data, cache_dir, refresh) for piece in open_file(path, text_column, cache_dir)
+        ]
     except OSError as error:
         raise CorpusError(f"cannot read {error.filename or data}: {error.strerror or error}") from error
     if not pieces:
@@ -72,13 +75,14 @@ def open_corpus(data: str, text_column: str = "text", cache_dir: Path = Path(".c
     return Corpus(data, tuple(pieces))
 
 
-def locate(data: str, cache_dir: Path) -> list[Path]:
-    """The files behind `data`, in order; downloads what is not there yet."""
+def locate(data: str, cache_dir: Path, refresh: bool = True) -> list[Path]:
+    """The files behind `data`, in order; downloads what is not there yet or, with `refresh`, has changed."""
     if data == "shakespeare":
         return [shakespeare(cache_dir)]
     if data.startswith(("http://", "https://")):
         name = Path(urlsplit(data).path).name or "index"
-        return [download(data, cache_dir / "downloads" / f"{hashlib.sha256(data.encode()).hexdigest()[:16]}-{name}")]
+        copy = cache_dir / "downloads" / f"{hashlib.sha256(data.encode()).hexdigest()[:16]}-{name}"
+        return [download(data, copy, refresh)]
     path = Path(data).expanduser()
     if path.is_file():
         return [path.absolute()]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptcore.sampling import SamplingParams, filtered_probs
 from gptcore.tokenizer import Tokenizer
+from train_job.files import written_whole
 
 INK, FAINT = "#2b2b33", "#d9d9e0"
 COLOURS = ("#1f5fa8", "#e07b39", "#3b8f5a", "#8a4fa3")
@@ -108,7 +109,8 @@ def _figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure.add_subplot()
-        figure.savefig(path)
+        with written_whole(path) as file:
+            figure.savefig(file, format="png")
 
 
 def _label(tokenizer: Tokenizer, token: int) -> str:

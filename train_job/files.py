@@ -1,20 +1,34 @@
-"""Files that appear whole or not at all: atomic writes and cached downloads, with one message for a full disk."""
+"""Files that appear whole or not at all: atomic writes and cached downloads, with one message for a full disk.
+
+A file is written as a draft beside its place and renamed. A draft is locked while its writer lives, so one that a
+killed process left behind is told from one in use, and swept up.
+"""
 
 import errno
+import fcntl
 import hashlib
 import http.client
+import json
+import logging
 import os
 import shutil
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
 from gptcore.errors import CorpusError, TrainingError
 
+log = logging.getLogger(__name__)
+
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
+DRAFT = ".draft-"
+SETTLED_SECONDS = 60.0
+"""A draft written to within this time is left alone, lock or not: its writer may be about to lock or rename it."""
 
 
 @contextmanager
@@ -23,10 +37,12 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
     Raises TrainingError naming the folder when it is full or not writable.
     """
-    draft = path.with_name(f".{uuid4().hex}")
+    draft = path.with_name(f"{DRAFT}{uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
         os.replace(draft, path)
     except OSError as error:
@@ -40,22 +56,59 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             draft.unlink()
 
 
+def sweep(folder: Path) -> None:
+    """Removes the drafts below `folder` whose writers are gone. Those that may be in use stay, as does all else."""
+    for draft in folder.rglob(f"{DRAFT}*"):
+        with suppress(OSError), open(draft, "r+b") as file:  # locked, gone meanwhile, or another user's
+            if time.time() - os.fstat(file.fileno()).st_mtime > SETTLED_SECONDS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                draft.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it, no other process of this machine is: waits for its turn. A process that dies lets go of the lock."""
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def sha256(path: Path) -> str:
     """The file's SHA-256 in hex, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download(url: str, path: Path) -> Path:
-    """`url`'s content at `path`, fetched if it is not there yet. Raises CorpusError if the address does not answer."""
-    if path.exists():
+def download(url: str, path: Path, refresh: bool = False) -> Path:
+    """`url`'s content at `path`, fetched if it is not there yet; with `refresh`, fetched anew if it has changed.
+
+    Whether it has changed is the server's word on the ETag or date that came with the copy; a copy that came without
+    is kept. If the server cannot be reached, the copy is used and a warning says so. Raises CorpusError if there is
+    no copy either.
+    """
+    notes = path.with_name(f"{path.name}.headers")
+    known = json.loads(notes.read_text()) if path.exists() and notes.exists() else {}
+    if path.exists() and not (refresh and known):
         return path
     try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer, written_whole(path) as file:
-            shutil.copyfileobj(answer, file)
-            expected = int(answer.headers.get("Content-Length") or file.tell())
-            if file.tell() != expected:
-                raise OSError(f"{file.tell()} of {expected} bytes came")
+        request = urllib.request.Request(url, headers=known)
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as answer:
+            with written_whole(path) as file:
+                shutil.copyfileobj(answer, file)
+                expected = int(answer.headers.get("Content-Length") or file.tell())
+                if file.tell() != expected:
+                    raise OSError(f"{file.tell()} of {expected} bytes came")
+            conditions = {"If-None-Match": answer.headers["ETag"], "If-Modified-Since": answer.headers["Last-Modified"]}
+        with written_whole(notes) as file:
+            file.write(json.dumps({name: value for name, value in conditions.items() if value}).encode())
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise CorpusError(f"cannot download {url}: {getattr(error, 'reason', error)}") from error
+        if isinstance(error, urllib.error.HTTPError) and error.code == http.client.NOT_MODIFIED:
+            return path
+        reason = getattr(error, "reason", error)
+        if not path.exists():
+            raise CorpusError(f"cannot download {url}: {reason}") from error
+        log.warning("cannot ask %s for a newer text (%s); using the copy in %s", url, reason, path)
+        return path
+    if known:
+        log.warning("%s has changed and was downloaded again", url)
     return path

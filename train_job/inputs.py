@@ -23,12 +23,14 @@ from gptcore.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer, read_t
 from train_job.batches import Batches
 from train_job.config import TrainConfig
 from train_job.corpus import Corpus, open_corpus, split
-from train_job.files import written_whole
+from train_job.files import sweep, written_whole
 from train_job.hardware import pick_device
 from train_job.shards import TokenSet, prepare
 
 VOCAB_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this, which matrix units like; the spare ids are never sampled."""
+CACHED = ("downloads", "scans", "shards", "tokenizers", "unpacked")
+"""What the cache's folders are called."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def cache_dir(config: TrainConfig) -> Path:
     return Path(config.cache_dir).expanduser().absolute() if config.cache_dir else home() / ".cache"
 
 
-def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map) -> Inputs:
-    """Opens, splits and tokenises the corpus; `mapper` runs tokenising in parallel.
+def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map, refresh: bool = True) -> Inputs:
+    """Opens, splits and tokenises the corpus; `mapper` runs tokenising in parallel, `refresh` is `open_corpus`'s.
 
     Raises CorpusError, TokenizerError, PackageError, HubError or ConfigError: whatever is wrong is found here.
     """
@@ -62,9 +64,11 @@ def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map) -> Inp
             raise ConfigError(
                 f"{config.num_workers} workers would share one {device} device; add --use-gpu or --device cpu"
             )
-    corpus = open_corpus(config.data, config.text_column, cache)
+    for kind in CACHED:
+        sweep(cache / kind)
+    corpus = open_corpus(config.data, config.text_column, cache, refresh)
     if config.val_data:
-        train, validation = corpus, open_corpus(config.val_data, config.text_column, cache)
+        train, validation = corpus, open_corpus(config.val_data, config.text_column, cache, refresh)
     else:
         train, validation = split(corpus, config.val_fraction)
     parent = open_package(resolve(config.init_from)) if config.init_from else None

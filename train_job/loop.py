@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +31,13 @@ from train_job.shards import TokenSet
 
 UNBOUNDED = 2**40
 """More steps than any run takes."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first event: the workers are there, and this many steps were done before."""
+
+    step: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Finished:
     reason: str
 
 
-Event = Progress | Evaluation | CheckpointDue | Finished
+Event = Started | Progress | Evaluation | CheckpointDue | Finished
 
 
 class Trainer:
@@ -113,7 +120,7 @@ class Trainer:
         self.dtype = pick_dtype(config, device)
         self.total_steps, self.limit = self._plan()
         self.state = TrainState()
-        self.trained_seconds = 0.0
+        self.trained_seconds, self.began = 0.0, time.perf_counter()
 
     @property
     def tokens_per_step(self) -> int:
@@ -144,9 +151,12 @@ class Trainer:
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         logged_step, logged_seconds, sums = state.step, 0.0, 0.0
-        began, evaluated = time.perf_counter() - state.elapsed, -1
-        reason = self.limit if state.step >= self.total_steps else ""
+        self.began = time.perf_counter() - state.elapsed
         look_every = 1 if self.device.type == "cpu" else config.log_interval  # looking waits for the device
+        yield Started(state.step)
+        reason = self._reached()
+        if self._unjudged(reason):  # a stop came before it
+            reason = yield from self._keep(reason)
         while not reason:
             clock = time.perf_counter()
             while True:
@@ -156,26 +166,31 @@ class Trainer:
                 state.step += 1
                 if state.step % look_every == 0 or self._due(state.step):
                     break
-            means, norm_now, asked = self._look(losses, norms, time.perf_counter() - began)
+            means, norm_now, asked = self._look(losses, norms, time.perf_counter() - self.began)
             sums += sum(means)
             losses, norms = [], []
-            state.elapsed = time.perf_counter() - began
+            state.elapsed = time.perf_counter() - self.began
             self.trained_seconds += time.perf_counter() - clock
             reason = self.limit if state.step >= self.total_steps else asked
             if reason or state.step % config.log_interval == 0:
                 seconds = self.trained_seconds - logged_seconds
                 yield self._progress(sums / (state.step - logged_step), norm_now, state.step - logged_step, seconds)
                 logged_step, logged_seconds, sums = state.step, self.trained_seconds, 0.0
-            if reason != "stopped" and (reason or state.step % config.eval_interval == 0):
-                evaluation = self.evaluate()
-                evaluated = state.step
-                state.elapsed = time.perf_counter() - began
-                yield evaluation
-                reason = reason or self._met(evaluation)
-            every = config.checkpoint_interval or config.eval_interval
-            if reason or evaluated == state.step or state.step % every == 0:
-                yield CheckpointDue(state.step, evaluation.loss if evaluated == state.step else math.inf)
+            reason = yield from self._keep(reason)
         yield Finished(state.step, reason)
+
+    def _keep(self, reason: str) -> Generator[Event, None, str]:
+        """Has this step's weights judged and saved where that is due; returns `reason`, or the goal they reach."""
+        state, loss = self.state, math.inf
+        if self._unjudged(reason):
+            evaluation = self.evaluate()
+            state.elapsed = time.perf_counter() - self.began
+            yield evaluation
+            reason, loss = reason or self._goal(), evaluation.loss
+        every = self.config.checkpoint_interval or self.config.eval_interval
+        if reason or loss < math.inf or state.step % every == 0:
+            yield CheckpointDue(state.step, loss)
+        return reason
 
     def evaluate(self) -> Evaluation:
         """The whole validation split, every rank a share of it; remembers the best."""
@@ -187,7 +202,7 @@ class Trainer:
         loss = float(nats) / (self.validation.num_tokens - 1)
         if not math.isfinite(loss):
             raise diverged(f"validation loss is {loss}", state.step)
-        best = loss < state.best_loss
+        state.last_evaluated, best = state.step, loss < state.best_loss
         state.since_best = 0 if best else state.since_best + 1
         if best:
             state.best_loss, state.best_step = loss, state.step
@@ -196,7 +211,7 @@ class Trainer:
             state.step * self.tokens_per_step,
             state.step / self.batches.steps_per_epoch,
             loss,
-            float(nats) / math.log(2) / self.validation.num_bytes,
+            self._bits_per_byte(loss),
             best,
             time.perf_counter() - start,
             self.trained_seconds,
@@ -292,14 +307,31 @@ class Trainer:
             self.total_steps if self.total_steps < UNBOUNDED else None,
         )
 
-    def _met(self, evaluation: Evaluation) -> str:
-        """The goal that this evaluation reaches, or an empty string."""
-        c = self.config
-        if c.target_loss is not None and evaluation.loss <= c.target_loss:
+    def _unjudged(self, reason: str) -> bool:
+        """Whether this step's weights are to be judged and were not: at intervals, and where a limit ends the run."""
+        step = self.state.step
+        due = bool(reason) or step % self.config.eval_interval == 0
+        return due and reason != "stopped" and self.state.last_evaluated != step
+
+    def _reached(self) -> str:
+        """The limit or goal at which the state stands, or an empty string: a resumed run may have no step to do."""
+        if self.state.step >= self.total_steps:
+            return self.limit
+        minutes = self.config.max_minutes
+        return "max_minutes" if minutes is not None and self.state.elapsed >= 60 * minutes else self._goal()
+
+    def _goal(self) -> str:
+        """The goal that the evaluations until now have reached, or an empty string."""
+        c, best = self.config, self.state.best_loss
+        if c.target_loss is not None and best <= c.target_loss:
             return "target_loss"
-        if c.target_bits_per_byte is not None and evaluation.bits_per_byte <= c.target_bits_per_byte:
+        if c.target_bits_per_byte is not None and self._bits_per_byte(best) <= c.target_bits_per_byte:
             return "target_bits_per_byte"
         return "patience" if c.patience is not None and self.state.since_best >= c.patience else ""
+
+    def _bits_per_byte(self, loss: float) -> float:
+        """A validation loss in nats per token as bits per UTF-8 byte."""
+        return loss * (self.validation.num_tokens - 1) / math.log(2) / self.validation.num_bytes
 
 
 def diverged(what: str, step: int) -> TrainingError:

@@ -21,6 +21,7 @@ from train_job import figures, registry, tracking
 from train_job.checkpoint import load_model
 from train_job.config import TrainConfig
 from train_job.evaluate import bits_per_byte
+from train_job.files import written_whole
 from train_job.hardware import peak_memory_mb
 from train_job.inputs import cache_dir
 from train_job.spool import Spool
@@ -41,12 +42,12 @@ def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
         run.console.say(f"error: {problem}")
         _close(run, "FAILED", [run.console.path])
         return 1 if isinstance(problem, TrainingError) else 2
-    if run.signal:
-        _close(run, "KILLED", [run.console.path])
-        run.console.say(f"stopped; go on with: {run.resume_command()}")
-        return 128 + run.signal
+    if run.stops.number:
+        _deliver(run, [run.console.path])
+    run.stops.check()
     package = _package(run, result)
     pictures = _figures(run, package)
+    run.stops.check()
     try:
         published = registry.publish(
             run.uri,
@@ -67,11 +68,21 @@ def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
         _close(run, "FAILED", [*pictures, run.console.path])
         return 1
     record = asdict(published) | {"config": run.config.flat()}
-    (run.run_dir / OUTCOME).write_text(json.dumps(record, indent=1))
+    if not published.new:
+        run.console.say(f"nothing new to register: {_why_nothing_new(run, package)}")
     _tell(run, result.return_value or {})
     show(run.console.say, package, record, run.config)
+    run.stops.check(last=True)
     _close(run, "FINISHED", [*pictures, run.run_dir / "config.yaml", run.console.path])
+    with written_whole(run.run_dir / OUTCOME) as file:  # last: a run that has it is finished in every respect
+        file.write(json.dumps(record, indent=1).encode())
     return 0
+
+
+def _why_nothing_new(run: Run, package: Package) -> str:
+    if run.began and run.finished and run.began.step == run.finished.step:
+        return f"{run.finished.reason} is met at step {run.finished.step} already, so no step was added"
+    return f"step {package.info['training']['step']} is still the best"
 
 
 def _package(run: Run, result: Any) -> Package:
@@ -108,7 +119,7 @@ def _figures(run: Run, package: Package) -> list[Path]:
     folder = run.run_dir / "figures"
     folder.mkdir(exist_ok=True)
     curve, temperature = folder / "loss_curve.png", folder / "temperature_effect.png"
-    figures.loss_curve(run.history, curve)
+    figures.loss_curve(run.history.rows, curve)
     prompt = package.tokenizer.encode(run.config.sample_prompts[0]) or [package.tokenizer.eot]
     logits = package.load_model()(torch.tensor([prompt]))[0, -1]  # (V,)
     figures.temperature_effect(
@@ -149,9 +160,16 @@ def show_again(run_dir: Path, config: TrainConfig) -> int:
 
 
 def _close(run: Run, status: str, files: list[Path]) -> None:
-    """Delivers what is left and ends the MLflow run; says what a missing server kept from it."""
+    """Delivers what is left and ends the MLflow run; too late for a stop."""
+    run.stops.late = True
+    _deliver(run, files)
+    end(run, status)
+
+
+def _deliver(run: Run, files: list[Path]) -> None:
+    """Waits a while until MLflow has every point and these files; says what a missing server kept from it."""
     spool = Spool(run.run_dir / "spool", run.run_id, run.uri)
-    spool.metrics(max((int(row["step"]) for row in run.history), default=0), _driver_memory())
+    spool.metrics(run.history.last_step, _driver_memory())
     for file in files:
         spool.artifact(file, "figures" if file.suffix == ".png" else None)
     if left := spool.close(PATIENCE_SECONDS):
@@ -159,6 +177,12 @@ def _close(run: Run, status: str, files: list[Path]) -> None:
             f"the tracking server is away: {left} lines wait; deliver them with "
             f"python -m train_job.tracking deliver {spool.folder}"
         )
+
+
+def end(run: Run, status: str) -> None:
+    """Ends the MLflow run, if there is one, as FINISHED, FAILED or KILLED; says so where the server is away."""
+    if not run.run_id:
+        return
     try:
         tracking.finish_run(run.uri, run.run_id, status)
     except TrainingError as error:

@@ -9,13 +9,16 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gptcore
 from gptcore.errors import ConfigError, FoundryError, HubError, did_you_mean
-from gptcore.package import Package, describe
+from gptcore.hub import resolve
+from gptcore.package import WEIGHTS, Package, describe, open_package
+from train_job.files import locked, sha256
 from train_job.spool import answers_expected, mlflow_client, shown
 
 MODES = ("if-better", "always", "never")
@@ -41,13 +44,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Published:
-    """A registered version, and what the gate said of it."""
+    """A version, and what the gate said of it. It is `new` unless the run had registered these weights before."""
 
     name: str
     version: str
     promoted: bool
     reason: str
     bits_per_byte: float
+    new: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,19 @@ class Champion:
     judged_here: bool = False
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A version that asks for @champion, and its recorded bits per byte on our validation text."""
+
+    name: str
+    version: str
+    package: Package
+    bits_per_byte: float
+
+
 def decide(mode: str, bits_per_byte: float, champion: Champion | None) -> Decision:
     """Whether a model that needs `bits_per_byte` takes @champion over. Raises ConfigError for an unknown mode."""
-    if mode not in MODES:
-        raise ConfigError(f"promote is {mode!r}; expected {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
+    _check_mode(mode)
     ours = f"{bits_per_byte:.4f} bits per byte"
     if mode != "if-better":
         return Decision(mode == "always", f"promotion was set to {mode!r} ({ours})")
@@ -76,6 +89,11 @@ def decide(mode: str, bits_per_byte: float, champion: Champion | None) -> Decisi
     better = bits_per_byte < champion.bits_per_byte
     theirs = f"{champion.bits_per_byte:.4f} of champion version {champion.version} on the same text"
     return Decision(better, f"{ours} is {'better' if better else 'no better'} than the {theirs}")
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ConfigError(f"promote is {mode!r}; expected {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
 
 
 def publish(
@@ -92,31 +110,82 @@ def publish(
     """Logs the package with the run, registers it as a version of `name`, and moves @champion if the gate says so.
 
     `bits_per_byte` is the package's figure on the whole validation text, computed here if it is None; `step` is the
-    one whose metrics MLflow shows beside the model. Raises TrainingError if MLflow refuses or is away.
+    one whose metrics MLflow shows beside the model. Weights that this run has registered under `name` before are not
+    registered again: what was decided of them stands, unless it was decided in another mode or the publication was
+    interrupted, which is finished then. Raises TrainingError if MLflow refuses or is away.
     """
     import mlflow
 
+    _check_mode(promote)  # now, not when the version is there
     if bits_per_byte is None:
         bits_per_byte = validation.judge(package)
+    weights = sha256(package.path / WEIGHTS)
     mlflow.set_tracking_uri(uri)  # logging a model knows only the process-wide one
     with answers_expected(uri):
         client = mlflow_client(uri)
-        champion = _champion(client, uri, name, validation) if promote == "if-better" else None
-        # A champion judged here is compared with what the same judge says of the newcomer.
-        ours = validation.judge(package) if champion and champion.judged_here else bits_per_byte
-        decision = decide(promote, ours, champion)
-        tags = {
-            "bits_per_byte": repr(bits_per_byte),
-            "validation_fingerprint": validation.fingerprint,
-            **_origin_tags(client.get_run(run_id)),
-            "promoted": str(decision.promote).lower(),
-            "promotion_reason": decision.reason,
-        }
-        version = _register(client.get_run(run_id), package, name, tags, step)
+        earlier = _registered_before(client, run_id, name, weights)
+        if earlier is not None and earlier.tags.get("promotion_mode") == promote:
+            promoted, reason = earlier.tags["promoted"] == "true", earlier.tags["promotion_reason"]
+            return Published(name, str(earlier.version), promoted, reason, bits_per_byte, new=False)
+        if earlier is None:
+            run = client.get_run(run_id)
+            tags = {
+                "bits_per_byte": repr(bits_per_byte),
+                "validation_fingerprint": validation.fingerprint,
+                "weights_sha256": weights,
+                **_origin_tags(run),
+            }
+            version = _register(run, package, name, tags, step)
+        else:
+            version = str(earlier.version)
         client.update_model_version(name, version, description=describe(package))
-        if decision.promote:
-            client.set_registered_model_alias(name, CHAMPION, version)
-    return Published(name, version, decision.promote, decision.reason, bits_per_byte)
+        decision = _pass_gate(client, uri, promote, Candidate(name, version, package, bits_per_byte), validation)
+        client.set_model_version_tag(name, version, "promoted", str(decision.promote).lower())
+        client.set_model_version_tag(name, version, "promotion_reason", decision.reason)
+        client.set_model_version_tag(name, version, "promotion_mode", promote)  # last: the decision is recorded
+    return Published(name, version, decision.promote, decision.reason, bits_per_byte, new=earlier is None)
+
+
+def _registered_before(client: Any, run_id: str, name: str, weights: str) -> Any:
+    """The version of `name` that this run made of these weights, or None."""
+    for version in client.search_model_versions(f"run_id = '{run_id}'"):
+        if version.name == name and version.tags.get("weights_sha256") == weights:
+            return version
+    return None
+
+
+def _pass_gate(client: Any, uri: str, mode: str, candidate: Candidate, validation: Validation) -> Decision:
+    """Decides, and moves @champion if the candidate has won.
+
+    Judging takes time, in which another job may move the alias; then the candidate is judged anew, against the new
+    champion. On an sqlite database, jobs look and move one at a time, under a lock file beside it. A server's API has
+    no such step, so there the alias is looked at before and after it is moved. What remains: of two jobs that move it
+    within the same two requests, the later one wins, be it the worse, if the earlier one has looked behind itself by
+    then. Their versions, figures and reasons are right in any case, and the next run compares with whoever holds it.
+    """
+    name, version = candidate.name, candidate.version
+    while True:
+        holder = _holder(client, name)
+        if holder is not None and str(holder.version) == version:
+            recorded = holder.tags.get("promoted") == "true"
+            return Decision(True, holder.tags["promotion_reason"] if recorded else "it is the champion")
+        champion = _judged(holder, uri, validation) if holder is not None and mode == "if-better" else None
+        # A champion judged here is compared with what the same judge says of the newcomer.
+        here = champion is not None and champion.judged_here
+        decision = decide(mode, validation.judge(candidate.package) if here else candidate.bits_per_byte, champion)
+        if not decision.promote:
+            return decision
+        with _turn(uri):
+            if _version(_holder(client, name)) == _version(holder):
+                client.set_registered_model_alias(name, CHAMPION, version)
+                if _version(_holder(client, name)) == version:
+                    return decision
+
+
+def _turn(uri: str) -> AbstractContextManager[None]:
+    """A time in which no other job of ours moves an alias in this database; on a server, no such thing is known."""
+    database = Path(uri.removeprefix("sqlite:///"))
+    return locked(database.with_name(f"{database.name}.gate")) if uri.startswith("sqlite:///") else nullcontext()
 
 
 def pin(model: str, uri: str) -> str:
@@ -136,26 +205,31 @@ def pin(model: str, uri: str) -> str:
     return f"models:/{name}/{version.version}"
 
 
-def _champion(client: Any, uri: str, name: str, validation: Validation) -> Champion | None:
-    """The champion on our validation text: its own figure if it was judged on the same bytes, else judged here."""
+def _holder(client: Any, name: str) -> Any:
+    """The version that has the alias, or None."""
     from mlflow import MlflowException
 
     try:
-        holder = client.get_model_version_by_alias(name, CHAMPION)
+        return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model; no such alias
             return None
         raise
+
+
+def _version(holder: Any) -> str | None:
+    return None if holder is None else str(holder.version)
+
+
+def _judged(holder: Any, uri: str, validation: Validation) -> Champion:
+    """The champion on our validation text: its own figure if it was judged on the same bytes, else judged here."""
     if holder.tags.get("validation_fingerprint") == validation.fingerprint and "bits_per_byte" in holder.tags:
         return Champion(str(holder.version), float(holder.tags["bits_per_byte"]))
-    from gptcore.hub import resolve
-    from gptcore.package import open_package
-
     try:
-        package = open_package(resolve(f"models:/{name}/{holder.version}", uri))
+        package = open_package(resolve(f"models:/{holder.name}/{holder.version}", uri))
         return Champion(str(holder.version), validation.judge(package), judged_here=True)
     except FoundryError as error:
-        return Champion(str(holder.version), None, str(error))
+        return Champion(str(holder.version), None, shown(str(error)))
 
 
 def _origin_tags(run: Any) -> dict[str, str]:

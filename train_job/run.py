@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -33,8 +33,13 @@ if os.environ.get("RAY_ADDRESS", "local") not in ("auto", "local") and (Path.hom
 
 from gptcore.errors import ConfigError, FoundryError, TrainingError, did_you_mean  # noqa: E402
 from gptcore.home import home  # noqa: E402
+from train_job.cluster import check_storage, ray_cluster, resources_per_worker, resources_text, torch_trainer  # noqa: E402
 from train_job.config import TrainConfig, build_config, parse_settings, read_yaml, resume_config, write_yaml  # noqa: E402
 from train_job.console import Console, count  # noqa: E402
+from train_job.files import written_whole  # noqa: E402
+from train_job.history import History  # noqa: E402
+from train_job.loop import Evaluation, Finished, Progress, Started  # noqa: E402
+from train_job.stop import StopSignals  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
@@ -54,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: cannot write {error.filename or home()}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:  # before anything was begun
         print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
@@ -65,6 +70,8 @@ def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
     Raises ConfigError if the name is taken, or if there is no such run to resume.
     """
     storage = str(given.get("storage_path") or home() / "runs")
+    if "://" in storage:
+        check_storage(storage)
     local = home() / "runs" if "://" in storage else Path(storage).expanduser().absolute()
     if given.get("resume"):
         run_dir = local / str(given["resume"])
@@ -100,8 +107,11 @@ class Run:
 
     def __init__(self, config: TrainConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
-        self.signal = 0
-        self.history: list[dict[str, float]] = []
+        self.stops = StopSignals(self._stop)
+        self.run_id = ""
+        self.board: Any = None
+        self.began: Started | None = None
+        self.finished: Finished | None = None
 
     def execute(self) -> int:
         """Plans, trains and registers. Raises FoundryError for wrong input, before anything is begun."""
@@ -123,22 +133,35 @@ class Run:
             self.resources = resources_per_worker(self.config, ray.nodes(), here_alone)
             self.console = Console(self.run_dir)
             stack.callback(self.console.close)
-            self.run_id = self._open()
+            stack.enter_context(self.stops)
             try:
+                self._open()
                 self._introduce(ray.nodes())
                 return outcome.conclude(self, *self._train(ray))
-            except BaseException as error:  # not ours: whatever it is, the run must not be left as running
-                killed = isinstance(error, KeyboardInterrupt)
-                tracking.finish_run(self.uri, self.run_id, "KILLED" if killed else "FAILED")
+            except KeyboardInterrupt:
+                outcome.end(self, "KILLED")
+                self.console.say(f"stopped; go on with: {self.resume_command()}")
+                return 128 + self.stops.number
+            except BaseException:  # not ours: whatever it is, the run must not be left as running
+                outcome.end(self, "FAILED")
                 raise
+
+    def _stop(self) -> None:
+        """What a signal does at once; the rest happens where the run looks for it."""
+        from train_job import outcome
+
+        if self.board:
+            self.board.ask_stop.remote()
+        what = "saving a checkpoint" if self.board and self.began else "finishing what is in hand"
+        self.console.say(f"stopping: {what} (once more to leave at once)")
+        outcome.end(self, "KILLED")  # now: whoever stopped us may not wait
 
     def _tracking_uri(self) -> str:
         """Where the run is tracked: for one that goes on, where it was, unless the environment says otherwise."""
         from train_job.tracking import tracking_uri
 
-        record = self.run_dir / "run.json"
-        if record.exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
-            return str(json.loads(record.read_text())["tracking_uri"])
+        if self._record.exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
+            return str(json.loads(self._record.read_text())["tracking_uri"])
         return tracking_uri()
 
     def resume_command(self) -> str:
@@ -156,17 +179,22 @@ class Run:
             cluster()
             return ray_map(fn, items)
 
-        return prepare_inputs(self.config, spread)
+        # A run that goes on wants the text that it has begun with.
+        return prepare_inputs(self.config, spread, refresh=not self._record.exists())
 
-    def _open(self) -> str:
+    @property
+    def _record(self) -> Path:
+        """The file that names the MLflow run, once there is one."""
+        return self.run_dir / "run.json"
+
+    def _open(self) -> None:
         """Opens the MLflow run, or goes on with the one that this folder names."""
         from train_job import tracking
+        from train_job.spool import kept
 
-        record = self.run_dir / "run.json"
-        if record.exists():
-            run_id = json.loads(record.read_text())["run_id"]
-            tracking.resume_run(self.uri, run_id)
-            self.history = _read_history(self.run_dir / "history.jsonl")
+        if self._record.exists():
+            self.run_id = json.loads(self._record.read_text())["run_id"]
+            tracking.resume_run(self.uri, self.run_id)
         else:
             inputs = self.inputs
             uses = [
@@ -181,7 +209,7 @@ class Run:
             tags = {"tokenizer": inputs.tokenizer.fingerprint}
             if self.config.init_from:
                 tags["parent"] = self.config.init_from
-            run_id = tracking.start_run(
+            self.run_id = tracking.start_run(
                 self.uri,
                 self.config.flat() | {"tokenizer": inputs.tokenizer.name} | asdict(inputs.model),
                 name=self.config.name,
@@ -189,9 +217,10 @@ class Run:
                 tags=tags,
                 experiment=self.config.experiment,
             )
-            record.write_text(json.dumps({"run_id": run_id, "tracking_uri": self.uri}))
+            with written_whole(self._record) as file:
+                file.write(json.dumps({"run_id": self.run_id, "tracking_uri": kept(self.uri)}).encode())
+        self.history = History(self.run_dir / "history.jsonl")
         write_yaml(self.config, self.run_dir / "config.yaml")
-        return run_id
 
     def _introduce(self, nodes: list[dict[str, Any]]) -> None:
         """Says what is about to happen, before the first step."""
@@ -209,7 +238,7 @@ class Run:
         say(f"model     {c.preset}: {count(parameters)} parameters, {i.model.family}, {shape}")
         say(f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes, {i.train.num_tokens:,} tokens by")
         say(f"          {i.tokenizer.name}; {i.validation.num_bytes:,} bytes more are kept for validation")
-        say(f"workers   {workers}, each with {_resources_text(self.resources)}")
+        say(f"workers   {workers}, each with {resources_text(self.resources)}")
         try:
             resources_per_worker(c, nodes, fixed=True)
         except ConfigError as error:
@@ -237,162 +266,49 @@ class Run:
             self.run_dir,
             board,
         )
-        trainer = _trainer(train_worker, job, self.resources)
-        outcome: list[Any] = []
+        trainer = torch_trainer(train_worker, job, self.resources)
+        ended: list[Any] = []
 
         def fit() -> None:
             try:
-                outcome.append(trainer.fit())
+                ended.append(trainer.fit())
             except Exception as error:
-                outcome.append(error)
+                ended.append(error)
 
         thread = threading.Thread(target=fit, daemon=True)
-        with self._signals(board):
-            thread.start()
-            while thread.is_alive():
-                self._show(ray.get(board.read.remote()))
-                thread.join(LOOK_SECONDS)
+        self.stops.check()
+        self.board = board
+        thread.start()
+        while thread.is_alive():
+            self._show(ray.get(board.read.remote()))
+            if not self.began:
+                self.stops.check()  # workers may be long in coming, and have nothing to save
+            thread.join(LOOK_SECONDS)
+        self.board = None
         self._show(ray.get(board.read.remote()))
         problem = ray.get(board.failed.remote())
-        result = outcome[0]
+        result = ended[0]
         if isinstance(result, Exception):
             problem = problem or TrainingError(f"training failed: {_reason(result)}")
             result = None
         return result, problem
 
-    @contextlib.contextmanager
-    def _signals(self, board: Any):
-        """Within it, Ctrl-C and `ray job stop` ask the workers for a last checkpoint; a second signal exits at once."""
-        from train_job import tracking
-
-        def handle(number: int, frame: Any) -> None:
-            if self.signal:
-                os._exit(128 + number)
-            self.signal = number
-            board.ask_stop.remote()
-            self.console.say("stopping: saving a checkpoint (once more to leave without one)")
-            # Marked now: whoever stopped us may not wait for the checkpoint.
-            threading.Thread(target=tracking.finish_run, args=(self.uri, self.run_id, "KILLED"), daemon=True).start()
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _show(self, news: list[Any]) -> None:
-        from train_job.loop import Evaluation, Progress
-
         for event in news:
             if isinstance(event, str):
                 self.console.say(event)
+            elif isinstance(event, Started):
+                self.began = self.began or event
+                if event.step:
+                    self.console.say(f"resumed   from step {event.step}")
             elif isinstance(event, Progress):
                 self.console.progress(event)
-                self._remember(step=event.step, tokens=event.tokens, epoch=event.epoch, train_loss=event.loss)
+                self.history.add(event)
             elif isinstance(event, Evaluation):
                 self.console.evaluation(event)
-                self._remember(
-                    step=event.step,
-                    tokens=event.tokens,
-                    epoch=event.epoch,
-                    val_loss=event.loss,
-                    bits_per_byte=event.bits_per_byte,
-                )
-
-    def _remember(self, **row: float) -> None:
-        """Keeps a point of the loss curve; steps repeated after a restart are kept once."""
-        kind = "train_loss" if "train_loss" in row else "val_loss"
-        if any(kind in old and old["step"] >= row["step"] for old in reversed(self.history[-50:])):
-            return
-        self.history.append(row)
-        with (self.run_dir / "history.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-@contextlib.contextmanager
-def ray_cluster() -> Iterator[tuple[Any, bool]]:
-    """Ray, connected, and whether it was started for this run: else it is what RAY_ADDRESS names or what runs here."""
-    import logging
-
-    import ray
-
-    named = os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
-    alone = named == "local"
-    if not alone:
-        try:
-            ray.init(address=named or "auto", **quiet)
-        except ConnectionError:
-            if named:
-                raise ConfigError(f"RAY_ADDRESS is {named!r}, but no Ray cluster answers there") from None
-            alone = True
-    if alone:
-        # Without a dashboard nobody asks for task events, and every process of Ray would wake each second to report
-        # them; and training should not wait behind Ray's housekeeping, as Ray's default for workers (15) has it.
-        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(address="local", include_dashboard=False, **quiet)
-    try:
-        yield ray, alone
-    finally:
-        ray.shutdown()
-
-
-def resources_per_worker(config: TrainConfig, nodes: list[dict[str, Any]], fixed: bool = False) -> dict[str, float]:
-    """CPUs (and a GPU) for each worker: the largest whole share of which the cluster holds as many as asked for.
-
-    Raises ConfigError if a `fixed` cluster, which no autoscaler can grow, can never hold the fewest workers.
-    """
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    cpus, gpus = [r.get("CPU", 0) for r in alive], sum(r.get("GPU", 0) for r in alive)
-    low, high = config.workers
-    share = config.cpus_per_worker
-    if share is None:
-        share = next((n for n in range(int(max(cpus)), 0, -1) if sum(c // n for c in cpus) >= high), 1)
-    room = sum(c // share for c in cpus)
-    if fixed and room < low:
-        raise ConfigError(
-            f"num_workers is {config.num_workers} with {share:g} CPUs each; there is room for {room:g}. "
-            "Use fewer, or lower --cpus-per-worker"
-        )
-    if fixed and config.use_gpu and gpus < low:
-        raise ConfigError(f"use_gpu is set for {low} workers, but Ray sees {gpus:g} GPUs")
-    return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
-
-
-def _trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    low, high = job.config.workers
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
-            use_gpu=job.config.use_gpu,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            name=job.config.name,
-            storage_path=job.config.storage_path,
-            failure_config=FailureConfig(max_failures=job.config.max_failures),
-            # Ray keeps the latest beside the best.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
-            ),
-        ),
-    )
-
-
-def _resources_text(resources: dict[str, float]) -> str:
-    return ", ".join(f"{n:g} {kind}{'s' if n != 1 else ''}" for kind, n in resources.items())
-
-
-def _read_history(path: Path) -> list[dict[str, float]]:
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a last line that a kill tore is left out
-    return [json.loads(line) for line in lines]
+                self.history.add(event)
+            elif isinstance(event, Finished):
+                self.finished = event
 
 
 def _reason(error: Exception) -> str:

@@ -28,13 +28,19 @@ LONGEST_BACKOFF_S = 15.0
 _environment = threading.Lock()
 
 
-def shown(uri: str) -> str:
-    """`uri` without the password it may carry."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+def shown(text: str) -> str:
+    """`text`, such as a tracking URI or MLflow's word on one, without the users and passwords of its URLs."""
+    return re.sub(r"\b(?!sqlite:|file:)([a-zA-Z][\w+.-]*://)\S*@", r"\1***@", text)
+
+
+def kept(uri: str) -> str:
+    """The tracking URI as it may stand in a file: without user and password, which the environment has to give."""
+    return shown(uri).replace("://***@", "://")
 
 
 def mlflow_client(uri: str) -> Any:
     """An MlflowClient, imported when first needed."""
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints passwords too
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
@@ -68,7 +74,7 @@ def answers_expected(uri: str) -> Iterator[None]:
     except FoundryError:
         raise
     except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own types through
-        raise TrainingError(f"MLflow at {shown(uri)} refused: {error}") from error
+        raise TrainingError(shown(f"MLflow at {uri} refused: {error}")) from error
 
 
 @dataclass
@@ -138,7 +144,7 @@ def deliver_batch(folder: Path, run_id: str, client: Any) -> bool:
     except MlflowException as error:
         if error.get_http_status_code() != 400:  # anything but bad input may pass with time
             raise
-        log.warning("MLflow refused %d lines, kept in %s: %s", len(lines), folder / "refused.jsonl", error)
+        log.warning("MLflow refused %d lines, kept in %s: %s", len(lines), folder / "refused.jsonl", shown(str(error)))
         with (folder / "refused.jsonl").open("a") as refused:
             refused.writelines(json.dumps(line) + "\n" for line in lines)
     progress.write(folder)
@@ -187,7 +193,7 @@ class Spool:
     def __init__(self, folder: Path, run_id: str, tracking_uri: str) -> None:
         self.folder, self.run_id, self.tracking_uri = Path(folder).absolute(), run_id, tracking_uri
         with written_whole(self.folder / "spool.json") as file:
-            file.write(json.dumps({"run_id": run_id, "tracking_uri": tracking_uri}).encode())
+            file.write(json.dumps({"run_id": run_id, "tracking_uri": kept(tracking_uri)}).encode())
         self._last_step: dict[str, int] = {}
         whole = 0
         for line, end in _read_lines(self.folder):
@@ -243,7 +249,7 @@ class Spool:
                 pause, away = DELIVERY_INTERVAL_S, False
             except Exception as error:  # whatever it is, training goes on and the next attempt may succeed
                 if not away:
-                    log.warning("MLflow is away, metrics wait in %s (%s)", self.folder, error)
+                    log.warning("MLflow is away, metrics wait in %s (%s)", self.folder, shown(str(error)))
                 pause, away = min(2 * pause, LONGEST_BACKOFF_S), True
             if closing:
                 self._abandoned.wait(1.0)

@@ -33,6 +33,7 @@ from train_job.spool import (
     answers_expected,
     deliver_batch,
     impatient_requests,
+    kept,
     mlflow_client,
     shown,
     undelivered,
@@ -76,14 +77,15 @@ def check_server(uri: str, timeout_s: float = 5.0) -> None:
             port = parts.port or {"mysql": 3306, "mssql": 1433}.get(parts.scheme.partition("+")[0], 5432)
             socket.create_connection((parts.hostname, port), timeout=timeout_s).close()
         elif not parts.scheme.startswith("databricks"):
-            raise TrainingError(f"tracking URI {uri!r} is of no known kind; expected http(s)://… or sqlite:///…")
+            raise TrainingError(f"tracking URI {shown(uri)!r} is of no known kind; expected http(s)://… or sqlite:///…")
     except urllib.error.HTTPError as error:  # it answers: an older server or a gateway without /health will do
         if error.code >= 500:
             raise TrainingError(f"the tracking server at {shown(uri)} answers {error.code} {error.reason}") from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+        # A ValueError is the URL's parser's, which quotes what it stumbled over: it may be part of a password.
+        reason = "it is no valid URL" if isinstance(error, ValueError) else getattr(error, "reason", None) or error
         raise TrainingError(
-            f"no tracking server answers at {shown(uri)} ({reason}); "
+            f"no tracking server answers at {shown(uri)} ({shown(str(reason))}); "
             "start it, correct MLFLOW_TRACKING_URI, or unset that to use the embedded database"
         ) from error
 
@@ -121,10 +123,15 @@ def start_run(
         all_tags = source_tags() | hardware_tags() | dict(tags or {})
         run = client.create_run(_experiment_id(client, uri, experiment), run_name=name, tags=all_tags)
         run_id: str = run.info.run_id
-        params = [Param(key, str(value)) for key, value in _flat(config)]
-        for i in range(0, len(params), PARAMS_PER_BATCH):
-            client.log_batch(run_id, params=params[i : i + PARAMS_PER_BATCH])
-        client.log_inputs(run_id, [_dataset_input(use) for use in datasets])
+        try:
+            params = [Param(key, str(value)) for key, value in _flat(config)]
+            for i in range(0, len(params), PARAMS_PER_BATCH):
+                client.log_batch(run_id, params=params[i : i + PARAMS_PER_BATCH])
+            client.log_inputs(run_id, [_dataset_input(use) for use in datasets])
+        except Exception:
+            with contextlib.suppress(Exception):  # the first problem is the one to tell
+                client.set_terminated(run_id, "FAILED")
+            raise
     return run_id
 
 
@@ -248,7 +255,7 @@ class SystemMetrics:
                 if not self._stopped.is_set():
                     self._spool.metrics(int(time.time() - started / 1000), values)
             except Exception as error:  # a figure about the machine is not worth a run
-                log.debug("no system metrics this time: %s", error)
+                log.debug("no system metrics this time: %s", shown(str(error)))
 
 
 def _monitors() -> list[Any]:
@@ -272,10 +279,12 @@ def deliver(folder: Path) -> int:
     if not (folder / "spool.json").exists():
         raise TrainingError(f"{folder} is no spool: it has no spool.json; expected the spool folder of a run")
     spool = json.loads((folder / "spool.json").read_text())
-    waiting = undelivered(folder)
-    check_server(spool["tracking_uri"])
-    with answers_expected(spool["tracking_uri"]), impatient_requests(timeout_s=30, retries=2):
-        client = mlflow_client(spool["tracking_uri"])
+    waiting, uri = undelivered(folder), tracking_uri()
+    if kept(uri) != spool["tracking_uri"]:  # else the environment's, which may have a password
+        uri = spool["tracking_uri"]
+    check_server(uri)
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=2):
+        client = mlflow_client(uri)
         while deliver_batch(folder, spool["run_id"], client):
             pass
     return waiting
@@ -289,12 +298,12 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("deliver", help="send a spool's remaining points and files to MLflow")
     command.add_argument("folder", type=Path, help="the spool's folder")
     asked = parser.parse_args(arguments)
-    if asked.command == "uri":
-        check_server(tracking_uri())  # makes the folder of the embedded database
-        print(tracking_uri())
-        return 0
     try:
-        print(f"delivered {deliver(asked.folder)} lines; nothing is left")
+        if asked.command == "uri":
+            check_server(tracking_uri())  # makes the folder of the embedded database
+            print(tracking_uri())
+        else:
+            print(f"delivered {deliver(asked.folder)} lines; nothing is left")
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,11 +5,12 @@ Rank 0 speaks; the other ranks only train. Ray restarts this function after a fa
 checkpoint.
 """
 
+import asyncio
 import errno
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from train_job.shards import prepare
 from train_job.spool import Spool
 from train_job.tracking import SystemMetrics
 
-STOP_POLL_SECONDS = 0.25
+STOP_LOOK_SECONDS = 0.1
 UNJUDGED = 1e30
 """The validation loss under which Ray ranks a checkpoint that was not evaluated."""
 SPOOL_PATIENCE_SECONDS = 30.0
@@ -53,7 +54,7 @@ class Job:
     initial: Any
     """ObjectRef of the parent's state dict, or None."""
     run_id: str
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)  # it may have a password, and Ray's dashboard shows a run's config
     run_dir: Path
     board: Any
 
@@ -63,43 +64,42 @@ class Board:
 
     def __init__(self) -> None:
         self.events: list[Event | str] = []
-        self.stop_wanted = False
+        self.stop = asyncio.Event()
         self.problem: FoundryError | None = None
 
-    def post(self, event: Event | str) -> None:
+    async def post(self, event: Event | str) -> None:
         self.events.append(event)
 
-    def read(self) -> list[Event | str]:
+    async def read(self) -> list[Event | str]:
         """The news since the last call."""
         news, self.events = self.events, []
         return news
 
-    def ask_stop(self) -> None:
-        self.stop_wanted = True
+    async def ask_stop(self) -> None:
+        self.stop.set()
 
-    def stop_asked(self) -> bool:
-        return self.stop_wanted
+    async def until_stop(self) -> None:
+        """Returns once the driver asked to stop."""
+        await self.stop.wait()
 
-    def fail(self, problem: FoundryError) -> None:
+    async def fail(self, problem: FoundryError) -> None:
         """A problem that a restart would only meet again."""
         self.problem = self.problem or problem
 
-    def failed(self) -> FoundryError | None:
+    async def failed(self) -> FoundryError | None:
         return self.problem
 
 
 class StopFlag:
-    """Whether the driver asked to stop, looked up in the background so that no step waits for the answer."""
+    """Whether the driver asked to stop: one question, asked once, whose answer no step waits for."""
 
     def __init__(self, board: Any) -> None:
-        self.board, self.reply, self.next_look, self.asked = board, board.stop_asked.remote(), 0.0, False
+        self.answer, self.next_look, self.asked = board.until_stop.remote(), 0.0, False
 
     def __call__(self) -> bool:
         if not self.asked and time.monotonic() >= self.next_look:
-            self.next_look = time.monotonic() + STOP_POLL_SECONDS
-            if ray.wait([self.reply], timeout=0)[0]:
-                self.asked = ray.get(self.reply)
-                self.reply = self.board.stop_asked.remote()
+            self.next_look = time.monotonic() + STOP_LOOK_SECONDS
+            self.asked = bool(ray.wait([self.answer], timeout=0)[0])
         return self.asked
 
 

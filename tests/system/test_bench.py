@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import time_to_quality
 from tests.system.conftest import ROOT, environment
 
 
@@ -37,6 +38,26 @@ def test_time_to_quality_says_whether_the_target_was_reached(
     assert found == code
     assert report["reached"] is (code == 0)
     assert float(str(report["seconds"])) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        (["--set", "foo"], "--set has 'foo'; expected KEY=VALUE"),
+        (["--set", "fooo=1"], "there is no setting 'fooo'"),
+        (["--bpb=-1"], "--bpb is -1; expected more than 0"),
+        (["--bpb=nan"], "--bpb is nan; expected more than 0"),
+        (["--data=no/such/file"], "'no/such/file'"),
+    ],
+)
+def test_time_to_quality_answers_wrong_arguments_with_a_line(
+    flags: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert time_to_quality.main(flags) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert answer in said
 
 
 @pytest.mark.slow

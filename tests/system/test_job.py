@@ -137,6 +137,76 @@ def test_a_stopped_run_is_marked_killed_and_goes_on_with_more_workers(
     assert max(steps) == stopped_at + 40
 
 
+def status(job: Job) -> str:
+    return str(mlflow_client(job).get_run(run_id(job)).info.status)
+
+
+def versions(job: Job) -> list[Any]:
+    return [v for v in mlflow_client(job).search_model_versions("name='gpt'") if v.run_id == run_id(job)]
+
+
+def test_a_run_stopped_before_its_first_step_is_marked_killed_and_can_begin_again(
+    launch: Launch, undisturbed: Job
+) -> None:
+    job = launch("early-stop")
+    job.await_line(r"^tracking")
+    job.process.send_signal(signal.SIGTERM)
+    code, output = job.finish()
+    assert code == 143, output
+    assert "--resume early-stop" in output
+    assert status(job) == "KILLED"
+    code, output = launch("early-stop", "--resume=early-stop").finish()
+    assert code == 0, output
+    assert status(job) == "FINISHED"
+    mine, theirs = weights(job), weights(undisturbed)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_while_it_registers_is_finished_by_a_resume_with_one_version(
+    launch: Launch, undisturbed: Job, number: signal.Signals
+) -> None:
+    name = f"late-stop-{number.name.lower()}"
+    job = launch(name)
+    job.await_line("egistered model 'gpt'")
+    job.process.send_signal(number)
+    code, output = job.finish()
+    assert code == 128 + number, output
+    assert "Traceback" not in output
+    assert status(job) == "KILLED"
+    code, output = launch(name, f"--resume={name}").finish()
+    assert code == 0, output
+    assert status(job) == "FINISHED"
+    [version] = versions(job)
+    assert version.tags["promotion_reason"]
+
+
+def test_a_resume_that_adds_no_step_adds_no_version(launch: Launch, undisturbed: Job) -> None:
+    assert len(versions(undisturbed)) == 1
+    code, output = launch("undisturbed", "--resume=undisturbed", "--max-steps=40").finish()
+    assert code == 0, output
+    assert "nothing new to register: max_steps is met at step 60 already" in output
+    assert f"gpt version {versions(undisturbed)[0].version}" in output
+    assert len(versions(undisturbed)) == 1
+    assert status(undisturbed) == "FINISHED"
+    code, output = launch("undisturbed", "--resume=undisturbed").finish()
+    assert "is finished" in output, output
+
+
+def test_a_run_can_keep_its_checkpoints_behind_a_url(launch: Launch, undisturbed: Job, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    job = launch("behind-a-url", "--max-steps=20", "--schedule=linear", f"--storage-path={store.as_uri()}")
+    code, output = job.finish()
+    assert code == 0, output
+    assert list((store / "behind-a-url").glob("checkpoint_*/model.safetensors"))
+    assert not list(job.run_dir.glob("checkpoint_*"))
+    assert (job.run_dir / "package" / "model.safetensors").exists()
+    code, output = launch("behind-a-url", "--resume=behind-a-url", "--max-steps=40").finish()
+    assert code == 0, output
+    assert "from step 20" in output
+    assert [step for step, _ in points(job, "val/loss")] == [20, 40]
+
+
 def test_a_finished_run_resumed_without_news_is_shown_again(launch: Launch, undisturbed: Job) -> None:
     job = launch("undisturbed", "--resume=undisturbed")
     code, output = job.finish()
@@ -236,8 +306,10 @@ class TrackingServer:
     def start(self) -> None:
         store = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", "artifacts"]
         command = [BIN / "mlflow", "server", "--host=127.0.0.1", f"--port={self.port}", "--workers=1", *store]
-        quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(command, cwd=self.folder, stdout=quiet, stderr=quiet, start_new_session=True)
+        env, quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, env=env, stdout=quiet, stderr=quiet, start_new_session=True
+        )
 
     def kill(self) -> None:
         if self.process:
@@ -269,5 +341,21 @@ def test_a_tracking_server_that_is_away_for_a_while_costs_no_step_and_no_point(l
         assert [step for step, _ in points(job, "train/loss")] == list(range(5, 201, 5))
         assert [step for step, _ in points(job, "val/loss")] == list(range(20, 201, 20))
         assert mlflow_client(job).get_run(run_id(job)).info.status == "FINISHED"
+    finally:
+        server.kill()
+
+
+def test_a_password_in_the_tracking_uri_is_neither_printed_nor_written(launch: Launch, tmp_path: Path) -> None:
+    server = TrackingServer(tmp_path)
+    server.start()
+    try:
+        server.await_answer()
+        uri = server.uri.replace("://", "://me:secret@")
+        job = launch("password", "--max-steps=20", MLFLOW_TRACKING_URI=uri)
+        code, output = job.finish()
+        assert code == 0, output
+        assert json.loads((job.run_dir / "run.json").read_text())["tracking_uri"] == server.uri
+        told = [output, *(path.read_text(errors="replace") for path in job.run_dir.rglob("*") if path.is_file())]
+        assert not [text for text in told if "secret" in text]
     finally:
         server.kill()

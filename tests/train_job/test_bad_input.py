@@ -93,6 +93,13 @@ def test_a_run_to_resume_that_is_not_there_is_named(refused: Refused) -> None:
     assert "no run 'yesterday'" in refused("--resume=yesterday")
 
 
+@pytest.mark.parametrize("url", ["ftp://host/runs", "file://relative/runs", "file:///with a space"])
+def test_a_storage_url_that_ray_cannot_use_is_answered_with_those_it_can(refused: Refused, url: str) -> None:
+    answer = refused(f"--storage-path={url}")
+    assert url in answer
+    assert "file:///FOLDER, s3://BUCKET/FOLDER" in answer
+
+
 def test_a_package_whose_vocabulary_does_not_match_its_tokenizer_is_refused(
     refused: Refused, text_file: Path, tmp_path: Path, byte_tokenizer: Tokenizer
 ) -> None:

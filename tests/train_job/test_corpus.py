@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import threading
 import tracemalloc
 import urllib.request
@@ -77,28 +78,53 @@ def web(tmp_path):
         def log_message(self, *_):
             pass
 
+        def send_response(self, code, message=None):
+            super().send_response(code, message)
+            server.answers.append(int(code))
+
         def send_header(self, keyword, value):
             promised = keyword == "Content-Length" and "short" in self.path  # more than comes
             super().send_header(keyword, "9" if promised else value)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+    server.answers = []
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
+    yield folder, f"http://127.0.0.1:{server.server_port}", server
     server.shutdown()
     server.server_close()
 
 
-def test_a_url_is_downloaded_once(web, tmp_path):
-    folder, address = web
+def test_a_url_is_downloaded_again_only_if_it_has_changed(web, tmp_path, caplog):
+    folder, address, server = web
     (folder / "story.txt").write_text("Once upon a time")
-    assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path)) == "Once upon a time"
+    for _ in range(2):
+        assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path)) == "Once upon a time"
+    assert server.answers == [200, 304]
+    assert not caplog.messages
+    (folder / "story.txt").write_text("Twice")
+    os.utime(folder / "story.txt", (2e9, 2e9))
+    assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path, refresh=False)) == "Once upon a time"
+    assert server.answers == [200, 304], "a run that goes on does not ask"
+    assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path)) == "Twice"
+    assert f"{address}/story.txt has changed" in caplog.messages[-1]
+
+
+def test_a_url_out_of_reach_is_read_from_its_copy_and_a_line_says_so(web, tmp_path, caplog):
+    folder, address, server = web
+    (folder / "story.txt").write_text("Once upon a time")
+    open_corpus(f"{address}/story.txt", cache_dir=tmp_path)
     (folder / "story.txt").unlink()
     assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path)) == "Once upon a time"
+    assert f"cannot ask {address}/story.txt for a newer text (File not found); using the copy" in caplog.messages[-1]
+    server.shutdown()
+    server.server_close()
+    assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path)) == "Once upon a time"
+    assert "refused" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(("name", "reason"), [("nothing.txt", "File not found"), ("short.txt", "4 of 9 bytes came")])
 def test_a_failed_download_says_why_and_leaves_nothing(web, tmp_path, name, reason):
-    folder, address = web
+    folder, address, _ = web
     (folder / "short.txt").write_text("Once")
     with pytest.raises(CorpusError, match=rf"cannot download {address}/{name}: {reason}"):
         open_corpus(f"{address}/{name}", cache_dir=tmp_path / "cache")

@@ -11,7 +11,7 @@ import torch
 from gptcore.errors import TrainingError
 from train_job.checkpoint import load_checkpoint, save_checkpoint
 from train_job.evaluate import validation_nats
-from train_job.loop import CheckpointDue, Evaluation, Event, Finished, Progress, Trainer
+from train_job.loop import CheckpointDue, Evaluation, Event, Finished, Progress, Started, Trainer
 
 Make = Callable[..., Trainer]
 
@@ -121,6 +121,70 @@ def test_a_stop_leaves_a_checkpoint_at_once(trainer: Make) -> None:
     polled = iter([False, False, True])
     found = events(trainer(stop_asked=lambda: next(polled)))
     assert found[-2:] == [CheckpointDue(3, math.inf), Finished(3, "stopped")]
+
+
+def stopped_at(step: int, trainer: Make, folder: Path, **settings: Any) -> Callable[..., Trainer]:
+    """A run that is asked to stop just when it has done `step` steps; what makes the Trainer that goes on with it."""
+    polled = iter([*[False] * (step - 1), True])
+    first = trainer(stop_asked=lambda: next(polled), **settings)
+    found = events(first)
+    assert found[-1] == Finished(step, "stopped")
+    identity = first.identity("tokenizer")
+    save_checkpoint(folder, first.state, identity, first.tensors(), first.optimizers.tensors())
+
+    def resumed(**changes: Any) -> Trainer:
+        second = trainer(**settings | changes)
+        second.restore(load_checkpoint(folder, identity))
+        return second
+
+    return resumed
+
+
+def judgements(found: list[Event]) -> list[tuple[int, float, bool]]:
+    return [(e.step, e.loss, e.best) for e in of_kind(Evaluation, found)]
+
+
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_a_stop_costs_no_evaluation_wherever_it_comes(trainer: Make, tmp_path: Path, step: int) -> None:
+    whole = trainer()
+    undisturbed = events(whole)
+    second = stopped_at(step, trainer, tmp_path / "c")()
+    resumed = events(second)
+    before = [judgement for judgement in judgements(undisturbed) if judgement[0] < step]
+    assert before + judgements(resumed) == judgements(undisturbed)
+    assert (second.state.best_loss, second.state.best_step) == (whole.state.best_loss, whole.state.best_step)
+    assert [e.loss for e in of_kind(CheckpointDue, resumed)] == [loss for _, loss, _ in judgements(resumed)]
+
+
+@pytest.mark.parametrize("step", [7, 8, 9])
+def test_patience_ends_a_stopped_run_where_it_ends_an_undisturbed_one(trainer: Make, tmp_path: Path, step: int) -> None:
+    hopeless = dict(max_steps=500, learning_rate=1e-12, optimizer="adamw", patience=4, eval_interval=2)
+    undisturbed = events(trainer(**hopeless))
+    resumed = events(stopped_at(step, trainer, tmp_path / "c", **hopeless)())
+    assert undisturbed[-1] == resumed[-1] == Finished(10, "patience")
+
+
+def test_a_run_resumed_up_to_the_step_it_had_reached_is_judged_and_saved(trainer: Make, tmp_path: Path) -> None:
+    resumed = stopped_at(5, trainer, tmp_path / "c")
+    found = events(resumed(max_steps=5))
+    [evaluation] = of_kind(Evaluation, found)
+    assert found == [Started(5), evaluation, CheckpointDue(5, evaluation.loss), Finished(5, "max_steps")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [(dict(max_steps=6), "max_steps"), (dict(max_minutes=1e-9), "max_minutes"), (dict(target_loss=9.0), "target_loss")],
+)
+def test_a_resumed_run_takes_no_step_beyond_what_ends_it(
+    trainer: Make, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    first = trainer(max_steps=6)
+    assert events(first)[-1] == Finished(6, "max_steps")
+    identity = first.identity("tokenizer")
+    save_checkpoint(tmp_path / "c", first.state, identity, first.tensors(), first.optimizers.tensors())
+    second = trainer(**changes)
+    second.restore(load_checkpoint(tmp_path / "c", identity))
+    assert events(second) == [Started(6), Finished(6, reason)]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_at_which_step(trainer: Make) -> None:

@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -23,7 +26,7 @@ from gptcore.model import GPT
 from gptcore.package import Package, open_package, save_package
 from gptcore.tokenizer import load_tokenizer
 from train_job import tracking
-from train_job.registry import Champion, Validation, decide, pin, publish
+from train_job.registry import Candidate, Champion, Published, Validation, _pass_gate, decide, pin, publish
 
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz", ".pyc"}
 
@@ -140,43 +143,158 @@ def test_the_figures_of_the_last_step_stand_beside_the_model_and_are_not_logged_
     assert [m.value for m in client(uri).get_metric_history(run_id, "val/loss")] == [3.0, 2.0]
 
 
-def test_a_losing_version_is_kept_but_does_not_take_the_alias(uri: str, run_id: str, package: Package):
-    publish(uri, run_id, package, validation(), name="loser", bits_per_byte=1.5)
+def publish_anew(uri: str, package: Package, text: Validation, **more: Any) -> Published:
+    """Publishes from a run of its own."""
+    return publish(uri, tracking.start_run(uri, {}), package, text, **more)
+
+
+def test_a_losing_version_is_kept_but_does_not_take_the_alias(uri: str, package: Package):
+    publish_anew(uri, package, validation(), name="loser", bits_per_byte=1.5)
     same_bytes = Validation("f1", unasked)
-    worse = publish(uri, run_id, package, same_bytes, name="loser", bits_per_byte=1.6)
+    worse = publish_anew(uri, package, same_bytes, name="loser", bits_per_byte=1.6)
     assert (worse.version, worse.promoted) == ("2", False)
     assert worse.reason == "1.6000 bits per byte is no better than the 1.5000 of champion version 1 on the same text"
     assert client(uri).get_model_version("loser", "2").tags["promotion_reason"] == worse.reason
     assert champion_of(uri, "loser") == "1"
-    better = publish(uri, run_id, package, same_bytes, name="loser", bits_per_byte=1.4)
+    better = publish_anew(uri, package, same_bytes, name="loser", bits_per_byte=1.4)
     assert better.promoted
     assert champion_of(uri, "loser") == "3"
 
 
-def test_always_and_never_do_as_they_say(uri: str, run_id: str, package: Package):
-    first = publish(uri, run_id, package, validation(), name="modes", promote="never", bits_per_byte=1.0)
+def test_always_and_never_do_as_they_say(uri: str, package: Package):
+    first = publish_anew(uri, package, validation(), name="modes", promote="never", bits_per_byte=1.0)
     assert not first.promoted
-    assert publish(uri, run_id, package, validation(), name="modes", promote="always", bits_per_byte=9.0).promoted
+    assert publish_anew(uri, package, validation(), name="modes", promote="always", bits_per_byte=9.0).promoted
     assert champion_of(uri, "modes") == "2"
-    never = publish(uri, run_id, package, validation(), name="modes", promote="never", bits_per_byte=0.1)
+    never = publish_anew(uri, package, validation(), name="modes", promote="never", bits_per_byte=0.1)
     assert (never.promoted, never.reason) == (False, "promotion was set to 'never' (0.1000 bits per byte)")
     assert champion_of(uri, "modes") == "2"
 
 
-def test_a_champion_judged_on_other_bytes_is_judged_again_on_ours(
-    uri: str, run_id: str, package: Package, tmp_path: Path
-):
-    publish(uri, run_id, package, validation("other text"), name="rejudged", bits_per_byte=0.001)
+def test_a_champion_judged_on_other_bytes_is_judged_again_on_ours(uri: str, package: Package, tmp_path: Path):
+    publish_anew(uri, package, validation("other text"), name="rejudged", bits_per_byte=0.001)
     newcomer = make_package(tmp_path / "newcomer", steps=9)
 
     def on_our_text(of_newcomer: float) -> Validation:
         figures = {3: 1.2, 9: of_newcomer}
         return Validation("f1", lambda judged: figures[judged.info["training"]["steps"]])
 
-    lost = publish(uri, run_id, newcomer, on_our_text(1.3), name="rejudged", bits_per_byte=0.002)
+    lost = publish_anew(uri, newcomer, on_our_text(1.3), name="rejudged", bits_per_byte=0.002)
     assert not lost.promoted, "both are judged alike, whatever was recorded elsewhere"
     assert "1.2000 of champion version 1" in lost.reason
-    assert publish(uri, run_id, newcomer, on_our_text(1.1), name="rejudged", bits_per_byte=1.1).promoted
+    assert publish_anew(uri, newcomer, on_our_text(1.1), name="rejudged", bits_per_byte=1.1).promoted
+
+
+def test_weights_that_a_run_has_registered_are_not_registered_again(uri: str, run_id: str, package: Package):
+    def again(promote: str) -> tuple[str, bool, bool]:
+        done = publish(uri, run_id, package, validation(), name="once", promote=promote, bits_per_byte=2.0)
+        return done.version, done.new, done.promoted
+
+    publish_anew(uri, package, validation(), name="once", bits_per_byte=1.0)
+    assert again("if-better") == ("2", True, False)
+    assert again("if-better") == ("2", False, False)
+    assert again("always") == ("2", False, True)
+    assert again("if-better") == ("2", False, True), "a champion does not have to beat itself"
+    assert len(client(uri).search_model_versions("name = 'once'")) == 2
+
+
+def test_what_was_decided_of_a_version_stands_when_it_is_published_again(uri: str, run_id: str, package: Package):
+    first = publish(uri, run_id, package, validation(), name="stands", bits_per_byte=2.0)
+    publish_anew(uri, package, validation(), name="stands", bits_per_byte=1.0)
+    again = publish(uri, run_id, package, validation(), name="stands", bits_per_byte=2.0)
+    assert (again.version, again.promoted, again.reason) == ("1", True, first.reason)
+    assert client(uri).get_model_version("stands", "1").tags["promoted"] == "true"
+    assert champion_of(uri, "stands") == "2"
+
+
+def test_a_publication_that_is_stopped_in_the_middle_is_finished_by_the_next(
+    uri: str, run_id: str, package: Package, monkeypatch: pytest.MonkeyPatch
+):
+    from mlflow import MlflowClient
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for step_of_it in ("update_model_version", "set_registered_model_alias", "set_model_version_tag"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, step_of_it, stop)
+            with pytest.raises(KeyboardInterrupt):
+                publish(uri, run_id, package, validation(), name="halves", bits_per_byte=1.0)
+    published = publish(uri, run_id, package, validation(), name="halves", bits_per_byte=1.0)
+    assert (published.version, published.promoted) == ("1", True)
+    [version] = client(uri).search_model_versions("name = 'halves'")
+    assert version.description
+    assert version.tags["promoted"] == "true"
+    assert champion_of(uri, "halves") == "1"
+
+
+# --- two jobs at once -----------------------------------------------------------------------------------------------
+
+
+def test_a_champion_that_another_job_names_meanwhile_is_the_one_to_beat(uri: str, package: Package, tmp_path: Path):
+    publish_anew(uri, package, validation("other text"), name="overtaken", bits_per_byte=3.0)
+    faster = [1.3]
+
+    def judge_slowly(judged: Package) -> float:
+        while faster:  # another job ends while we judge the champion that there was
+            publish_anew(uri, package, validation("f1"), name="overtaken", promote="always", bits_per_byte=faster.pop())
+        return {3: 3.0, 9: 1.4}[judged.info["training"]["steps"]]
+
+    newcomer = make_package(tmp_path / "newcomer", steps=9)
+    ours = publish_anew(uri, newcomer, Validation("f1", judge_slowly), name="overtaken", bits_per_byte=1.4)
+    assert not ours.promoted
+    assert ours.reason == "1.4000 bits per byte is no better than the 1.3000 of champion version 3 on the same text"
+    assert champion_of(uri, "overtaken") == "3"
+
+
+def rivals(uri: str, name: str, package: Package, figures: list[float]) -> list[Candidate]:
+    """Registered versions, each with a figure on the same text, of which none is champion yet."""
+    client(uri).create_registered_model(name)
+    candidates = []
+    for bits in figures:
+        tags = {"bits_per_byte": repr(bits), "validation_fingerprint": "f1"}
+        version = client(uri).create_model_version(name, package.path.as_uri(), tags=tags).version
+        candidates.append(Candidate(name, str(version), package, bits))
+    return candidates
+
+
+def test_of_many_jobs_that_end_at_the_same_moment_the_best_is_champion(uri: str, package: Package):
+    figures = [1.7, 1.2, 1.9, 1.4, 1.1, 1.6, 1.3, 1.8]
+    candidates = rivals(uri, "crowd", package, figures)
+    together = threading.Barrier(len(candidates))
+
+    def ask(candidate: Candidate) -> None:
+        together.wait()
+        _pass_gate(client(uri), uri, "if-better", candidate, Validation("f1", unasked))
+
+    with ThreadPoolExecutor(len(candidates)) as pool:
+        list(pool.map(ask, candidates))
+    assert champion_of(uri, "crowd") == candidates[figures.index(1.1)].version
+
+
+def test_on_a_server_a_better_model_takes_back_the_alias_that_a_worse_one_took_in_the_same_moment(
+    uri: str, package: Package
+):
+    ours, theirs = rivals(uri, "server", package, [1.1, 1.2])
+
+    class Overtaken:
+        """A client beside which another job sets the alias, once, right after it did."""
+
+        def __init__(self) -> None:
+            self.inner, self.moves = client(uri), [theirs.version]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+            self.inner.set_registered_model_alias(name, alias, version)
+            while self.moves:
+                self.inner.set_registered_model_alias(name, alias, self.moves.pop())
+
+    decision = _pass_gate(Overtaken(), "http://a.server", "if-better", ours, Validation("f1", unasked))
+    assert decision.promote
+    assert "better than the 1.2000 of champion version 2" in decision.reason
+    assert champion_of(uri, "server") == ours.version
 
 
 def test_a_champion_that_cannot_be_read_keeps_its_place(uri: str, run_id: str, package: Package):
@@ -185,7 +303,7 @@ def test_a_champion_that_cannot_be_read_keeps_its_place(uri: str, run_id: str, p
     publish(uri, run_id, package, validation("other text"), name="damaged", bits_per_byte=1.0)
     folder = Path(mlflow.artifacts.download_artifacts("models:/damaged/1", tracking_uri=uri))
     next(folder.rglob("model.safetensors")).write_bytes(b"cut short")
-    published = publish(uri, run_id, package, validation(), name="damaged", bits_per_byte=0.5)
+    published = publish_anew(uri, package, validation(), name="damaged", bits_per_byte=0.5)
     assert not published.promoted
     assert "champion version 1 cannot be judged" in published.reason
     assert "model.safetensors" in published.reason

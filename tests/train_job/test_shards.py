@@ -3,7 +3,10 @@
 import errno
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from gptcore.tokenizer import Tokenizer, load_tokenizer
 from train_job import files, pieces, shards
 from train_job.batches import validation_batches
 from train_job.corpus import open_corpus, split
+from train_job.inputs import prepare_inputs
 from train_job.shards import Shard, TokenSet, prepare, token_dtype
 
 
@@ -229,6 +233,36 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing_half_written(many, tmp_
     assert left  # what was whole by then stays
     assert {path.with_suffix(".json") in left for path in left if path.suffix == ".bin"} == {True}
     assert {path.suffix for path in left} == {".bin", ".json"}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from train_job.files import written_whole
+with written_whole(Path(sys.argv[1])) as file:
+    file.write(b"half a shard")
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_writer_left_in_the_cache_is_swept_up_by_the_next_run(tmp_path, text_file, small):
+    folder = tmp_path / "cache" / "shards"
+    command = [sys.executable, "-c", WRITER, str(folder / "a.bin")]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline() == "writing\n"
+        [draft] = folder.iterdir()
+        os.utime(draft, (0, 0))  # written to long ago, as far as anyone can tell
+        prepare_inputs(small())
+        assert draft.exists(), "its writer lives"
+    finally:
+        writer.kill()
+        writer.communicate()
+    prepare_inputs(small())
+    assert not draft.exists()
+    assert {path.suffix for path in folder.iterdir()} == {".bin", ".json"}
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, bytes_tokenizer):

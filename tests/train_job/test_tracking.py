@@ -21,7 +21,7 @@ from gptcore.package import open_package, save_package
 from gptcore.tokenizer import load_tokenizer
 from train_job import tracking
 from train_job.registry import Validation, publish
-from train_job.spool import Spool, undelivered
+from train_job.spool import Spool, kept, shown, undelivered
 from train_job.tracking import DatasetUse, SystemMetrics
 
 CONFIG = {"preset": "quick", "learning_rate": 3e-3, "model": {"hidden_size": 256}, "name": None}
@@ -36,13 +36,13 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes that nothing here asks for
         with open(self.folder / "server.log", "ab") as output:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -65,8 +65,11 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.kill()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +129,8 @@ def test_a_package_is_published_through_a_server_and_read_back_from_it(
     tokenizer = load_tokenizer("bytes", None)
     config = ModelConfig(vocab_size=320, hidden_size=32, num_layers=1, num_heads=2, context_length=64)
     package = save_package(tmp_path / "package", config, GPT(config).state_dict(), tokenizer, {})
-    run_id = tracking.start_run(server.uri, CONFIG)
     for fingerprint in ("one", "two"):  # the second time, the champion is fetched and judged on our text
+        run_id = tracking.start_run(server.uri, CONFIG)
         validation = Validation(fingerprint, lambda judged: 2.0)
         published = publish(server.uri, run_id, package, validation, name="remote")
     assert (published.version, published.promoted) == ("2", False)
@@ -246,6 +249,64 @@ def test_an_unreachable_server_is_reported_at_once_without_its_password():
             tracking.start_run(uri, CONFIG)
     assert time.monotonic() - began < 6
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "printed", "written"),
+    [
+        ("http://me:secret@host:80/path", "http://***@host:80/path", "http://host:80/path"),
+        ("https://me:s@cr/et@host", "https://***@host", "https://host"),
+        (
+            "postgresql+psycopg2://me:secret@host/db",
+            "postgresql+psycopg2://***@host/db",
+            "postgresql+psycopg2://host/db",
+        ),
+        ("http://host:5000", "http://host:5000", "http://host:5000"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+    ],
+)
+def test_a_password_is_neither_printed_nor_written(uri: str, printed: str, written: str):
+    assert shown(uri) == printed
+    assert shown(f"API request to {uri}/api failed") == f"API request to {printed}/api failed"
+    assert kept(uri) == written
+
+
+def test_a_spool_keeps_no_password_and_says_none_when_the_server_is_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        spool = Spool(tmp_path, "0" * 32, f"http://me:secret@{address}")
+        spool.metrics(1, {"train/loss": 1.0})
+        spool.close(timeout_s=5)
+    assert "MLflow is away" in caplog.text
+    assert address in (tmp_path / "spool.json").read_text()
+    for text in (caplog.text, *(file.read_text() for file in tmp_path.iterdir())):
+        assert "secret" not in text
+
+
+def test_delivering_takes_the_password_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    def away(uri: str) -> None:
+        asked.append(uri)
+        raise TrainingError("away")
+
+    monkeypatch.setattr(tracking, "check_server", away)
+    spool = {"run_id": "0" * 32, "tracking_uri": "http://host:5000"}
+    (tmp_path / "spool.json").write_text(json.dumps(spool))
+    for environment in ("http://me:secret@host:5000", "http://me:secret@elsewhere"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+        assert tracking.main(["deliver", str(tmp_path)]) == 2
+    assert asked == ["http://me:secret@host:5000", "http://host:5000"]
+
+
+def test_a_run_that_mlflow_refuses_half_way_is_not_left_running(database: str):
+    with pytest.raises(TrainingError, match="refused"):
+        tracking.start_run(database, {"no?such*name": 1}, name="refused")
+    [run] = client(database).search_runs(["1"], "attributes.run_name = 'refused'")
+    assert run.info.status == "FAILED"
 
 
 def test_a_server_that_accepts_but_never_answers_is_given_up():

@@ -1,0 +1,59 @@
+"""What a signal does to the driver: nothing is cut in two, and the second one means it."""
+
+import subprocess
+import sys
+
+import pytest
+
+DRIVER = """
+import signal, sys
+from train_job.stop import StopSignals
+
+def heard():
+    print("heard", flush=True)
+
+with StopSignals(heard) as stops:
+    stops.check(last="late" in sys.argv)
+    print("working", flush=True)
+    sys.stdin.readline()
+    print("done with that", flush=True)
+    try:
+        stops.check()
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + stop.args[0])
+"""
+
+
+def driver(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", DRIVER, *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "working\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_stop_is_heard_at_once_and_takes_effect_behind_what_is_in_hand(number: int) -> None:
+    process = driver()
+    process.send_signal(number)
+    assert process.stdout
+    assert process.stdout.readline() == "heard\n"
+    assert process.communicate("go on\n")[0] == "done with that\n"
+    assert process.returncode == 128 + number
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    process = driver()
+    process.send_signal(2)
+    assert process.stdout
+    assert process.stdout.readline() == "heard\n"
+    process.send_signal(15)
+    assert process.wait(10) == 143
+    process.communicate()
+
+
+def test_a_stop_that_comes_too_late_changes_nothing() -> None:
+    process = driver("late")
+    process.send_signal(2)
+    assert process.communicate("go on\n")[0] == "done with that\n"
+    assert process.returncode == 0

@@ -1,0 +1,133 @@
+"""The Ray that a job runs on: joined or started, what each worker gets of it, and the trainer that runs there.
+
+In: a config, and what the environment says of clusters. Out: Ray, connected; resources; a TorchTrainer. Ray is
+imported inside functions, since importing it takes a second.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from gptcore.errors import ConfigError
+from train_job.config import TrainConfig
+
+LOCAL_RAY = {
+    "RAY_worker_niceness": "0",  # by default Ray's workers, and so training, stand behind everything else (15)
+    # Housekeeping for a cluster's dashboard, autoscaler and cloud, which a Ray of our own has not; each of these
+    # wakes processes several times a second, and they take their time from the training threads.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
+}
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[tuple[Any, bool]]:
+    """Ray, connected, and whether it was started for this run: else it is what RAY_ADDRESS names or what runs here."""
+    import ray
+
+    named = os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
+    alone = named == "local"
+    if not alone:
+        try:
+            _connect(ray, address=named or "auto", **quiet)
+        except ConnectionError:
+            if named:
+                raise ConfigError(f"RAY_ADDRESS is {named!r}, but no Ray cluster answers there") from None
+            alone = True
+    if alone:
+        for name, value in LOCAL_RAY.items():
+            os.environ.setdefault(name, value)
+        _connect(ray, address="local", include_dashboard=False, **quiet)
+    try:
+        yield ray, alone
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: Any, **options: Any) -> None:
+    """ray.init, with SIGTERM left to whom it was: Ray would have it exit with its own number from here on."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except SystemExit as left:
+        if left.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt(int(signal.SIGTERM)) from None  # it came in these seconds
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def resources_per_worker(config: TrainConfig, nodes: list[dict[str, Any]], fixed: bool = False) -> dict[str, float]:
+    """CPUs (and a GPU) for each worker: the largest whole share of which the cluster holds as many as asked for.
+
+    Raises ConfigError if a `fixed` cluster, which no autoscaler can grow, can never hold the fewest workers.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = [r.get("CPU", 0) for r in alive], sum(r.get("GPU", 0) for r in alive)
+    low, high = config.workers
+    share = config.cpus_per_worker
+    if share is None:
+        share = next((n for n in range(int(max(cpus)), 0, -1) if sum(c // n for c in cpus) >= high), 1)
+    room = sum(c // share for c in cpus)
+    if fixed and room < low:
+        raise ConfigError(
+            f"num_workers is {config.num_workers} with {share:g} CPUs each; there is room for {room:g}. "
+            "Use fewer, or lower --cpus-per-worker"
+        )
+    if fixed and config.use_gpu and gpus < low:
+        raise ConfigError(f"use_gpu is set for {low} workers, but Ray sees {gpus:g} GPUs")
+    return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
+
+
+def check_storage(url: str) -> None:
+    """Raises ConfigError if Ray cannot keep a run's checkpoints under this URL."""
+    from pyarrow.fs import FileSystem
+
+    try:
+        FileSystem.from_uri(url)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"storage_path is {url!r}: {error}. Expected a folder or a URL such as file:///FOLDER, s3://BUCKET/FOLDER "
+            "or gs://BUCKET/FOLDER"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"storage_path {url!r} cannot be reached: {error}") from None
+
+
+def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> Any:
+    """Ray Train's trainer for a Job: its workers, where it keeps checkpoints, how often it tries again."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    low, high = job.config.workers
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
+            use_gpu=job.config.use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=job.config.name,
+            storage_path=job.config.storage_path,
+            failure_config=FailureConfig(max_failures=job.config.max_failures),
+            # Ray keeps the latest beside the best.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
+            ),
+        ),
+    )
+
+
+def resources_text(resources: dict[str, float]) -> str:
+    """Such as "2 CPUs, 1 GPU"."""
+    return ", ".join(f"{n:g} {kind}{'s' if n != 1 else ''}" for kind, n in resources.items())
