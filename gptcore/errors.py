@@ -13,7 +13,11 @@ class FoundryError(Exception):
 
 
 class ConfigError(FoundryError):
-    """A setting, preset or flag that does not exist or does not fit."""
+    """A setting, preset, flag or parameter that does not exist or does not fit; `param` is its name, if it has one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class TokenizerError(FoundryError):
@@ -38,6 +42,14 @@ class CheckpointError(FoundryError):
 
 class TrainingError(FoundryError):
     """Training that cannot go on: a loss that is no longer a number, a full disk."""
+
+
+class EngineError(FoundryError):
+    """An engine that died or was closed, or whose books of sequences and slots do not agree."""
+
+
+class QueueFull(FoundryError):
+    """A request that the engine has no room for now: as many wait already as may."""
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:

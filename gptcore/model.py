@@ -172,7 +172,12 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.init_weights()
+        if not self.lm_head.weight.is_meta:  # drawing numbers for weights that are not there costs seconds of imports
+            self.init_weights()
+        if not config.qkv_bias:  # frozen at zero, so that the published layout, which has them, still holds
+            for name, p in self.named_parameters():
+                if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+                    p.requires_grad_(False)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -202,10 +207,6 @@ class GPT(nn.Module):
             else:
                 s = math.sqrt(3 / C)
                 p.uniform_(-s, s)
-        if not self.config.qkv_bias:  # frozen at zero, so that the published layout, which has them, still holds
-            for name, p in self.named_parameters():
-                if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
-                    p.requires_grad_(False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); with targets (B, T), the summed cross-entropy in nats instead.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gptcore.config import ModelConfig
 from gptcore.errors import ConfigError, PackageError, did_you_mean
@@ -49,8 +50,17 @@ UNDERSTOOD: dict[str, dict[str, tuple[Any, ...]]] = {
 
 def empty_model(config: ModelConfig) -> GPT:
     """The network without memory for its weights: names and shapes only."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoInitialisation():
         return GPT(config)
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Leaves out torch.nn.init: for weights that are not there, it would import torch's compiler, for seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _shapes(model: GPT) -> dict[str, torch.Size]:

@@ -1,26 +1,47 @@
-"""The next token follows the distribution that was asked for, and depends on seed and position alone."""
+"""The next token follows the distribution that was asked for, and its draw depends on seed and position alone."""
 
 import math
+from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from gptcore.errors import ConfigError
 from gptcore.model import GPT
 from gptcore.package import Package
 from gptcore.sampling import (
+    ONE,
+    Row,
     SamplingParams,
+    choice_seed,
     filtered_probs,
     generate,
     generate_text,
-    next_token,
+    next_tokens,
+    penalised,
     stream_text,
     uniform,
+    weigh,
 )
 
 LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
+WORDS = 50257
+"""GPT-2's vocabulary, whose size no vector divides."""
+
+
+def next_token(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> int:
+    (token,) = next_tokens(logits[None], [Row(params, seed, range(position), position)])
+    return token
 
 
 def probs(**params: float) -> list[float]:
@@ -54,6 +75,12 @@ def test_a_draw_is_the_same_for_ever() -> None:
         ({"top_p": 0.81}, [0.5 / 0.9, 0.1 / 0.9, 0.3 / 0.9, 0]),
         ({"top_p": 1e-9}, [1, 0, 0, 0]),
         ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0]),
+        ({"top_k": 3}, [0.5 / 0.9, 0.1 / 0.9, 0.3 / 0.9, 0]),
+        ({"min_p": 0.5}, [0.625, 0, 0.375, 0]),
+        ({"min_p": 0.19}, [0.5, 0.1, 0.3, 0.1]),
+        ({"min_p": 1.0}, [1, 0, 0, 0]),
+        ({"top_p": 0.81, "min_p": 0.5}, [0.625, 0, 0.375, 0]),
+        ({"top_k": 1, "temperature": 9}, [1, 0, 0, 0]),
         ({"temperature": 0}, [1, 0, 0, 0]),
         ({"temperature": 1e-30}, [1, 0, 0, 0]),
         ({"temperature": 0.5}, [0.25 / 0.36, 0.01 / 0.36, 0.09 / 0.36, 0.01 / 0.36]),
@@ -64,23 +91,151 @@ def test_the_filters_leave_what_their_definitions_say(params: dict[str, float], 
     assert probs(**params) == pytest.approx(expected, abs=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
+def by_definition(logits: torch.Tensor, params: SamplingParams) -> dict[int, int]:
+    """The tokens that the filters leave, and their weights: everything sorted, in whole numbers."""
+    weights = [int(w) for w in weigh(logits[None], [params.temperature])[0].tolist()]
+    order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))[: params.top_k or None]
+    total, before, kept = sum(weights[i] for i in order), 0, {}
+    for i in sorted(order, key=lambda i: (-weights[i], i)):
+        if before < params.top_p * total and weights[i] >= params.min_p * ONE and weights[i]:
+            kept[i] = weights[i]
+        before += weights[i]
+    return dict(sorted(kept.items()))
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.1, 0.7, 1.0, 5.0]),
+    top_k=st.sampled_from([0, 0, 2, 5, 30]),
+    top_p=st.sampled_from([1.0, 1.0, 0.999, 0.9, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05, 0.5]),
+)
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
-    st.sampled_from([0.0, 0.1, 1.0, 5.0]),
-    st.integers(0, 50),
-    st.floats(0.01, 1),
+    # Of few values, so that some tokens are equally likely.
+    st.lists(st.floats(-30, 30, width=32) | st.sampled_from([0.0, 1.0, 1.5, 2.0]), min_size=1, max_size=60),
+    PARAMS,
     st.integers(0, 2**64 - 1),
 )
-def test_a_token_that_was_ruled_out_is_never_drawn(
-    logits: list[float], temperature: float, top_k: int, top_p: float, seed: int
+def test_the_filters_and_the_draw_are_what_a_full_sort_and_plain_sums_give(
+    values: list[float], params: SamplingParams, seed: int
 ) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    kept = filtered_probs(torch.tensor(logits), params)
-    assert kept.sum().item() == pytest.approx(1, abs=1e-5)
-    assert kept[torch.tensor(logits).argmax()] > 0
-    assert (kept > 0).sum() <= (top_k or len(logits))
-    assert kept[next_token(torch.tensor(logits), params, seed, position=7)] > 0
+    logits = torch.tensor(values)
+    kept = by_definition(logits, params)
+    if not params.greedy:
+        found = filtered_probs(logits, params)
+        expected = torch.zeros(len(values), dtype=torch.float64)
+        expected[list(kept)] = torch.tensor(list(kept.values()), dtype=torch.float64) / sum(kept.values())
+        torch.testing.assert_close(found.double(), expected, atol=1e-7, rtol=1e-6)
+    share = math.floor(uniform(seed, 7) * sum(kept.values()))
+    upto = dict(zip(kept, accumulate(kept.values()), strict=True))
+    expected_token = next(token for token in kept if upto[token] > share)
+    assert next_token(logits, params, seed, position=7) == expected_token
+
+
+@pytest.mark.parametrize("spread", [0.3, 4.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize(
+    "filters",
+    [{"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 50}, {"top_k": 2000, "top_p": 0.8}, {"min_p": 0.1, "top_p": 0.95}],
+    ids=str,
+)
+def test_with_a_whole_vocabulary_the_filters_keep_what_they_should(filters: dict[str, Any], spread: float) -> None:
+    logits = (torch.randn(WORDS) * spread).bfloat16().float()  # rounded, so that there are ties
+    params = SamplingParams(**filters)
+    assert filtered_probs(logits, params).nonzero().flatten().tolist() == list(by_definition(logits, params))
+
+
+def test_weights_are_the_exponentials_in_whole_numbers() -> None:
+    logits = torch.tensor([[3.0, 1.0, -5.0, -40.0, -math.inf]])
+    weights = weigh(logits, [2.0])[0].double()
+    assert weights[0] == ONE
+    assert (weights == weights.round()).all()
+    exact = torch.tensor([math.exp((x - 3) / 2) * ONE for x in logits[0].tolist()])
+    torch.testing.assert_close(weights, exact.double(), rtol=1e-6, atol=0.5)
+    assert weights.cumsum(0)[-1] == sum(int(w) for w in weights)
+
+
+def mixed_rows(count: int) -> list[Row]:
+    """Rows of all kinds, with a history of their own."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"top_k": 50},
+        {"top_p": 0.9, "temperature": 1.3},
+        {"min_p": 0.02},
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "top_k": 9},
+        {"temperature": 0.0, "repetition_penalty": 1.1},
+    ]
+    tokens = torch.randint(0, WORDS, (count, 30)).tolist()
+    return [Row(SamplingParams(**kinds[i % len(kinds)]), i, tokens[i], 20) for i in range(count)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_rows_token_and_weights_do_not_depend_on_the_rows_beside_it(threads: int) -> None:
+    torch.set_num_threads(threads)
+    rows = mixed_rows(18)
+    logits = torch.randn(18, WORDS + 47)[:, :WORDS] * 3
+    together = next_tokens(logits, rows)
+    assert len(set(together)) > 9
+    order = list(reversed(range(18)))
+    assert next_tokens(logits[order], [rows[i] for i in order]) == together[::-1]
+    weights = weigh(logits, [0.8] * 18)
+    for i, row in enumerate(rows):
+        assert next_tokens(logits[i : i + 1], [row]) == [together[i]]
+        assert torch.equal(weigh(logits[i].clone()[None], [0.8])[0], weights[i])
+
+
+def test_transformers_penalises_and_filters_alike() -> None:
+    params = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.4)
+    logits, prompt = torch.randn(1, 300) * 3, list(range(0, 300, 7))
+    theirs = logits
+    for processor in (
+        RepetitionPenaltyLogitsProcessor(params.repetition_penalty),
+        TemperatureLogitsWarper(params.temperature),
+        TopKLogitsWarper(params.top_k),
+        TopPLogitsWarper(params.top_p),
+        MinPLogitsWarper(params.min_p),
+    ):
+        theirs = processor(torch.tensor([prompt]), theirs)
+    ours = filtered_probs(penalised(logits, [Row(params, 0, prompt, 5)])[0], params)
+    torch.testing.assert_close(ours, theirs[0].softmax(0), atol=1e-6, rtol=0)
+
+
+def test_presence_counts_a_token_once_and_frequency_each_time_in_what_was_generated() -> None:
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    row = Row(params, 0, tokens=[0, 1, 1, 2, 2, 2], prompt_length=2)
+    logits = torch.zeros(2, 4)
+    changed = penalised(logits, [Row(SamplingParams(), 0, [3, 3], 0), row])
+    assert changed.tolist() == [[0, 0, 0, 0], [0, -0.75, -1.25, 0]]
+    assert not logits.any()
+
+
+def test_a_greedy_row_is_penalised_too() -> None:
+    logits = torch.tensor([[2.0, 1.9, 0.0]])
+    assert next_tokens(logits, [Row(SamplingParams(temperature=0), 0, [0], 0)]) == [0]
+    assert next_tokens(logits, [Row(SamplingParams(temperature=0, frequency_penalty=0.2), 0, [0], 0)]) == [1]
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0}], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_still_give_a_token(bad: float, params: dict[str, Any]) -> None:
+    logits = torch.tensor([[0.0, 1.0, bad, 2.0], [0.0, 9.0, 0.0, 0.0]])
+    rows = [Row(SamplingParams(**params), 0, [0], 0)] * 2
+    first, second = next_tokens(logits, rows)
+    assert first == 2
+    assert [second] == next_tokens(logits[1:], rows[1:])
+
+
+def test_the_choices_of_one_seed_have_seeds_of_their_own() -> None:
+    assert choice_seed(-5, 0) == -5
+    seeds = [choice_seed(seed, choice) for seed in range(200) for choice in range(1, 50)]
+    assert len(set(seeds)) == len(seeds)
+    assert 0 <= min(seeds) < max(seeds) < 2**63
+    assert choice_seed(7, 3) == choice_seed(7 + 2**64, 3)
 
 
 def test_frequencies_follow_the_probabilities() -> None:
@@ -100,11 +255,28 @@ def test_frequencies_follow_the_probabilities() -> None:
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, r"top_p is 0\.0"),
         ({"top_p": 1.5}, r"top_p is 1\.5"),
+        ({"min_p": -0.1}, r"min_p is -0\.1"),
+        ({"min_p": math.nan}, "min_p is nan"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0"),
+        ({"presence_penalty": 2.5}, r"presence_penalty is 2\.5; expected -2 to 2"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty is nan"),
+        ({"logprobs": 21}, "logprobs is 21; expected none, or 0 to 20"),
+        ({"logprobs": -1}, "logprobs is -1"),
+        ({"stop": ("a", "")}, r"stop is \('a', ''\); expected a list of strings that are not empty"),
+        ({"stop": "abc"}, "stop is 'abc'"),
+        ({"stop_token_ids": (3, -1)}, r"stop_token_ids is \(3, -1\)"),
     ],
 )
 def test_a_value_out_of_range_is_named(params: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as error:
         SamplingParams(**params)
+    assert error.value.param == next(iter(params))
+
+
+def test_lists_become_tuples() -> None:
+    params = SamplingParams(stop=["a"], stop_token_ids=[1])  # type: ignore[arg-type]
+    assert (params.stop, params.stop_token_ids) == (("a",), (1,))
+    assert hash(params)
 
 
 @pytest.fixture
@@ -143,6 +315,33 @@ def biased(model: GPT, token: int) -> GPT:
 def test_generation_stops_at_the_end_of_text_and_leaves_it_out(package: Package, model: GPT) -> None:
     stopped = generate(biased(model, package.tokenizer.eot), package.tokenizer, "x", SamplingParams())
     assert list(stopped) == []
+
+
+def test_generation_goes_on_after_the_end_of_text_if_asked_to(package: Package, model: GPT) -> None:
+    always_end, eot = biased(model, package.tokenizer.eot), package.tokenizer.eot
+    params = SamplingParams(max_new_tokens=5, ignore_eos=True)
+    assert list(generate(always_end, package.tokenizer, "x", params)) == [eot] * 5
+    assert generate_text(always_end, package.tokenizer, "x", params) == ""
+    stopped = SamplingParams(ignore_eos=True, stop_token_ids=(eot,))
+    assert list(generate(always_end, package.tokenizer, "x", stopped)) == []
+
+
+def test_generation_stops_at_a_stop_token_and_before_a_stop_string(package: Package, model: GPT) -> None:
+    always_a, tokenizer = biased(model, ord("a")), package.tokenizer
+    assert list(generate(always_a, tokenizer, "x", SamplingParams(stop_token_ids=(ord("b"), ord("a"))))) == []
+    assert generate_text(always_a, tokenizer, "x", SamplingParams(stop=("b", "aaa"))) == ""
+    assert generate_text(always_a, tokenizer, "x", SamplingParams(max_new_tokens=9, stop=("ab",))) == "a" * 9
+
+
+def test_a_stop_string_ends_the_text_before_it(package: Package, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptcore.sampling.generate", lambda *_: iter(b"one. two. three."))
+    assert list(stream_text(model, package.tokenizer, "", SamplingParams(stop=(". th",)))) == [
+        "o",
+        "n",
+        "e",
+        ". tw",
+        "o",
+    ]
 
 
 def test_generation_stops_at_the_token_limit_and_at_a_full_context(package: Package, model: GPT) -> None:

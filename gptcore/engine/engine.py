@@ -1,0 +1,309 @@
+"""The engine: schedule, run, postprocess, once per step. Requests go in, updates come out; its caller is its clock.
+
+It belongs to one thread. What it owns it owns alone: the scheduler has the order, the cache the slots, the runner the
+keys and values, and the engine what turns logits into text.
+"""
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gptcore.engine.cache import SlotCache
+from gptcore.engine.request import FinishReason, Request, TokenLogprob, Update
+from gptcore.engine.runner import Chunk, Runner, make_runner
+from gptcore.engine.sampler import Choice, sample, token_logprobs
+from gptcore.engine.scheduler import Plan, Scheduler
+from gptcore.engine.sequence import Phase, Sequence
+from gptcore.engine.settings import EngineSettings
+from gptcore.engine.text import TextStream
+from gptcore.errors import ConfigError, EngineError
+from gptcore.package import Package
+from gptcore.sampling import Row, SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """How a model is run."""
+
+    runner: str
+    note: str
+    """Why it is this runner and not a faster one; empty if there is none faster."""
+    dtype: str
+    device: str
+    slots: int
+    context_length: int
+    cache_bytes: int
+    invariant: bool
+    """Logits are the same to the bit however sequences are batched, in this runner's own arithmetic."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts: the first four as of now, the totals since the engine was made."""
+
+    running: int
+    waiting: int
+    slots: int
+    slots_used: int
+    cached_tokens_reused_total: int
+    prompt_tokens_total: int
+    """Of the prompts that were begun, those found in the cache included."""
+    generated_tokens_total: int
+    steps_total: int
+
+
+@dataclass
+class Live:
+    """An open request: what the scheduler moves about, and what makes text of its tokens."""
+
+    sequence: Sequence
+    row: Row
+    text: TextStream
+    ends: frozenset[int]
+    """Tokens after which the sequence has ended."""
+    limit: int
+    """Tokens, the prompt's included, at which it has ended."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Not handed out yet."""
+
+
+class Engine:
+    """A model, a cache with a fixed number of slots, and the requests that are open."""
+
+    def __init__(
+        self, package: Package, settings: EngineSettings = EngineSettings(), runner: Runner | None = None
+    ) -> None:
+        """Loads the model, unless a `runner` has it already. Raises ConfigError or PackageError."""
+        self.package = package
+        self.settings = settings
+        self.runner = runner or make_runner(package, settings)
+        cache = SlotCache(
+            self.runner.slots,
+            self.runner.context_length,
+            self.runner.invariant,
+            self.runner.reuse_granularity,
+            settings.prefix_cache,
+        )
+        self._scheduler = Scheduler(cache, settings.prefill_tokens, settings.max_queue)
+        self._vocab_size = package.tokenizer.vocab_size
+        self._live: dict[str, Live] = {}
+        self._aborted: list[str] = []
+        self._reused = self._prompts = self._generated = self._steps = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        """How the model is run."""
+        r = self.runner
+        dtype = str(r.dtype).removeprefix("torch.")
+        return EngineInfo(r.name, r.note, dtype, str(r.device), r.slots, r.context_length, r.cache_bytes, r.invariant)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are open requests."""
+        return bool(self._live)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of `text`, none for an empty one. To begin a document, prompt with the tokenizer's `eot`."""
+        return tuple(self.package.tokenizer.encode(text))
+
+    def validate(self, request: Request) -> None:
+        """Raises ConfigError for a request that this model cannot run. May be called from any thread."""
+        context, length = self.runner.context_length, len(request.prompt)
+        if not length:
+            raise ConfigError("the prompt is empty; expected at least one token", param="prompt")
+        if length >= context:
+            raise ConfigError(
+                f"the prompt is {length} tokens long; this model's context is {context}, so at most {context - 1} fit",
+                param="prompt",
+            )
+        for name, ids in (("prompt", request.prompt), ("stop_token_ids", request.params.stop_token_ids)):
+            wrong = [token for token in ids if not 0 <= token < self._vocab_size]
+            if wrong:
+                raise ConfigError(
+                    f"{name} has the token id {wrong[0]}; this model's go from 0 to {self._vocab_size - 1}", param=name
+                )
+
+    def add(self, request: Request) -> None:
+        """Puts `request` into the queue. Raises ConfigError if it does not fit, QueueFull if there is no room."""
+        self.validate(request)
+        if request.request_id in self._live:
+            raise ConfigError(f"request id {request.request_id!r} is in use", param="request_id")
+        params, eot = request.params, self.package.tokenizer.eot
+        sequence = Sequence(request, time.monotonic())
+        self._scheduler.add(sequence)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._live[request.request_id] = Live(
+            sequence,
+            Row(params, seed, sequence.tokens, sequence.prompt_length),
+            TextStream(self.package.tokenizer, params.stop),
+            frozenset(params.stop_token_ids if params.ignore_eos else (eot, *params.stop_token_ids)),
+            min(sequence.prompt_length + params.max_new_tokens, self.runner.context_length),
+        )
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at the next step, which tells so in an update. An unknown id is none to end."""
+        if request_id in self._live:
+            self._aborted.append(request_id)
+
+    def abort_all(self) -> None:
+        """Ends every open request at the next step."""
+        self._aborted += self._live
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """Runs every sequence that can run once; returns what became known, at most one update per request."""
+        updates = self._end_aborted()
+        plan = self._scheduler.schedule(time.monotonic())
+        if plan.work:
+            chunks = [self._chunk(sequence, count) for sequence, count in plan.work]
+            for source, target, length in plan.copies:
+                self.runner.copy(source, target, length)
+            logits = self.runner.forward(chunks)  # (sum of wanted, V)
+            updates += self._postprocess(plan, chunks, logits)
+            self._steps += 1
+        return updates
+
+    def stats(self) -> EngineStats:
+        """Counts. May be called from any thread."""
+        scheduler = self._scheduler
+        return EngineStats(
+            running=scheduler.running,
+            waiting=len(scheduler.waiting),
+            slots=self.runner.slots,
+            slots_used=self.runner.slots - scheduler.cache.free,
+            cached_tokens_reused_total=self._reused,
+            prompt_tokens_total=self._prompts,
+            generated_tokens_total=self._generated,
+            steps_total=self._steps,
+        )
+
+    def check(self) -> None:
+        """Raises EngineError, naming what is wrong, unless requests, queues and slots agree."""
+        self._scheduler.check()
+        known = {s.id for queue in self._scheduler.queues.values() for s in queue}
+        if known != self._live.keys():
+            raise EngineError(f"these are open or at work, but not both: {sorted(known ^ self._live.keys())}")
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Runs the model once as prompts and decodes will, so that the first request waits for nothing.
+
+        Raises EngineError if requests are open, or if the model gives logits that are no numbers.
+        """
+        if self.busy:
+            raise EngineError("requests are open; an engine is warmed up before them")
+        eot = self.package.tokenizer.eot
+        prompt = [eot] * min(self._scheduler.prefill_tokens, self.runner.context_length - 1)
+        self.runner.forward([Chunk(0, 0, prompt, 1)])
+        logits = self.runner.forward([Chunk(0, len(prompt), [eot], 1)])  # (1, V)
+        if not logits[:, : self._vocab_size].isfinite().all():
+            raise EngineError(f"the model in {self.package.path} gives logits that are no finite numbers")
+        sample(logits, [Row(SamplingParams(), 0, prompt, len(prompt))], self._vocab_size)
+
+    def close(self) -> None:
+        """Frees the model and the cache; nothing may be called after."""
+        self.runner.close()
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        start, end = sequence.computed, sequence.computed + count
+        wanted = 1 if end == len(sequence.tokens) else 0
+        if sequence.phase is Phase.PREFILL:
+            if sequence.request.prompt_logprobs:
+                wanted = count
+            if start == sequence.cached:
+                self._prompts += sequence.prompt_length
+                self._reused += sequence.cached
+        return Chunk(sequence.slot, start, sequence.tokens[start:end], wanted)
+
+    def _postprocess(self, plan: Plan, chunks: list[Chunk], logits: Tensor) -> list[Update]:
+        """Samples for every sequence whose tokens have all been run; the others only got further."""
+        ready: list[Live] = []
+        picked: list[int] = []
+        row = 0
+        for (sequence, count), chunk in zip(plan.work, chunks, strict=True):
+            live = self._live[sequence.id]
+            if chunk.wanted > 0 and sequence.phase is Phase.PREFILL and sequence.request.prompt_logprobs:
+                self._score_prompt(live, chunk, logits[row : row + chunk.wanted])
+            row += chunk.wanted
+            if self._scheduler.advance(sequence, count):
+                ready.append(live)
+                picked.append(row - 1)
+        if not ready:
+            return []
+        if len(picked) < row:
+            logits = logits[picked]
+        choices = sample(logits, [live.row for live in ready], self._vocab_size)
+        self._generated += len(choices)
+        return [self._follow(live, choice) for live, choice in zip(ready, choices, strict=True)]
+
+    def _follow(self, live: Live, choice: Choice) -> Update:
+        """The sequence goes on with `choice`, or has ended with it."""
+        sequence, token = live.sequence, choice.token
+        sequence.tokens.append(token)
+        reason = None
+        if token in live.ends:
+            reason, text = FinishReason.STOP, live.text.flush()
+        else:
+            text = live.text.push(token)
+            if len(sequence.tokens) >= live.limit:
+                reason = FinishReason.LENGTH
+                text += live.text.flush()
+            if live.text.stopped:
+                reason = FinishReason.STOP
+        logprobs = () if live.row.params.logprobs is None else (self._describe(choice),)
+        return self._update(live, text, (token,), logprobs, reason)
+
+    def _update(
+        self,
+        live: Live,
+        text: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        reason: FinishReason | None,
+    ) -> Update:
+        sequence = live.sequence
+        if reason is not None:
+            self._scheduler.finish(sequence)
+            del self._live[sequence.id]
+        prompt_logprobs, live.prompt_logprobs = tuple(live.prompt_logprobs), []
+        return Update(
+            sequence.id,
+            text,
+            token_ids,
+            logprobs,
+            reason,
+            sequence.prompt_length,
+            sequence.generated,
+            sequence.cached,
+            prompt_logprobs,
+            sequence.admitted - sequence.arrived,
+        )
+
+    def _end_aborted(self) -> list[Update]:
+        aborted, self._aborted = dict.fromkeys(self._aborted), []
+        return [self._abort(self._live[name]) for name in aborted if name in self._live]
+
+    def _abort(self, live: Live) -> Update:
+        if live.sequence.phase is Phase.WAITING:
+            live.sequence.admitted = time.monotonic()  # it waited until now, in vain
+        return self._update(live, live.text.flush(), (), (), FinishReason.ABORT)
+
+    def _score_prompt(self, live: Live, chunk: Chunk, logits: Tensor) -> None:
+        """Notes what the model gave the prompt's tokens that follow those of `chunk`; logits are (T, V)."""
+        prompt, top = live.sequence.request.prompt, live.row.params.logprobs or 0
+        following = prompt[chunk.start + 1 : chunk.start + 1 + len(chunk.tokens)]
+        if chunk.start == 0:
+            live.prompt_logprobs.append(self._describe(Choice(prompt[0])))
+        scored = token_logprobs(logits[: len(following)], following, top, self._vocab_size)
+        live.prompt_logprobs += map(self._describe, scored)
+
+    def _describe(self, choice: Choice) -> TokenLogprob:
+        top = tuple(self._entry(token, logprob) for token, logprob in choice.top)
+        return self._entry(choice.token, choice.logprob, top)
+
+    def _entry(self, token: int, logprob: float | None, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        content = self.package.tokenizer.decode_bytes([token])
+        return TokenLogprob(token, content.decode("utf-8", errors="replace"), tuple(content), logprob, top)

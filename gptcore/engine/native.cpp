@@ -1,0 +1,718 @@
+// The decoding hot path on a CPU: one pass of the network over a flat batch of tokens, each with its sequence's slot
+// and its position. `gptcore.engine.native` compiles this file for the machine it runs on and calls it with ctypes.
+//
+// In: token ids, slots, positions. Out: logits in fp32 of the rows asked for; keys and values stay in their slots.
+//
+// Every sum runs in an order that depends on a token's own prefix alone, never on how many other tokens share the
+// pass, so a token's logits are the same, bit for bit, alone or in a batch, in one chunk or in many.
+//
+// Weights are packed once. A panel is 64 output columns; along k it is one stream from memory, which is what decoding
+// is bound by. In bf16 a panel holds pairs of k side by side: AMX, AVX512-BF16 and plain shifts all read that layout.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16, PANEL = 64, GROUPS = PANEL / LANES, K_STEP = 32, TILE_ROWS = 16;
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef uint32_t BitVec __attribute__((vector_size(64)));
+typedef uint16_t HalfVec __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+constexpr IntVec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline Vec all(float x) { return Vec{} + x; }
+
+inline Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Vec load(const bf16* p) {
+    HalfVec h;
+    std::memcpy(&h, p, sizeof h);
+    return (Vec)(__builtin_convertvector(h, BitVec) << 16);
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(bf16* p, Vec v) {  // to nearest, ties to even
+    BitVec b = (BitVec)v;
+    HalfVec h = __builtin_convertvector((b + 0x7fff + ((b >> 16) & 1)) >> 16, HalfVec);
+    std::memcpy(p, &h, sizeof h);
+}
+
+inline float sum(Vec v) {
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += v[i];
+    return s;
+}
+
+// exp(x) for x <= 88, relative error below 2e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (as in Cephes).
+inline Vec exponential(Vec x) {
+    x = x < all(-87.0f) ? all(-87.0f) : x;
+    Vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
+}
+
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(x > all(-80.0f) ? -x : all(80.0f))); }
+inline Vec silu(Vec x) { return x * sigmoid(x); }
+inline Vec gelu(Vec x) {  // its tanh form: x/2 (1 + tanh u) = x sigmoid(2u)
+    return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+}
+
+inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// Zeroed memory in huge pages where the system has them: streaming weights would miss the TLB otherwise.
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Block = std::unique_ptr<T[], Free>;
+
+template <class T>
+Block<T> allocate(size_t count) {
+    constexpr size_t HUGE_PAGE = 2 << 20;
+    size_t bytes = (std::max<size_t>(count * sizeof(T), 64) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    void* p = nullptr;
+    if (posix_memalign(&p, HUGE_PAGE, bytes)) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    std::memset(p, 0, bytes);
+    return Block<T>((T*)p);
+}
+
+// --- matrix products -----------------------------------------------------------------------------------------------
+
+// A linear layer's weight (N, K) in panels. fp32: [panel][k][64]; bf16: [panel][k / 2][64][2]. Padding is zero.
+template <class T>
+struct Matrix {
+    int N = 0, K = 0, panels = 0;
+    Block<T> data;
+    std::vector<float> bias;
+
+    const T* panel(int p) const { return data.get() + (size_t)p * PANEL * K; }
+};
+
+template <class T>
+void put(T* to, float x);
+template <>
+void put(float* to, float x) { *to = x; }
+template <>
+void put(bf16* to, float x) {
+    uint32_t b;
+    std::memcpy(&b, &x, 4);
+    to->bits = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+}
+
+template <class T>
+void pack(Matrix<T>& m, const float* weight, int N, int K) {
+    constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
+    m.N = N, m.K = round_up(K, K_STEP), m.panels = round_up(N, PANEL) / PANEL;
+    m.data = allocate<T>((size_t)m.panels * PANEL * m.K);
+    m.bias.assign((size_t)m.panels * PANEL, 0.0f);
+    for (int p = 0; p < m.panels; p++) {
+        T* to = m.data.get() + (size_t)p * PANEL * m.K;
+        int columns = std::min(PANEL, N - p * PANEL);
+        for (int k = 0; k < K; k++)  // written nearly in order, read as 64 streams
+            for (int c = 0; c < columns; c++)
+                put(to + ((size_t)(k / PAIR) * PANEL + c) * PAIR + k % PAIR, weight[(size_t)(p * PANEL + c) * K + k]);
+    }
+}
+
+// out (ROWS, 64) = a (ROWS, K) times one panel. One accumulator per output, k ascending.
+template <int ROWS>
+void product(const float* w, int K, const float* a, int stride, float* out) {
+    Vec acc[ROWS][GROUPS] = {};
+    for (int k = 0; k < K; k++, w += PANEL)
+        for (int g = 0; g < GROUPS; g++) {
+            Vec column = load(w + g * LANES);
+            for (int r = 0; r < ROWS; r++) acc[r][g] += column * a[(size_t)r * stride + k];
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int g = 0; g < GROUPS; g++) store(out + r * PANEL + g * LANES, acc[r][g]);
+}
+
+template <int ROWS>
+void product(const bf16* w, int K, const bf16* a, int stride, float* out) {
+#ifdef __AVX512BF16__
+    __m512 acc[ROWS][GROUPS];
+    for (int r = 0; r < ROWS; r++)
+        for (int g = 0; g < GROUPS; g++) acc[r][g] = _mm512_setzero_ps();
+    for (int k = 0; k < K; k += 2, w += 2 * PANEL) {
+        __m512i columns[GROUPS];
+        for (int g = 0; g < GROUPS; g++) columns[g] = _mm512_loadu_si512(w + 2 * g * LANES);
+        for (int r = 0; r < ROWS; r++) {
+            int32_t pair;
+            std::memcpy(&pair, a + (size_t)r * stride + k, 4);
+            for (int g = 0; g < GROUPS; g++)
+                acc[r][g] = _mm512_dpbf16_ps(acc[r][g], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)columns[g]);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int g = 0; g < GROUPS; g++) _mm512_storeu_ps(out + r * PANEL + g * LANES, acc[r][g]);
+#else
+    Vec acc[ROWS][GROUPS] = {};
+    for (int k = 0; k < K; k += 2, w += 2 * PANEL)
+        for (int g = 0; g < GROUPS; g++) {
+            BitVec pairs;
+            std::memcpy(&pairs, w + 2 * g * LANES, sizeof pairs);
+            Vec even = (Vec)(pairs << 16), odd = (Vec)(pairs & 0xffff0000u);
+            for (int r = 0; r < ROWS; r++) {
+                const bf16* x = a + (size_t)r * stride + k;
+                uint32_t bits[2] = {(uint32_t)x[0].bits << 16, (uint32_t)x[1].bits << 16};
+                float f[2];
+                std::memcpy(f, bits, sizeof f);
+                acc[r][g] += even * f[0];
+                acc[r][g] += odd * f[1];
+            }
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int g = 0; g < GROUPS; g++) store(out + r * PANEL + g * LANES, acc[r][g]);
+#endif
+}
+
+#ifdef __AMX_BF16__
+// AMX multiplies tiles of 16 rows; the rows beyond `rows` are whatever the buffer holds, and nobody reads them.
+void amx_product(const bf16* w, int K, const bf16* a, int stride, float* out) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int k = 0; k < K; k += K_STEP, w += (size_t)K_STEP * PANEL) {
+        _tile_loadd(4, a + k, stride * 2);
+        _tile_loadd(5, w, 4 * PANEL);
+        _tile_loadd(6, w + 2 * LANES, 4 * PANEL);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(5, w + 4 * LANES, 4 * PANEL);
+        _tile_loadd(6, w + 6 * LANES, 4 * PANEL);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_dpbf16ps(3, 4, 6);
+    }
+    _tile_stored(0, out, 4 * PANEL);
+    _tile_stored(1, out + LANES, 4 * PANEL);
+    _tile_stored(2, out + 2 * LANES, 4 * PANEL);
+    _tile_stored(3, out + 3 * LANES, 4 * PANEL);
+}
+
+bool amx_allowed() {
+#ifdef __linux__
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    static const bool allowed = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return allowed;
+#else
+    return false;
+#endif
+}
+
+struct TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+    TileConfig() {
+        for (int i = 0; i < 7; i++) bytes_per_row[i] = 64, rows[i] = TILE_ROWS;
+    }
+};
+#else
+bool amx_allowed() { return false; }
+#endif
+
+// out (rows, 64) = a (rows, K) times panel p, rows <= TILE_ROWS.
+template <class T>
+void multiply(const Matrix<T>& m, int p, const T* a, int stride, int rows, float* out) {
+    const T* w = m.panel(p);
+#ifdef __AMX_BF16__
+    if constexpr (sizeof(T) == 2)
+        if (amx_allowed()) return amx_product(w, m.K, a, stride, out);
+#endif
+    while (rows > 0) {
+        int now = std::min(rows, 4);
+        if (now == 4) product<4>(w, m.K, a, stride, out);
+        if (now == 3) product<3>(w, m.K, a, stride, out);
+        if (now == 2) product<2>(w, m.K, a, stride, out);
+        if (now == 1) product<1>(w, m.K, a, stride, out);
+        rows -= now, a += (size_t)now * stride, out += now * PANEL;
+    }
+}
+
+// --- threads -------------------------------------------------------------------------------------------------------
+
+// A fixed team. run(f) calls f(thread) on every member, the caller among them; barrier() holds until all are there.
+// Between runs the members sleep; within one they spin first, since a pass has some hundred barriers. Work between two
+// barriers is taken in portions, so that a member whose core something else needs holds up one portion, not its half.
+class Team {
+  public:
+    explicit Team(int size) : size(size) {
+        for (int t = 1; t < size; t++) members.emplace_back([this, t] { serve(t); });
+    }
+
+    ~Team() {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            ending = true, round++;
+        }
+        wake.notify_all();
+        for (auto& member : members) member.join();
+    }
+
+    template <class F>
+    void run(F&& f) {
+        work = [](void* context, int t) { (*(std::remove_reference_t<F>*)context)(t); };
+        context = &f;
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            round++;
+        }
+        wake.notify_all();
+        work(context, 0);
+        barrier();
+    }
+
+    void barrier() {
+        uint32_t now = phase.load();
+        if (arrived.fetch_add(1) == size - 1) {
+            arrived.store(0);
+            taken.store(0);
+            phase.store(now + 1);
+            if (asleep.load()) {
+                std::lock_guard<std::mutex> lock(mutex);
+                passed.notify_all();
+            }
+            return;
+        }
+        for (int spins = 0; spins < SPINS; spins++) {
+            if (phase.load() != now) return;
+#ifdef __x86_64__
+            _mm_pause();
+#endif
+        }
+        asleep++;  // the one awaited has lost its core: spinning on would only keep it from getting one
+        {
+            std::unique_lock<std::mutex> lock(mutex);
+            passed.wait(lock, [&] { return phase.load() != now; });
+        }
+        asleep--;
+    }
+
+    // f(i) for every i below count, each on one member. At most once between two barriers.
+    template <class F>
+    void for_each(int count, F&& f) {
+        int portion = std::min(std::max(1, count / (size * 8)), 4);
+        for (int begin; (begin = taken.fetch_add(portion, std::memory_order_relaxed)) < count;)
+            for (int i = begin; i < std::min(begin + portion, count); i++) f(i);
+    }
+
+    const int size;
+
+  private:
+    static constexpr int SPINS = 4000;  // some hundred microseconds: portions end nearly together
+
+    void serve(int t) {
+        uint64_t seen = 0;
+        for (;;) {
+            {
+                std::unique_lock<std::mutex> lock(mutex);
+                wake.wait(lock, [&] { return round != seen; });
+                seen = round;
+                if (ending) return;
+            }
+            work(context, t);
+            barrier();
+        }
+    }
+
+    std::vector<std::thread> members;
+    std::mutex mutex;
+    std::condition_variable wake, passed;
+    uint64_t round = 0;
+    bool ending = false;
+    void (*work)(void*, int) = nullptr;
+    void* context = nullptr;
+    std::atomic<int> arrived{0}, taken{0}, asleep{0};
+    std::atomic<uint32_t> phase{0};
+};
+
+struct Range {
+    int begin, end;
+};
+inline Range share(int count, int t, int threads) {
+    return {(int)((int64_t)count * t / threads), (int)((int64_t)count * (t + 1) / threads)};
+}
+
+// --- the network ---------------------------------------------------------------------------------------------------
+
+// The order of `shape` and the numbers of the weights, as gptcore.engine.native has them.
+struct Shape {
+    int32_t qwen3, layers, C, H, K, D, M, V, S, slots, threads, is_bf16;
+};
+enum Weight { EMBED, POSITIONS, COS, SIN, FINAL_GAIN, FINAL_BIAS, HEAD, NORM1_GAIN, NORM1_BIAS, QKV, QKV_BIAS,
+              Q_NORM, K_NORM, OUT, OUT_BIAS, NORM2_GAIN, NORM2_BIAS, GATE, UP, UP_BIAS, DOWN, DOWN_BIAS };
+
+struct Network {
+    virtual ~Network() = default;
+    virtual void set(int what, int layer, const float* data, int rows, int columns) = 0;
+    virtual void forward(int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,
+                         const int32_t* rows, float* logits) = 0;
+    virtual void copy(int source, int target, int length) = 0;
+    virtual int64_t cache_bytes() const = 0;
+};
+
+template <class T>
+class Decoder : public Network {
+    typedef std::vector<float> Floats;
+    struct Layer {
+        Floats norm1_gain, norm1_bias, q_norm, k_norm, norm2_gain, norm2_bias;
+        Matrix<T> qkv, out, gate, up, down;
+    };
+
+  public:
+    Decoder(Shape shape, float eps)
+        : s(shape), eps(eps), team(shape.threads), layers(shape.layers), blocks(round_up(shape.S, LANES) / LANES) {
+        head_cache = (size_t)blocks * LANES * s.D;
+        size_t count = (size_t)s.layers * s.slots * s.K * head_cache;
+        keys = allocate<T>(count), values = allocate<T>(count);
+        scores.assign(s.threads, Floats(blocks * LANES));
+    }
+
+    void set(int what, int layer, const float* data, int rows, int columns) override {
+        Floats plain(data, data + (what == EMBED ? 0 : (size_t)rows * columns));
+        Layer* l = layer < 0 ? nullptr : &layers[layer];
+        auto bias = [&](Matrix<T>& m) { std::copy(plain.begin(), plain.end(), m.bias.begin()); };
+        switch (what) {
+            case EMBED:
+                embed = allocate<T>((size_t)rows * columns);
+                for (size_t i = 0; i < (size_t)rows * columns; i++) put(embed.get() + i, data[i]);
+                break;
+            case POSITIONS: place = plain; break;
+            case COS: cosine = plain; break;
+            case SIN: sine = plain; break;
+            case FINAL_GAIN: final_gain = plain; break;
+            case FINAL_BIAS: final_bias = plain; break;
+            case HEAD: pack(head, data, rows, columns); break;
+            case NORM1_GAIN: l->norm1_gain = plain; break;
+            case NORM1_BIAS: l->norm1_bias = plain; break;
+            case QKV: pack(l->qkv, data, rows, columns); break;
+            case QKV_BIAS: bias(l->qkv); break;
+            case Q_NORM: l->q_norm = plain; break;
+            case K_NORM: l->k_norm = plain; break;
+            case OUT: pack(l->out, data, rows, columns); break;
+            case OUT_BIAS: bias(l->out); break;
+            case NORM2_GAIN: l->norm2_gain = plain; break;
+            case NORM2_BIAS: l->norm2_bias = plain; break;
+            case GATE: pack(l->gate, data, rows, columns); break;
+            case UP: pack(l->up, data, rows, columns); break;
+            case UP_BIAS: bias(l->up); break;
+            case DOWN: pack(l->down, data, rows, columns); break;
+            case DOWN_BIAS: bias(l->down); break;
+        }
+    }
+
+    int64_t cache_bytes() const override { return 2 * (int64_t)s.layers * s.slots * s.K * head_cache * sizeof(T); }
+
+    void copy(int source, int target, int length) override {
+        size_t count = (size_t)round_up(length, LANES) * s.D;  // whole blocks of keys; what is behind is not read
+        for (int l = 0; l < s.layers; l++)
+            for (int g = 0; g < s.K; g++) {
+                std::memcpy(at(keys, l, target, g), at(keys, l, source, g), count * sizeof(T));
+                std::memcpy(at(values, l, target, g), at(values, l, source, g), count * sizeof(T));
+            }
+    }
+
+    void forward(int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,
+                 const int32_t* rows, float* logits) override {
+        reserve(n);
+        team.run([&](int t) {
+#ifdef __AMX_BF16__
+            TileConfig tiles;
+            if (sizeof(T) == 2 && amx_allowed()) _tile_loadconfig(&tiles);
+#endif
+            Range mine = share(n, t, team.size);
+            for (int r = mine.begin; r < mine.end; r++) {
+                for (int c = 0; c < s.C; c += LANES) {
+                    Vec x = load(embed.get() + (size_t)tokens[r] * s.C + c);
+                    store(&residual[(size_t)r * s.C + c], s.qwen3 ? x : x + load(&place[(size_t)positions[r] * s.C + c]));
+                }
+            }
+            for (int l = 0; l < s.layers; l++) {
+                const Layer& layer = layers[l];
+                for (int r = mine.begin; r < mine.end; r++)  // the rows that this thread has just written
+                    normalise(&residual[(size_t)r * s.C], layer.norm1_gain, layer.norm1_bias, normed(r));
+                team.barrier();
+                linear(n, layer.qkv, normed(0), hidden_stride, [&](int r, int c, Vec x) { store(&qkv(r)[c], x); });
+                team.barrier();
+                team.for_each(n * s.K, [&](int i) { remember(l, slots[i / s.K], positions[i / s.K], i / s.K, i % s.K); });
+                team.barrier();
+                team.for_each(n * s.K, [&](int i) { attend(t, l, slots[i / s.K], positions[i / s.K], i / s.K, i % s.K); });
+                team.barrier();
+                linear(n, layer.out, attended(0), attended_stride, [&](int r, int c, Vec x) { add(r, c, x); });
+                team.barrier();
+                for (int r = mine.begin; r < mine.end; r++)
+                    normalise(&residual[(size_t)r * s.C], layer.norm2_gain, layer.norm2_bias, normed(r));
+                team.barrier();
+                if (s.qwen3)
+                    gated(n, layer);
+                else
+                    linear(n, layer.up, normed(0), hidden_stride, [&](int r, int c, Vec x) { store(&middle(r)[c], gelu(x)); });
+                team.barrier();
+                linear(n, layer.down, middle(0), middle_stride, [&](int r, int c, Vec x) { add(r, c, x); });
+                team.barrier();
+            }
+            Range asked = share(wanted, t, team.size);
+            for (int i = asked.begin; i < asked.end; i++)
+                normalise(&residual[(size_t)rows[i] * s.C], final_gain, final_bias, normed(i));
+            team.barrier();
+            int width = head.panels * PANEL;
+            linear(wanted, head, normed(0), hidden_stride, [&](int r, int c, Vec x) { store(logits + (size_t)r * width + c, x); });
+#ifdef __AMX_BF16__
+            if (sizeof(T) == 2 && amx_allowed()) _tile_release();
+#endif
+        });
+    }
+
+  private:
+    T* at(Block<T>& cache, int layer, int slot, int g) {
+        return cache.get() + (((size_t)layer * s.slots + slot) * s.K + g) * head_cache;
+    }
+
+    // Room for n rows, up to a whole tile, since AMX reads one.
+    void reserve(int n) {
+        if (n <= room) return;
+        room = round_up(n, TILE_ROWS);
+        hidden_stride = round_up(s.C, K_STEP), middle_stride = round_up(s.M, K_STEP);
+        attended_stride = round_up(s.H * s.D, K_STEP), qkv_stride = (s.H + 2 * s.K) * s.D;
+        residual.assign((size_t)room * s.C, 0.0f);
+        qkv_rows.assign((size_t)room * qkv_stride, 0.0f);
+        normed_rows.assign((size_t)room * hidden_stride, T{});
+        attended_rows.assign((size_t)room * attended_stride, T{});
+        middle_rows.assign((size_t)room * middle_stride, T{});
+    }
+    T* normed(int r) { return &normed_rows[(size_t)r * hidden_stride]; }
+    T* attended(int r) { return &attended_rows[(size_t)r * attended_stride]; }
+    T* middle(int r) { return &middle_rows[(size_t)r * middle_stride]; }
+    float* qkv(int r) { return &qkv_rows[(size_t)r * qkv_stride]; }
+
+    // a (n, K) W^T + bias, sixteen columns at a time to `take(row, column, values)`.
+    template <class F>
+    void linear(int n, const Matrix<T>& m, const T* a, int stride, F&& take) {
+        alignas(64) float out[TILE_ROWS * PANEL];
+        team.for_each(m.panels, [&](int p) {
+            for (int first = 0; first < n; first += TILE_ROWS) {
+                int rows = std::min(TILE_ROWS, n - first), columns = std::min(PANEL, round_up(m.N - p * PANEL, LANES));
+                multiply(m, p, a + (size_t)first * stride, stride, rows, out);
+                for (int r = 0; r < rows; r++)
+                    for (int c = 0; c < columns; c += LANES)
+                        take(first + r, p * PANEL + c, load(out + r * PANEL + c) + load(&m.bias[p * PANEL + c]));
+            }
+        });
+    }
+
+    void gated(int n, const Layer& layer) {
+        alignas(64) float gate[TILE_ROWS * PANEL], up[TILE_ROWS * PANEL];
+        team.for_each(layer.up.panels, [&](int p) {
+            for (int first = 0; first < n; first += TILE_ROWS) {
+                int rows = std::min(TILE_ROWS, n - first), columns = std::min(PANEL, s.M - p * PANEL);
+                multiply(layer.gate, p, normed(first), hidden_stride, rows, gate);
+                multiply(layer.up, p, normed(first), hidden_stride, rows, up);
+                for (int r = 0; r < rows; r++)
+                    for (int c = 0; c < columns; c += LANES)
+                        store(middle(first + r) + p * PANEL + c, silu(load(gate + r * PANEL + c)) * load(up + r * PANEL + c));
+            }
+        });
+    }
+
+    void add(int r, int c, Vec x) {
+        float* to = &residual[(size_t)r * s.C + c];
+        store(to, load(to) + x);
+    }
+
+    // LayerNorm (gpt2) or RMSNorm (qwen3) of one row.
+    void normalise(const float* x, const Floats& gain, const Floats& bias, T* out) {
+        Vec total = {};
+        if (!s.qwen3)
+            for (int c = 0; c < s.C; c += LANES) total += load(x + c);
+        Vec mean = all(sum(total) / s.C), squares = {};
+        for (int c = 0; c < s.C; c += LANES) squares += (load(x + c) - mean) * (load(x + c) - mean);
+        Vec scale = all(1.0f / std::sqrt(sum(squares) / s.C + eps));
+        for (int c = 0; c < s.C; c += LANES) {
+            Vec y = (load(x + c) - mean) * scale * load(&gain[c]);
+            store(out + c, s.qwen3 ? y : y + load(&bias[c]));
+        }
+    }
+
+    // RMSNorm of one head (D), then RoPE, in place.
+    void turn(float* x, const Floats& gain, int position) {
+        Vec squares = {};
+        for (int d = 0; d < s.D; d += LANES) squares += load(x + d) * load(x + d);
+        float scale = 1.0f / std::sqrt(sum(squares) / s.D + eps);
+        const float *cos = &cosine[(size_t)position * s.D], *sin = &sine[(size_t)position * s.D];
+        int half = s.D / 2;
+        for (int d = 0; d < half; d++) {
+            float left = x[d] * scale * gain[d], right = x[d + half] * scale * gain[d + half];
+            x[d] = left * cos[d] - right * sin[d];
+            x[d + half] = right * cos[d + half] + left * sin[d + half];
+        }
+    }
+
+    // Puts key and value of a token's head group into the cache. Keys lie as [block of 16 positions][D][16], so that
+    // sixteen scores are summed side by side; values as [position][D].
+    void remember(int l, int slot, int position, int r, int g) {
+        int per_group = s.H / s.K;
+        float *query = qkv(r) + g * per_group * s.D, *key = qkv(r) + (s.H + g) * s.D, *value = key + s.K * s.D;
+        if (s.qwen3) {
+            for (int h = 0; h < per_group; h++) turn(query + h * s.D, layers[l].q_norm, position);
+            turn(key, layers[l].k_norm, position);
+        }
+        T* to = at(keys, l, slot, g) + (size_t)(position / LANES) * s.D * LANES + position % LANES;
+        for (int d = 0; d < s.D; d++) put(to + (size_t)d * LANES, key[d]);
+        T* row = at(values, l, slot, g) + (size_t)position * s.D;
+        for (int d = 0; d < s.D; d += LANES) store(row + d, load(value + d));
+    }
+
+    void attend(int t, int l, int slot, int position, int r, int g) {
+        switch (s.D / LANES) {  // widths known to the compiler keep the sums in registers
+            case 1: return attend_wide<1>(t, l, slot, position, r, g);
+            case 2: return attend_wide<2>(t, l, slot, position, r, g);
+            case 4: return attend_wide<4>(t, l, slot, position, r, g);
+            case 8: return attend_wide<8>(t, l, slot, position, r, g);
+        }
+        for (int d = 0; d < s.D; d += LANES) attend_wide<1>(t, l, slot, position, r, g, d);
+    }
+
+    // softmax(q k^T / sqrt(D)) v of one token, for the heads that share key/value head g; of v the WIDE * 16 features
+    // from `first`.
+    template <int WIDE>
+    void attend_wide(int t, int l, int slot, int position, int r, int g, int first = 0) {
+        const T *key = at(keys, l, slot, g), *value = at(values, l, slot, g) + first;
+        float* p = scores[t].data();
+        int per_group = s.H / s.K, length = position + 1;
+        for (int h = g * per_group; h < (g + 1) * per_group; h++) {
+            float share = 1.0f / weigh(qkv(r) + h * s.D, key, length, p);
+            Vec acc[2][WIDE] = {};
+            int j = 0;
+            for (; j + 2 <= length; j += 2)
+                for (int i = 0; i < 2; i++)
+                    for (int w = 0; w < WIDE; w++) acc[i][w] += load(value + (size_t)(j + i) * s.D + w * LANES) * p[j + i];
+            for (; j < length; j++)
+                for (int w = 0; w < WIDE; w++) acc[0][w] += load(value + (size_t)j * s.D + w * LANES) * p[j];
+            for (int w = 0; w < WIDE; w++) store(attended(r) + h * s.D + first + w * LANES, (acc[0][w] + acc[1][w]) * share);
+        }
+    }
+
+    // p[j] = exp(q k_j / sqrt(D) - the largest such) for the first `length` keys, 0 behind; returns their sum.
+    float weigh(const float* q, const T* key, int length, float* p) {
+        float scale = 1.0f / std::sqrt((float)s.D);
+        Vec most = all(-INFINITY);
+        for (int j = 0; j < length; j += LANES, key += s.D * LANES) {
+            Vec acc[4] = {};
+            for (int d = 0; d < s.D; d += 4)
+                for (int i = 0; i < 4; i++) acc[i] += load(key + (d + i) * LANES) * q[d + i];
+            Vec score = ((acc[0] + acc[1]) + (acc[2] + acc[3])) * scale;
+            score = LANE < length - j ? score : all(-INFINITY);
+            most = score > most ? score : most;
+            store(p + j, score);
+        }
+        float top = most[0];
+        for (int i = 1; i < LANES; i++) top = std::max(top, most[i]);
+        Vec total = {};
+        for (int j = 0; j < length; j += LANES) {
+            Vec e = LANE < length - j ? exponential(load(p + j) - top) : all(0.0f);
+            total += e;
+            store(p + j, e);
+        }
+        return sum(total);
+    }
+
+    const Shape s;
+    const float eps;
+    Team team;
+    std::vector<Layer> layers;
+    const int blocks;
+    size_t head_cache;
+    Block<T> embed, keys, values;
+    Matrix<T> head;
+    Floats place, cosine, sine, final_gain, final_bias, residual, qkv_rows;
+    std::vector<Floats> scores;
+    std::vector<T> normed_rows, attended_rows, middle_rows;
+    int room = 0, hidden_stride = 0, middle_stride = 0, attended_stride = 0, qkv_stride = 0;
+};
+
+}  // namespace
+
+extern "C" {
+
+void* gpt_create(const int32_t* shape, float eps) {
+    Shape s;
+    std::memcpy(&s, shape, sizeof s);
+    try {
+        return s.is_bf16 ? (Network*)new Decoder<bf16>(s, eps) : (Network*)new Decoder<float>(s, eps);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+void gpt_set(void* g, int what, int layer, const float* data, int rows, int columns) {
+    ((Network*)g)->set(what, layer, data, rows, columns);
+}
+
+void gpt_forward(void* g, int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,
+                 const int32_t* rows, float* logits) {
+    ((Network*)g)->forward(n, tokens, slots, positions, wanted, rows, logits);
+}
+
+void gpt_copy(void* g, int source, int target, int length) { ((Network*)g)->copy(source, target, length); }
+
+int64_t gpt_cache_bytes(void* g) { return ((Network*)g)->cache_bytes(); }
+
+void gpt_destroy(void* g) { delete (Network*)g; }
+
+const char* gpt_kernel(int is_bf16) {
+    if (is_bf16 && amx_allowed()) return "amx-bf16";
+#if defined(__AVX512BF16__)
+    if (is_bf16) return "avx512-bf16";
+#endif
+#if defined(__AVX512F__)
+    return "avx512";
+#elif defined(__AVX2__)
+    return "avx2";
+#elif defined(__ARM_NEON)
+    return "neon";
+#else
+    return "generic";
+#endif
+}
+}

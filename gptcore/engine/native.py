@@ -1,0 +1,249 @@
+"""The engine's hot path on a CPU: builds native.cpp once for this machine, packs a model's weights, runs it.
+
+In: a `GPT` in fp32, chunks of tokens. Out: logits. The kernel needs a C++ compiler (`$CXX`, c++, g++ or clang++) the
+first time; what it builds is kept under `home()`/.cache/native, named by source, compiler and processor. Where that
+cannot be done, `NativeUnavailable` says why, and the engine runs on torch instead.
+
+A token's logits depend on its prefix alone, bit for bit, however it was batched or chunked (native.cpp has the how).
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptcore.config import ModelConfig
+from gptcore.engine.runner import Chunk
+from gptcore.errors import FoundryError
+from gptcore.home import home
+from gptcore.model import GPT, Attention, Block
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
+EXTRA_FLAGS: tuple[str, ...] = ()
+"""Behind the others: tests build for lesser processors."""
+BUILD_SECONDS = 120
+LANES = 16
+"""The kernel handles sixteen features at a time: widths are multiples of it."""
+
+# As in native.cpp's enum Weight.
+NAMES = """
+    embed positions cos sin final_gain final_bias head norm1_gain norm1_bias qkv qkv_bias q_norm k_norm
+    out out_bias norm2_gain norm2_bias gate up up_bias down down_bias
+"""
+WEIGHTS = {name: number for number, name in enumerate(NAMES.split())}
+
+
+class NativeUnavailable(FoundryError):
+    """The kernel cannot be built on this machine, or cannot run this model."""
+
+
+class NativeRunner:
+    """A model packed for decoding on this CPU, and the keys and values of its slots.
+
+    Satisfies `gptcore.engine.runner.Runner`. `dtype`, bfloat16 or float32, is that of weights and cache; sums, norms
+    and the residual stream are in fp32. Raises NativeUnavailable.
+    """
+
+    invariant = True
+    reuse_granularity = 1
+    note = ""
+    device = torch.device("cpu")
+
+    def __init__(self, model: GPT, slots: int, dtype: torch.dtype, threads: int = 0) -> None:
+        config = model.config
+        check_shape(config)
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise NativeUnavailable(f"the native kernel computes in bfloat16 or float32, not in {dtype}")
+        self.dtype, self.slots, self.context_length = dtype, slots, config.context_length
+        half = dtype == torch.bfloat16
+        self._library = load_library()
+        self.name = f"native {self._library.gpt_kernel(half).decode()}"
+        shape = (
+            config.family == "qwen3", config.num_layers, config.hidden_size, config.num_heads, config.kv_heads,
+            config.head_size, config.intermediate_size or 0, config.vocab_size, config.context_length, slots,
+            threads or available_cores(), half,
+        )  # fmt: skip
+        self._handle = self._library.gpt_create((ctypes.c_int32 * len(shape))(*map(int, shape)), config.norm_eps)
+        if not self._handle:
+            raise NativeUnavailable(f"there is not enough memory for {slots} slots of {config.context_length} tokens")
+        self._pack(model)
+        self.cache_bytes: int = self._library.gpt_cache_bytes(self._handle)
+        self.vocab_size = config.vocab_size
+        self._width = -(-config.vocab_size // 64) * 64
+        self._logits = torch.empty(0, self._width)
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits (sum of `wanted`, V) in fp32, in the order of the chunks; the next call overwrites them."""
+        tokens: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for chunk in chunks:
+            length = len(chunk.tokens)
+            tokens += chunk.tokens
+            slots += [chunk.slot] * length
+            positions += range(chunk.start, chunk.start + length)
+            rows += range(len(tokens) - chunk.wanted, len(tokens))
+        if len(rows) > len(self._logits):
+            self._logits = torch.empty(len(rows), self._width)
+        logits = self._logits[: len(rows)]
+        self._library.gpt_forward(
+            self._handle, len(tokens), _ints(tokens), _ints(slots), _ints(positions), len(rows), _ints(rows),
+            logits.data_ptr(),
+        )  # fmt: skip
+        return logits[:, : self.vocab_size]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Gives slot `target` the first `length` positions of slot `source`."""
+        self._library.gpt_copy(self._handle, source, target, length)
+
+    def close(self) -> None:
+        """Frees weights and cache; the runner cannot be used afterwards."""
+        if self._handle:
+            self._library.gpt_destroy(self._handle)
+            self._handle = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+    def _pack(self, model: GPT) -> None:
+        self._set("embed", model.embed_tokens.weight)
+        if model.config.family == "gpt2":
+            self._set("positions", model.embed_positions.weight)
+        else:
+            self._set("cos", model.cos)
+            self._set("sin", model.sin)
+        self._set_norm("final", model.norm)
+        self._set("head", model.lm_head.weight)
+        for number, block in enumerate(model.layers):
+            assert isinstance(block, Block)
+            self._pack_attention(block.self_attn, number)
+            self._set_norm("norm1", block.input_layernorm, number)
+            self._set_norm("norm2", block.post_attention_layernorm, number)
+            self._set("up", block.mlp.up_proj.weight, number)
+            self._set("down", block.mlp.down_proj.weight, number)
+            if block.mlp.gated:
+                self._set("gate", block.mlp.gate_proj.weight, number)
+            else:
+                self._set("up_bias", block.mlp.up_proj.bias, number)
+                self._set("down_bias", block.mlp.down_proj.bias, number)
+
+    def _pack_attention(self, attention: Attention, layer: int) -> None:
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self._set("qkv", torch.cat([p.weight for p in projections]), layer)  # ((H + 2K) D, C)
+        self._set("out", attention.o_proj.weight, layer)
+        if attention.config.family == "gpt2":
+            self._set("qkv_bias", torch.cat([p.bias for p in projections]), layer)
+            self._set("out_bias", attention.o_proj.bias, layer)
+        else:
+            self._set("q_norm", attention.q_norm.weight, layer)
+            self._set("k_norm", attention.k_norm.weight, layer)
+
+    def _set_norm(self, name: str, norm: torch.nn.Module, layer: int = -1) -> None:
+        self._set(f"{name}_gain", norm.weight, layer)
+        if isinstance(norm, torch.nn.LayerNorm):
+            self._set(f"{name}_bias", norm.bias, layer)
+
+    def _set(self, name: str, values: Tensor | torch.nn.Module, layer: int = -1) -> None:
+        assert isinstance(values, Tensor)
+        values = values.detach().to("cpu", torch.float32).contiguous()
+        rows, columns = (values.shape[0], values.shape[1]) if values.ndim == 2 else (1, values.shape[0])
+        self._library.gpt_set(self._handle, WEIGHTS[name], layer, values.data_ptr(), rows, columns)
+
+
+def check_shape(config: ModelConfig) -> None:
+    """Raises NativeUnavailable for widths that the kernel does not handle."""
+    widths = {
+        "hidden_size": config.hidden_size,
+        "head_dim": config.head_size,
+        "intermediate_size": config.intermediate_size or 0,
+    }
+    for name, width in widths.items():
+        if width % LANES:
+            raise NativeUnavailable(f"{name} is {width}; the native kernel needs a multiple of {LANES}")
+
+
+def available_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The compiled kernel, from the cache or built now. Raises NativeUnavailable."""
+    compiler = find_compiler()
+    target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    command = [compiler, *FLAGS, target, *EXTRA_FLAGS]
+    library = home() / ".cache" / "native" / f"{_fingerprint(command)}.so"
+    if not library.exists():
+        _build([*command, str(SOURCE)], library)
+    try:
+        functions = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NativeUnavailable(f"the native kernel {library} cannot be loaded: {error}") from error
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    functions.gpt_create.argtypes, functions.gpt_create.restype = [pointer, ctypes.c_float], pointer
+    functions.gpt_set.argtypes = [pointer, integer, integer, pointer, integer, integer]
+    functions.gpt_forward.argtypes = [pointer, integer, pointer, pointer, pointer, integer, pointer, pointer]
+    functions.gpt_copy.argtypes = [pointer, integer, integer, integer]
+    functions.gpt_cache_bytes.argtypes, functions.gpt_cache_bytes.restype = [pointer], ctypes.c_int64
+    functions.gpt_destroy.argtypes = [pointer]
+    functions.gpt_kernel.argtypes, functions.gpt_kernel.restype = [integer], ctypes.c_char_p
+    return functions
+
+
+def find_compiler() -> str:
+    """The C++ compiler's path: $CXX, else the system's. Raises NativeUnavailable if there is none."""
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["c++", "g++", "clang++"]:
+        if path := shutil.which(name):
+            return path
+    raise NativeUnavailable(
+        f"CXX is {named!r}, which is no program" if named else "there is no C++ compiler (c++, g++, clang++)"
+    )
+
+
+def _fingerprint(command: list[str]) -> str:
+    """Names a build by all that decides what comes out: source, flags, compiler, processor."""
+    parts = [SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), _processor()]
+    parts.append(str(Path(command[0]).resolve().stat().st_mtime_ns))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Model and features of the processor: a cache may lie on a disk that other machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    kept = {line.split(":")[0].strip(): line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return "\n".join(kept.values())
+
+
+def _build(command: list[str], library: Path) -> None:
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            built = Path(scratch) / library.name
+            subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, timeout=BUILD_SECONDS)
+            built.rename(library)  # whole or not there, for processes that build at the same moment
+    except subprocess.CalledProcessError as error:
+        last = error.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
+        raise NativeUnavailable(f"{command[0]} cannot build the native kernel: {last[0]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"the native kernel cannot be built: {error}") from error
+
+
+def _ints(values: list[int]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(values))(*values)

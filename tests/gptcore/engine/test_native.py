@@ -1,0 +1,139 @@
+"""The native kernel computes what the model computes, in every variant that a processor may need, and always alike."""
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptcore.config import ModelConfig
+from gptcore.engine import native
+from gptcore.engine.native import NativeRunner, NativeUnavailable
+from gptcore.engine.runner import Chunk
+from gptcore.model import GPT
+
+GPT2 = ModelConfig(vocab_size=257, family="gpt2", num_layers=2, num_heads=2, hidden_size=64, context_length=96)
+QWEN3 = ModelConfig(
+    vocab_size=300,
+    family="qwen3",
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    hidden_size=80,
+    head_dim=32,
+    context_length=96,
+)
+CONFIGS = pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+VARIANTS = {
+    "as built": (),
+    "without AMX": ("-mno-amx-bf16",),
+    "without bf16": ("-mno-amx-bf16", "-mno-avx512bf16"),
+    "AVX2": ("-march=haswell",),
+}
+
+try:
+    native.load_library()
+except NativeUnavailable as reason:
+    pytest.skip(str(reason), allow_module_level=True)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The kernel built for a lesser processor than this one."""
+    if VARIANTS[request.param] and platform.machine() != "x86_64":
+        pytest.skip("these variants are of x86-64")
+    monkeypatch.setattr(native, "EXTRA_FLAGS", VARIANTS[request.param])
+    native.load_library.cache_clear()
+    yield request.param
+    native.load_library.cache_clear()
+
+
+def random_model(config: ModelConfig) -> GPT:
+    torch.manual_seed(1)
+    model = GPT(config).eval()
+    for parameter in model.parameters():  # the head and the gains too, which start at 0 and 1
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def some_tokens(config: ModelConfig, sequences: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(config.vocab_size, (sequences, length), generator=generator).tolist()
+
+
+def at_once(runner: NativeRunner, slot: int, tokens: list[int]) -> Tensor:
+    return runner.forward([Chunk(slot, 0, tokens, len(tokens))]).clone()
+
+
+@CONFIGS
+def test_logits_equal_those_of_the_model_in_every_variant(config: ModelConfig, variant: str) -> None:
+    model, (tokens,) = random_model(config), some_tokens(config, 1, 70)
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens]))[0]
+    logits = at_once(NativeRunner(model, 2, torch.float32, 2), 1, tokens)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    rounded = at_once(NativeRunner(model, 2, torch.bfloat16, 2), 1, tokens)
+    assert (rounded - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@CONFIGS
+@DTYPES
+def test_logits_are_the_same_to_the_bit_however_tokens_are_batched(
+    config: ModelConfig, dtype: torch.dtype, variant: str
+) -> None:
+    model, texts = random_model(config), some_tokens(config, 17, 60)
+    alone = [at_once(NativeRunner(model, 1, dtype, 1), 0, tokens) for tokens in texts]
+    crowd = NativeRunner(model, 17, dtype, 2)
+    cuts = [5 + 3 * n % 40 for n in range(17)]  # every sequence is somewhere else
+    crowd.forward([Chunk(n, 0, tokens[: cuts[n]], 0) for n, tokens in enumerate(texts)])
+    for step in range(10):
+        places = [cuts[n] + step for n in range(17)]
+        logits = crowd.forward([Chunk(n, places[n], texts[n][places[n] : places[n] + 1], 1) for n in range(17)])
+        for n in range(17):
+            assert torch.equal(logits[n], alone[n][places[n]])
+
+
+@CONFIGS
+@DTYPES
+def test_a_copied_prefix_is_as_good_as_a_computed_one(config: ModelConfig, dtype: torch.dtype) -> None:
+    model, (tokens,) = random_model(config), some_tokens(config, 1, 60)
+    runner = NativeRunner(model, 3, dtype, 2)
+    expected = at_once(runner, 0, tokens)
+    at_once(runner, 2, list(reversed(tokens)))  # what the slot held before does not matter
+    runner.copy(0, 2, 37)
+    assert torch.equal(runner.forward([Chunk(2, 37, tokens[37:], 23)]), expected[37:])
+
+
+def test_only_the_rows_asked_for_come_back_in_the_order_of_the_chunks() -> None:
+    model, (one, two) = random_model(GPT2), some_tokens(GPT2, 2, 20)
+    runner = NativeRunner(model, 3, torch.float32, 2)
+    first, second = at_once(runner, 0, one), at_once(runner, 1, two)
+    logits = runner.forward([Chunk(1, 0, two, 1), Chunk(2, 0, one[:9], 0), Chunk(0, 0, one, 4)])
+    assert torch.equal(logits, torch.cat([second[-1:], first[-4:]]))
+
+
+def test_a_width_that_the_kernel_cannot_handle_is_named() -> None:
+    config = ModelConfig(vocab_size=257, family="gpt2", num_layers=1, num_heads=5, hidden_size=40, context_length=16)
+    with pytest.raises(NativeUnavailable, match="hidden_size is 40; the native kernel needs a multiple of 16"):
+        NativeRunner(GPT(config), 1, torch.float32)
+
+
+def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.load_library.cache_clear()
+    with pytest.raises(NativeUnavailable, match="CXX is 'no-such-compiler', which is no program"):
+        native.load_library()
+    native.load_library.cache_clear()
+
+
+def test_what_the_compiler_says_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "EXTRA_FLAGS", ("-not-a-flag",))
+    native.load_library.cache_clear()
+    with pytest.raises(NativeUnavailable, match="not-a-flag"):
+        native.load_library()
+    native.load_library.cache_clear()
+    assert not list((tmp_path / ".cache" / "native").iterdir())
