@@ -63,9 +63,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             start_new_session=True,
         )
         assert head.stdout
+        said = []
         for line in head.stdout:
+            said.append(line)
             if "Ray runtime started" in line:
                 break
+        else:
+            raise AssertionError(f"Ray did not start:\n{''.join(said)}")
         yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", home)
         started = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
         for process in started:
@@ -120,8 +124,12 @@ class Job:
         raise AssertionError(f"no line matched {pattern!r} in:\n{''.join(seen)}")
 
     def finish(self) -> tuple[int, str]:
-        """(exit code, the rest of the output)."""
-        output, _ = self.process.communicate(timeout=300)
+        """(exit code, the rest of the output). A job that does not end is killed, and the test with it."""
+        try:
+            output, _ = self.process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
         return self.process.returncode, output
 
 

@@ -1,0 +1,135 @@
+"""The HTTP app of one replica: routes, limits, errors and metrics around the models that it holds.
+
+In come settings and `Models`, out goes a FastAPI app that knows nothing of Ray: `service.py` puts it into a deployment,
+tests call it directly. Whoever made the models starts and closes them.
+"""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from serve_app.errors import add_handlers, error_responses
+from serve_app.logs import configure_logging
+from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading
+from serve_app.middleware import ApiKeys, Bodies, Deadline, Failures, RequestLog
+from serve_app.models import Models
+from serve_app.routes import compat, native, openai, ops, playground
+from serve_app.settings import ServeSettings
+from serve_app.state import AppState
+
+DESCRIPTION = """\
+Continues text with models from an MLflow registry, a Hugging Face hub or a folder.
+
+Every reply carries `x-request-id` (the request's own, if it is short and plain) and, where a model took part,
+`x-model-version: <name>/<version>`. Every failure has OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
+Bodies are JSON, whatever their content-type says. With API keys set, every route but the probes, the metrics and the
+pages asks for `Authorization: Bearer <key>`.
+"""
+
+EVENT_STREAM = "text/event-stream"
+EVENT = {
+    "type": "object",
+    "properties": {
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "description": "A part of the reply as JSON, an error in midstream, or [DONE] at the end.",
+        }
+    },
+    "required": ["data"],
+}
+
+
+def create_api(
+    settings: ServeSettings, models: Models, metrics: Metrics | None = None, tag_replies: bool = True
+) -> FastAPI:
+    """The app. `metrics` is given where somebody else counts too; each app otherwise has its own.
+
+    `tag_replies` is false where a proxy in front puts x-request-id on replies itself, as Ray Serve's does.
+    """
+    configure_logging(settings.log_level)
+    metrics = metrics or Metrics()
+    metrics.gauges = lambda: _gauges(models)
+    models.on_reload(metrics.reload)
+    state = AppState(settings, models, metrics)
+    app = FastAPI(
+        title="GPT Foundry",
+        version=version("gpt-foundry"),
+        description=DESCRIPTION,
+        middleware=_middleware(settings, metrics, tag_replies),
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+    )
+    add_handlers(app)
+    # Checked by ApiKeys, before a body is read; here it says in the OpenAPI document what to send.
+    documented = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
+    for routes in (native, openai, compat):
+        app.include_router(routes.router(state), responses=error_responses(), dependencies=documented)
+    app.include_router(ops.router(state, documented))
+    app.include_router(playground.router(state))
+    _describe(app)
+    return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Make the OpenAPI document, which FastAPI keeps, and say in it what FastAPI does not know.
+
+    Errors of validation are 400 and not 422, streams have events, and null is as good as leaving a field out.
+    """
+    document = app.openapi()
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    for responses in (operation["responses"] for operation in operations):
+        responses.pop("422", None)
+        content = responses["200"].get("content", {})
+        if EVENT_STREAM in content:
+            content[EVENT_STREAM] = {"itemSchema": EVENT}
+    schemas = document["components"]["schemas"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    for body in (schema for schema in schemas.values() if schema.get("additionalProperties") is False):
+        for name in set(body["properties"]) - set(body.get("required", ())):
+            body["properties"][name] = _nullable(body["properties"][name])
+
+
+def _nullable(field: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field that may be null, too; what is said about the field stays outside."""
+    said: dict[str, Any] = {key: field[key] for key in ("title", "description", "default") if key in field}
+    kinds = field.get("anyOf", [{key: value for key, value in field.items() if key not in said}])
+    null = {"type": "null"}
+    return {"anyOf": [*kinds, *([] if null in kinds else [null])], **said}
+
+
+def _middleware(settings: ServeSettings, metrics: Metrics, tag_replies: bool) -> list[Middleware]:
+    """The layers, from the outside in."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "x-model-version", "retry-after"),
+    )
+    return [
+        Middleware(RequestLog, metrics=metrics, tag=tag_replies),
+        *([cors] if settings.cors_origins else []),
+        Middleware(Failures),
+        Middleware(ApiKeys, keys=settings.api_keys),
+        Middleware(Bodies, limit=settings.max_body_bytes, seconds=settings.request_timeout_s),
+        Middleware(Deadline, seconds=settings.request_timeout_s),
+    ]
+
+
+def _gauges(models: Models) -> Iterator[Reading]:
+    """What the engines are doing now."""
+    for served in models.loaded():
+        labels, stats = (served.name, served.version), served.engine.stats()
+        yield LOADED, labels, 1.0
+        yield RUNNING, labels, stats.running
+        yield WAITING, labels, stats.waiting
+        yield SLOTS, labels, stats.slots
+        yield SLOTS_USED, labels, stats.slots_used

@@ -1,0 +1,118 @@
+"""The second half of `make demo`: the model that training promoted, asked over HTTP.
+
+Out: a service as `serve run serve_app:app` starts it, one streamed answer, and where to go on. At a terminal the
+service stays until Ctrl-C; elsewhere it is stopped again. One that answers already is asked and left alone.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from gptcore.errors import FoundryError
+from serve_app.settings import load_settings
+
+PROMPT = "The"
+REQUEST = {"prompt": PROMPT, "max_new_tokens": 60, "stream": True}
+START_SECONDS = 180
+STOP_SECONDS = 60
+
+
+def demo() -> int:
+    """Starts, asks, shows; returns the exit code."""
+    try:
+        settings = load_settings()
+    except FoundryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    url = f"http://{'127.0.0.1' if settings.host == '0.0.0.0' else settings.host}:{settings.port}"
+    with contextlib.ExitStack() as stack:
+        process = None
+        if not is_ready(url):
+            print("service   starting (serve run serve_app:app)", flush=True)
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            process = stack.enter_context(running(output))
+            if problem := await_ready(url, process):
+                output.seek(0)
+                print(f"{output.read()[-4000:]}\nerror: {problem}", file=sys.stderr)
+                return 1
+        ask(url)
+        print(f"""
+playground {url}
+ask it     curl {url}/generate -d '{{"prompt": "{PROMPT}"}}'
+serve it   .venv/bin/serve run serve_app:app""")
+        if process and sys.stdout.isatty():
+            print("           the service runs until Ctrl-C", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                process.wait()
+    return 0
+
+
+@contextlib.contextmanager
+def running(output: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """`serve run`, and its Ray, until the block ends."""
+    command = [str(Path(sys.executable).with_name("serve")), "run", "serve_app:app"]
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, process_group=0
+    )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def await_ready(url: str, process: subprocess.Popen[bytes]) -> str | None:
+    """Waits until the service answers with a warm model; else says why it never will."""
+    deadline = time.monotonic() + START_SECONDS
+    while not is_ready(url):
+        if process.poll() is not None:
+            return "the service ended while it started; its output is above"
+        if time.monotonic() > deadline:
+            return f"the service was not ready after {START_SECONDS} seconds; its output is above"
+        time.sleep(0.2)
+    return None
+
+
+def is_ready(url: str) -> bool:
+    """Whether a service of ours answers there and its model is warm."""
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:
+            return "json" in answer.headers.get("content-type", "")
+    except OSError:
+        return False
+
+
+def ask(url: str) -> None:
+    """Streams one answer to the terminal, and says which model gave it."""
+    request = urllib.request.Request(f"{url}/generate", json.dumps(REQUEST).encode())
+    begun, events = time.monotonic(), 0
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        version = answer.headers["x-model-version"]
+        print(f"answer    POST {url}/generate, from {version}\n\n{PROMPT}", end="", flush=True)
+        for line in answer:
+            data = line.removeprefix(b"data: ").strip()
+            if not data or data == b"[DONE]":
+                continue
+            event = json.loads(data)
+            for choice in event.get("choices", []):
+                print(choice["text"], end="", flush=True)
+            events = event.get("usage", {}).get("completion_tokens", events)
+    print(f"\n\n          {events} tokens in {time.monotonic() - begun:.1f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(demo())

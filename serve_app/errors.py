@@ -1,0 +1,212 @@
+"""What a client is told when a request cannot be answered: `ApiError`, and every other exception turned into one.
+
+In come exceptions: ours, FastAPI's, and those that nobody expected. Out goes one form, OpenAI's, whatever the route:
+`{"error": {"message", "type", "param", "code"}}` with a 4xx status for the client's faults and a 5xx status for the
+service's. Routes raise `ApiError`; a stream that has begun sends `error_body` as its last event instead.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Scope
+
+from gptcore.errors import ConfigError, EngineError, QueueFull, did_you_mean
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 1
+SHOWN_VALUE = 60
+"""Characters of an offending value or name that a reply repeats; a megabyte of prompt stays out of it."""
+SHOWN_PATH = 200
+SHOWN_FAULTS = 3
+
+
+class ApiError(Exception):
+    """An answer other than 2xx. `param` is the field at fault and `code` a word for programs, where there are any.
+
+    `type` follows from the status unless given: invalid_request_error, authentication_error or server_error.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        fault = "server_error" if status >= 500 else "invalid_request_error"
+        self.status = status
+        self.message = message
+        self.type = type or ("authentication_error" if status == 401 else fault)
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's terms."""
+
+    message: str = Field(description="For people: the value at fault, what was expected, the nearest right thing.")
+    type: str = Field(description="invalid_request_error, authentication_error or server_error.")
+    param: str | None = Field(description="The field at fault, if there is one.")
+    code: str | None = Field(description="For programs, such as model_not_found.")
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer other than 2xx."""
+
+    error: ErrorDetail
+
+
+STATUSES = {
+    400: "The request is malformed or a field is unknown, missing or out of range; `param` names it.",
+    401: "No API key, or one that is not known.",
+    404: "No such model or route.",
+    405: "The route exists, this method of it does not.",
+    408: "The client took too long to send the body.",
+    413: "The body is larger than the service accepts.",
+    500: "A fault of the service; its log has the traceback under the reply's x-request-id.",
+    503: "The queue is full or the model is not ready; Retry-After says when to ask again.",
+    504: "The request took longer than the service allows; its sequences were aborted.",
+}
+"""Every status other than 2xx that the service answers with, and when."""
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses=` of a route for the OpenAPI document: the named statuses, or all of them."""
+    return {
+        status: {"model": ErrorBody, "description": text}
+        for status, text in STATUSES.items()
+        if not statuses or status in statuses
+    }
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """The error as JSON: a reply's body, or the last event of a stream that failed."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def error_response(error: ApiError, scope: Scope) -> Response:
+    """The error as a reply, in ASCII: a message may repeat what UTF-8 cannot carry. The log finds it in the scope."""
+    scope.setdefault("state", {})["error"] = error
+    body = json.dumps(error_body(error))
+    return Response(body, status_code=error.status, headers=error.headers, media_type="application/json")
+
+
+def to_api_error(exc: BaseException) -> ApiError:
+    """What to tell the client about `exc`. One that nobody expected is logged with its traceback and not described."""
+    match exc:
+        case ApiError():
+            return exc
+        case ConfigError():
+            return ApiError(400, str(exc), param=exc.param, code="invalid_value")
+        case QueueFull():
+            retry = {"retry-after": str(RETRY_AFTER_SECONDS)}
+            return ApiError(503, str(exc), code="queue_full", headers=retry)
+        case EngineError():
+            log.error("the engine failed", exc_info=exc)
+            retry = {"retry-after": str(RETRY_AFTER_SECONDS)}
+            return ApiError(503, "the model's engine is not running", code="engine_unavailable", headers=retry)
+        case RequestValidationError():
+            return _from_validation(exc.errors())
+        case HTTPException():
+            return ApiError(exc.status_code, str(exc.detail), headers=exc.headers)
+        case _:
+            log.error("unexpected %s", type(exc).__name__, exc_info=exc)
+            return ApiError(500, "the service failed; its log has the details under this request's id", code="internal")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer what routes raise in the one form; exceptions that have no handler here reach the middleware."""
+
+    async def no_route(request: Request, exc: Exception) -> Response:
+        return error_response(_no_route(app, request, exc), request.scope)
+
+    async def answer(request: Request, exc: Exception) -> Response:
+        return error_response(to_api_error(exc), request.scope)
+
+    async def invalid(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, RequestValidationError)
+        return error_response(_from_validation(exc.errors(), _known_fields(request)), request.scope)
+
+    app.add_exception_handler(ApiError, answer)
+    app.add_exception_handler(ConfigError, answer)
+    app.add_exception_handler(QueueFull, answer)
+    app.add_exception_handler(EngineError, answer)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, no_route)
+
+
+def _no_route(app: FastAPI, request: Request, exc: Exception) -> ApiError:
+    assert isinstance(exc, HTTPException)
+    path, headers = request.url.path[:SHOWN_PATH], exc.headers or {}
+    if exc.status_code == 405:
+        message = f"{request.method} is not a method of {_shown(path)}; it has {headers.get('Allow', 'others')}"
+        return ApiError(405, message, code="method_not_allowed", headers=headers)
+    if exc.status_code == 404:
+        near = did_you_mean(path, app.openapi()["paths"])
+        return ApiError(404, f"there is no route {_shown(path)}.{near}", code="route_not_found")
+    return to_api_error(exc)
+
+
+def _known_fields(request: Request) -> Sequence[str]:
+    """The fields of the body that the matched route takes, for suggestions."""
+    body_field = getattr(request.scope.get("route"), "body_field", None)
+    model = getattr(getattr(body_field, "field_info", None), "annotation", None)
+    return list(getattr(model, "model_fields", ()))
+
+
+def _from_validation(faults: Iterable[Mapping[str, Any]], known: Sequence[str] = ()) -> ApiError:
+    """A 400 out of pydantic's list of faults: the first one's field and code, the messages of the first few."""
+    described = [_describe(fault, known) for fault in faults]
+    messages = list(dict.fromkeys(message for message, _, _ in described))
+    more = f" (and {len(messages) - SHOWN_FAULTS} more)" if len(messages) > SHOWN_FAULTS else ""
+    _, param, code = described[0]
+    return ApiError(400, "; ".join(messages[:SHOWN_FAULTS]) + more, param=param, code=code)
+
+
+def _describe(fault: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str | None, str]:
+    """(message, param, code) of one of pydantic's faults.
+
+    Its place is (where, field, ...): behind the field come indices and, for a field of several types, the type.
+    """
+    place = fault["loc"]
+    param = place[1][:SHOWN_VALUE] if len(place) > 1 and isinstance(place[1], str) else None
+    if fault["type"] == "json_invalid":
+        return f"the body is not JSON: {fault['ctx']['error']}", None, "invalid_json"
+    if param is None and fault["type"] == "missing":
+        return "the body is missing; expected a JSON object", None, "invalid_json"
+    if param is None:
+        return f"expected a JSON object as the body: {_lower(fault['msg'])}", None, "invalid_json"
+    if fault["type"] == "extra_forbidden":
+        return f"there is no field {_shown(param)}.{did_you_mean(param, known)}", param, "unknown_parameter"
+    if fault["type"] == "missing":
+        return f"{param} is missing", param, "missing_required_parameter"
+    name = param + "".join(f"[{part}]" for part in place[2:] if isinstance(part, int))
+    return f"{name} is {_shown(fault.get('input'))}: {_lower(fault['msg'])}", param, "invalid_value"
+
+
+def _lower(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _shown(value: Any) -> str:
+    """`value` as JSON would show it, in ASCII, shortened."""
+    if isinstance(value, str):
+        value = value[: SHOWN_VALUE + 1]
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):  # no JSON, or an integer of too many digits
+        text = type(value).__name__
+    return text if len(text) <= SHOWN_VALUE else text[:SHOWN_VALUE] + "..."

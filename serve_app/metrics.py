@@ -1,0 +1,229 @@
+"""What the service counts and times, under the names that the field uses, each defined once.
+
+In come requests, the engine's updates and reloads; out go Prometheus' text format at `/metrics`, one registry per
+app, and the same figures to an optional sink: `service.py` passes one that feeds Ray's exporter, where the names begin
+with `ray_`. `python -m serve_app.metrics` prints the table of the docs.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from gptcore.engine import Update
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The definition that both exporters and the docs are made from."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...]
+    buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets, in seconds."""
+
+
+MODEL = ("model", "version")
+WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+GAPS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+REQUESTS = Metric(
+    "gpt_requests_total",
+    "counter",
+    "HTTP requests answered; model and version are empty where none took part.",
+    ("route", "status", *MODEL),
+)
+SEQUENCES = Metric(
+    "gpt_request_success_total",
+    "counter",
+    "Sequences that ended, by reason: stop, length, abort (the client left or a limit was met) or error.",
+    (*MODEL, "finished_reason"),
+)
+PROMPT_TOKENS = Metric("gpt_prompt_tokens_total", "counter", "Prompt tokens of sequences that were begun.", MODEL)
+CACHED_TOKENS = Metric(
+    "gpt_prompt_tokens_cached_total", "counter", "Prompt tokens taken from the prefix cache, not computed.", MODEL
+)
+GENERATED_TOKENS = Metric("gpt_generation_tokens_total", "counter", "Tokens generated.", MODEL)
+FIRST_TOKEN = Metric(
+    "gpt_time_to_first_token_seconds", "histogram", "From the request to its first token.", MODEL, WAITS
+)
+NEXT_TOKEN = Metric(
+    "gpt_inter_token_latency_seconds", "histogram", "Between one token of a sequence and the next.", MODEL, GAPS
+)
+LATENCY = Metric(
+    "gpt_e2e_request_latency_seconds", "histogram", "From the request to the last token of a sequence.", MODEL, WAITS
+)
+QUEUE = Metric("gpt_request_queue_time_seconds", "histogram", "Waiting for a slot of the engine.", MODEL, WAITS)
+RELOADS = Metric(
+    "gpt_model_reloads_total",
+    "counter",
+    "New versions that the registry named, by outcome: success (swapped in) or failure (the old one stays).",
+    ("model", "outcome"),
+)
+RUNNING = Metric("gpt_num_requests_running", "gauge", "Sequences that hold a slot.", MODEL)
+WAITING = Metric("gpt_num_requests_waiting", "gauge", "Sequences that wait for a slot.", MODEL)
+SLOTS = Metric("gpt_slots", "gauge", "Slots of the engine's cache: sequences decoded together.", MODEL)
+SLOTS_USED = Metric("gpt_slots_used", "gauge", "Slots that a sequence owns.", MODEL)
+LOADED = Metric("gpt_model_loaded", "gauge", "1 for each model version that this replica holds.", MODEL)
+
+METRICS = (
+    REQUESTS,
+    SEQUENCES,
+    PROMPT_TOKENS,
+    CACHED_TOKENS,
+    GENERATED_TOKENS,
+    FIRST_TOKEN,
+    NEXT_TOKEN,
+    LATENCY,
+    QUEUE,
+    RELOADS,
+    RUNNING,
+    WAITING,
+    SLOTS,
+    SLOTS_USED,
+    LOADED,
+)
+
+Reading = tuple[Metric, tuple[str, ...], float]
+"""A gauge, the values of its labels, its value."""
+Sink = Callable[[Metric, dict[str, str], float], None]
+"""Takes an increment of a counter, an observation of a histogram, or a gauge's value."""
+
+
+class Metrics:
+    """The figures of one app, safe to use from several threads.
+
+    `gauges`, set by whoever knows the engines, is read when somebody asks: at a scrape, or when `push_gauges` is called
+    for the sink's sake.
+    """
+
+    def __init__(self, sink: Sink | None = None) -> None:
+        self.gauges: Callable[[], Iterable[Reading]] = tuple
+        self._sink = sink
+        self._registry = CollectorRegistry()
+        self._kept = {metric.name: _prometheus(metric, self._registry) for metric in METRICS}
+        self._adders: dict[tuple[str, tuple[str, ...]], Callable[[float], None]] = {}
+        self._pushed: set[tuple[Metric, tuple[str, ...]]] = set()
+        ProcessCollector(registry=self._registry)
+
+    def request(self, route: str, status: int, model: str, version: str) -> None:
+        """Count an HTTP request answered. `route` is the route's template, never a client's path."""
+        self._record(REQUESTS, (route, str(status), model, version))
+
+    def reload(self, model: str, succeeded: bool) -> None:
+        """Count an attempt to follow the registry to a new version."""
+        self._record(RELOADS, (model, "success" if succeeded else "failure"))
+
+    def sequence(self, model: str, version: str) -> "SequenceTimer":
+        """Time one sequence from now on; feed it every update, and close it."""
+        return SequenceTimer(self._record, (model, version))
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        gauges = {name: kept for name, kept in self._kept.items() if isinstance(kept, Gauge)}
+        for gauge in gauges.values():
+            gauge.clear()  # a version that is gone takes its figures along
+        for metric, labels, value in self.gauges():
+            gauges[metric.name].labels(*labels).set(value)
+        return generate_latest(self._registry)
+
+    def push_gauges(self) -> None:
+        """Send the gauges to the sink; to be called every few seconds, since a sink keeps what it heard last."""
+        if self._sink is None:
+            return
+        readings = {(metric, labels): value for metric, labels, value in self.gauges()}
+        for metric, labels in self._pushed | readings.keys():
+            self._sink(metric, _named(metric, labels), readings.get((metric, labels), 0.0))
+        self._pushed = set(readings)
+
+    def _record(self, metric: Metric, labels: tuple[str, ...], value: float = 1.0) -> None:
+        """Add to a counter, or observe."""
+        key = (metric.name, labels)
+        if key not in self._adders:
+            self._adders[key] = self._adder(metric, labels)
+        self._adders[key](value)
+
+    def _adder(self, metric: Metric, labels: tuple[str, ...]) -> Callable[[float], None]:
+        """What `_record` does for these labels, looked up once: it is done for every token."""
+        kept, sink = self._kept[metric.name], self._sink
+        add = kept.labels(*labels).observe if isinstance(kept, Histogram) else kept.labels(*labels).inc
+        if sink is None:
+            return add
+        named = _named(metric, labels)
+
+        def add_and_send(value: float) -> None:
+            add(value)
+            sink(metric, named, value)
+
+        return add_and_send
+
+
+class SequenceTimer:
+    """Counts and times one sequence. A sequence left before its last update counts as aborted once closed."""
+
+    def __init__(self, record: Callable[[Metric, tuple[str, ...], float], None], labels: tuple[str, ...]) -> None:
+        self._record = record
+        self._labels = labels
+        self._started = time.perf_counter()
+        self._latest: float | None = None  # when the latest token came
+        self._open = True
+
+    def update(self, update: Update) -> None:
+        """Take in what the engine reported. Several tokens of one update share the time since the one before."""
+        now = time.perf_counter()
+        tokens = len(update.token_ids)
+        if tokens and self._latest is None:
+            self._first(update, now)
+        elif self._latest is not None:
+            for _ in range(tokens):
+                self._record(NEXT_TOKEN, self._labels, (now - self._latest) / tokens)
+        if tokens:
+            self._record(GENERATED_TOKENS, self._labels, tokens)
+            self._latest = now
+        if update.finish_reason:
+            self._end(str(update.finish_reason), now)
+
+    def close(self) -> None:
+        """No more updates will come."""
+        if self._open:
+            self._end("abort", time.perf_counter())
+
+    def _first(self, update: Update, now: float) -> None:
+        self._record(FIRST_TOKEN, self._labels, now - self._started)
+        self._record(QUEUE, self._labels, update.queue_seconds)
+        self._record(PROMPT_TOKENS, self._labels, update.prompt_tokens)
+        if update.cached_tokens:
+            self._record(CACHED_TOKENS, self._labels, update.cached_tokens)
+
+    def _end(self, reason: str, now: float) -> None:
+        self._open = False
+        self._record(SEQUENCES, (*self._labels, reason), 1.0)
+        self._record(LATENCY, self._labels, now - self._started)
+
+
+def _named(metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(metric.labels, labels, strict=True))
+
+
+def _prometheus(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    if metric.kind == "histogram":
+        return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry)
+    kind = Counter if metric.kind == "counter" else Gauge
+    return kind(metric.name, metric.help, metric.labels, registry=registry)
+
+
+def markdown(metrics: Sequence[Metric] = METRICS) -> str:
+    """The table of the docs: name, kind, labels, meaning."""
+    rows = [f"| `{m.name}` | {m.kind} | {', '.join(f'`{label}`' for label in m.labels)} | {m.help} |" for m in metrics]
+    return "\n".join(["| metric | kind | labels | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -1,0 +1,200 @@
+// The page as a whole: prompt, settings and one or two panes, kept in step with the address so that a setup can be
+// shared as a link. The key is never part of it.
+
+import { fetchModels, hasKey, rememberKey } from "./api.js";
+import { Pane } from "./pane.js";
+import { Settings } from "./settings.js";
+import { Card } from "./tokens.js";
+
+const find = (id) => document.getElementById(id);
+const card = new Card(find("card"));
+const settings = new Settings(find("controls"), remember);
+const roomy = matchMedia("(min-width: 60rem)").matches; // else settings and lineage are folded
+let models = []; // the entries of GET /models
+let remembering = 0; // the timer of `remember`
+const hooks = { models: () => models, changed, said, copy, further, kept, refused, stale: load };
+const panes = [new Pane(0, card, hooks), new Pane(1, card, hooks)];
+
+function shown() {
+  return find("compare").checked ? panes : panes.slice(0, 1);
+}
+
+// --- what can be shared ---
+
+// Not at every move of a slider: browsers limit how often a page may change its address.
+function remember() {
+  clearTimeout(remembering);
+  remembering = setTimeout(writeAddress, 200);
+}
+
+function writeAddress() {
+  const prompt = find("prompt").value;
+  const params = new URLSearchParams([
+    ...(prompt ? [["prompt", prompt]] : []),
+    ...shown().map((pane, index) => [["model", "compare"][index], pane.wanted || pane.model]),
+    ...settings.differing(),
+  ]);
+  history.replaceState(null, "", `#${params}`);
+}
+
+function restore() {
+  const params = new URLSearchParams(location.hash.slice(1));
+  find("prompt").value = params.get("prompt") ?? "";
+  find("compare").checked = params.has("compare");
+  settings.restore(params);
+  panes[0].choose(params.get("model") ?? "");
+  panes[1].choose(params.get("compare") ?? "");
+  unfold();
+  arrange();
+}
+
+// --- models ---
+
+// Asked for when the page opens, when it is looked at again, and when a version answers that it does not know. Not by
+// the clock: an open page would then keep a service from scaling to zero.
+async function load() {
+  try {
+    models = await fetchModels();
+    problem(null);
+    find("unlock").hidden = true;
+  } catch (error) {
+    problem(error.status === 401 && !hasKey() ? null : error); // the form that asks for a key says it better
+    refused(error);
+  }
+  for (const pane of panes) pane.list();
+  arrange();
+  const pane = models.length && shown().find((pane) => pane.missing);
+  if (pane) problem({ message: `There is no model “${pane.wanted}” here; “${pane.model}” is chosen instead.` });
+}
+
+// Opens what there is room for.
+function unfold() {
+  for (const pane of panes) pane.find(".lineage").open = roomy && !find("compare").checked;
+}
+
+function arrange() {
+  const two = find("compare").checked;
+  if (two && !panes[1].element.isConnected) find("panes").append(panes[1].element); // again would take the focus away
+  if (!two) {
+    panes[1].stop();
+    panes[1].element.remove();
+  }
+  find("panes").classList.toggle("two", two);
+  const contexts = shown().map((pane) => pane.entry?.context_length).filter(Boolean);
+  if (contexts.length) settings.limit(Math.max(...contexts));
+}
+
+function changed() {
+  arrange();
+  remember();
+}
+
+// --- running ---
+
+async function run() {
+  const prompt = find("prompt").value;
+  const body = settings.request();
+  settings.refuse(null);
+  find("stop").disabled = false;
+  said("Running.");
+  await Promise.all(shown().map((pane) => pane.run(prompt, body)));
+  if (panes.some((pane) => pane.running)) return;
+  if (document.activeElement === find("stop")) find("run").focus();
+  find("stop").disabled = true;
+}
+
+function stop() {
+  for (const pane of panes) pane.stop();
+}
+
+function further(text) {
+  find("prompt").value += text;
+  remember();
+  find("ask").requestSubmit();
+}
+
+function kept(seed) {
+  settings.set("seed", seed);
+  remember();
+  said("The seed is a setting now.");
+}
+
+async function copy(text) {
+  if (navigator.clipboard) await navigator.clipboard.writeText(text);
+  else copyByHand(text);
+  said("Copied.");
+}
+
+// Browsers have no clipboard for pages that came over plain HTTP from another machine, only this old command.
+function copyByHand(text) {
+  const area = document.body.appendChild(document.createElement("textarea"));
+  area.value = text;
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+// --- what went wrong, and what is read out ---
+
+function problem(error) {
+  find("problem").textContent = error?.message ?? "";
+  find("problem").hidden = !error;
+}
+
+// Asks for a key where one is missing or wrong, and marks the setting that an error names.
+function refused(error) {
+  settings.refuse(error.param);
+  if (error.param === "prompt") find("prompt").focus();
+  if (error.status !== 401) return;
+  find("unlock").hidden = false;
+  find("key").focus();
+}
+
+function said(text) {
+  find("said").textContent = text;
+}
+
+// --- what people do ---
+
+find("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  run();
+});
+find("stop").addEventListener("click", stop);
+find("prompt").addEventListener("input", remember);
+find("compare").addEventListener("change", () => {
+  unfold();
+  changed();
+});
+find("tint").addEventListener("change", () => find("panes").classList.toggle("tinted", find("tint").checked));
+find("share").addEventListener("click", async () => {
+  writeAddress();
+  await copy(location.href);
+});
+find("reset").addEventListener("click", () => {
+  settings.restore(new Map());
+  remember();
+});
+find("unlock").addEventListener("submit", (event) => {
+  event.preventDefault();
+  rememberKey(find("key").value);
+  find("key").value = "";
+  load();
+});
+addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    find("ask").requestSubmit();
+  }
+  if (event.key === "Escape") {
+    stop();
+    card.hide();
+  }
+});
+addEventListener("hashchange", restore);
+document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && load());
+
+find("panes").append(panes[0].element);
+find("settings").open = roomy;
+restore();
+load();

@@ -1,0 +1,209 @@
+// The sampling controls: one table says what there is, and form, request and shared link are all made from it.
+//
+// In come the form's container and, from a shared link, values as text; out go a request's fields.
+
+export const CONTROLS = [
+  {
+    name: "max_new_tokens", label: "Max new tokens", group: "Length",
+    min: 1, max: 512, step: 1, value: 128, help: "How many tokens may be added to the prompt.",
+  },
+  {
+    name: "stop", label: "Stop strings", group: "Length", kind: "lines", value: "",
+    help: "The text ends before any of these. One per line; \\n is a line break.",
+  },
+  {
+    name: "ignore_eos", label: "Go on after the end of text", group: "Length", kind: "check", value: false,
+    help: "Otherwise the model may end the text itself.",
+  },
+  {
+    name: "temperature", label: "Temperature", group: "Sampling",
+    min: 0, max: 2, step: 0.05, value: 0.8, help: "Higher is more daring; 0 always takes the likeliest token.",
+  },
+  {
+    name: "top_k", label: "Top-k", group: "Sampling",
+    min: 0, max: 200, step: 1, value: 0, help: "Choose among the k likeliest tokens; 0 means all.",
+  },
+  {
+    name: "top_p", label: "Top-p", group: "Sampling",
+    min: 0.01, max: 1, step: 0.01, value: 1,
+    help: "Choose among the fewest tokens that hold this much probability; 1 means all.",
+  },
+  {
+    name: "min_p", label: "Min-p", group: "Sampling",
+    min: 0, max: 1, step: 0.01, value: 0, help: "Leave out what is less likely than this share of the likeliest token.",
+  },
+  {
+    name: "seed", label: "Seed", group: "Sampling", kind: "seed", value: "",
+    help: "The same seed, prompt and settings give the same text. Empty: another seed each time.",
+  },
+  {
+    name: "repetition_penalty", label: "Repetition penalty", group: "Penalties",
+    min: 1, max: 2, step: 0.01, value: 1, help: "Above 1, tokens of prompt and text become less likely again.",
+  },
+  {
+    name: "presence_penalty", label: "Presence penalty", group: "Penalties",
+    min: -2, max: 2, step: 0.05, value: 0, help: "Held against a token once it was generated at all.",
+  },
+  {
+    name: "frequency_penalty", label: "Frequency penalty", group: "Penalties",
+    min: -2, max: 2, step: 0.05, value: 0, help: "Held against a token each time it was generated.",
+  },
+  {
+    name: "logprobs", label: "Alternatives shown", group: "Report",
+    min: 0, max: 20, step: 1, value: 5, help: "How many likely tokens to name beside the one that was chosen.",
+  },
+];
+
+export class Settings {
+  // Builds the form inside `container`; `changed` is called without arguments after any change by hand.
+  constructor(container, changed) {
+    this.fields = new Map();
+    const groups = new Map();
+    for (const control of CONTROLS) {
+      if (!groups.has(control.group)) groups.set(control.group, addGroup(container, control.group));
+      this.fields.set(control.name, addField(groups.get(control.group), control, changed));
+    }
+  }
+
+  // A request's fields. A seed is drawn here where none is given, so that it can be shown, shared and used again.
+  request() {
+    const body = {};
+    for (const [name, field] of this.fields) body[name] = field.read();
+    body.seed ??= crypto.getRandomValues(new Uint32Array(1))[0];
+    return body;
+  }
+
+  // [name, text] of each setting that differs from its default, as a link carries it.
+  differing() {
+    return CONTROLS.map(({ name, value }) => [name, this.fields.get(name).text(), String(value)])
+      .filter(([, text, usual]) => text !== usual)
+      .map(([name, text]) => [name, text]);
+  }
+
+  // Takes what a link carries; what it does not name, or names wrongly, gets its default.
+  restore(params) {
+    for (const { name, value } of CONTROLS) this.fields.get(name).write(params.get(name) ?? String(value));
+  }
+
+  set(name, text) {
+    this.fields.get(name).write(String(text));
+  }
+
+  // The model's context bounds how many tokens there can be.
+  limit(context) {
+    this.fields.get("max_new_tokens").limit(context);
+  }
+
+  // Marks the control that the service refused, if the error names one, and brings it into view.
+  refuse(name) {
+    for (const [known, field] of this.fields) field.mark(known === name);
+  }
+}
+
+function addGroup(container, title) {
+  const group = container.appendChild(document.createElement("fieldset"));
+  group.appendChild(document.createElement("legend")).textContent = title;
+  return group;
+}
+
+function addField(group, control, changed) {
+  const row = group.appendChild(document.createElement("div"));
+  row.className = `field ${control.kind ?? "number"}`;
+  const label = row.appendChild(document.createElement("label"));
+  label.htmlFor = `set-${control.name}`;
+  label.textContent = control.label;
+  const field = KINDS[control.kind ?? "number"](row, control);
+  field.input.id = label.htmlFor;
+  field.input.name = control.name;
+  field.input.setAttribute("aria-describedby", `help-${control.name}`);
+  const help = row.appendChild(document.createElement("p"));
+  help.id = `help-${control.name}`;
+  help.className = "help";
+  help.textContent = control.help;
+  const mark = (refused) => {
+    row.classList.toggle("refused", refused);
+    field.input.setAttribute("aria-invalid", refused);
+    if (!refused) return;
+    field.input.closest("details").open = true;
+    field.input.scrollIntoView({ block: "nearest" });
+  };
+  row.addEventListener("input", () => {
+    mark(false);
+    changed();
+  });
+  return { limit() {}, mark, ...field };
+}
+
+// Each kind of control makes its inputs in a row and says how it is read for a request, and read and written as text.
+const KINDS = {
+  number(row, { min, max, step, value }) {
+    const input = element("input", { type: "number", min, max, step, value, inputMode: "decimal" });
+    const slider = element("input", { type: "range", min, max, step, value, tabIndex: -1, ariaHidden: "true" });
+    const follow = () => {
+      slider.value = input.value;
+      slider.style.setProperty("--fill", `${(100 * (slider.value - slider.min)) / (slider.max - slider.min)}%`);
+    };
+    input.addEventListener("input", follow);
+    slider.addEventListener("input", () => {
+      input.value = slider.value;
+      follow();
+    });
+    row.append(input, slider);
+    const text = () => (Number.isFinite(input.valueAsNumber) ? String(input.valueAsNumber) : String(value));
+    return {
+      input,
+      text,
+      read: () => Number(text()),
+      write(wanted) {
+        input.value = Number.isFinite(Number.parseFloat(wanted)) ? Number.parseFloat(wanted) : value;
+        follow();
+      },
+      limit(most) {
+        input.max = most;
+        slider.max = Math.min(most, 1024);
+        follow();
+      },
+    };
+  },
+  lines(row) {
+    const input = row.appendChild(element("textarea", { rows: 2, spellcheck: false, autocapitalize: "off" }));
+    const lines = () => input.value.split("\n").filter((line) => line !== "");
+    return {
+      input,
+      text: () => lines().join("\n"),
+      read: () => lines().map(unescape),
+      write: (wanted) => (input.value = wanted),
+    };
+  },
+  check(row) {
+    const input = element("input", { type: "checkbox" });
+    row.prepend(input);
+    return {
+      input,
+      text: () => String(input.checked),
+      read: () => input.checked,
+      write: (wanted) => (input.checked = wanted === "true"),
+    };
+  },
+  seed(row) {
+    const input = element("input", { type: "text", inputMode: "numeric", placeholder: "random", autocomplete: "off" });
+    row.append(input);
+    const text = () => input.value.replace(/\D/g, "").slice(0, 15); // beyond 2^53 a script's numbers are not exact
+    return {
+      input,
+      text,
+      read: () => (text() === "" ? undefined : Number(text())),
+      write: (wanted) => (input.value = wanted),
+    };
+  },
+};
+
+const ESCAPES = { n: "\n", t: "\t", r: "\r", "\\": "\\" };
+
+function unescape(line) {
+  return line.replace(/\\([ntr\\])/g, (_, letter) => ESCAPES[letter]);
+}
+
+function element(name, properties) {
+  return Object.assign(document.createElement(name), properties);
+}

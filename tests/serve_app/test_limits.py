@@ -1,0 +1,244 @@
+"""What one client may take from the others: bodies, time and places in the queue, and that nobody lifts a limit."""
+
+import asyncio
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing
+from typing import Any
+
+import httpx2
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from serve_app.errors import ApiError
+from serve_app.middleware import Failures
+from serve_app.settings import ServeSettings
+from tests.serve_app.conftest import MakePackage
+from tests.serve_app.running import Running, eventually, running
+
+LIMIT, SECONDS = 4000, 1.0
+SLOTS, QUEUE = 1, 1
+LONG = 20_000
+"""Tokens that take this model much longer than a request may."""
+BODY: dict[str, Any] = dict(prompt="The future of AI is", seed=7, max_new_tokens=4)
+ENDLESS: dict[str, Any] = dict(prompt="The", seed=7, max_new_tokens=LONG, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def service(make_package: MakePackage) -> Iterator[Running]:
+    """One slot, one place in the queue, and a second per request."""
+    package = make_package(hidden_size=256, num_layers=8, num_heads=4, num_kv_heads=1, context_length=LONG + 100)
+    settings = ServeSettings(
+        models=(f"tiny={package.path}",),
+        dtype="float32",
+        slots=SLOTS,
+        max_queue=QUEUE,
+        max_new_tokens=LONG,
+        max_body_bytes=LIMIT,
+        request_timeout_s=SECONDS,
+    )
+    with running(settings) as service:
+        yield service
+
+
+@pytest.fixture
+def client(service: Running) -> Iterator[httpx2.Client]:
+    """When a test ends, nothing it asked for may still run."""
+    with httpx2.Client(base_url=service.url, timeout=60) as client:
+        yield client
+    eventually(lambda: service.leases == 0 and service.stats.slots_used == 0, "slots and leases are given back")
+
+
+@pytest.fixture
+def connection(service: Running) -> Iterator[socket.socket]:
+    """A connection on which a test says what no client library would."""
+    host, port = service.url.removeprefix("http://").split(":")
+    with closing(socket.create_connection((host, int(port)), timeout=30)) as connection:
+        yield connection
+
+
+def padded(size: int) -> bytes:
+    """A good body of so many bytes."""
+    body = json.dumps(BODY).encode()
+    return body + b" " * (size - len(body))
+
+
+def reply_on(connection: socket.socket) -> tuple[int, dict[str, Any]]:
+    """Status and error of the reply; the server need not close the connection."""
+    received = b""
+    while b'"code"' not in received:
+        received += (part := connection.recv(65536))
+        assert part, received
+    head, _, body = received.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+def unread(service: Running, body: dict[str, Any]) -> AbstractContextManager[socket.socket]:
+    """Sends a request and reads nothing of its reply; closed, the client has left."""
+    content = json.dumps(body).encode()
+    host, port = service.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(
+        f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
+    )
+    return closing(connection)
+
+
+def answered(client: httpx2.Client) -> float:
+    """Generations answered so far, however they ended."""
+    counts = re.findall(r'^gpt_requests_total{.*route="/generate".*} (.+)$', client.get("/metrics").text, re.MULTILINE)
+    return sum(map(float, counts))
+
+
+def assert_unharmed(client: httpx2.Client) -> None:
+    assert client.get("/health").status_code == 200
+    assert client.post("/generate", json=BODY).status_code == 200
+
+
+# --- bodies ---
+
+
+def test_a_body_of_just_the_limit_is_taken(client: httpx2.Client) -> None:
+    assert client.post("/generate", content=padded(LIMIT)).status_code == 200
+
+
+@pytest.mark.parametrize("size", [LIMIT + 1, 10_000_000])
+def test_a_larger_body_is_413(client: httpx2.Client, size: int) -> None:
+    reply = client.post("/generate", content=padded(size))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+    assert str(LIMIT) in reply.json()["error"]["message"]
+    assert_unharmed(client)
+
+
+def test_a_body_without_a_length_is_counted_as_it_comes(client: httpx2.Client) -> None:
+    def chunks(size: int) -> Iterator[bytes]:
+        for begin in range(0, size, 100):
+            yield padded(size)[begin : begin + 100]
+
+    assert client.post("/generate", content=chunks(LIMIT)).status_code == 200
+    assert client.post("/generate", content=chunks(LIMIT + 1)).status_code == 413
+    assert_unharmed(client)
+
+
+def test_an_endless_body_is_refused_as_soon_as_it_is_too_large(
+    client: httpx2.Client, connection: socket.socket
+) -> None:
+    connection.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+    for _ in range(LIMIT // 1000 + 1):
+        connection.sendall(b"3e8\r\n" + b" " * 1000 + b"\r\n")
+    assert reply_on(connection)[0] == 413
+    assert_unharmed(client)
+
+
+def test_a_length_too_large_is_refused_before_the_body_comes(client: httpx2.Client, connection: socket.socket) -> None:
+    connection.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 10000000\r\n\r\n")
+    assert reply_on(connection)[0] == 413
+    assert_unharmed(client)
+
+
+def test_a_body_that_does_not_come_is_408(client: httpx2.Client, connection: socket.socket) -> None:
+    connection.sendall(b'POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"prompt":')
+    status, error = reply_on(connection)
+    assert (status, error["code"]) == (408, "timeout")
+    assert_unharmed(client)
+
+
+def test_who_leaves_before_the_body_is_whole_harms_nobody(client: httpx2.Client, connection: socket.socket) -> None:
+    connection.sendall(b'POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"prompt":')
+    connection.close()
+    assert_unharmed(client)
+
+
+# --- time ---
+
+
+LIFTING = {
+    "x-request-timeout-seconds": "3600",
+    "x-request-timeout": "3600",
+    "request-timeout": "3600",
+    "timeout": "3600",
+    "x-stainless-read-timeout": "3600",
+    "x-max-body-bytes": "1000000000",
+    "expect-timeout": "3600",
+}
+
+
+@pytest.mark.parametrize("headers", [{}, LIFTING], ids=["plainly", "asking for more"])
+def test_a_request_that_takes_too_long_is_504_and_its_slot_is_free(
+    client: httpx2.Client, service: Running, headers: dict[str, str]
+) -> None:
+    begun = time.monotonic()
+    reply = client.post("/generate", json=ENDLESS, headers=headers)
+    taken = time.monotonic() - begun
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout"), reply.text
+    assert SECONDS <= taken < SECONDS + 5
+    eventually(lambda: service.stats.running == 0, "the sequence is aborted")
+    assert_unharmed(client)
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error_event(client: httpx2.Client, service: Running) -> None:
+    with client.stream("POST", "/generate", json={**ENDLESS, "stream": True}) as reply:
+        assert reply.status_code == 200
+        *texts, last = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    assert len(texts) > 1
+    assert "choices" in json.loads(texts[-1])
+    error = json.loads(last)["error"]
+    assert (error["type"], error["code"]) == ("server_error", "timeout")
+    eventually(lambda: service.stats.running == 0, "the sequence is aborted")
+    assert_unharmed(client)
+
+
+def test_who_does_not_read_a_stream_holds_nothing_once_the_time_is_up(client: httpx2.Client, service: Running) -> None:
+    before = answered(client)
+    with unread(service, {**ENDLESS, "stream": True, "logprobs": 20}):
+        eventually(lambda: service.leases == 1, "the request is there")
+        eventually(lambda: service.leases == 0 and service.stats.running == 0, "the sequence is aborted")
+        eventually(lambda: answered(client) > before, "the request has ended")
+    assert_unharmed(client)
+
+
+@pytest.mark.anyio
+async def test_the_last_event_of_a_failed_stream_does_not_wait_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.middleware.LAST_EVENT_SECONDS", 0.05)
+
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        raise ApiError(504, "too late")
+
+    async def full(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # as a server's send does while the socket takes no more
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    with pytest.raises(TimeoutError):  # upon which the server cuts the connection
+        await Failures(late)({"type": "http"}, receive, full)
+
+
+@pytest.mark.parametrize("name", LIFTING)
+def test_no_header_lifts_the_bodys_limit(client: httpx2.Client, name: str) -> None:
+    assert client.post("/generate", content=padded(LIMIT + 1), headers={name: LIFTING[name]}).status_code == 413
+
+
+# --- places ---
+
+
+def test_beyond_the_queue_a_request_is_503_at_once_and_told_when_to_come_back(
+    client: httpx2.Client, service: Running
+) -> None:
+    with ExitStack() as open_streams:
+        for _ in range(SLOTS + QUEUE):
+            open_streams.enter_context(unread(service, {**ENDLESS, "stream": True}))
+        eventually(lambda: service.leases == SLOTS + QUEUE, "all places are taken")
+        reply = client.post("/generate", json=BODY)
+        metrics = client.get("/metrics").text
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "queue_full"), reply.text
+    assert int(reply.headers["retry-after"]) >= 1
+    assert "gpt_num_requests_running{" in metrics
+    eventually(lambda: service.leases == 0, "the places are free again")
+    assert_unharmed(client)

@@ -1,0 +1,222 @@
+"""Claims about the service as Ray Serve runs it: one service on one cluster, and clients over HTTP.
+
+Versions are published by the training job's own registry code, into the embedded MLflow that the replicas watch.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
+from tests.system.conftest import Cluster, environment, free_port
+from tests.system.serving import BODY, QUICK, Load, Service, await_that, said, served
+
+__all__ = ["make_package"]  # a fixture, used here too
+
+REQUEST_TIMEOUT_S = 12
+LONG = BODY | {"max_new_tokens": 8000}
+"""More than there is time for."""
+SHAPE = {"hidden_size": 128, "num_layers": 4, "context_length": 8192}
+FIRST_TOKEN = "gpt_time_to_first_token_seconds_bucket{"
+
+
+@pytest.fixture(scope="module")
+def registry(cluster: Cluster, make_package: MakePackage) -> Iterator[TestRegistry]:
+    """The embedded MLflow of the cluster's home."""
+    with registry_in(cluster.home, make_package) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def service(cluster: Cluster, registry: TestRegistry) -> Iterator[Service]:
+    """The champion of `served`, one to three replicas that scale within seconds."""
+    registry.publish("served", seed=1, **SHAPE)
+    port = free_port()
+    settings = QUICK | {"model": "models:/served@champion", "port": port, "request_timeout_s": REQUEST_TIMEOUT_S}
+    settings |= {"max_new_tokens": LONG["max_new_tokens"]}
+    settings |= {"max_replicas": 3, "target_ongoing_requests": 2, "upscale_delay_s": 1, "downscale_delay_s": 3}
+    with served(cluster, "serve_app:build_app", *said(**settings), port=port) as running:
+        yield running
+
+
+def test_the_champion_answers_with_its_name_and_version(service: Service, registry: TestRegistry):
+    status, reply = service.ask()
+    assert status == 200
+    assert reply["model"] == "served"
+    assert reply["version"] == str(registry.client.get_model_version_by_alias("served", "champion").version)
+    assert reply["usage"]["completion_tokens"] == BODY["max_new_tokens"]
+    listed = service.ask("/models", None)[1]["models"]
+    assert [(entry["name"], entry["state"], entry["bits_per_byte"]) for entry in listed] == [("served", "ready", 2.0)]
+
+
+def test_a_stream_comes_as_it_is_computed(service: Service):
+    body = BODY | {"stream": True, "max_new_tokens": 100}
+    request = urllib.request.Request(f"{service.url}/generate", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["x-model-version"].startswith("served/")
+        times = [time.monotonic() for line in answer if line.startswith(b"data:")]
+    assert len(times) > 20
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert max(gaps) < (times[-1] - times[0]) / 2  # no single burst at the end
+
+
+def test_a_refusal_has_the_apis_form(service: Service):
+    status, reply = service.ask(body={"prompt": "Once", "max_new_tokens": -1})
+    assert status == 400
+    assert reply["error"]["param"] == "max_new_tokens"
+    status, reply = service.ask("/nowhere", None)
+    assert (status, reply["error"]["code"]) == (404, "route_not_found")
+
+
+def test_both_exporters_have_the_figures(service: Service, cluster: Cluster):
+    service.version()
+    with urllib.request.urlopen(f"{service.url}/metrics", timeout=30) as answer:
+        assert b'gpt_generation_tokens_total{model="served"' in answer.read()
+    port = in_ray(cluster, "print(ray.nodes()[0]['MetricsExportPort'])")
+
+    def exported() -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        return all(f"\nray_{name}" in text for name in ("gpt_generation_tokens_total{", "gpt_slots{", FIRST_TOKEN))
+
+    await_that(exported, 60, "Ray's exporter has the figures")
+
+
+def in_ray(cluster: Cluster, code: str) -> str:
+    """What `code` prints, run by a driver on the cluster."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import ray; ray.init(log_to_driver=False, logging_level='ERROR'); {code}"],
+        env=environment(cluster.home, RAY_ADDRESS=cluster.address),
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+
+
+def test_a_clients_headers_lift_no_limit(service: Service):
+    """Streams that would go on longer are ended when their time is up, whatever the clients say."""
+    timeouts = [{"x-request-timeout-seconds": "0"}, {"x-request-timeout-seconds": "1000"}]
+    others = [{"x-request-disconnect-disabled": "?1"}, {"serve_multiplexed_model_id": "other"}]
+
+    def last_event(headers: dict[str, str]) -> tuple[Any, float]:
+        body = json.dumps(LONG | {"stream": True}).encode()
+        begun = time.monotonic()
+        with urllib.request.urlopen(urllib.request.Request(f"{service.url}/generate", body, headers)) as answer:
+            events = [line for line in answer if line.startswith(b"data:")]
+        return json.loads(events[-1].removeprefix(b"data:")), time.monotonic() - begun
+
+    with ThreadPoolExecutor() as clients:
+        ends = list(clients.map(last_event, timeouts + others))
+    assert [event["error"]["code"] for event, _ in ends] == ["timeout"] * 4
+    assert all(REQUEST_TIMEOUT_S <= seconds < REQUEST_TIMEOUT_S + 5 for _, seconds in ends)
+
+
+def test_a_client_that_leaves_frees_its_slot_even_if_it_asks_that_nobody_notices(service: Service):
+    for headers in ({}, {"x-request-disconnect-disabled": "?1"}):
+        request = urllib.request.Request(
+            f"{service.url}/generate", json.dumps(LONG | {"stream": True}).encode(), headers
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answer.readline()
+            assert running(service) == 1
+        await_that(lambda: running(service) == 0, REQUEST_TIMEOUT_S / 2, "the slot is free")
+
+
+def running(service: Service) -> float:
+    """Sequences that hold a slot, as the one replica says."""
+    with urllib.request.urlopen(f"{service.url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("gpt_num_requests_running{"))
+
+
+def test_a_promotion_under_load_fails_no_request_and_is_in_the_replies_within_seconds(
+    service: Service, registry: TestRegistry
+):
+    before = service.version()
+    with Load(service, clients=4) as load:
+        await_that(lambda: load.answered(before) > 20, 60, "the old version answers")
+        version = registry.publish("served", seed=2, **SHAPE)
+        promoted = time.monotonic()
+        await_that(lambda: load.answered(version), 30, "the new version answers")
+        took = time.monotonic() - promoted
+        await_that(lambda: set(load.latest) == {version}, 60, "the new version alone answers")
+    assert load.failed == {}
+    assert took < 15
+    assert {entry["version"] for entry in service.ask("/models", None)[1]["models"]} == {version}
+
+
+def test_a_broken_version_under_load_is_refused_and_reported_and_fails_no_request(
+    service: Service, registry: TestRegistry
+):
+    before = service.version()
+    broken = registry.publish("served", seed=3, promote="never", **SHAPE)
+    registry.spoil("served", broken)
+
+    def refused() -> str:
+        return str(service.ask("/models", None)[1]["models"][0]["refused"].get(broken, ""))
+
+    with Load(service, clients=2) as load:
+        registry.point("served", broken)
+        reason = await_that(refused, 30, "the broken version is refused")
+        answered = load.answered()
+        await_that(lambda: load.answered() > answered + 20, 60, "requests go on being answered")
+    assert load.failed == {}
+    assert load.answered(before) == load.answered()
+    assert "altered or cut short" in reason
+    registry.point("served", before)
+
+
+@pytest.mark.slow
+def test_replicas_rise_under_load_and_fall_after_it_with_no_failed_request(service: Service):
+    assert len(service.replicas()) == 1
+    with Load(service, clients=8, body=BODY | {"max_new_tokens": 24}) as load:
+        await_that(lambda: len(service.replicas()) > 1, 60, "replicas rise")
+        answered = load.answered()
+        await_that(lambda: load.answered() > answered + 50, 120, "requests are answered while there are more")
+    with Load(service, clients=1) as light:
+        await_that(lambda: len(service.replicas()) == 1, 120, "replicas fall")
+        answered = light.answered()
+        await_that(lambda: light.answered() > answered + 10, 60, "requests are answered after it")
+    assert load.failed | light.failed == {}
+
+
+@pytest.mark.slow
+def test_a_replica_that_is_killed_is_replaced(service: Service):
+    (replica,) = await_that(lambda: len(service.replicas()) == 1 and service.replicas(), 60, "one replica is there")
+    replica.kill()
+    psutil.wait_procs([replica], timeout=10)
+    await_that(service.is_ready, 90, "another replica is ready")
+    assert replica.pid not in [other.pid for other in service.replicas()]
+    assert service.version()
+
+
+BURST = """
+import ctypes, threading
+def burst(replica):
+    for thread in threading.enumerate():
+        if thread.name.startswith("engine"):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(RuntimeError))
+actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "#gpt#" in actor["name"]]
+ray.get(ray.get_actor(**actors[0]).__ray_call__.remote(burst))
+"""
+"""Throws an exception into the engine's thread, as a fault of its code would."""
+
+
+@pytest.mark.slow
+def test_a_replica_whose_engine_died_is_replaced(service: Service):
+    (replica,) = await_that(lambda: len(service.replicas()) == 1 and service.replicas(), 60, "one replica is there")
+    in_ray(service.cluster, BURST)
+    assert service.ask()[0] == 503  # the exception comes when the thread wakes
+    await_that(lambda: not replica.is_running(), 60, "the replica is taken away")
+    await_that(service.is_ready, 90, "another replica is ready")
+    assert service.version()

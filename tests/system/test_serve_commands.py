@@ -1,0 +1,82 @@
+"""Claims about the commands that start the service: each on its own, as the README has them."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
+from tests.system.conftest import BIN, ROOT, Cluster, environment, free_port
+from tests.system.serving import QUICK, START_SECONDS, Service, await_that, said, served
+
+__all__ = ["make_package"]  # a fixture, used here too
+
+
+@pytest.fixture(scope="module")
+def registry(cluster: Cluster, make_package: MakePackage) -> Iterator[TestRegistry]:
+    """The embedded MLflow of the cluster's home."""
+    with registry_in(cluster.home, make_package) as opened:
+        yield opened
+
+
+@pytest.mark.slow
+def test_from_zero_replicas_the_first_request_is_answered(cluster: Cluster, registry: TestRegistry):
+    registry.publish("asleep", seed=1)
+    port = free_port()
+    settings = QUICK | {"model": "models:/asleep@champion", "port": port, "min_replicas": 0, "downscale_delay_s": 2}
+    with served(cluster, "serve_app:build_app", *said(**settings), port=port) as service:
+        await_that(lambda: not service.replicas(), 90, "no replica is kept")
+        assert service.ask()[0] == 200
+
+
+@pytest.mark.slow
+def test_serve_run_takes_its_settings_from_the_environment(cluster: Cluster, registry: TestRegistry):
+    registry.publish("named", seed=1)
+    port = free_port()
+    env = {
+        "GPT_MODEL": "models:/named@champion",
+        "GPT_PORT": str(port),
+        "GPT_API_KEYS": "one,two",
+        "GPT_BACKEND": "torch",
+    }
+    with served(cluster, "serve_app:app", port=port, **env) as service:
+        assert service.ask()[0] == 401
+        assert service.ask(headers={"authorization": "Bearer two"})[0] == 200
+
+
+@pytest.mark.slow
+def test_serve_deploy_starts_what_the_repositorys_config_says(cluster: Cluster, registry: TestRegistry, tmp_path: Path):
+    registry.publish("gpt", seed=1)
+    config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+    config["http_options"]["port"] = port = free_port()
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    env = environment(cluster.home, RAY_DASHBOARD_ADDRESS=cluster.dashboard)
+    service = Service(f"http://127.0.0.1:{port}", cluster)
+    subprocess.run([BIN / "serve", "deploy", tmp_path / "serve.yaml"], cwd=ROOT, env=env, check=True)
+    try:
+        await_that(service.is_ready, START_SECONDS, "the service is ready")
+        assert service.version()
+    finally:
+        subprocess.run([BIN / "serve", "shutdown", "--yes"], cwd=ROOT, env=env, check=True)
+
+
+def test_serve_build_writes_a_config_of_the_application(tmp_path: Path):
+    target = tmp_path / "built.yaml"
+    subprocess.run([BIN / "serve", "build", "serve_app:app", "-o", target], cwd=ROOT, check=True, capture_output=True)
+    (application,) = yaml.safe_load(target.read_text())["applications"]
+    assert application["import_path"] == "serve_app:app"
+    (deployment,) = application["deployments"]
+    assert deployment["autoscaling_config"]["max_replicas"] == 1
+
+
+def test_a_wrong_setting_ends_serve_run_with_one_line():
+    ended = subprocess.run(
+        [BIN / "serve", "run", "serve_app:build_app", "max_replica=4"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1] == (
+        "Error: there is no setting 'max_replica'. Did you mean 'max_replicas'?"
+    )
+    assert "Traceback" not in ended.stderr
