@@ -9,8 +9,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: .venv/installed ## text in, registered and promoted model out (minutes)
-	@$(BIN)/python -m train_job.demo
+demo: .venv/installed ## text in, a model trained, promoted and answering over HTTP out (minutes)
+	@$(BIN)/python -m train_job.demo && $(BIN)/python -m serve_app.demo
 
 test: .venv/installed-dev ## every fast test
 	@$(BIN)/python -m pytest -m "not slow"
@@ -28,7 +28,7 @@ ui: .venv/installed ## MLflow's UI on loopback, port 5000
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"
 
 constraints: .venv/installed-dev ## write constraints.txt anew from what is installed
-	@$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,gpu,hub,s3]'
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,dev,gpu,hub,s3]'
 	@$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## remove what training and tests wrote; the environment stays

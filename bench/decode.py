@@ -1,0 +1,278 @@
+"""How fast the engine decodes: `python -m bench.decode --preset gpt2-124m --batch 1 16 --peers`.
+
+Random weights of the preset, greedy, no token ends a text. Tokens per second (while decoding; from the prompts on),
+the bandwidth achieved, and the share of the floor: the same matrix products alone, measured in the same rounds. With
+`--peers`, transformers, CTranslate2 and llama.cpp do the same with the same weights, in turn with ours, and in fp32
+their text is held against ours. Nothing else should run meanwhile. One JSON line last.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.floor import Floor, open_floor, step_bytes
+from bench.peers import PEERS, REFERENCES
+from bench.peers.task import DecodeTask, DecodeTurn
+from bench.turns import Contestant, Play, Results, cores, median_ratio, play_in_turn
+from bench.weights import random_package
+from gptcore.config import ModelConfig
+from gptcore.engine import EngineSettings, Request
+from gptcore.engine.engine import Engine
+from gptcore.errors import FoundryError
+from gptcore.package import describe, open_package
+from gptcore.sampling import SamplingParams
+
+ENGINE, FLOOR = "engine", "floor"
+AGREE_BATCH, AGREE_TOKENS = 2, 24
+"""Sequences and new tokens that the contestants' texts are compared on."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a table per batch and the JSON line; 2 for bad input."""
+    arguments = parse(argv)
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+            report = measure(arguments, Path(scratch))
+    except FoundryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="gpt2-124m", help="shape of the model")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences decoded together")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="the engine's precision")
+    parser.add_argument("--peers", action="store_true", help="measure transformers, CTranslate2 and llama.cpp as well")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=5, help="rounds that count; one more warms up")
+    parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of every contestant")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--backend", default="auto", help="the engine's: auto, native or torch")
+    arguments = parser.parse_args(argv)
+    for name in ("batch", "prompt_tokens", "new_tokens", "turns", "threads"):
+        value = getattr(arguments, name)
+        least = 2 if name == "new_tokens" else 1
+        if min(value if isinstance(value, list) else [value]) < least:
+            parser.error(f"--{name.replace('_', '-')} is {value}; expected at least {least}")
+    return arguments
+
+
+def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """The whole report."""
+    package = random_package(scratch / "package", arguments.preset)
+    task = DecodeTask(
+        package=str(package.path),
+        scratch=str(scratch),
+        batch=1,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        threads=arguments.threads,
+        vocab_size=package.config.vocab_size,
+        device=arguments.device,
+    )
+    report = {
+        "bench": "decode",
+        "preset": arguments.preset,
+        "dtype": arguments.dtype,
+        "machine": machine(arguments.threads, arguments.device),
+        "prompt_tokens": task.prompt_tokens,
+        "new_tokens": task.new_tokens,
+        "turns": arguments.turns,
+    }
+    print(describe(package).splitlines()[0])
+    print(f"{report['machine']['cpu']}, {task.threads} threads, torch {torch.__version__}, {task.device}")
+    if arguments.peers:
+        report["agreement"] = agreement(replace(task, batch=AGREE_BATCH, new_tokens=AGREE_TOKENS), arguments.backend)
+    batches = {str(batch): measure_batch(replace(task, batch=batch), arguments) for batch in arguments.batch}
+    return report | {"batches": batches}
+
+
+def machine(threads: int, device: str) -> dict[str, Any]:
+    """Where this was measured, and how busy it was before."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), model)
+    gpu = {"gpu": torch.cuda.get_device_name()} if device.startswith("cuda") else {}
+    load = {"load_before": round(os.getloadavg()[0], 2)}
+    return {"cpu": model, "cores": cores(), "threads": threads, "torch": torch.__version__} | gpu | load
+
+
+# --- the engine as a contestant --------------------------------------------------------------------------------
+
+
+def engine(precision: str, backend: str) -> Contestant:
+    return Contestant(ENGINE, precision, functools.partial(open_engine, backend=backend))
+
+
+def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[Play, str]:
+    """The engine with a slot per sequence. All prompts are run in the first step, so that decoding is decoding only."""
+    package = open_package(Path(task.package), verify=False)
+    settings = EngineSettings(
+        slots=task.batch,
+        prefill_tokens=task.batch * task.prompt_tokens,
+        max_queue=task.batch,
+        dtype=precision,
+        device=task.device,
+        backend=backend,
+        threads=task.threads,
+        prefix_cache=False,  # every turn has the same prompts
+    )
+    runner = Engine(package, settings)
+    runner.warm_up()
+    params = SamplingParams(max_new_tokens=task.new_tokens, temperature=0, ignore_eos=True)
+
+    def play() -> DecodeTurn:
+        tokens: dict[str, list[int]] = {}
+        start = time.perf_counter()
+        for number, prompt in enumerate(task.prompts()):
+            runner.add(Request(str(number), tuple(prompt), params))
+        first, begun = 0.0, 0
+        while runner.busy:
+            for update in runner.step():
+                tokens.setdefault(update.request_id, []).extend(update.token_ids)
+            if not first and len(tokens) == task.batch:
+                first, begun = time.perf_counter(), sum(map(len, tokens.values()))
+        end = time.perf_counter()
+        ordered = [tokens[str(number)] for number in range(task.batch)]
+        return DecodeTurn(first - start, end - first, ordered, sum(map(len, ordered)) - begun)
+
+    return play, f"{runner.info.runner}, slots {runner.info.slots}"
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contestant came to at one batch: medians over the turns."""
+
+    label: str
+    note: str
+    decode_tokens_per_second: float
+    whole_tokens_per_second: float
+    step_ms: float
+    gigabytes_per_second: float
+    share_of_floor: float
+    engine_ratio: float
+    """The engine's decoding rate over this one's."""
+    engine_whole_ratio: float
+    """The same from the prompts' arrival on."""
+    engine_ratio_at_equal_precision: float | None
+    """The decoding rate over this one's, of the engine in this one's precision; None where it has no such."""
+    spread: tuple[float, float]
+    """Slowest and fastest turn, decoding, in tokens/s."""
+
+
+def measure_batch(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One batch size: the floor, the engine and the peers in turn; the table is printed."""
+    ours = engine(arguments.dtype, arguments.backend)
+    floor = Contestant(FLOOR, arguments.dtype, open_floor)
+    contestants = [floor, ours]
+    if arguments.peers:
+        other = "float32" if arguments.dtype == "bfloat16" else "bfloat16"
+        contestants += [*PEERS, engine(other, arguments.backend)]
+    results = play_in_turn(contestants, task, arguments.turns)
+    for label in (floor.label, ours.label):
+        if label in results.absent:
+            raise SystemExit(f"{label}: {results.absent[label]}")
+    config = open_package(Path(task.package), verify=False).config
+    rows = [row_of(c, results, config, task, floor, ours) for c in contestants[1:] if c.label in results.turns]
+    floors: list[Floor] = results.turns[floor.label]
+    step = statistics.median(f.step_seconds for f in floors)
+    read = statistics.median(f.bandwidth for f in floors)
+    print_table(task, rows, results, step, read)
+    return {
+        "floor": {
+            "note": results.notes[floor.label],
+            "matmul_step_ms": round(step * 1e3, 3),
+            "matmul_tokens_per_second": round(task.batch / step, 1),
+            "read_gigabytes_per_second": round(read / 1e9, 2),
+        },
+        "contestants": {row.label: {k: v for k, v in row.__dict__.items() if k != "label"} for row in rows},
+        "absent": results.absent,
+    }
+
+
+def row_of(
+    contestant: Contestant, results: Results, config: ModelConfig, task: DecodeTask, floor: Contestant, ours: Contestant
+) -> Row:
+    """The medians of one contestant; the share of the floor is taken round by round, as ratios are."""
+    turns: list[DecodeTurn] = results.turns[contestant.label]
+    rates = [turn.decode_rate for turn in turns]
+    steps = [task.batch / rate for rate in rates]  # seconds
+    floors = [f.step_seconds for f in results.turns[floor.label]]
+    read = step_bytes(config, task.batch, task.prompt_tokens + task.new_tokens / 2, contestant.precision)
+    best: list[DecodeTurn] = results.turns[ours.label]
+    equal: list[DecodeTurn] = results.turns.get(f"{ENGINE} {contestant.precision}", [])
+    return Row(
+        label=contestant.label,
+        note=results.notes[contestant.label],
+        decode_tokens_per_second=round(statistics.median(rates), 1),
+        whole_tokens_per_second=round(statistics.median(turn.whole_rate for turn in turns), 1),
+        step_ms=round(statistics.median(steps) * 1e3, 3),
+        gigabytes_per_second=round(statistics.median(read / s for s in steps) / 1e9, 2),
+        share_of_floor=round(median_ratio(floors, steps), 3),
+        engine_ratio=round(median_ratio([t.decode_rate for t in best], rates), 3),
+        engine_whole_ratio=round(median_ratio([t.whole_rate for t in best], [t.whole_rate for t in turns]), 3),
+        engine_ratio_at_equal_precision=(
+            round(median_ratio([t.decode_rate for t in equal], rates), 3) if equal else None
+        ),
+        spread=(round(min(rates), 1), round(max(rates), 1)),
+    )
+
+
+def print_table(task: DecodeTask, rows: list[Row], results: Results, step: float, read: float) -> None:
+    """For people; `step` in seconds and `read` in bytes per second are the floor."""
+    print(f"\nbatch {task.batch}, prompt {task.prompt_tokens}, {task.new_tokens} new tokens, median of the turns")
+    print(f"{'':24}{'decode':>10}{'whole':>10}{'step':>10}{'read':>8}{'floor':>7}{'engine is':>11}")
+    print(f"{'':24}{'tok/s':>10}{'tok/s':>10}{'ms':>10}{'GB/s':>8}{'share':>7}{'so fast':>11}")
+    for row in rows:
+        print(
+            f"{row.label:24}{row.decode_tokens_per_second:10.1f}{row.whole_tokens_per_second:10.1f}{row.step_ms:10.2f}"
+            f"{row.gigabytes_per_second:8.1f}{row.share_of_floor:7.0%}{row.engine_ratio:10.2f}x"
+        )
+    print(f"{'floor':24}{task.batch / step:10.1f}{'':10}{step * 1e3:10.2f}{read / 1e9:8.1f}", flush=True)
+    for label, reason in results.absent.items():
+        print(f"{label:24}{reason}")
+
+
+def agreement(task: DecodeTask, backend: str) -> dict[str, Any]:
+    """How many of the first greedy tokens each peer in fp32 shares with the engine in fp32, sequence by sequence."""
+    ours = engine("float32", backend)
+    results = play_in_turn([ours, *REFERENCES], task, turns=1)
+    if ours.label in results.absent:
+        raise SystemExit(f"{ours.label}: {results.absent[ours.label]}")
+    expected = results.turns[ours.label][0].tokens
+    found: dict[str, Any] = {"of": task.new_tokens}
+    for label, turns in results.turns.items():
+        if label != ours.label:
+            pairs = zip(expected, turns[0].tokens, strict=True)
+            found[label] = [common_prefix(left, right) for left, right in pairs]
+    print(f"the same greedy text as the engine in fp32, tokens of {task.new_tokens}: ", end="")
+    print(", ".join(f"{label} {counts}" for label, counts in found.items() if label != "of"))
+    return found
+
+
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """How many of the first tokens are the same."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What the machine allows: the matrix products of one decoding step alone, and the memory's bandwidth.
+
+The products run as plain PyTorch runs them at its best: weights packed once by oneDNN on a CPU, cuBLAS on a GPU. Each
+layer has weights of its own, so that they come from memory as in a model. Nothing else of a step is counted.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.peers.task import DecodeTask
+from bench.turns import Unsupported
+from gptcore.config import ModelConfig
+from gptcore.package import open_package
+
+STEPS = 20
+READ_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Floor:
+    """One turn of the floor."""
+
+    step_seconds: float
+    """The matrix products of one step, median of several."""
+    bandwidth: float
+    """Bytes per second of one large read."""
+
+
+def open_floor(task: DecodeTask, precision: str) -> tuple[Callable[[], Floor], str]:
+    """Measures both for the package's shape at the task's batch."""
+    dtype, device = getattr(torch, precision), torch.device(task.device)
+    torch.set_num_threads(task.threads)
+    config = open_package(Path(task.package), verify=False).config
+    products = [_product(task.batch, o, i, dtype, device) for o, i in matrices(config)]
+    large = torch.ones(READ_BYTES // 4, device=device)
+
+    def step() -> None:
+        for product in products:
+            product()
+
+    def play() -> Floor:
+        read = min(_seconds(large.sum, device) for _ in range(3))
+        return Floor(statistics.median(_seconds(step, device) for _ in range(STEPS)), READ_BYTES / read)
+
+    return play, "matrix products alone, " + ("oneDNN, packed once" if device.type == "cpu" else "cuBLAS")
+
+
+def matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """(out, in) of each product of a step: q, k, v in one, gate and up in one, the output head last."""
+    C, M, D = config.hidden_size, config.intermediate_size or 0, config.head_size
+    up = 2 * M if config.family == "qwen3" else M
+    layer = [((config.num_heads + 2 * config.kv_heads) * D, C), (C, config.num_heads * D), (up, C), (C, M)]
+    return layer * config.num_layers + [(config.vocab_size, C)]
+
+
+def step_bytes(config: ModelConfig, batch: int, length: float, precision: str) -> float:
+    """Bytes that a step of `batch` sequences of `length` tokens reads: every matrix once, and each one's keys, values.
+
+    `length` is the mean over the steps.
+    """
+    weight_bytes, cache_bytes = {"bfloat16": (2, 2), "float32": (4, 4), "int8": (1, 4)}[precision]
+    kv = 2 * config.num_layers * config.kv_heads * config.head_size * length * batch
+    return weight_bytes * sum(o * i for o, i in matrices(config)) + cache_bytes * kv
+
+
+def _product(batch: int, out: int, width: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    weight = torch.randn(out, width, device=device).to(dtype)
+    x = torch.randn(batch, width, device=device).to(dtype)
+    if device.type != "cpu":
+        return lambda: torch.nn.functional.linear(x, weight)
+    if not torch.backends.mkldnn.is_available():
+        raise Unsupported("this torch has no oneDNN")
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch)
+    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,99 @@
+"""llama.cpp through llama-cpp-python's low-level calls, batched as its own batched-bench does: one token of every
+sequence in one `llama_batch` per step. The likeliest token is taken by numpy, which costs less than its sampler.
+"""
+
+import ctypes
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.peers.gguf_file import write_gguf
+from bench.peers.task import DecodeTask, DecodeTurn
+from bench.turns import Play, Unsupported
+
+PHYSICAL_BATCH = 512
+"""Prompt tokens per pass; llama.cpp's default."""
+
+
+def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[Play, str]:
+    """Writes the package as GGUF once per precision and scratch folder, and opens it."""
+    import llama_cpp
+
+    if task.device != "cpu":
+        raise Unsupported("measured on a CPU only")
+    file = Path(task.scratch) / f"{precision}.gguf"
+    if not file.exists():
+        write_gguf(Path(task.package), file, precision)
+    decoder = Decoder(llama_cpp, file, task)
+
+    def play() -> DecodeTurn:
+        decoder.clear()
+        start = time.perf_counter()
+        last = decoder.prefill(task.prompts())
+        first = time.perf_counter()
+        tokens = [last]
+        for step in range(task.new_tokens - 1):
+            last = decoder.decode(last, task.prompt_tokens + step)
+            tokens.append(last)
+        end = time.perf_counter()
+        sequences = np.stack(tokens, axis=1).tolist()  # (batch, new_tokens)
+        return DecodeTurn(first - start, end - first, sequences, task.batch * (task.new_tokens - 1))
+
+    return play, f"llama.cpp by llama-cpp-python {llama_cpp.__version__}, {precision} weights, f16 cache"
+
+
+class Decoder:
+    """A llama.cpp context for `task.batch` sequences that advance together."""
+
+    def __init__(self, library: Any, file: Path, task: DecodeTask) -> None:
+        self.library = library
+        self._quiet = library.llama_log_callback(lambda *_: None)
+        library.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        self.model = library.llama_model_load_from_file(str(file).encode(), library.llama_model_default_params())
+        if not self.model:
+            raise Unsupported(f"llama.cpp cannot read {file.name}")
+        settings = library.llama_context_default_params()
+        settings.n_seq_max = task.batch
+        settings.n_ctx = task.batch * (task.prompt_tokens + task.new_tokens)
+        settings.n_batch = max(task.batch * task.prompt_tokens, PHYSICAL_BATCH)
+        settings.n_ubatch = PHYSICAL_BATCH
+        settings.n_threads = settings.n_threads_batch = task.threads
+        self.context = library.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise Unsupported("llama.cpp gives no context of the size that is needed")
+        self.batch = library.llama_batch_init(settings.n_batch, 0, 1)
+        self.vocab_size = task.vocab_size
+
+    def clear(self) -> None:
+        """Forgets every sequence."""
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), False)
+
+    def prefill(self, prompts: list[list[int]]) -> np.ndarray:
+        """The token after each prompt, int64 (batch,)."""
+        self.batch.n_tokens = 0
+        for sequence, prompt in enumerate(prompts):
+            for position, token in enumerate(prompt):
+                self._put(token, position, sequence, wanted=position == len(prompt) - 1)
+        return self._run(len(prompts))
+
+    def decode(self, tokens: np.ndarray, position: int) -> np.ndarray:
+        """The token after `tokens` (batch,), which stand at `position` of their sequences."""
+        self.batch.n_tokens = 0
+        for sequence, token in enumerate(tokens):
+            self._put(int(token), position, sequence, wanted=True)
+        return self._run(len(tokens))
+
+    def _put(self, token: int, position: int, sequence: int, wanted: bool) -> None:
+        i = self.batch.n_tokens
+        self.batch.token[i], self.batch.pos[i] = token, position
+        self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, sequence
+        self.batch.logits[i] = wanted
+        self.batch.n_tokens = i + 1
+
+    def _run(self, count: int) -> np.ndarray:
+        if code := self.library.llama_decode(self.context, self.batch):
+            raise RuntimeError(f"llama_decode returned {code}")
+        logits = self.library.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(logits, shape=(count, self.vocab_size)).argmax(axis=1)

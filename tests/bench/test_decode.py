@@ -1,0 +1,207 @@
+"""The decoding benchmark measures what it says: the same work for all, in turn. Speeds are not judged here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.decode import ENGINE, common_prefix, main, open_engine
+from bench.floor import matrices, open_floor, step_bytes
+from bench.peers.ctranslate2 import open_ctranslate2
+from bench.peers.llama_cpp import open_llama_cpp
+from bench.peers.task import DecodeTask, DecodeTurn
+from bench.peers.transformers import open_transformers
+from bench.turns import Contestant, Play, Unsupported, median_ratio, play_in_turn
+from bench.weights import made_up_tokenizer, random_package
+from gptcore.model import GPT, KVCache
+from gptcore.package import Package
+
+VOCAB = 400
+LIBRARIES = {
+    "transformers": (open_transformers, "transformers"),
+    "CTranslate2": (open_ctranslate2, "ctranslate2"),
+    "llama.cpp": (open_llama_cpp, "llama_cpp"),
+}
+
+
+@pytest.fixture(scope="module", params=["tiny", "quick"])
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """A gpt2 and a qwen3 of a small vocabulary."""
+    return random_package(tmp_path_factory.mktemp("bench") / "package", request.param, VOCAB)
+
+
+@pytest.fixture
+def task(package: Package, tmp_path: Path) -> DecodeTask:
+    return DecodeTask(str(package.path), str(tmp_path), 3, prompt_tokens=9, new_tokens=6, threads=1, vocab_size=VOCAB)
+
+
+def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """The plain model's likeliest tokens."""
+    cache, tokens, new = KVCache(model.config, 1), [], prompt
+    for _ in range(count):
+        with torch.inference_mode():
+            new = [int(model(torch.tensor([new]), cache=cache)[0, -1].argmax())]
+        tokens += new
+    return tokens
+
+
+def test_the_made_up_vocabulary_is_one_that_transformers_reads(package: Package) -> None:
+    transformers = pytest.importorskip("transformers")
+    text = "A naïve café, 12 of them…\n\tand it's déjà vu"
+    ids = package.tokenizer.encode(text)
+    assert package.tokenizer.decode(ids) == text
+    assert transformers.AutoTokenizer.from_pretrained(package.path)(text)["input_ids"] == ids
+
+
+def test_nearly_every_token_of_the_full_vocabulary_is_whole_characters() -> None:
+    tokenizer = made_up_tokenizer()
+    assert tokenizer.vocab_size == 50257
+    assert sum("\ufffd" in tokenizer.decode([i]) for i in range(tokenizer.eot)) == 128
+
+
+def test_random_weights_are_the_same_each_time_and_fit_bf16(package: Package, tmp_path: Path) -> None:
+    preset = "tiny" if package.config.family == "gpt2" else "quick"
+    again = random_package(tmp_path / "again", preset, VOCAB)
+    weights, others = package.load_model().state_dict(), again.load_model().state_dict()
+    for name, tensor in weights.items():
+        assert tensor.equal(others[name])
+        if name not in ("cos", "sin"):
+            assert tensor.equal(tensor.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_peer_continues_every_prompt_as_the_plain_model_does(name: str, package: Package, task: DecodeTask) -> None:
+    opens, library = LIBRARIES[name]
+    pytest.importorskip(library)
+    if name == "llama.cpp":
+        pytest.importorskip("gguf")
+    play, note = opens(task, "float32")
+    turn = play()
+    model = package.load_model()
+    assert turn.tokens == [greedy(model, prompt, task.new_tokens) for prompt in task.prompts()]
+    assert turn.tokens == play().tokens  # nothing is left behind by a turn
+    assert turn.decoded == task.batch * (task.new_tokens - 1)
+    assert turn.prompt_seconds > 0
+    assert turn.decode_seconds > 0
+    assert name.lower() in note.lower()
+
+
+def test_the_engine_does_the_same_work(package: Package, task: DecodeTask) -> None:
+    play, _ = open_engine(task, "float32", "auto")
+    turn = play()
+    model = package.load_model()
+    assert turn.tokens == [greedy(model, prompt, task.new_tokens) for prompt in task.prompts()]
+    assert turn.decoded == task.batch * (task.new_tokens - 1)
+
+
+def test_the_floor_runs_every_matrix_of_the_model_once(package: Package, task: DecodeTask) -> None:
+    model = package.load_model()
+    sizes = [p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("embed")]
+    if package.config.tie_embeddings:
+        sizes.append(model.lm_head.weight.numel())
+    assert sum(o * i for o, i in matrices(package.config)) == sum(sizes)
+    play, _ = open_floor(task, "float32")
+    floor = play()
+    assert floor.step_seconds > 0
+    assert floor.bandwidth > 0
+
+
+def test_a_step_reads_each_weight_once_and_each_sequence_its_own_cache(package: Package) -> None:
+    one, two = (step_bytes(package.config, batch, 100, "bfloat16") for batch in (1, 2))
+    c = package.config
+    assert two - one == 2 * 2 * c.num_layers * c.kv_heads * c.head_size * 100
+    assert one - (two - one) == 2 * sum(o * i for o, i in matrices(c))
+
+
+def test_rates_count_what_was_made_in_the_time() -> None:
+    turn = DecodeTurn(prompt_seconds=1.0, decode_seconds=2.0, tokens=[[1] * 5, [1] * 5], decoded=8)
+    assert turn.decode_rate == 4
+    assert turn.whole_rate == pytest.approx(10 / 3)
+
+
+def test_the_common_beginning_is_counted() -> None:
+    assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
+    assert common_prefix([1, 2], [1, 2, 4]) == 2
+
+
+# --- turns -------------------------------------------------------------------------------------------------------
+
+
+def open_clerk(task: DecodeTask, name: str) -> tuple[Play, str]:
+    """A contestant that writes its name into a file when it is its turn."""
+
+    def play() -> str:
+        with (Path(task.scratch) / "order.txt").open("a") as file:
+            file.write(name)
+        return name
+
+    return play, f"{name}'s note"
+
+
+def open_unfit(task: DecodeTask, name: str) -> tuple[Play, str]:
+    raise Unsupported(f"{name} wants another machine")
+
+
+def open_clumsy(task: DecodeTask, name: str) -> tuple[Play, str]:
+    def play() -> str:
+        raise ZeroDivisionError(f"{name} stumbled")
+
+    return play, ""
+
+
+def test_contestants_play_in_turn_and_the_first_round_warms_up(task: DecodeTask) -> None:
+    contestants = [Contestant(name, name, open_clerk) for name in "ab"]
+    results = play_in_turn(contestants, task, turns=2)
+    assert (Path(task.scratch) / "order.txt").read_text() == "ababab"
+    assert results.turns == {"a a": ["a", "a"], "b b": ["b", "b"]}
+    assert results.notes["a a"] == "a's note"
+
+
+def test_who_cannot_take_part_is_reported_with_the_reason(task: DecodeTask) -> None:
+    absent = Contestant("absent", "float32", open_clerk, needs=("no_such_library",))
+    results = play_in_turn([absent, Contestant("unfit", "float32", open_unfit)], task, turns=1)
+    assert results.turns == {}
+    assert results.absent == {
+        "absent float32": "not installed: no_such_library",
+        "unfit float32": "float32 wants another machine",
+    }
+
+
+def test_a_contestant_that_fails_ends_the_benchmark(task: DecodeTask) -> None:
+    with pytest.raises(SystemExit, match="float32 stumbled"):
+        play_in_turn([Contestant("clumsy", "float32", open_clumsy)], task, turns=1)
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    assert median_ratio([1, 20, 300], [1, 10, 100]) == 2
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_reports_engine_and_floor_for_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "--preset tiny --batch 1 2 --dtype float32 --prompt-tokens 5 --new-tokens 4 --turns 1 --threads 1"
+    assert main(command.split()) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["machine"]["threads"] == 1
+    assert list(report["batches"]) == ["1", "2"]
+    for batch in report["batches"].values():
+        row = batch["contestants"][f"{ENGINE} float32"]
+        assert row["engine_ratio"] == 1
+        assert row["decode_tokens_per_second"] > 0
+        assert row["share_of_floor"] > 0
+        assert batch["floor"]["read_gigabytes_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [("--preset tinny", "Did you mean 'tiny'"), ("--batch 0", "--batch"), ("--turns 0", "--turns")],
+)
+def test_wrong_input_is_named(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(arguments.split())
+    except SystemExit as error:
+        code = int(str(error.code))
+    assert code == 2
+    assert named in capsys.readouterr().err
