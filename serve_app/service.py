@@ -24,7 +24,6 @@ from gptcore.errors import ConfigError
 from gptcore.home import home
 from serve_app.api import create_api
 from serve_app.errors import RETRY_AFTER_SECONDS
-from serve_app.logs import configure_logging
 from serve_app.metrics import METRICS, Metric, Metrics
 from serve_app.models import Models
 from serve_app.settings import ServeSettings, load_settings
@@ -38,6 +37,8 @@ SPARE_REQUESTS = 100
 """Probes, scrapes and pages that a replica answers while its engines are full."""
 GAUGE_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
+SURGE_PERCENT = 25
+"""Replicas beside those there are while a new deployment replaces them, rounded up: none leaves before its successor."""
 LOOK_BACK_S = 15.0
 """Of the autoscaler. Replicas report every 10 s, and one report is to be in it at all times."""
 
@@ -46,7 +47,6 @@ class Service:
     """A replica: the models, and the app in front of them."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        configure_logging(settings.log_level)
         settings = replace(settings, threads=settings.threads or threads_of(settings))
         self.models = Models(settings)
         self.metrics = Metrics(RaySink())
@@ -125,6 +125,7 @@ def build(settings: ServeSettings) -> serve.Application:
         max_queued_requests=settings.max_queue,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_SECONDS),
         health_check_period_s=HEALTH_SECONDS,
+        max_surge_percent=SURGE_PERCENT,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         logging_config=LoggingConfig(enable_access_log=False),  # the middleware writes a line per request

@@ -129,15 +129,10 @@ class ServeSettings:
             raise _wrong("port", self.port, "at most 65535")
         if any(not key for key in self.api_keys):
             raise ConfigError("one of api_keys is empty; expected none, or keys of at least one character", "api_keys")
-        self._check_models()
-
-    def _check_models(self) -> None:
-        names = self.sources
+        names, _, _ = self.sources, self.canary_share, self.engine  # each raises if it cannot be had
         unknown = next((name for name in self.eager if name != ALL and name not in names), None)
         if unknown is not None:
             raise _wrong("eager", unknown, f"{ALL}, or a name from models.{did_you_mean(unknown, names)}")
-        if self.canary:
-            self.canary_share  # noqa: B018 - raises if it cannot be read
 
     @property
     def sources(self) -> dict[str, str]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -169,6 +168,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be had on `device`; on a CPU, within the limit of a container (cgroup v2) too."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil  # not needed to predict where MLflow installs what a logged model needs and no more
+
     free = psutil.virtual_memory().available
     try:
         limit, used, stat = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))

@@ -3,13 +3,14 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
 from tests.system.conftest import BIN, ROOT, Cluster, environment, free_port
-from tests.system.serving import QUICK, START_SECONDS, Service, await_that, said, served
+from tests.system.serving import BODY, QUICK, START_SECONDS, Load, Service, await_that, said, served
 
 __all__ = ["make_package"]  # a fixture, used here too
 
@@ -47,17 +48,32 @@ def test_serve_run_takes_its_settings_from_the_environment(cluster: Cluster, reg
 
 
 @pytest.mark.slow
-def test_serve_deploy_starts_what_the_repositorys_config_says(cluster: Cluster, registry: TestRegistry, tmp_path: Path):
+def test_serve_deploy_starts_what_the_repositorys_config_says_and_changes_it_without_a_failed_request(
+    cluster: Cluster, registry: TestRegistry, tmp_path: Path
+):
     registry.publish("gpt", seed=1)
     config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
     config["http_options"]["port"] = port = free_port()
-    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     env = environment(cluster.home, RAY_DASHBOARD_ADDRESS=cluster.dashboard)
+
+    def deploy(**args: Any) -> None:
+        config["applications"][0]["args"] |= args
+        (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+        subprocess.run([BIN / "serve", "deploy", tmp_path / "serve.yaml"], cwd=ROOT, env=env, check=True)
+
     service = Service(f"http://127.0.0.1:{port}", cluster)
-    subprocess.run([BIN / "serve", "deploy", tmp_path / "serve.yaml"], cwd=ROOT, env=env, check=True)
+    deploy()
     try:
         await_that(service.is_ready, START_SECONDS, "the service is ready")
         assert service.version()
+        (before,) = service.replicas()
+        with Load(service, clients=2) as load:
+            deploy(max_new_tokens=9)
+            too_many = BODY | {"max_new_tokens": 10}
+            await_that(lambda: service.ask(body=too_many)[0] == 400, START_SECONDS, "the new setting holds")
+            await_that(lambda: not before.is_running(), 60, "the old replica has left")
+        assert load.failed == {}
+        assert load.answered() > 20
     finally:
         subprocess.run([BIN / "serve", "shutdown", "--yes"], cwd=ROOT, env=env, check=True)
 
