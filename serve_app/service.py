@@ -38,7 +38,7 @@ SPARE_REQUESTS = 100
 GAUGE_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 SURGE_PERCENT = 25
-"""Replicas beside those there are while a new deployment replaces them, rounded up: none leaves before its successor."""
+"""Replicas beside those there are while others replace them, rounded up: none leaves before its successor is ready."""
 LOOK_BACK_S = 15.0
 """Of the autoscaler. Replicas report every 10 s, and one report is to be in it at all times."""
 
