@@ -67,7 +67,7 @@ def test_a_streamed_text_and_its_usage_equal_those_that_are_not(client: openai.O
     whole = client.completions.create(**FIXED, prompt=PROMPT)
     events = streamed(client, **FIXED, prompt=PROMPT, stream_options={"include_usage": True})
     assert joined(events) == whole.choices[0].text
-    assert len(events) > 3
+    assert len(events) > 1  # a reader that lags gets several tokens in one
     *parts, last = events
     assert last.choices == []
     assert last.usage.total_tokens == whole.usage.total_tokens

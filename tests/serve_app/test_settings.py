@@ -132,9 +132,9 @@ def test_a_wrong_setting_is_one_clear_error(said: dict[str, Any], param: str, wo
 def test_a_misspelt_name_in_the_environment_is_logged_and_other_programs_names_are_left_alone(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("serve_app"), "propagate", True)
     load({"GPT_MAX_REPLICA": "4", "GPT_FOUNDRY_HOME": "/x", "GPT_ZZZ": "1"})
-    assert [record.getMessage() for record in caplog.records] == [
+    assert {record.getMessage() for record in caplog.records} == {
         "the environment's GPT_MAX_REPLICA is no setting. Did you mean 'max_replicas'?"
-    ]
+    }
 
 
 def test_keys_are_neither_printed_nor_in_errors():
