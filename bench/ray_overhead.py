@@ -2,8 +2,8 @@
 
 `python -m bench.ray_overhead` starts both and lets them run in turn, the other one's processes stopped meanwhile, all
 of Ray's among them. So both meet the same moods of a machine whose speed drifts by more than what is measured. Turns
-are long, since Ray, once woken, makes up for every timer that it has missed. The ratio is of the medians over log
-intervals; those that a pause fell into are outliers to it.
+are long, since Ray, once woken, makes up for every timer that it has missed. Each pair of turns gives a ratio; their
+median counts.
 """
 
 import argparse
@@ -46,17 +46,16 @@ def main(argv: list[str] | None = None) -> int:
             pause(bare)
             with ray_job(settings, home) as (job, job_rates):
                 await_warm_up(job, job_rates)
-                seen: dict[str, list[float]] = {"job": [], "bare": []}
+                seen: list[tuple[float, float]] = []
                 for _ in range(arguments.turns):
-                    seen["job"] += turn(job, job_rates, arguments.seconds)
-                    seen["bare"] += turn(bare, bare_rates, arguments.seconds)
-    medians = {name: statistics.median(rates) for name, rates in seen.items()}
+                    seen.append((turn(job, job_rates, arguments.seconds), turn(bare, bare_rates, arguments.seconds)))
+    ratios = [ours / theirs for ours, theirs in seen]
     report = {
         "bench": "ray_overhead",
-        "job_tokens_per_second": round(medians["job"]),
-        "bare_tokens_per_second": round(medians["bare"]),
-        "intervals": {name: len(rates) for name, rates in seen.items()},
-        "ratio": round(medians["job"] / medians["bare"], 4),
+        "job_tokens_per_second": round(statistics.median(ours for ours, _ in seen)),
+        "bare_tokens_per_second": round(statistics.median(theirs for _, theirs in seen)),
+        "ratio": round(statistics.median(ratios), 4),
+        "ratios": [round(ratio, 4) for ratio in ratios],
     }
     print(json.dumps(report))
     return 0
@@ -124,14 +123,17 @@ def pause(process: psutil.Process) -> None:
         one.suspend()
 
 
-def turn(process: psutil.Process, rates: Rates, seconds: float) -> list[float]:
-    """Lets it run for a while; the rates of the intervals that ended meanwhile, without the one the pause fell into."""
+def turn(process: psutil.Process, rates: Rates, seconds: float) -> float:
+    """Lets it run for a while; its tokens/s over the intervals that ended meanwhile, but the one the pause fell into.
+
+    All intervals have as many tokens, so their harmonic mean is the tokens over the time.
+    """
     before = len(rates())
     for one in family(process):
         one.resume()
     time.sleep(seconds)
     pause(process)
-    return rates()[before + 1 :]
+    return statistics.harmonic_mean(rates()[before + 1 :])
 
 
 def print_bare(settings: dict[str, Any]) -> None:

@@ -182,22 +182,24 @@ def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
 
 def penalised(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Logits (R, V) after the penalties: a changed copy, or the same if there are none."""
-    changed = logits
+    if any(row.params.penalises for row in rows):
+        logits = logits.clone()
     for i, row in enumerate(rows):
-        params = row.params
-        if not params.penalises:
-            continue
-        if changed is logits:
-            changed = logits.clone()
-        if params.repetition_penalty != 1:
-            ids = torch.from_numpy(np.unique(np.asarray(row.tokens))).to(logits.device)
-            seen = changed[i, ids]
-            factor = params.repetition_penalty
-            changed[i, ids] = torch.where(seen > 0, seen / factor, seen * factor)
-        generated, counts = np.unique(np.asarray(row.tokens[row.prompt_length :], dtype=np.int64), return_counts=True)
-        off = params.presence_penalty + params.frequency_penalty * counts
-        changed[i, torch.from_numpy(generated).to(logits.device)] -= torch.from_numpy(off).to(logits)
-    return changed
+        if row.params.penalises:
+            ids, values = penalties(logits[i], row)
+            logits[i, ids] = values
+    return logits
+
+
+def penalties(logits: Tensor, row: Row) -> tuple[Tensor, Tensor]:
+    """The ids of the row's tokens so far (N,), ascending, and what the penalties make of their logits, of (V,)."""
+    params = row.params
+    unique, places = np.unique(np.asarray(row.tokens, dtype=np.int64), return_inverse=True)
+    generated = np.bincount(places[row.prompt_length :], minlength=len(unique))
+    off = params.presence_penalty * (generated > 0) + params.frequency_penalty * generated
+    ids = torch.from_numpy(unique).to(logits.device)
+    seen, factor = logits[ids], params.repetition_penalty
+    return ids, torch.where(seen > 0, seen / factor, seen * factor) - torch.from_numpy(off).to(seen)
 
 
 def weigh(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -229,7 +231,7 @@ def _kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     weights = weigh(logits[None], [params.temperature])[0].cpu().numpy()
     total = weights.sum(dtype=np.float64)
     if 0 < params.top_k < len(weights):
-        ids = greatest(logits.cpu().numpy(), params.top_k)
+        ids = greatest(weights, params.top_k)
         total = weights[ids].sum(dtype=np.float64)
     else:
         least = (1 - params.top_p) * total / len(weights) * (1 - 1e-9)  # rounding must not rule out more

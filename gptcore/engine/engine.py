@@ -201,7 +201,8 @@ class Engine:
         logits = self.runner.forward([Chunk(0, len(prompt), [eot], 1)])  # (1, V)
         if not logits[:, : self._vocab_size].isfinite().all():
             raise EngineError(f"the model in {self.package.path} gives logits that are no finite numbers")
-        sample(logits, [Row(SamplingParams(), 0, prompt, len(prompt))], self._vocab_size)
+        row = Row(SamplingParams(), 0, prompt, len(prompt))
+        sample(logits, [row], self._vocab_size, self.runner.next_tokens)
 
     def close(self) -> None:
         """Frees the model and the cache; nothing may be called after."""
@@ -235,7 +236,7 @@ class Engine:
             return []
         if len(picked) < row:
             logits = logits[picked]
-        choices = sample(logits, [live.row for live in ready], self._vocab_size)
+        choices = sample(logits, [live.row for live in ready], self._vocab_size, self.runner.next_tokens)
         self._generated += len(choices)
         return [self._follow(live, choice) for live, choice in zip(ready, choices, strict=True)]
 

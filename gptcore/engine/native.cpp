@@ -2,6 +2,7 @@
 // and its position. `gptcore.engine.native` compiles this file for the machine it runs on and calls it with ctypes.
 //
 // In: token ids, slots, positions. Out: logits in fp32 of the rows asked for; keys and values stay in their slots.
+// Then, of logits and how to draw, tokens.
 //
 // Every sum runs in an order that depends on a token's own prefix alone, never on how many other tokens share the
 // pass, so a token's logits are the same, bit for bit, alone or in a batch, in one chunk or in many.
@@ -16,6 +17,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -374,6 +377,142 @@ inline Range share(int count, int t, int threads) {
     return {(int)((int64_t)count * t / threads), (int)((int64_t)count * (t + 1) / threads)};
 }
 
+// --- sampling ------------------------------------------------------------------------------------------------------
+
+// How the token of one row is chosen; gptcore.engine.native has the same struct.
+struct Draw {
+    double point;  // in [0, 1): the token into whose share of all weights it falls
+    double top_p, min_p;
+    float temperature;  // 0: the likeliest token
+    int32_t top_k;      // 0: all
+    int32_t changes;    // how many of the row's logits are replaced
+};
+
+// What gptcore.sampling.next_tokens does, for one row at a time. Weights are whole numbers, so their sums are exact.
+class Sampler {
+  public:
+    // A token from logits (V); `ids` and `values` are the replaced logits.
+    int choose(const float* logits, int V, const Draw& how, const int32_t* ids, const float* values) {
+        weights.assign(round_up(V, BLOCK), -INFINITY);
+        std::copy(logits, logits + V, weights.begin());
+        for (int i = 0; i < how.changes; i++) weights[ids[i]] = values[i];
+        int likeliest = weigh(how.temperature);
+        if (how.temperature == 0) return likeliest;
+        if (how.top_k > 0 || how.top_p < 1 || how.min_p > 0) filter(how);
+        int token = place(how.point);
+        return token < 0 ? likeliest : token;
+    }
+
+  private:
+    static constexpr int BLOCK = 512, MANTISSA_BITS = 5, LOWEST = 127 << MANTISSA_BITS;
+    static constexpr int BUCKETS = (36 << MANTISSA_BITS) + 1;
+    static constexpr float ONE = 34359738368.0f, WHOLE = 8388608.0f;  // 2^35; 2^23, from where floats are whole
+
+    // Turns logits into weights, of which the largest is ONE; returns its place, the first of equals.
+    int weigh(float temperature) {
+        int width = weights.size();
+        Vec most = all(-INFINITY);
+        IntVec at = {};
+        for (int i = 0; i < width; i += LANES) {
+            Vec x = load(&weights[i]);
+            at = x > most ? LANE + i : at;
+            most = x > most ? x : most;
+        }
+        int best = 0;
+        for (int i = 1; i < LANES; i++)
+            if (most[i] > most[best] || (most[i] == most[best] && at[i] < at[best])) best = i;
+        if (temperature > 0) {
+            Vec top = all(most[best]), heat = all(std::min(std::max(temperature, 1e-30f), 1e30f));
+            for (int i = 0; i < width; i += LANES) {
+                Vec e = exponential((load(&weights[i]) - top) / heat) * ONE;
+                store(&weights[i], e < all(WHOLE) ? (e + WHOLE) - WHOLE : e);
+            }
+        }
+        return at[best];
+    }
+
+    // Sets the weights that the filters rule out to 0. Nothing is sorted but the one bucket that a filter's end is in.
+    void filter(const Draw& how) {
+        uint32_t counts[BUCKETS] = {};
+        double sums[BUCKETS] = {}, total = 0;
+        for (float w : weights)
+            if (w >= 1) {
+                int b = bucket(w);
+                counts[b]++, sums[b] += w, total += w;
+            }
+        int64_t most = how.top_k > 0 ? how.top_k : (int64_t)weights.size();
+        if (how.top_k > 0) total = likeliest(counts, sums, [&](int64_t before, double) { return before < most; }).sum;
+        double enough = how.top_p < 1 ? how.top_p * total : INFINITY;
+        Kept kept = likeliest(counts, sums, [&](int64_t before, double sum) { return before < most && sum < enough; });
+        float least = std::max(1.0f, (float)std::ceil(how.min_p * ONE));
+        if (least > kept.least) kept.least = least, kept.equals = std::numeric_limits<int>::max();
+        for (float& w : weights)
+            if (!(w > kept.least) && !(w == kept.least && kept.equals-- > 0)) w = 0;
+    }
+
+    struct Kept {
+        double sum = 0;
+        float least = 0;  // the smallest weight kept
+        int equals = 0;   // how many of those that have it are kept
+        int64_t count = 0;
+    };
+
+    // The likeliest tokens, up to the first for which keep(how many are before it, their sum) is false.
+    template <class F>
+    Kept likeliest(const uint32_t* counts, const double* sums, F&& keep) {
+        Kept kept;
+        for (int b = BUCKETS - 1; b >= 0; b--) {
+            if (!counts[b]) continue;
+            if (keep(kept.count + counts[b], kept.sum + sums[b])) {
+                kept.count += counts[b], kept.sum += sums[b];
+                continue;
+            }
+            members.clear();
+            for (float w : weights)
+                if (w >= 1 && bucket(w) == b) members.push_back(w);
+            std::sort(members.begin(), members.end(), std::greater<float>());
+            for (float w : members) {
+                if (!keep(kept.count, kept.sum)) break;
+                kept.equals = w == kept.least ? kept.equals + 1 : 1;
+                kept.least = w, kept.count++, kept.sum += w;
+            }
+            break;
+        }
+        return kept;
+    }
+
+    // Weights from 1 to ONE in order, equal ones together: exponent and first bits of the mantissa.
+    static int bucket(float w) {
+        uint32_t bits;
+        std::memcpy(&bits, &w, 4);
+        return std::min((int)(bits >> (23 - MANTISSA_BITS)) - LOWEST, BUCKETS - 1);
+    }
+
+    // The first place up to which more than `point` of all weights lies; -1 if they are no numbers.
+    int place(double point) {
+        int blocks = weights.size() / BLOCK;
+        sums.assign(blocks, 0.0);
+        double total = 0;
+        for (int b = 0; b < blocks; b++) {
+            double lanes[LANES] = {};
+            for (int i = 0; i < BLOCK; i += LANES)
+                for (int j = 0; j < LANES; j++) lanes[j] += weights[(size_t)b * BLOCK + i + j];
+            for (double lane : lanes) sums[b] += lane;
+            total += sums[b];
+        }
+        if (!(total >= 1)) return -1;
+        double share = std::min(std::floor(point * total), total - 1);
+        int b = 0;
+        while (share >= sums[b]) share -= sums[b++];
+        int i = b * BLOCK;
+        while (share >= weights[i]) share -= weights[i++];
+        return i;
+    }
+
+    std::vector<float> weights, members;
+    std::vector<double> sums;
+};
+
 // --- the network ---------------------------------------------------------------------------------------------------
 
 // The order of `shape` and the numbers of the weights, as gptcore.engine.native has them.
@@ -388,6 +527,8 @@ struct Network {
     virtual void set(int what, int layer, const float* data, int rows, int columns) = 0;
     virtual void forward(int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,
                          const int32_t* rows, float* logits) = 0;
+    virtual void choose(int count, const float* logits, int stride, int V, const Draw* draws, const int32_t* ids,
+                        const float* values, int32_t* tokens) = 0;
     virtual void copy(int source, int target, int length) = 0;
     virtual int64_t cache_bytes() const = 0;
 };
@@ -402,7 +543,7 @@ class Decoder : public Network {
 
   public:
     Decoder(Shape shape, float eps)
-        : s(shape), eps(eps), team(shape.threads), layers(shape.layers), blocks(round_up(shape.S, LANES) / LANES) {
+        : s(shape), eps(eps), team(shape.threads), samplers(shape.threads), layers(shape.layers), blocks(round_up(shape.S, LANES) / LANES) {
         head_cache = (size_t)blocks * LANES * s.D;
         size_t count = (size_t)s.layers * s.slots * s.K * head_cache;
         keys = allocate<T>(count), values = allocate<T>(count);
@@ -502,6 +643,18 @@ class Decoder : public Network {
             if (sizeof(T) == 2 && amx_allowed()) _tile_release();
 #endif
         });
+    }
+
+    // Tokens of `count` rows of logits; ids and values are the rows' replaced logits, one row's after the other's.
+    void choose(int count, const float* logits, int stride, int V, const Draw* draws, const int32_t* ids,
+                const float* values, int32_t* tokens) override {
+        std::vector<int> begin(count + 1, 0);
+        for (int i = 0; i < count; i++) begin[i + 1] = begin[i] + draws[i].changes;
+        auto one = [&](int t, int i) {
+            tokens[i] = samplers[t].choose(logits + (size_t)i * stride, V, draws[i], ids + begin[i], values + begin[i]);
+        };
+        if (count == 1) return one(0, 0);  // not worth waking anybody
+        team.run([&](int t) { team.for_each(count, [&](int i) { one(t, i); }); });
     }
 
   private:
@@ -660,6 +813,7 @@ class Decoder : public Network {
     const Shape s;
     const float eps;
     Team team;
+    std::vector<Sampler> samplers;  // one per thread
     std::vector<Layer> layers;
     const int blocks;
     size_t head_cache;
@@ -692,6 +846,11 @@ void gpt_set(void* g, int what, int layer, const float* data, int rows, int colu
 void gpt_forward(void* g, int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,
                  const int32_t* rows, float* logits) {
     ((Network*)g)->forward(n, tokens, slots, positions, wanted, rows, logits);
+}
+
+void gpt_choose(void* g, int count, const float* logits, int stride, int V, const void* draws, const int32_t* ids,
+                const float* values, int32_t* tokens) {
+    ((Network*)g)->choose(count, logits, stride, V, (const Draw*)draws, ids, values, tokens);
 }
 
 void gpt_copy(void* g, int source, int target, int length) { ((Network*)g)->copy(source, target, length); }

@@ -23,6 +23,7 @@ from gptcore.engine.settings import EngineSettings
 from gptcore.errors import ConfigError, did_you_mean
 from gptcore.model import GPT, Block, rotate
 from gptcore.package import Package
+from gptcore.sampling import Row, next_tokens
 
 MOST_SLOTS = {"cpu": 16, "cuda": 64, "mps": 16}
 """A step first takes as long as reading the weights, however many sequences share it. From about so many on it is bound
@@ -77,6 +78,10 @@ class Runner(Protocol):
 
         Writes keys and values of every token. The result may be overwritten by the next call.
         """
+        ...
+
+    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        """The token that follows each row, from logits (R, vocabulary): `gptcore.sampling.next_tokens` or as good."""
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -226,6 +231,10 @@ class TorchRunner:
             if decoded is not None and chunk.slot in slots:
                 logits.append(decoded[chunk.slot, None])
         return torch.cat(logits)
+
+    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        """See Runner."""
+        return next_tokens(logits, rows)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:

@@ -5,13 +5,13 @@ In come logits (R, V) and one `Row` per sequence; out comes one `Choice` each. H
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from gptcore.sampling import ONE, Row, greatest, next_tokens, weigh
+from gptcore.sampling import Row, greatest, next_tokens
 
 __all__ = ["Choice", "Row", "sample", "token_logprobs"]
 
@@ -28,29 +28,31 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: Tensor, rows: Sequence[Row], vocab_size: int) -> list[Choice]:
+def sample(
+    logits: Tensor,
+    rows: Sequence[Row],
+    vocab_size: int,
+    draw: Callable[[Tensor, Sequence[Row]], list[int]] = next_tokens,
+) -> list[Choice]:
     """The token that follows each of `rows`, from logits (R, V); ids from `vocab_size` on are never chosen.
 
-    No row's choice depends on the others. The logits are left as they are.
+    No row's choice depends on the others. The logits are left as they are. `draw` is a runner's `next_tokens`.
     """
     logits = logits[:, :vocab_size]
-    tokens = next_tokens(logits, rows)
+    tokens = draw(logits, rows)
     choices = [Choice(token) for token in tokens]
-    for top in {row.params.logprobs for row in rows} - {None}:
-        asked = [i for i, row in enumerate(rows) if row.params.logprobs == top]
-        scored = token_logprobs(logits[asked], [tokens[i] for i in asked], top or 0, vocab_size)
-        for i, choice in zip(asked, scored, strict=True):
-            choices[i] = choice
+    for i, row in enumerate(rows):
+        if (top := row.params.logprobs) is not None:
+            choices[i : i + 1] = token_logprobs(logits[i : i + 1], tokens[i : i + 1], top, vocab_size)
     return choices
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> list[Choice]:
     """`tokens` as if they had been chosen from logits (R, V), with their logprobs and `top` alternatives each."""
     choices = []
-    for row, token in zip(logits[:, :vocab_size].detach().cpu().float(), tokens, strict=True):
-        values = row.numpy()
-        total = weigh(row[None], [1.0]).sum(dtype=torch.float64)  # exact: see ONE
-        log_sum = float(row.max()) + math.log(total / ONE)  # of exp(logits)
+    for values, token in zip(logits[:, :vocab_size].detach().float().cpu().numpy(), tokens, strict=True):
+        largest = float(values.max())
+        log_sum = largest + math.log(np.exp(values - largest).sum(dtype=np.float64))  # of exp(logits)
         ids = greatest(values, top)
         ids = ids[(-values[ids]).argsort(kind="stable")]
         likeliest = tuple((int(i), float(values[i]) - log_sum) for i in ids)

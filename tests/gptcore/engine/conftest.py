@@ -62,6 +62,9 @@ class FakeRunner:
     def logits(self, states: Iterable[int]) -> Tensor:
         return self._logits[torch.tensor([state % ROWS for state in states], dtype=torch.long)]
 
+    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        return next_tokens(logits, rows)
+
     def copy(self, source: int, target: int, length: int) -> None:
         assert source != target
         assert length < len(self.states[source]), "copies what was never written"

@@ -13,6 +13,7 @@ from gptcore.engine import native
 from gptcore.engine.native import NativeRunner, NativeUnavailable
 from gptcore.engine.runner import Chunk
 from gptcore.model import GPT
+from gptcore.sampling import Row, SamplingParams, next_tokens
 
 GPT2 = ModelConfig(vocab_size=257, family="gpt2", num_layers=2, num_heads=2, hidden_size=64, context_length=96)
 QWEN3 = ModelConfig(
@@ -33,6 +34,15 @@ VARIANTS = {
     "without bf16": ("-mno-amx-bf16", "-mno-avx512bf16"),
     "AVX2": ("-march=haswell",),
 }
+
+DRAWS = [
+    SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **penalties)
+    for temperature in (0.0, 1e-40, 0.7, 1.0, 40.0)
+    for top_k in (0, 1, 3, 200)
+    for top_p in (1.0, 0.9, 0.3, 1e-9)
+    for min_p in (0.0, 0.05, 1.0)
+    for penalties in ({}, {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": -1.0})
+]
 
 try:
     native.load_library()
@@ -113,6 +123,29 @@ def test_only_the_rows_asked_for_come_back_in_the_order_of_the_chunks() -> None:
     first, second = at_once(runner, 0, one), at_once(runner, 1, two)
     logits = runner.forward([Chunk(1, 0, two, 1), Chunk(2, 0, one[:9], 0), Chunk(0, 0, one, 4)])
     assert torch.equal(logits, torch.cat([second[-1:], first[-4:]]))
+
+
+@pytest.mark.parametrize("vocab_size", [257, 5000])
+def test_tokens_are_drawn_as_sampling_defines_it_in_every_variant(vocab_size: int, variant: str) -> None:
+    runner = NativeRunner(random_model(GPT2), 1, torch.float32, 2)
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(len(DRAWS), vocab_size + 7, generator=generator)[:, :vocab_size] * 3
+    logits[::3] = (logits[::3] * 2).round() / 2  # with many that are equally likely
+    rows = [Row(params, seed, [5, 9, 9, seed % 200, 5], 2) for seed, params in enumerate(DRAWS)]
+    expected = next_tokens(logits, rows)
+    assert runner.next_tokens(logits, rows) == expected
+    assert [runner.next_tokens(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)] == expected
+
+
+def test_logits_that_are_no_numbers_give_the_likeliest_of_those_that_are() -> None:
+    runner = NativeRunner(random_model(GPT2), 1, torch.float32, 2)
+    logits = torch.randn(4, 257)
+    logits[0], logits[1, 30], logits[2, 40] = float("nan"), float("nan"), float("inf")
+    logits[1, 50] = logits[3, 60] = 80.0
+    params = [SamplingParams(), SamplingParams(), SamplingParams(top_p=0.9), SamplingParams()]
+    tokens = runner.next_tokens(logits, [Row(p, 1, [1], 1) for p in params])
+    assert 0 <= tokens[0] < 257
+    assert tokens[1:] == [50, 40, 60]
 
 
 def test_a_width_that_the_kernel_cannot_handle_is_named() -> None:
