@@ -33,7 +33,14 @@ if os.environ.get("RAY_ADDRESS", "local") not in ("auto", "local") and (Path.hom
 
 from gptcore.errors import ConfigError, FoundryError, TrainingError, did_you_mean  # noqa: E402
 from gptcore.home import home  # noqa: E402
-from train_job.cluster import check_storage, ray_cluster, resources_per_worker, resources_text, torch_trainer  # noqa: E402
+from train_job.cluster import (  # noqa: E402
+    check_storage,
+    ray_cluster,
+    resources_per_worker,
+    resources_text,
+    torch_trainer,
+    training_first,
+)
 from train_job.config import TrainConfig, build_config, parse_settings, read_yaml, resume_config, write_yaml  # noqa: E402
 from train_job.console import Console, count  # noqa: E402
 from train_job.files import written_whole  # noqa: E402
@@ -110,6 +117,7 @@ class Run:
         self.stops = StopSignals(self._stop)
         self.run_id = ""
         self.board: Any = None
+        self.alone = False  # on a Ray of our own
         self.began: Started | None = None
         self.finished: Finished | None = None
 
@@ -129,8 +137,8 @@ class Run:
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
             self.inputs = self._prepare(cluster)
             self.config = self.inputs.config
-            ray, here_alone = cluster()
-            self.resources = resources_per_worker(self.config, ray.nodes(), here_alone)
+            ray, self.alone = cluster()
+            self.resources = resources_per_worker(self.config, ray.nodes(), self.alone)
             self.console = Console(self.run_dir)
             stack.callback(self.console.close)
             stack.enter_context(self.stops)
@@ -299,6 +307,8 @@ class Run:
                 self.console.say(event)
             elif isinstance(event, Started):
                 self.began = self.began or event
+                if self.alone:
+                    training_first()
                 if event.step:
                     self.console.say(f"resumed   from step {event.step}")
             elif isinstance(event, Progress):

@@ -35,7 +35,7 @@
 
 namespace {
 
-constexpr int LANES = 16, PANEL = 64, GROUPS = PANEL / LANES, K_STEP = 32, TILE_ROWS = 16;
+constexpr int LANES = 16, PANEL = 64, GROUPS = PANEL / LANES, K_STEP = 32, TILE_ROWS = 16, CACHE_LINE = 64;
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
@@ -95,6 +95,12 @@ inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(x > all(-80.0f) ? 
 inline Vec silu(Vec x) { return x * sigmoid(x); }
 inline Vec gelu(Vec x) {  // its tanh form: x/2 (1 + tanh u) = x sigmoid(2u)
     return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+}
+
+// Has `count` values come into the second cache; they may lie anywhere.
+template <class T>
+inline void prefetch(const T* p, int count) {
+    for (int i = 0; i < count; i += CACHE_LINE / (int)sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
 
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -767,7 +773,8 @@ class Decoder : public Network {
     }
 
     // softmax(q k^T / sqrt(D)) v of one token, for the heads that share key/value head g; of v the WIDE * 16 features
-    // from `first`.
+    // from `first`. Meanwhile the next head's keys and values come in from memory: these streams are too short for the
+    // processor to foresee.
     template <int WIDE>
     void attend_wide(int t, int l, int slot, int position, int r, int g, int first = 0) {
         const T *key = at(keys, l, slot, g), *value = at(values, l, slot, g) + first;
@@ -777,9 +784,11 @@ class Decoder : public Network {
             float share = 1.0f / weigh(qkv(r) + h * s.D, key, length, p);
             Vec acc[2][WIDE] = {};
             int j = 0;
-            for (; j + 2 <= length; j += 2)
+            for (; j + 2 <= length; j += 2) {
+                prefetch(value + head_cache + (size_t)j * s.D, 2 * WIDE * LANES);
                 for (int i = 0; i < 2; i++)
                     for (int w = 0; w < WIDE; w++) acc[i][w] += load(value + (size_t)(j + i) * s.D + w * LANES) * p[j + i];
+            }
             for (; j < length; j++)
                 for (int w = 0; w < WIDE; w++) acc[0][w] += load(value + (size_t)j * s.D + w * LANES) * p[j];
             for (int w = 0; w < WIDE; w++) store(attended(r) + h * s.D + first + w * LANES, (acc[0][w] + acc[1][w]) * share);
@@ -791,6 +800,7 @@ class Decoder : public Network {
         float scale = 1.0f / std::sqrt((float)s.D);
         Vec most = all(-INFINITY);
         for (int j = 0; j < length; j += LANES, key += s.D * LANES) {
+            prefetch(key + head_cache, s.D * LANES);
             Vec acc[4] = {};
             for (int d = 0; d < s.D; d += 4)
                 for (int i = 0; i < 4; i++) acc[i] += load(key + (d + i) * LANES) * q[d + i];
