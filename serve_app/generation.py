@@ -8,6 +8,7 @@ time is up, all sequences of the order are aborted.
 
 import asyncio
 import json
+import math
 import secrets
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -53,6 +54,8 @@ class Order:
     """What the route calls `params.max_new_tokens`."""
     default_length: bool = False
     """The client named no length: where it is more than the service allows, it is shortened and not refused."""
+    stream: bool = False
+    """The client wants the text as it comes."""
 
 
 @dataclass
@@ -93,6 +96,7 @@ class Generation:
     def submit(self, state: AppState) -> None:
         """Hands all sequences to the engine. Raises ConfigError, QueueFull or EngineError, as the engine does."""
         order, served = self.order, self.served
+        interval = state.settings.stream_interval_ms / 1e3 if order.stream else math.inf
         for index in range(self.size):
             i, j = divmod(index, order.n)
             request = Request(
@@ -101,7 +105,7 @@ class Generation:
                 params=replace(order.params, seed=choice_seed(self.seed, j)),
                 prompt_logprobs=order.echo and order.params.logprobs is not None,
             )
-            self._streams.append(served.engine.generate(request))
+            self._streams.append(served.engine.generate(request, interval))
             self._timers.append(state.metrics.sequence(served.name, served.version))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:

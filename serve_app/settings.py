@@ -74,6 +74,9 @@ class ServeSettings:
     request_timeout_s: float = setting(
         300.0, "Longest time that a request may take, its wait and its stream included.", "seconds"
     )
+    stream_interval_ms: float = setting(
+        40.0, "Least time between two pieces of a streamed text, after the first; 0: a piece for each token.", "ms"
+    )
     # Engine
     slots: int = setting(0, "Sequences that a model decodes together; 0: as many as memory allows.", "sequences")
     max_queue: int = setting(

@@ -25,6 +25,8 @@
 #include <vector>
 
 #ifdef __linux__
+#include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -284,10 +286,18 @@ void multiply(const Matrix<T>& m, int p, const T* a, int stride, int rows, float
 // A fixed team. run(f) calls f(thread) on every member, the caller among them; barrier() holds until all are there.
 // Between runs the members sleep; within one they spin first, since a pass has some hundred barriers. Work between two
 // barriers is taken in portions, so that a member whose core something else needs holds up one portion, not its half.
+// A team as large as the machine gets a core each: else two may share one for milliseconds, and wait for each other.
 class Team {
   public:
     explicit Team(int size) : size(size) {
         for (int t = 1; t < size; t++) members.emplace_back([this, t] { serve(t); });
+#ifdef __linux__
+        cpu_set_t present;
+        if (size == 1 || sched_getaffinity(0, sizeof present, &present) || CPU_COUNT(&present) != size) return;
+        for (int core = 0; core < CPU_SETSIZE; core++)
+            if (CPU_ISSET(core, &present)) cores.push_back(core);
+        for (int t = 1; t < size; t++) stay_on(cores[t], members[t - 1].native_handle());
+#endif
     }
 
     ~Team() {
@@ -308,8 +318,18 @@ class Team {
             round++;
         }
         wake.notify_all();
+#ifdef __linux__
+        cpu_set_t before;  // the caller's thread is ours for this run only
+        if (!cores.empty()) {
+            pthread_getaffinity_np(pthread_self(), sizeof before, &before);
+            stay_on(cores[0], pthread_self());
+        }
+#endif
         work(context, 0);
         barrier();
+#ifdef __linux__
+        if (!cores.empty()) pthread_setaffinity_np(pthread_self(), sizeof before, &before);
+#endif
     }
 
     void barrier() {
@@ -349,7 +369,16 @@ class Team {
     const int size;
 
   private:
-    static constexpr int SPINS = 4000;  // some hundred microseconds: portions end nearly together
+    static constexpr int SPINS = 20000;  // about a millisecond: to be woken takes long, on a virtual machine above all
+
+#ifdef __linux__
+    static void stay_on(int core, pthread_t thread) {
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(core, &own);
+        pthread_setaffinity_np(thread, sizeof own, &own);
+    }
+#endif
 
     void serve(int t) {
         uint64_t seen = 0;
@@ -366,6 +395,7 @@ class Team {
     }
 
     std::vector<std::thread> members;
+    std::vector<int> cores;  // each member's, or none
     std::mutex mutex;
     std::condition_variable wake, passed;
     uint64_t round = 0;

@@ -1,8 +1,10 @@
 """The engine's hot path on a CPU: builds native.cpp once for this machine, packs a model's weights, runs it.
 
-In: a `GPT` in fp32, chunks of tokens. Out: logits, and tokens drawn from them. The kernel needs a C++ compiler (`$CXX`, c++, g++ or clang++) the
-first time; what it builds is kept under `home()`/.cache/native, named by source, compiler and processor. Where that
-cannot be done, `NativeUnavailable` says why, and the engine runs on torch instead.
+In: a `GPT` in fp32, chunks of tokens. Out: logits, and tokens drawn from them.
+
+The kernel needs a C++ compiler (`$CXX`, c++, g++ or clang++) the first time; what it builds is kept under
+`home()`/.cache/native, named by source, compiler and processor. Where that cannot be done, `NativeUnavailable` says
+why, and the engine runs on torch instead.
 
 A token's logits depend on its prefix alone, bit for bit, however it was batched or chunked (native.cpp has the how).
 """

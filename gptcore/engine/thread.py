@@ -8,6 +8,7 @@ never waits for a reader: what a slow one has not fetched yet is merged into one
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -59,18 +60,24 @@ def merge(updates: list[Update]) -> Update:
 
 
 class Mailbox:
-    """What has come for one request and was not fetched yet. Belongs to the event loop's thread."""
+    """What has come for one request and was not fetched yet. Belongs to the event loop's thread.
 
-    def __init__(self, request: Request) -> None:
+    The reader is woken for the first update and for the last, and for others not before `interval` seconds have gone
+    by since it was there: what came meanwhile waits for the next.
+    """
+
+    def __init__(self, request: Request, interval: float) -> None:
         self.latest = Update(request.request_id, "", (), (), None, len(request.prompt), 0, 0)
         self.arrived = asyncio.Event()
         self._pending: list[Update] = []
+        self._interval, self._due = interval, 0.0
 
     def put(self, update: Update) -> None:
         """Adds an update."""
         self.latest = update
         self._pending.append(update)
-        self.arrived.set()
+        if update.finish_reason is not None or time.monotonic() >= self._due:
+            self.arrived.set()
 
     def fail(self) -> None:
         """Adds a last update, which says that the engine died."""
@@ -84,6 +91,7 @@ class Mailbox:
         """What has come since the last call, as one update. There must be something."""
         update = merge(self._pending)
         self._pending = []
+        self._due = time.monotonic() + self._interval
         self.arrived.clear()
         return update
 
@@ -170,8 +178,8 @@ class AsyncEngine:
         """Counts as of now, without requests still on their way to the thread."""
         return self.engine.stats()
 
-    def generate(self, request: Request) -> Stream:
-        """Submits `request`, at once, and returns the stream of its updates.
+    def generate(self, request: Request, interval: float = 0.0) -> Stream:
+        """Submits `request`, at once, and returns the stream of its updates, `interval` seconds apart or more.
 
         Raises ConfigError for a request that does not fit the model, QueueFull if as many are open as may be, and
         EngineError if the engine has died or is closing. If it dies later, the last update's finish reason is "error".
@@ -186,7 +194,7 @@ class AsyncEngine:
         room = engine.info.slots + engine.settings.max_queue
         if len(self._open) >= room:
             raise QueueFull(f"{len(self._open)} requests are open, and no more than {room} may be. Try again later")
-        mailbox = self._open[request.request_id] = Mailbox(request)
+        mailbox = self._open[request.request_id] = Mailbox(request, interval)
         self._inbox.put(Submit(request))
         return Stream(request.request_id, mailbox, self._inbox.put)
 

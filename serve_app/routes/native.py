@@ -33,6 +33,7 @@ def router(state: AppState) -> APIRouter:
             n=body.n,
             echo=body.echo,
             default_length="max_new_tokens" not in body.model_fields_set,
+            stream=body.stream,
         )
         write = as_events(NativeEvents) if body.stream else as_json(_reply)
         return Answer(generating(state, request.state.request_id, order), write)

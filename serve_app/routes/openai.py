@@ -42,6 +42,7 @@ def router(state: AppState) -> APIRouter:
             prompt_only=body.max_tokens == 0,
             length_field="max_tokens",
             default_length="max_tokens" not in body.model_fields_set,
+            stream=body.stream,
         )
         usage = body.stream_options is not None and body.stream_options.include_usage
         write = as_events(lambda generation: CompletionEvents(generation, usage)) if body.stream else as_json(_reply)

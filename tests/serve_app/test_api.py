@@ -242,7 +242,7 @@ def test_a_fault_in_midstream_ends_the_stream_with_an_error_event(
         reply = client.post("/generate", json={**BODY, "stream": True})
     assert reply.status_code == 200
     *texts, last = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
-    assert len(texts) > 1
+    assert texts
     assert json.loads(last)["error"]["code"] == "internal"
     fault, access = lines
     assert "ZeroDivisionError" in fault["exception"]

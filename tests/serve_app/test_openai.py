@@ -1,6 +1,7 @@
 """The official `openai` client against the real service: what OpenAI's API promises, kept or refused by name."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from openai.types import Completion
 
+from gptcore.engine import Update
 from gptcore.package import Package
 from serve_app.settings import ServeSettings
 from tests.serve_app.running import Running, eventually, running
@@ -299,9 +301,19 @@ def test_an_engine_that_dies_in_midstream_is_an_error_and_not_an_end(package: Pa
         running(ServeSettings(models=(f"tiny={package.path}",))) as service,
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0) as client,
     ):
+        engine, steps, seen = service.engine.engine, iter(range(5)), threading.Event()
+        step = engine.step
+
+        def few_steps() -> list[Update]:
+            if next(steps, None) is not None:
+                return step()
+            assert seen.wait(60)
+            raise ZeroDivisionError
+
+        engine.step = few_steps  # type: ignore[method-assign]
         events = iter(client.completions.create(**{**FIXED, "max_tokens": 100}, prompt=PROMPT, stream=True))
         next(events)
-        service.engine.engine.step = lambda: 1 // 0  # type: ignore[method-assign,assignment,return-value]
+        seen.set()
         with pytest.raises(openai.APIError, match="engine"):
             list(events)
         with pytest.raises(openai.InternalServerError) as caught:

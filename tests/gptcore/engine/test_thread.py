@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -112,6 +113,26 @@ def test_a_slow_reader_gets_all_of_it_in_one_piece(make_engine: MakeEngine) -> N
             assert (update.text, update.finish_reason) == ("one, two, three", "stop")
             assert bytes(update.token_ids[:-1]) == b"one, two, three"
             assert [entry.token_id for entry in update.logprobs] == list(update.token_ids)
+
+    within(test())
+
+
+def test_between_the_first_update_and_the_last_a_reader_is_woken_no_sooner_than_it_asked(
+    make_engine: MakeEngine,
+) -> None:
+    async def test() -> None:
+        runner = GatedRunner(b"one, two, three")
+        async with started(make_engine(runner)) as engine:
+            stream = engine.generate(request(logprobs=0), interval=math.inf)
+            runner.let(1)
+            first = await anext(stream)
+            assert (first.text, first.finish_reason) == ("o", None)
+            runner.let()
+            (rest,) = [update async for update in stream]
+            assert (rest.text, rest.finish_reason, rest.generated_tokens) == ("ne, two, three", "stop", 16)
+            assert len(rest.logprobs) == 15
+            stream = engine.generate(request("two"), interval=1e-9)
+            assert (await read(stream)).text == "one, two, three"
 
     within(test())
 
