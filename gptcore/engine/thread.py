@@ -7,6 +7,7 @@ never waits for a reader: what a slow one has not fetched yet is merged into one
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -62,8 +63,8 @@ def merge(updates: list[Update]) -> Update:
 class Mailbox:
     """What has come for one request and was not fetched yet. Belongs to the event loop's thread.
 
-    The reader is woken for the first update and for the last, and for others not before `interval` seconds have gone
-    by since it was there: what came meanwhile waits for the next.
+    The reader is woken for the first update and for the last, and for the others `interval` seconds after it was there
+    last or, if none has come by then, for the next.
     """
 
     def __init__(self, request: Request, interval: float) -> None:
@@ -71,13 +72,17 @@ class Mailbox:
         self.arrived = asyncio.Event()
         self._pending: list[Update] = []
         self._interval, self._due = interval, 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, update: Update) -> None:
         """Adds an update."""
         self.latest = update
         self._pending.append(update)
-        if update.finish_reason is not None or time.monotonic() >= self._due:
+        wait = self._due - time.monotonic()
+        if update.finish_reason is not None or wait <= 0:
             self.arrived.set()
+        elif self._timer is None and wait < math.inf:
+            self._timer = asyncio.get_running_loop().call_later(wait, self.arrived.set)
 
     def fail(self) -> None:
         """Adds a last update, which says that the engine died."""
@@ -93,6 +98,9 @@ class Mailbox:
         self._pending = []
         self._due = time.monotonic() + self._interval
         self.arrived.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         return update
 
 

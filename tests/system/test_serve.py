@@ -59,13 +59,13 @@ def test_the_champion_answers_with_its_name_and_version(service: Service, regist
 
 
 def test_a_stream_comes_as_it_is_computed(service: Service):
-    body = BODY | {"stream": True, "max_new_tokens": 100}
+    body = BODY | {"stream": True, "max_new_tokens": 1000}
     request = urllib.request.Request(f"{service.url}/generate", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=60) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert answer.headers["x-model-version"].startswith("served/")
         times = [time.monotonic() for line in answer if line.startswith(b"data:")]
-    assert len(times) > 20
+    assert len(times) > 5
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert max(gaps) < (times[-1] - times[0]) / 2  # no single burst at the end
 
@@ -179,7 +179,7 @@ def test_a_broken_version_under_load_is_refused_and_reported_and_fails_no_reques
 @pytest.mark.slow
 def test_replicas_rise_under_load_and_fall_after_it_with_no_failed_request(service: Service):
     assert len(service.replicas()) == 1
-    with Load(service, clients=8, body=BODY | {"max_new_tokens": 24}) as load:
+    with Load(service, clients=8, body=BODY | {"max_new_tokens": 200}) as load:
         await_that(lambda: len(service.replicas()) > 1, 60, "replicas rise")
         answered = load.answered()
         await_that(lambda: load.answered() > answered + 50, 120, "requests are answered while there are more")
