@@ -50,10 +50,34 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams]:
     parser.add_argument(
         "--top-p", type=float, default=default.top_p, metavar="P", help="of the likeliest that hold P; 1: all"
     )
+    parser.add_argument(
+        "--min-p", type=float, default=default.min_p, metavar="P", help="P times as likely as the likeliest; 0: all"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=default.repetition_penalty,
+        metavar="R",
+        help="above 1: less so; 1: off",
+    )
+    for name in ("presence", "frequency"):
+        parser.add_argument(f"--{name}-penalty", type=float, default=0.0, metavar="P", help="-2 to 2; 0: off")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends before it; may be repeated")
     parser.add_argument("--seed", type=int, help="the same seed and prompt give the same text")
     a = parser.parse_args(argv)
-    temperature = 0.0 if a.greedy else a.temperature
-    return a.model, a.prompt, SamplingParams(a.max_new_tokens, temperature, a.top_k, a.top_p, a.seed)
+    params = SamplingParams(
+        a.max_new_tokens,
+        0.0 if a.greedy else a.temperature,
+        a.top_k,
+        a.top_p,
+        a.seed,
+        a.min_p,
+        a.repetition_penalty,
+        a.presence_penalty,
+        a.frequency_penalty,
+        tuple(a.stop),
+    )
+    return a.model, a.prompt, params
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -151,6 +151,7 @@ class Model:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
         self._put(None)
+        self._tried_at, self.error = math.inf, "the service is closing"  # so a late request loads nothing again
         await self.left()
 
     async def _refresh(self) -> None:

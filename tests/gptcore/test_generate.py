@@ -29,6 +29,10 @@ def test_every_flag_reaches_the_sampler(package: Package, capsys: Capture) -> No
     params = SamplingParams(max_new_tokens=9, temperature=0.6, top_k=30, top_p=0.9, seed=8)
     model = package.load_model()
     assert capsys.readouterr().out == "ab" + generate_text(model, package.tokenizer, "ab", params) + "\n"
+    flags = ["--max-new-tokens=40", "--seed=8", "--min-p=0.01", "--repetition-penalty=1.2", "--presence-penalty=0.5"]
+    assert main([str(package.path), "--prompt=ab", *flags, "--frequency-penalty=-0.5", "--stop=e", "--stop=\n"]) == 0
+    params = SamplingParams(40, 1.0, 0, 1.0, 8, 0.01, 1.2, 0.5, -0.5, ("e", "\n"))
+    assert capsys.readouterr().out == "ab" + generate_text(model, package.tokenizer, "ab", params) + "\n"
     assert main([str(package.path), "--prompt", "ab", "--max-new-tokens", "9", "--greedy"]) == 0
     greedy = SamplingParams(max_new_tokens=9, temperature=0)
     assert capsys.readouterr().out == "ab" + generate_text(model, package.tokenizer, "ab", greedy) + "\n"

@@ -425,6 +425,9 @@ async def test_closing_lets_requests_finish(package: Package):
     await models.close()
     assert await request == expected
     assert models.loaded() == []
+    with pytest.raises(ApiError, match="the service is closing"):
+        await ask(models)
+    assert models.loaded() == []
 
 
 async def test_the_watch_follows_by_itself(registry: TestRegistry):

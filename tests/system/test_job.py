@@ -162,6 +162,7 @@ def test_a_run_stopped_before_its_first_step_is_marked_killed_and_can_begin_agai
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_while_it_registers_is_finished_by_a_resume_with_one_version(
     launch: Launch, undisturbed: Job, number: signal.Signals
@@ -193,6 +194,7 @@ def test_a_resume_that_adds_no_step_adds_no_version(launch: Launch, undisturbed:
     assert "is finished" in output, output
 
 
+@pytest.mark.slow
 def test_a_run_can_keep_its_checkpoints_behind_a_url(launch: Launch, undisturbed: Job, tmp_path: Path) -> None:
     store = tmp_path / "store"
     job = launch("behind-a-url", "--max-steps=20", "--schedule=linear", f"--storage-path={store.as_uri()}")
@@ -253,6 +255,7 @@ def test_ray_job_stop_leaves_a_checkpoint_and_a_killed_run(cluster: Cluster, tex
     assert state["step"] == last["metrics"]["step"] > 20
 
 
+@pytest.mark.slow
 def test_an_elastic_run_uses_what_there_is_and_takes_the_same_steps(launch: Launch, undisturbed: Job) -> None:
     job = launch("elastic", "--num-workers=1:2")
     code, output = job.finish()
@@ -260,6 +263,7 @@ def test_an_elastic_run_uses_what_there_is_and_takes_the_same_steps(launch: Laun
     assert points(job, "val/loss")[-1][1] == pytest.approx(points(undisturbed, "val/loss")[-1][1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_champion_and_records_its_parent(
     launch: Launch, undisturbed: Job, text_file: Path
 ) -> None:
@@ -326,6 +330,7 @@ class TrackingServer:
         raise AssertionError("the tracking server does not start")
 
 
+@pytest.mark.slow
 def test_a_tracking_server_that_is_away_for_a_while_costs_no_step_and_no_point(launch: Launch, tmp_path: Path) -> None:
     server = TrackingServer(tmp_path)
     server.start()
