@@ -99,7 +99,7 @@ def is_ready(url: str) -> bool:
 def ask(url: str) -> None:
     """Streams one answer to the terminal, and says which model gave it."""
     request = urllib.request.Request(f"{url}/generate", json.dumps(REQUEST).encode())
-    begun, events = time.monotonic(), 0
+    begun, tokens = time.monotonic(), 0
     with urllib.request.urlopen(request, timeout=60) as answer:
         version = answer.headers["x-model-version"]
         print(f"answer    POST {url}/generate, from {version}\n\n{PROMPT}", end="", flush=True)
@@ -110,8 +110,8 @@ def ask(url: str) -> None:
             event = json.loads(data)
             for choice in event.get("choices", []):
                 print(choice["text"], end="", flush=True)
-            events = event.get("usage", {}).get("completion_tokens", events)
-    print(f"\n\n          {events} tokens in {time.monotonic() - begun:.1f} s")
+            tokens = event.get("usage", {}).get("completion_tokens", tokens)
+    print(f"\n\n          {tokens} tokens in {1000 * (time.monotonic() - begun):.0f} ms")
 
 
 if __name__ == "__main__":
