@@ -40,6 +40,7 @@ TARGETS = {"of_engine": 0.85, "first_token_added_ms": 15.0, "of_naive": 4.0}
 def main(argv: list[str] | None = None) -> int:
     """Prints a table and the JSON line; 1 if a request failed, 2 for bad input."""
     arguments = parse(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is stopped
     try:
         with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
             report = measure(arguments, Path(scratch))
@@ -58,8 +59,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="everyone's precision")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128, help="mean length of an answer")
-    parser.add_argument("--requests", type=int, default=3, help="requests of a stream in a turn, one after the other")
-    parser.add_argument("--turns", type=int, default=5, help="rounds that count; one more warms up")
+    parser.add_argument("--requests", type=int, default=1, help="requests of a stream in a turn, one after the other")
+    parser.add_argument("--turns", type=int, default=3, help="rounds that count; one more warms up")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of every contestant")
     parser.add_argument("--no-naive", action="store_true", help="leave the app around transformers out")
     return parser.parse_args(argv)

@@ -120,7 +120,7 @@ class NativeRunner:
         return logits[:, : self.vocab_size]
 
     def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        """As `gptcore.sampling.next_tokens` has it, by the kernel: a tenth of a millisecond or so for each row."""
+        """As `gptcore.sampling.next_tokens` has it, by the kernel."""
         draws, tokens = (_Draw * len(rows))(), (ctypes.c_int32 * len(rows))()
         ids: list[int] = []
         values: list[float] = []
