@@ -22,6 +22,7 @@ from ray.serve.schema import LoggingConfig
 
 from gptcore.errors import ConfigError
 from gptcore.home import home
+from serve_app import haproxy
 from serve_app.api import create_api
 from serve_app.errors import RETRY_AFTER_SECONDS
 from serve_app.metrics import METRICS, Metric, Metrics
@@ -102,6 +103,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         raise click.ClickException(str(error)) from error
     command = click.get_current_context(silent=True)
     if command and command.info_name == "run":
+        haproxy.prefer()
         _listen(settings, command.params)
     return build(settings)
 

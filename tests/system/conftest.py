@@ -38,8 +38,15 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Ray as it comes."""
+    with started(tmp_path_factory.mktemp("home")) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def started(home: Path, **env: str) -> Iterator[Cluster]:
     """Four CPUs' worth of Ray, started as the README says and stopped by its process id."""
-    home, port, dashboard = tmp_path_factory.mktemp("home"), free_port(), free_port()
+    port, dashboard = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:  # socket paths are short
         head = subprocess.Popen(
             [
@@ -56,7 +63,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 "--disable-usage-stats",
             ],
             cwd=ROOT,
-            env=environment(home, RAY_JOB_STOP_WAIT_TIME_S="60"),  # as the README advises
+            env=environment(home, RAY_JOB_STOP_WAIT_TIME_S="60", **env),  # as the README advises
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -71,11 +78,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         else:
             raise AssertionError(f"Ray did not start:\n{''.join(said)}")
         yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", home)
-        started = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-        for process in started:
+        family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(started, timeout=10)
+        psutil.wait_procs(family, timeout=10)
         head.wait()
 
 

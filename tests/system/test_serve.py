@@ -1,5 +1,6 @@
 """Claims about the service as Ray Serve runs it: one service on one cluster, and clients over HTTP.
 
+They hold behind either front that Ray has: HAProxy, which `serve run` prefers, and Ray's own proxy.
 Versions are published by the training job's own registry code, into the embedded MLflow that the replicas watch.
 """
 
@@ -16,9 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
+from serve_app import haproxy
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
-from tests.system.conftest import Cluster, environment, free_port
-from tests.system.serving import BODY, QUICK, Load, Service, await_that, said, served
+from tests.system.conftest import Cluster, environment, free_port, started
+from tests.system.serving import BODY, QUICK, Load, Service, await_that, family, said, served
 
 __all__ = ["make_package"]  # a fixture, used here too
 
@@ -27,6 +29,16 @@ LONG = BODY | {"max_new_tokens": 8000}
 """More than there is time for."""
 SHAPE = {"hidden_size": 128, "num_layers": 4, "context_length": 8192}
 FIRST_TOKEN = "gpt_time_to_first_token_seconds_bucket{"
+
+
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("proxy", marks=pytest.mark.slow)])
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster of this module's own."""
+    env: dict[str, str] = {}
+    if request.param == "haproxy":
+        haproxy.prefer(env)
+    with started(tmp_path_factory.mktemp("home"), **env) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +58,11 @@ def service(cluster: Cluster, registry: TestRegistry) -> Iterator[Service]:
     settings |= {"max_replicas": 3, "target_ongoing_requests": 2, "upscale_delay_s": 1, "downscale_delay_s": 3}
     with served(cluster, "serve_app:build_app", *said(**settings), port=port) as running:
         yield running
+
+
+def test_the_front_is_the_one_that_was_asked_for(service: Service, request: pytest.FixtureRequest):
+    names = {process.name() for process in family(service.cluster)}
+    assert ("haproxy" in names) == (request.node.callspec.params["cluster"] == "haproxy")
 
 
 def test_the_champion_answers_with_its_name_and_version(service: Service, registry: TestRegistry):
@@ -178,7 +195,7 @@ def test_a_broken_version_under_load_is_refused_and_reported_and_fails_no_reques
 
 @pytest.mark.slow
 def test_replicas_rise_under_load_and_fall_after_it_with_no_failed_request(service: Service):
-    assert len(service.replicas()) == 1
+    await_that(lambda: len(service.replicas()) == 1, 90, "what earlier load raised has fallen")
     with Load(service, clients=8, body=BODY | {"max_new_tokens": 200}) as load:
         await_that(lambda: len(service.replicas()) > 1, 60, "replicas rise")
         answered = load.answered()
