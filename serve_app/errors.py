@@ -189,10 +189,13 @@ def _describe(fault: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str 
     if param is None:
         return f"expected a JSON object as the body: {_lower(fault['msg'])}", None, "invalid_json"
     if fault["type"] == "extra_forbidden":
-        return f"there is no field {_shown(param)}.{did_you_mean(param, known)}", param, "unknown_parameter"
-    if fault["type"] == "missing":
-        return f"{param} is missing", param, "missing_required_parameter"
+        inner, near = str(place[-1])[:SHOWN_VALUE], did_you_mean(param, known) if len(place) == 2 else ""
+        within = f" in {param}" if len(place) > 2 else ""
+        return f"there is no field {_shown(inner)}{within}.{near}", param, "unknown_parameter"
     name = param + "".join(f"[{part}]" for part in place[2:] if isinstance(part, int))
+    if fault["type"] == "missing":
+        within = f" in {name}" if len(place) > 2 else ""
+        return f"{place[-1]} is missing{within}", param, "missing_required_parameter"
     return f"{name} is {_shown(fault.get('input'))}: {_lower(fault['msg'])}", param, "invalid_value"
 
 

@@ -159,7 +159,7 @@ class Model:
             if self.alias is None:
                 if self.current is None:
                     await self._take_first([PINNED])
-                    self._report(self._problem(PINNED))
+                    self._report(self._reason(PINNED))
                 return
             version = await asyncio.to_thread(self._registry.version, *self.alias)
             self.registry_away = False
@@ -172,11 +172,11 @@ class Model:
                 if self.current is None:  # then what was champion before it, as the other replicas still serve
                     earlier = await asyncio.to_thread(self._registry.earlier_champions, self.alias[0], version)
                     await self._take_first(earlier)
-                self._report(self._problem(version))
+                self._report(self._reason(version))
             elif version != self.current.served.version:
-                if not self._problem(version):
+                if self._may_try(version):
                     await self._follow(version)
-                self._report(self._problem(version))
+                self._report(self._reason(version))
             else:
                 self._report(None)
         except Exception as error:  # of the registry; whatever it is, what is loaded serves on
@@ -188,7 +188,7 @@ class Model:
     async def _take_first(self, versions: list[str]) -> None:
         """Loads the first of `versions` that can be loaded."""
         for version in versions:
-            if not self._problem(version) and (served := await self._start(version)):
+            if self._may_try(version) and (served := await self._start(version)):
                 self._put(served)
                 return
 
@@ -218,10 +218,15 @@ class Model:
         log.info("%s is ready", served.label, extra={"source": served.source, "runner": served.engine.info.runner})
         return served
 
-    def _problem(self, version: str) -> str | None:
-        """Why `version` is not to be tried now; None if it may be."""
+    def _may_try(self, version: str) -> bool:
+        """Whether `version` was not refused, or long enough ago."""
         known = self.refused.get(version)
-        if known is None or not known.stands:
+        return known is None or not known.stands
+
+    def _reason(self, version: str) -> str | None:
+        """Why `version` was refused, if it was, even if it may be tried again."""
+        known = self.refused.get(version)
+        if known is None:
             return None
         return f"version {version} was refused: {known.reason}" if version else known.reason
 

@@ -204,6 +204,9 @@ def test_after_bad_bodies_the_replica_says_what_it_said_before(client: httpx2.Cl
 def test_a_near_miss_is_suggested(client: httpx2.Client) -> None:
     error = error_of(client.post("/generate", json={**BODY, "temprature": 1}), 400)
     assert error["message"] == "there is no field \"temprature\". Did you mean 'temperature'?"
+    body = {"model": "gpt", "prompt": "a", "stream": True, "stream_options": {"include": True}}
+    error = error_of(client.post("/v1/completions", json=body), 400)
+    assert error["message"] == 'there is no field "include" in stream_options.'
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,23 @@ async def test_a_replica_that_starts_on_a_broken_champion_takes_the_one_before(r
         assert (await ask(models))[0] == f"heir@champion v{first}"
 
 
+async def test_a_refused_version_that_may_be_tried_again_is_reported_while_another_serves(registry: TestRegistry):
+    first, second = registry.publish("flaky", seed=1), registry.publish("flaky", seed=2)
+
+    seen: list[bytes] = []
+
+    def make(package: Package, settings: EngineSettings) -> Engine:
+        seen.append((package.path / "model.safetensors").read_bytes())
+        if seen[-1] == seen[0]:  # the champion's, which is tried first
+            raise MemoryError("not now")
+        return Engine(package, settings)
+
+    told = settings(registry.uri, model="models:/flaky@champion", poll_seconds=0.02)  # less than a load takes
+    async with running(told, make_engine=make) as models:
+        assert status(models, "flaky").version == first
+        assert status(models, "flaky").error == f"version {second} was refused: MemoryError: not now"
+
+
 async def test_a_service_without_a_champion_waits_for_one(registry: TestRegistry):
     registry.publish("awaited", promote="never")
     async with running(settings(registry.uri, model="models:/awaited@champion")) as models:
