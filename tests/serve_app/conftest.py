@@ -98,14 +98,14 @@ def registry(tmp_path_factory: pytest.TempPathFactory, make_package: MakePackage
 
 
 @contextmanager
-def registry_in(home: Path, make_package: MakePackage) -> Iterator[TestRegistry]:
-    """The embedded registry of this home; what MLflow changes in the process is undone at the end."""
+def registry_in(home: Path, make_package: MakePackage, uri: str = "") -> Iterator[TestRegistry]:
+    """The registry at `uri`, or the embedded one of this home. What MLflow changes in the process is undone."""
     import mlflow
 
     names = ("GPT_FOUNDRY_HOME", "MLFLOW_TRACKING_URI")
     before = {name: os.environ.pop(name, None) for name in names}
-    (home / "mlflow").mkdir(exist_ok=True)
-    yield TestRegistry(home, f"sqlite:///{home}/mlflow/mlflow.db", make_package)
+    (home / "mlflow").mkdir(parents=True, exist_ok=True)
+    yield TestRegistry(home, uri or f"sqlite:///{home}/mlflow/mlflow.db", make_package)
     mlflow.set_tracking_uri(None)
     for name, value in before.items():
         os.environ.pop(name, None)

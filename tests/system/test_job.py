@@ -1,12 +1,9 @@
 """The job as a user runs it: a real cluster, real processes, a real registry."""
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment, free_port
+from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment
+from tests.system.tracking import TrackingServer
 from train_job.worker import UNJUDGED
 
 Launch = Callable[..., Job]
@@ -297,37 +295,6 @@ def test_a_damaged_checkpoint_is_refused_by_name(launch: Launch, undisturbed: Jo
     code, output = again.finish()
     assert code == 2, output
     assert "model.safetensors is missing, cut short or altered" in output
-
-
-class TrackingServer:
-    """A real `mlflow server` that can be killed and started again on the same port."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        store = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", "artifacts"]
-        command = [BIN / "mlflow", "server", "--host=127.0.0.1", f"--port={self.port}", "--workers=1", *store]
-        env, quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, subprocess.DEVNULL
-        self.process = subprocess.Popen(
-            command, cwd=self.folder, env=env, stdout=quiet, stderr=quiet, start_new_session=True
-        )
-
-    def kill(self) -> None:
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def await_answer(self) -> None:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                return
-            assert self.process
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.1)
-        raise AssertionError("the tracking server does not start")
 
 
 @pytest.mark.slow

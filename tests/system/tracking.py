@@ -1,0 +1,41 @@
+"""MLflow's server as a process of its own, for tests on real clusters."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import urllib.request
+from pathlib import Path
+
+from tests.system.conftest import BIN, free_port
+
+
+class TrackingServer:
+    """A real `mlflow server` that can be killed and started again on the same port."""
+
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        self.folder, self.address, self.port = folder, address, free_port()
+        self.uri = f"http://{address}:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        store = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", "artifacts"]
+        command = [BIN / "mlflow", "server", f"--host={self.address}", f"--port={self.port}", "--workers=1", *store]
+        env, quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, env=env, stdout=quiet, stderr=quiet, start_new_session=True
+        )
+
+    def kill(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def await_answer(self) -> None:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                return
+            assert self.process
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
+        raise AssertionError("the tracking server does not start")
