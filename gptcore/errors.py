@@ -20,6 +20,10 @@ class ConfigError(FoundryError):
         self.param = param
 
 
+class NoMemory(ConfigError):
+    """A setting that asks for more memory than is free now; it may fit once others have given theirs back."""
+
+
 class TokenizerError(FoundryError):
     """A tokenizer that cannot be found, read or learned."""
 

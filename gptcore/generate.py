@@ -7,6 +7,7 @@ one line on stderr and exit code 2.
 """
 
 import argparse
+import io
 import re
 import signal
 import sys
@@ -89,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows the rest
     try:
         sys.stdout.write(prompt.encode(errors="replace").decode())
         for piece in pieces:

@@ -1,19 +1,28 @@
-"""A model's name to the folder of its package: a path, MLflow's models:/… or runs:/…, or Hugging Face's hf:org/name.
+"""A model's name to the folder of its package: a path, a URL, MLflow's models:/… or runs:/…, or hf:org/name.
 
-MLflow and the hub's client are imported only when such a name is asked for. What comes out is a folder for
+MLflow, Hugging Face's client and fsspec are imported only when such a name is asked for. What comes out is a folder for
 `gptcore.package.open_package`; what others keep in the registry is fetched, never unpickled.
 """
 
+import hashlib
+import http.client
 import os
+import re
+import shutil
 import urllib.error
 import urllib.request
-from pathlib import Path
+import uuid
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptcore.errors import HubError, did_you_mean
 from gptcore.home import home
 
-KINDS = "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model or hf:ORG/NAME"
+KINDS = (
+    "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, hf:ORG/NAME or a URL such as "
+    "s3://BUCKET/FOLDER"
+)
 PACKAGE_FILES = ["*.json", "*.safetensors", "merges.txt"]
 SERVER_SECONDS = 5
 
@@ -22,13 +31,15 @@ def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None
     """The package folder that `name` stands for; it is not opened here.
 
     `tracking_uri` is where models:/ and runs:/ are looked up: by default $MLFLOW_TRACKING_URI, else the embedded
-    database. What a tracking server sends goes `into` that folder, by default a temporary one that stays. Raises
-    HubError if the name leads nowhere.
+    database. What is fetched goes `into` that folder; by default what a tracking server sends goes to a temporary one
+    that stays, and what a URL leads to is kept in the cache. Raises HubError if the name leads nowhere.
     """
     if name.startswith(("models:/", "runs:/")):
         return _package_inside(_download(name, tracking_uri or _tracking_uri(), into), name)
     if name.startswith("hf:"):
         return _from_hugging_face(name.removeprefix("hf:"))
+    if "://" in name:
+        return _fetch(name, into or home() / ".cache" / "packages")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _package_inside(folder.absolute(), name)
@@ -69,6 +80,11 @@ def _download(name: str, tracking_uri: str, into: Path | None) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(name, dst_path=str(into) if into and remote else None))
     except MlflowException as error:
+        if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise HubError(
+                f"{name!r} is looked up in MLflow, and {without_password(tracking_uri)} does not let this user see "
+                "it; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            ) from error
         raise HubError(f"MLflow knows no model {name!r}: {_reason(error)}{_nearest(name, tracking_uri)}") from error
     except OSError as error:
         raise HubError(f"the files of {name!r} cannot be fetched: {error}") from error
@@ -83,16 +99,22 @@ def _check_reachable(name: str, tracking_uri: str) -> None:
         )
     if not tracking_uri.startswith(("http://", "https://")):
         return
+    shown = without_password(tracking_uri)
     try:
-        urllib.request.urlopen(f"{tracking_uri.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
+        urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
     except urllib.error.HTTPError:
         return  # it answers, so it is there
-    except OSError as error:
-        raise HubError(f"{name!r} is looked up in MLflow, and {tracking_uri} does not answer: {error}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise HubError(f"{name!r} is looked up in MLflow, and {shown} does not answer: {error}") from error
+
+
+def without_password(text: str) -> str:
+    """`text` as it may be shown: no URL in it names a user."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") + "."
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".") + "."
 
 
 def _nearest(name: str, tracking_uri: str) -> str:
@@ -107,6 +129,58 @@ def _nearest(name: str, tracking_uri: str) -> str:
         known += [f"models:/{model.name}@{alias}" for alias in model.aliases]
         known += [f"models:/{model.name}/{version.version}" for version in model.latest_versions]
     return did_you_mean(name, known)
+
+
+# --- Anywhere that fsspec reaches ------------------------------------------------------------------------------
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path there. Raises HubError if there is none of that kind here."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # its client is not installed; nobody knows the scheme
+        raise HubError(f"{url!r} cannot be opened: {_reason(error)}") from error
+    return fs, str(path).rstrip("/")
+
+
+def _fetch(url: str, into: Path) -> Path:
+    """A copy of the package at `url`, in a folder named after what is there now: a changed one is fetched anew.
+
+    Whoever opens it compares each file with the sha256 in its manifest.
+    """
+    fs, path = file_system(url)
+    try:
+        fs.invalidate_cache()
+        listed = sorted(fs.ls(path, detail=True), key=lambda file: str(file["name"]))
+        names = [PurePosixPath(file["name"]).name for file in listed]
+        wanted = [name for name in names if any(fnmatch(name, pattern) for pattern in (*PACKAGE_FILES, "README.md"))]
+        if "config.json" not in wanted:
+            raise FileNotFoundError
+        folder = into / hashlib.sha256(repr((url, listed)).encode()).hexdigest()[:32]
+        if not folder.is_dir():
+            _copy(fs, [f"{path}/{name}" for name in wanted], folder)
+        return folder
+    except FileNotFoundError as error:
+        raise HubError(f"there is no model at {url!r}: it has no config.json; expected {KINDS}") from error
+    except Exception as error:  # each store's client has errors of its own: no network, no key, no right
+        raise HubError(f"the files of {url!r} cannot be fetched: {_reason(error)}") from error
+
+
+def _copy(fs: Any, files: list[str], folder: Path) -> None:
+    """Fetches the files into `folder`, which is there once all of them are."""
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    beside.mkdir(parents=True)
+    try:
+        for file in files:
+            fs.get_file(file, str(beside / PurePosixPath(file).name))
+        beside.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was quicker
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------

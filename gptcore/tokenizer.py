@@ -34,7 +34,9 @@ LEARN_BYTES = 1 << 27
 
 CHUNK_CHARS = 1 << 20
 LONG_SPACE = 100_000
-SPACE_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{LONG_SPACE},}}")
+SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+SPACE_RUN = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONG_SPACE},}}")
+"""Looked for where a run begins and nowhere within: from each place of a shorter one it would take quadratic time."""
 Ranks = dict[bytes, int]
 
 

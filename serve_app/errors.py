@@ -7,7 +7,7 @@ service's. Routes raise `ApiError`; a stream that has begun sends `error_body` a
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -26,6 +26,7 @@ SHOWN_VALUE = 60
 """Characters of an offending value or name that a reply repeats; a megabyte of prompt stays out of it."""
 SHOWN_PATH = 200
 SHOWN_FAULTS = 3
+READ_FAULTS = 16
 
 
 class ApiError(Exception):
@@ -71,6 +72,7 @@ class ErrorBody(BaseModel):
 STATUSES = {
     400: "The request is malformed or a field is unknown, missing or out of range; `param` names it.",
     401: "No API key, or one that is not known.",
+    403: "A browser asks for a page of an origin that the service does not allow.",
     404: "No such model or route.",
     405: "The route exists, this method of it does not.",
     408: "The client took too long to send the body.",
@@ -166,11 +168,12 @@ def _known_fields(request: Request) -> Sequence[str]:
     return list(getattr(model, "model_fields", ()))
 
 
-def _from_validation(faults: Iterable[Mapping[str, Any]], known: Sequence[str] = ()) -> ApiError:
+def _from_validation(faults: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> ApiError:
     """A 400 out of pydantic's list of faults: the first one's field and code, the messages of the first few."""
-    described = [_describe(fault, known) for fault in faults]
+    described = [_describe(fault, known) for fault in faults[:READ_FAULTS]]  # there may be as many as fit in a body
     messages = list(dict.fromkeys(message for message, _, _ in described))
-    more = f" (and {len(messages) - SHOWN_FAULTS} more)" if len(messages) > SHOWN_FAULTS else ""
+    others = len(messages) - SHOWN_FAULTS + len(faults[READ_FAULTS:])
+    more = f" (and {others} more)" if others > 0 else ""
     _, param, code = described[0]
     return ApiError(400, "; ".join(messages[:SHOWN_FAULTS]) + more, param=param, code=code)
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import math
 import secrets
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -29,6 +30,8 @@ from serve_app.metrics import SequenceTimer
 from serve_app.settings import ServeSettings
 from serve_app.state import AppState
 
+MOST_LOGPROBS = 100_000
+"""Log-probabilities in a reply of one piece: some 8 MB of JSON, a second's work."""
 LONG_TEXT = 4096
 """Characters from which a prompt is encoded in a thread: the event loop has other streams to serve meanwhile."""
 SEED_BITS = 32
@@ -93,8 +96,11 @@ class Generation:
         """Name and version of the model that answers, as every reply names it."""
         return f"{self.served.name}/{self.served.version}"
 
-    def submit(self, state: AppState) -> None:
-        """Hands all sequences to the engine. Raises ConfigError, QueueFull or EngineError, as the engine does."""
+    def submit(self, state: AppState, since: float) -> None:
+        """Hands all sequences to the engine; `since` (perf_counter) is when the request came.
+
+        Raises ConfigError, QueueFull or EngineError, as the engine does.
+        """
         order, served = self.order, self.served
         interval = state.settings.stream_interval_ms / 1e3 if order.stream else math.inf
         for index in range(self.size):
@@ -106,7 +112,7 @@ class Generation:
                 prompt_logprobs=order.echo and order.params.logprobs is not None,
             )
             self._streams.append(served.engine.generate(request, interval))
-            self._timers.append(state.metrics.sequence(served.name, served.version))
+            self._timers.append(state.metrics.sequence(served.name, served.version, since))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
         """The updates as they come, until every sequence has ended; the prompt leads the text if it is echoed.
@@ -195,13 +201,14 @@ async def generating(state: AppState, request_id: str, order: Order) -> AsyncIte
 
     Raises ApiError for a model that is not there or an order beyond the service's limits, and what the engine raises.
     """
+    since = time.perf_counter()
     async with state.models.lease(order.model, request_id) as served:
         order = within_limits(order, served, state.settings)
         prompts = [await _encode(served.package.tokenizer, prompt) for prompt in order.prompts]
         _check_prompts(prompts, state.settings)
         generation = Generation(order, served, prompts)
         try:
-            generation.submit(state)
+            generation.submit(state, since)
             yield generation
         finally:
             await generation.close()
@@ -214,11 +221,18 @@ def within_limits(order: Order, served: ServedModel, settings: ServeSettings) ->
     places = min(settings.max_sequences, served.engine.info.slots + settings.max_queue)
     if count > places:
         raise _too_much("n" if order.n > 1 else "prompt", "the number of prompts, times n, is", count, places)
-    if length <= most:
-        return order
-    if not order.default_length:
-        raise _too_much(order.length_field, f"{order.length_field} is", length, most)
-    return replace(order, params=replace(order.params, max_new_tokens=most))
+    if length > most:
+        if not order.default_length:
+            raise _too_much(order.length_field, f"{order.length_field} is", length, most)
+        order = replace(order, params=replace(order.params, max_new_tokens=most))
+    if order.params.logprobs is not None and not order.stream:
+        tokens = served.package.config.context_length
+        tokens = tokens if order.echo else min(tokens, order.params.max_new_tokens)
+        asked = count * tokens * (1 + order.params.logprobs)
+        if asked > MOST_LOGPROBS:
+            what = "the number of log-probabilities, unless streamed, may come to"
+            raise _too_much("logprobs", what, asked, MOST_LOGPROBS)
+    return order
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], settings: ServeSettings) -> None:
@@ -292,7 +306,12 @@ def as_json(render: Callable[[Generation, list[Choice]], dict[str, Any]]) -> Wri
             choices[index].finish_reason = update.finish_reason
         for choice, parts in zip(choices, texts, strict=True):
             choice.text = "".join(parts)
-        body = to_json(render(generation, choices)).encode()
+
+        def written() -> bytes:
+            return to_json(render(generation, choices)).encode()
+
+        # Many log-probabilities take a while to write, and the event loop has other streams to serve.
+        body = written() if generation.order.params.logprobs is None else await asyncio.to_thread(written)
         await send(_start(generation, b"application/json", length=len(body)))
         await send({"type": "http.response.body", "body": body})
 

@@ -101,7 +101,7 @@ def _open(pinned: str, registry: Registry, downloads: Path) -> tuple[Package, Li
     if found:
         made_by = registry.lineage(found[1], found[2])
     else:
-        training = package.info.get("training", {})
+        training = package.info.get("training") or {}
         made_by = lineage(training, run_id=training.get("run_id"))
     return package, made_by, empty_model(package.config).num_parameters()
 

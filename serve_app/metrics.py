@@ -121,9 +121,9 @@ class Metrics:
         """Count an attempt to follow the registry to a new version."""
         self._record(RELOADS, (model, "success" if succeeded else "failure"))
 
-    def sequence(self, model: str, version: str) -> "SequenceTimer":
-        """Time one sequence from now on; feed it every update, and close it."""
-        return SequenceTimer(self._record, (model, version))
+    def sequence(self, model: str, version: str, since: float) -> "SequenceTimer":
+        """Time one sequence of a request that came at `since` (perf_counter); feed it every update, and close it."""
+        return SequenceTimer(self._record, (model, version), since)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -168,10 +168,12 @@ class Metrics:
 class SequenceTimer:
     """Counts and times one sequence. A sequence left before its last update counts as aborted once closed."""
 
-    def __init__(self, record: Callable[[Metric, tuple[str, ...], float], None], labels: tuple[str, ...]) -> None:
+    def __init__(
+        self, record: Callable[[Metric, tuple[str, ...], float], None], labels: tuple[str, ...], since: float
+    ) -> None:
         self._record = record
         self._labels = labels
-        self._started = time.perf_counter()
+        self._started = since
         self._latest: float | None = None  # when the latest token came
         self._open = True
 

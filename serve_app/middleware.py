@@ -1,8 +1,8 @@
 """What holds for every request, whatever its route: its id, its log line, its limits, and the form of its failure.
 
 In comes an ASGI app, out comes one wrapped. Each layer is plain ASGI and passes messages on as they come, so that a
-stream is never held back. From the outside in: `RequestLog`, CORS if asked for, `Failures`, `ApiKeys`, `Bodies`,
-`Deadline`. The inner layers raise; `Failures` answers.
+stream is never held back. From the outside in: `RequestLog`, CORS if asked for, `Failures`, `Origins`, `ApiKeys`,
+`Bodies`, `Deadline`. The inner layers raise; `Failures` answers.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -31,6 +32,7 @@ SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OPEN_PATHS = ("/", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
 """Served without a key: probes and scrapers carry none, and the pages ask for one themselves."""
 OPEN_FOLDER = "/playground/"
+SHOWN_ORIGIN = 100
 QUIET_PATHS = ("/health", "/ready", "/metrics")
 """Asked every few seconds by machines: logged at debug level while all is well."""
 LAST_EVENT_SECONDS = 5.0
@@ -127,10 +129,34 @@ class Failures:
             elif content_type.startswith("text/event-stream") and not complete:
                 scope.setdefault("state", {})["error"] = error
                 event = f"data: {json.dumps(error_body(error))}\n\n".encode()
-                async with asyncio.timeout(LAST_EVENT_SECONDS):  # who does not read would keep us here
-                    await send({"type": "http.response.body", "body": event, "more_body": False})
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_EVENT_SECONDS):  # who does not read would keep us here
+                        await send({"type": "http.response.body", "body": event, "more_body": False})
             else:
                 raise  # the server cuts the connection: what was sent so far must not pass for the whole
+
+
+class Origins:
+    """Refuses what a browser sends for a page of another origin, unless that is among `allowed` or "*" is.
+
+    CORS alone only hides the answer from such a page: a request that needs no preflight would still be computed.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self.app = app
+        self.allowed = frozenset(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "*" not in self.allowed:
+            headers = Headers(scope=scope)
+            origin = headers.get("origin", "")
+            if origin and origin not in self.allowed and origin.partition("://")[2] != headers.get("host"):
+                raise ApiError(
+                    403,
+                    f"a page of {origin[:SHOWN_ORIGIN]!r} may not call this service; GPT_CORS_ORIGINS names who may",
+                    code="origin_not_allowed",
+                )
+        await self.app(scope, receive, send)
 
 
 class ApiKeys:

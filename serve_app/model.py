@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gptcore.errors import FoundryError, HubError
+from gptcore.errors import FoundryError, HubError, NoMemory, QueueFull
 from serve_app.errors import ApiError
 from serve_app.loading import MakeEngine, ServedModel, alias_of, load
 from serve_app.registry import Registry
@@ -50,10 +50,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version that could not be loaded: why, how often it was tried, and when it may be again (monotonic time)."""
+    """A version that could not be loaded: why, and after how many seconds and when (monotonic time) it may be again."""
 
     reason: str
-    attempts: int
+    wait: float
     retry_at: float
 
     @property
@@ -64,10 +64,9 @@ class Refusal:
 
 def refusal(error: Exception, before: Refusal | None, first_wait: float) -> Refusal:
     """The waits double. Files that lack their hash, or numbers that are none, are no better next time: no retry."""
-    attempts = before.attempts + 1 if before else 1
-    hopeless = isinstance(error, FoundryError) and not isinstance(error, HubError)
-    wait = math.inf if hopeless else min(first_wait * 2 ** (attempts - 1), LONGEST_BACKOFF_S)
-    return Refusal(reason_of(error), attempts, time.monotonic() + wait)
+    hopeless = isinstance(error, FoundryError) and not isinstance(error, HubError | NoMemory)
+    wait = math.inf if hopeless else min(2 * before.wait if before else first_wait, LONGEST_BACKOFF_S)
+    return Refusal(reason_of(error), wait, time.monotonic() + wait)
 
 
 def reason_of(error: BaseException) -> str:
@@ -97,6 +96,7 @@ class Model:
         self._registry = registry
         self._make_engine = make_engine
         self._refreshing: asyncio.Task[None] | None = None
+        self._waiting = 0
         self._tried_at = -math.inf
         self._leaving: dict[asyncio.Task[None], Held] = {}
 
@@ -117,11 +117,21 @@ class Model:
     async def get(self) -> Held:
         """The current version, loaded first if there is none; those who ask meanwhile share the one load.
 
-        Raises ApiError 503 with the reason if it cannot be loaded, or could not a moment ago.
+        Raises ApiError 503 with the reason if it cannot be loaded, or could not a moment ago, and QueueFull if as many
+        wait for the load as its engine will have room for.
         """
         waited = time.monotonic() - self._tried_at
         if self.current is None and (self._refreshing is not None or waited >= self._settings.poll_seconds):
-            await self.refresh()
+            if self._waiting >= self._settings.places:
+                raise QueueFull(
+                    f"{self._waiting} requests wait for the model {self.name!r} to load; no more than "
+                    f"{self._settings.places} may. Try again later"
+                )
+            self._waiting += 1
+            try:
+                await self.refresh()
+            finally:
+                self._waiting -= 1
         if self.current is None:
             raise ApiError(
                 503,
@@ -139,7 +149,7 @@ class Model:
         """
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh())
-        await asyncio.shield(self._refreshing)
+        await asyncio.wait((self._refreshing,))
 
     async def left(self) -> None:
         """Returns when every version that was let go so far is closed."""
@@ -147,11 +157,13 @@ class Model:
 
     async def close(self) -> None:
         """Ends a load at work, lets requests finish, and closes every engine."""
+        self.error = "the service is closing"
         if self._refreshing is not None:
             self._refreshing.cancel()
-            await asyncio.gather(self._refreshing, return_exceptions=True)
+            await asyncio.wait((self._refreshing,))
+            self._refreshing = None  # cancelled before its first step, it did not do so itself
         self._put(None)
-        self._tried_at, self.error = math.inf, "the service is closing"  # so a late request loads nothing again
+        self._tried_at = math.inf  # so a late request loads nothing again
         await self.left()
 
     async def _refresh(self) -> None:

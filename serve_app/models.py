@@ -7,7 +7,7 @@ to one event loop.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,7 @@ from serve_app.errors import ApiError
 from serve_app.loading import MakeEngine, ServedModel
 from serve_app.model import Model, OnReload
 from serve_app.registry import Registry
-from serve_app.settings import ALL, ServeSettings, default_tracking_uri, name_of
+from serve_app.settings import ALL, ServeSettings, default_tracking_uri
 
 __all__ = ["ModelStatus", "Models", "ServedModel"]
 
@@ -68,11 +68,10 @@ class Models:
         self.settings = settings
         self.default = settings.default_model
         self._canary = settings.canary_share
+        self._canary_name = settings.canary_name
         sources = settings.sources
-        self._canary_name = ""
+        listed = set(sources.values())
         if self._canary:
-            named = self._canary.source in sources
-            self._canary_name = self._canary.source if named else _unused(name_of(self._canary.source), sources)
             sources.setdefault(self._canary_name, self._canary.source)
         registry = registry or Registry(settings.tracking_uri or default_tracking_uri())
         by_source: dict[str, Model] = {}
@@ -85,7 +84,8 @@ class Models:
         eager = [self.default, *named_eager, *([self._canary_name] if self._canary else [])]
         self._eager = [model for model in self._sources if model in [self._models[name] for name in eager]]
         if self._canary:
-            self._models[self._canary_name].optional = True
+            canary = self._models[self._canary_name]
+            canary.optional = canary.source not in listed
         self._watching: list[asyncio.Task[None]] = []
 
     @property
@@ -130,13 +130,13 @@ class Models:
         held = await self._models[name].get()
         held.take()
         try:
-            yield held.served if held.served.name == name else replace(held.served, name=name)
+            yield replace(held.served, name=name)
         finally:
             held.give_back()
 
     def loaded(self) -> list[ServedModel]:
-        """Every version that has an engine, those included that only finish what they began."""
-        return [held.served for model in self._sources for held in model.held]
+        """Every version that has an engine, once per name, those included that only finish what they began."""
+        return [replace(held.served, name=name) for name, model in self._models.items() for held in model.held]
 
     def describe(self) -> list[ModelStatus]:
         """What there is to tell about each name, the default model first."""
@@ -217,8 +217,3 @@ class Models:
 def share_of(request_id: str) -> float:
     """A number in [0, 1) that depends on the id alone, and spreads evenly over ids."""
     return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8]) / 2**64
-
-
-def _unused(name: str, names: Iterable[str]) -> str:
-    """`name`, or with a suffix if there is one of that name."""
-    return name if name not in names else f"{name}-canary"

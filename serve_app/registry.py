@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import HubError
+from gptcore.hub import without_password
 
 HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 """Unless the environment says otherwise: MLflow's own defaults keep a thread waiting for minutes."""
@@ -100,18 +101,12 @@ class Registry:
 
     def _away(self, error: Exception) -> HubError:
         reason = str(error).splitlines()[0]
-        return HubError(f"MLflow at {without_password(self.tracking_uri)} does not answer: {reason}")
+        return HubError(without_password(f"MLflow at {self.tracking_uri} does not answer: {reason}"))
 
 
 def lineage(known: Mapping[str, Any], **more: Any) -> Lineage:
     """A `Lineage` from tags, or from what a package says of its training; `more` is taken as it is."""
     facts: dict[str, Any] = {key: str(known[key]) for key in ("data", "data_fingerprint", "git_commit") if key in known}
-    with suppress(KeyError, ValueError):  # a tag is text that anybody may write
+    with suppress(KeyError, ValueError, TypeError):  # a tag is text that anybody may write; a package may say null
         facts["bits_per_byte"] = float(known["bits_per_byte"])
     return Lineage(**facts, **more)
-
-
-def without_password(uri: str) -> str:
-    """`uri` as it may be shown."""
-    scheme, separator, rest = uri.partition("://")
-    return scheme + separator + rest.rpartition("@")[2] if separator and "@" in rest.partition("/")[0] else uri

@@ -187,8 +187,11 @@ class StreamOptions(Body):
     """`stream_options` of OpenAI's API."""
 
     include_usage: bool = Field(False, description="Send one more event with the usage; until then it is null.")
+    include_obfuscation: Literal[False] = Field(False, description="Events are not padded.")
 
 
+NEUTRAL: dict[str, Any] = {"suffix": "", "logit_bias": {}}
+"""What clients send of the unsupported that asks for nothing."""
 UNSUPPORTED = {
     "suffix": "text is continued at its end only",
     "logit_bias": "the logits cannot be biased token by token; see temperature, the penalties and stop_token_ids",
@@ -240,10 +243,12 @@ class CompletionRequest(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
         for name, reason in UNSUPPORTED.items():
-            if isinstance(data, dict) and data.get(name) is not None:
+            if data.get(name) not in (None, NEUTRAL.get(name)):
                 raise ApiError(400, f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
-        return data
+        return {name: value for name, value in data.items() if name not in UNSUPPORTED}
 
     @model_validator(mode="after")
     def _fit_together(self) -> "CompletionRequest":

@@ -32,8 +32,6 @@ from serve_app.settings import ServeSettings, load_settings
 log = logging.getLogger(__name__)
 
 NAME = "gpt"
-MOST_SLOTS = 64
-"""The most that an engine chooses by itself."""
 SPARE_REQUESTS = 100
 """Probes, scrapes and pages that a replica answers while its engines are full."""
 GAUGE_SECONDS = 5.0
@@ -110,7 +108,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
 
 def build(settings: ServeSettings) -> serve.Application:
     """The application, with what Ray is to know of the settings."""
-    waiting_and_running = len(settings.sources) * ((settings.slots or MOST_SLOTS) + settings.max_queue)
+    models = len({*settings.sources, settings.canary_name} - {""})
     deployment: Any = serve.deployment(
         name=NAME,
         autoscaling_config=AutoscalingConfig(
@@ -123,7 +121,7 @@ def build(settings: ServeSettings) -> serve.Application:
         ),
         # More than the engines take, so that they are who refuses, in the API's own form. Ray's queue is for the time
         # in which there is no replica: starting from zero, or replacing the only one.
-        max_ongoing_requests=waiting_and_running + SPARE_REQUESTS,
+        max_ongoing_requests=models * settings.places + SPARE_REQUESTS,
         max_queued_requests=settings.max_queue,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_SECONDS),
         health_check_period_s=HEALTH_SECONDS,

@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 PREFIX = "GPT_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+"""It goes into a header."""
+NAME_FORM = "1 to 64 of A-Z a-z 0-9 . _ @ -, the first a letter or digit"
+MOST_SLOTS = 64
+"""The most that an engine chooses by itself."""
 ALL = "all"
 
 
@@ -44,7 +48,7 @@ class ServeSettings:
     model: str = setting(
         "",
         "The model that answers where a request names none: a name from `models`, or a source of its own (a folder, "
-        "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model or hf:ORG/NAME). Default: the first of "
+        "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, hf:ORG/NAME or s3://…). Default: the first of "
         "`models`, else models:/gpt@champion.",
     )
     models: tuple[str, ...] = setting((), "The models served, as NAME=SOURCE, comma-separated.")
@@ -132,7 +136,7 @@ class ServeSettings:
             raise _wrong("port", self.port, "at most 65535")
         if any(not key for key in self.api_keys):
             raise ConfigError("one of api_keys is empty; expected none, or keys of at least one character", "api_keys")
-        names, _, _ = self.sources, self.canary_share, self.engine  # each raises if it cannot be had
+        names, _, _ = self.sources, self.canary_name, self.engine  # each raises if it cannot be had
         unknown = next((name for name in self.eager if name != ALL and name not in names), None)
         if unknown is not None:
             raise _wrong("eager", unknown, f"{ALL}, or a name from models.{did_you_mean(unknown, names)}")
@@ -144,7 +148,7 @@ class ServeSettings:
         for entry in self.models:
             name, _, source = (part.strip() for part in entry.partition("="))
             if not MODEL_NAME.fullmatch(name) or not source:
-                raise _wrong("models", entry, "NAME=SOURCE, such as gpt2=hf:openai-community/gpt2")
+                raise _wrong("models", entry, f"NAME=SOURCE, such as gpt2=hf:openai-community/gpt2; NAME: {NAME_FORM}")
             if name in listed:
                 raise _wrong("models", entry, f"each name once; {name} is {listed[name]} already")
             listed[name] = source
@@ -155,7 +159,9 @@ class ServeSettings:
         if re.fullmatch(r"[\w.-]+", self.model) and not Path(self.model).exists():
             raise _wrong("model", self.model, f"a name from models or a source.{did_you_mean(self.model, listed)}")
         source = self.model or "models:/gpt@champion"
-        name = name_of(source) or "model"
+        name = name_of(source)
+        if not MODEL_NAME.fullmatch(name):
+            raise _wrong("model", self.model, f"a source with a name of {NAME_FORM}; or models=NAME={source}")
         if name in listed:
             raise _wrong("model", self.model, f"another name: {name!r} is {listed[name]!r} in models")
         return {name: source} | listed
@@ -178,6 +184,24 @@ class ServeSettings:
         if not (source and 0 <= fraction <= 1):
             raise _wrong("canary", self.canary, "SOURCE:SHARE with a share from 0 to 1, as models:/gpt@candidate:0.1")
         return Canary(source, fraction)
+
+    @property
+    def canary_name(self) -> str:
+        """What the canary is called, in `models` or after its source; "" if there is none."""
+        canary, listed = self.canary_share, self.sources
+        if canary is None or canary.source in listed:
+            return canary.source if canary else ""
+        name = name_of(canary.source)
+        name = f"{name}-canary" if name in listed else name
+        if name in listed or not MODEL_NAME.fullmatch(name):
+            other = f"models=NAME={canary.source} and canary=NAME:{canary.share}"
+            raise _wrong("canary", self.canary, f"a source with a name of its own, of {NAME_FORM}; or {other}")
+        return name
+
+    @property
+    def places(self) -> int:
+        """Sequences that a model has slots and queue for, as far as that is known before it is loaded."""
+        return (self.slots or MOST_SLOTS) + self.max_queue
 
     @property
     def engine(self) -> EngineSettings:
@@ -225,7 +249,8 @@ def name_of(source: str) -> str:
         return f"{name}@{alias}" if at and alias != "champion" else name
     if source.startswith("runs:/"):
         return source.removeprefix("runs:/").partition("/")[0]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").rpartition("/")[2].rpartition(":")[2])[:64].strip(".-")
+    last = source.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:64].strip(".-") or "model"
 
 
 def markdown() -> str:
@@ -260,7 +285,7 @@ def default_tracking_uri(environ: Mapping[str, str] = os.environ) -> str:
 
 def absolute_source(source: str) -> str:
     """`source` as it is understood in any folder; only a path depends on where one stands."""
-    if source.startswith(("models:/", "runs:/", "hf:")):
+    if source.startswith(("models:/", "runs:/", "hf:")) or "://" in source:
         return source
     return str(Path(source).expanduser().absolute())
 

@@ -254,7 +254,7 @@ class Engine:
                 text += live.text.flush()
             if live.text.stopped:
                 reason = FinishReason.STOP
-        logprobs = () if live.row.params.logprobs is None else (self._describe(choice),)
+        logprobs = () if live.row.params.logprobs is None else (self._describe(choice, generated=True),)
         return self._update(live, text, (token,), logprobs, reason)
 
     def _update(
@@ -301,10 +301,13 @@ class Engine:
         scored = token_logprobs(logits[: len(following)], following, top, self._vocab_size)
         live.prompt_logprobs += map(self._describe, scored)
 
-    def _describe(self, choice: Choice) -> TokenLogprob:
-        top = tuple(self._entry(token, logprob) for token, logprob in choice.top)
-        return self._entry(choice.token, choice.logprob, top)
+    def _describe(self, choice: Choice, generated: bool = False) -> TokenLogprob:
+        tokenizer = self.package.tokenizer
 
-    def _entry(self, token: int, logprob: float | None, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        content = self.package.tokenizer.decode_bytes([token])
-        return TokenLogprob(token, content.decode("utf-8", errors="replace"), tuple(content), logprob, top)
+        def entry(token: int, logprob: float | None, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+            content = tokenizer.decode_bytes([token])
+            silent = generated and token == tokenizer.eot
+            text = content.decode("utf-8", errors="replace")
+            return TokenLogprob(token, text, () if silent else tuple(content), logprob, top)
+
+        return entry(choice.token, choice.logprob, tuple(entry(*other) for other in choice.top))

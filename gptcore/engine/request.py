@@ -43,6 +43,7 @@ class TokenLogprob:
     text: str
     """The token's bytes as text; bytes that are no whole characters become U+FFFD."""
     bytes: tuple[int, ...]
+    """What it adds to the text: nothing if it is a generated end of text."""
     logprob: float | None
     """None for the first token of a prompt, which follows nothing."""
     top: tuple["TokenLogprob", ...] = ()

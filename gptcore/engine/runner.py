@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gptcore.config import ModelConfig
 from gptcore.engine.settings import EngineSettings
-from gptcore.errors import ConfigError, did_you_mean
+from gptcore.errors import ConfigError, NoMemory, did_you_mean
 from gptcore.model import GPT, Block, rotate
 from gptcore.package import Package
 from gptcore.sampling import Row, next_tokens
@@ -98,7 +98,7 @@ def _last(chunk: Chunk) -> Chunk:
 
 
 def make_runner(package: Package, settings: EngineSettings) -> Runner:
-    """The fastest runner that `settings` allow here. Raises ConfigError if there is none, or no memory for it."""
+    """The fastest runner that `settings` allow here. Raises ConfigError if there is none, or NoMemory."""
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     if settings.threads:
@@ -156,12 +156,12 @@ def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 def count_slots(config: ModelConfig, asked: int, device: torch.device, dtype: torch.dtype) -> int:
     """`asked` slots, or for 0 as many as SHARE of the free memory holds, up to MOST_SLOTS.
 
-    Raises ConfigError if they do not fit into memory, rather than have the system end the process.
+    Raises NoMemory if they do not fit into it, rather than have the system end the process.
     """
     free, size = free_memory(device), slot_bytes(config, dtype)
     slots = asked or max(1, min(MOST_SLOTS[device.type], int(free * SHARE) // size))
     if slots * size > free:
-        raise ConfigError(
+        raise NoMemory(
             f"slots is {slots}, which take {slots * size / 2**20:,.0f} MiB of keys and values, but only "
             f"{free / 2**20:,.0f} MiB of memory are free; {free // size} would fit",
             param="slots",

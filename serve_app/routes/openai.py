@@ -102,7 +102,7 @@ class LegacyLogprobs:
 def spelled(token: TokenLogprob) -> str:
     """The token's text, or `bytes:\\xe2\\x80` where it is no whole characters, so that no two tokens look alike."""
     try:
-        return bytes(token.bytes).decode("utf-8")
+        return bytes(token.bytes).decode("utf-8") or token.text
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
 

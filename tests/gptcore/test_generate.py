@@ -1,5 +1,6 @@
 """The command line: a package's name and a prompt to text; every mistake to one line and exit code 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,14 @@ def test_the_command_prints_prompt_and_continuation(package: Package) -> None:
     params = SamplingParams(max_new_tokens=20, seed=4)
     expected = "Café: " + generate_text(package.load_model(), package.tokenizer, "Café: ", params) + "\n"
     assert done.stdout.decode() == expected
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_terminal_that_is_not_utf_8_shows_what_it_can(package: Package) -> None:
+    command = [sys.executable, "-m", "gptcore.generate", str(package.path), "--prompt", "Café: ", "--seed", "4"]
+    root, env = Path(__file__).resolve().parents[2], os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, "--max-new-tokens", "5"], capture_output=True, cwd=root, env=env, timeout=120)
+    assert done.stdout.startswith(b"Caf?: ")
     assert (done.returncode, done.stderr) == (0, b"")
 
 

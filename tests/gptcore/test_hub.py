@@ -58,6 +58,14 @@ def test_no_database_yet_says_to_train_first(monkeypatch: pytest.MonkeyPatch, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "127.0.0.1:port"])
+def test_a_password_in_the_tracking_uri_is_not_shown_nor_taken_for_a_host(host: str) -> None:
+    with pytest.raises(HubError, match=r"http://127.0.0.1:.* does not answer") as caught:
+        resolve("models:/gpt@champion", tracking_uri=f"http://me:secret@{host}")
+    assert "secret" not in str(caught.value)
+    assert "not known" not in str(caught.value)
+
+
 def test_a_server_that_is_away_is_told_within_seconds() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

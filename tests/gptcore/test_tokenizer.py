@@ -161,6 +161,12 @@ def test_very_long_white_space_encodes_as_the_whole_would(learned: Tokenizer) ->
     assert learned.decode(learned.encode(" " * 3_000_000 + "a")) == " " * 3_000_000 + "a"
 
 
+@pytest.mark.timeout(60)
+def test_many_runs_of_white_space_just_too_short_to_be_cut_take_no_longer_than_others(learned: Tokenizer) -> None:
+    text = (" " * (LONG_SPACE - 1) + "a") * 30  # looked at from each of its characters, minutes
+    assert learned.decode(learned.encode(text)) == text
+
+
 def test_lone_surrogates_become_replacement_characters(learned: Tokenizer) -> None:
     assert learned.decode(learned.encode("a\ud800b")) == "a\ufffdb"
 

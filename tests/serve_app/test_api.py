@@ -209,6 +209,12 @@ def test_a_near_miss_is_suggested(client: httpx2.Client) -> None:
     assert error["message"] == 'there is no field "include" in stream_options.'
 
 
+def test_of_very_many_faults_the_first_are_told_and_the_others_counted(client: httpx2.Client) -> None:
+    error = error_of(client.post("/generate", json={**BODY, **{f"field{i}": 1 for i in range(1000)}}), 400)
+    assert error["message"].count("there is no field") == 3
+    assert error["message"].endswith("(and 997 more)")
+
+
 @pytest.mark.parametrize(
     "content_type", [None, "application/x-www-form-urlencoded", "text/plain", "application/json; charset=utf-8", "x"]
 )
@@ -330,9 +336,12 @@ def test_every_key_is_compared_in_constant_time_whichever_is_given(
 
 def test_no_other_origin_is_let_in_unless_asked(client: httpx2.Client) -> None:
     asked = {"origin": "https://pages.example", "access-control-request-method": "POST"}
-    assert client.options("/generate", headers=asked).status_code == 405
+    assert client.options("/generate", headers=asked).status_code == 403
     reply = client.post("/generate", json=BODY, headers={"origin": "https://pages.example"})
+    assert error_of(reply, 403)["code"] == "origin_not_allowed"  # computed nothing, whatever the page may read
     assert not [name for name in reply.headers if name.startswith("access-control")]
+    own = str(client.base_url).rstrip("/")
+    assert client.post("/generate", json=BODY, headers={"origin": own}).status_code == 200
 
 
 def test_an_origin_that_was_asked_for_may_call_and_read_errors_too(locked: httpx2.Client) -> None:

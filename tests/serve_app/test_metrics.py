@@ -1,14 +1,24 @@
 """The figures: one definition for every exporter, and numbers that agree with what happened."""
 
 import itertools
+import time
 from collections import Counter
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gptcore.engine import FinishReason, Update
+from gptcore.engine import EngineSettings, FinishReason, Update
+from gptcore.engine.engine import Engine
+from gptcore.package import Package
+from gptcore.sampling import SamplingParams
 from serve_app import metrics as module
+from serve_app.api import create_api
+from serve_app.generation import Order, generating
 from serve_app.metrics import METRICS, Metric, Metrics, markdown
+from serve_app.models import Models
+from serve_app.settings import ServeSettings
+from serve_app.state import AppState
+from tests.serve_app.conftest import MakePackage
 
 Labels = dict[str, str]
 
@@ -82,8 +92,8 @@ def test_two_apps_do_not_share_figures():
 
 def test_a_sequence_is_timed_from_the_request_to_each_of_its_tokens(clock: list[float]):
     metrics, labels = Metrics(), dict(model="gpt", version="7")
-    timer = metrics.sequence("gpt", "7")
-    clock[0] += 0.5
+    timer = metrics.sequence("gpt", "7", since=99.75)  # it waited for a lease
+    clock[0] += 0.25
     timer.update(update(1, queue=0.25, cached=3))
     clock[0] += 0.125
     timer.update(update(2))
@@ -108,7 +118,7 @@ def test_a_sequence_is_timed_from_the_request_to_each_of_its_tokens(clock: list[
 @pytest.mark.parametrize("tokens", [0, 2])
 def test_a_sequence_left_before_its_end_counts_once_as_aborted(tokens: int):
     metrics = Metrics()
-    timer = metrics.sequence("gpt", "7")
+    timer = metrics.sequence("gpt", "7", time.perf_counter())
     for token in range(tokens):
         timer.update(update(token))
     timer.close()
@@ -141,7 +151,7 @@ def test_gauges_are_read_at_each_scrape_and_a_version_that_is_gone_takes_its_own
 def test_the_sink_hears_all_that_prometheus_shows():
     heard = Heard()
     metrics = Metrics(heard)
-    timer = metrics.sequence("gpt", "7")
+    timer = metrics.sequence("gpt", "7", time.perf_counter())
     timer.update(update(1, cached=2))
     timer.update(update(2, 3, end=FinishReason.STOP))
     metrics.request("/generate", 200, "gpt", "7")
@@ -165,3 +175,44 @@ def test_a_sink_hears_that_a_gauge_is_gone():
     metrics.gauges = lambda: [(module.LOADED, ("gpt", "8"), 1)]
     metrics.push_gauges()
     assert heard.values == {("gpt_model_loaded", ("gpt", "7")): 0, ("gpt_model_loaded", ("gpt", "8")): 1}
+
+
+@pytest.mark.anyio
+async def test_a_request_that_waits_for_its_model_to_load_is_timed_from_when_it_came(
+    make_package: MakePackage, clock: list[float]
+):
+    def make(package: Package, told: EngineSettings) -> Engine:
+        clock[0] += 8.0
+        return Engine(package, told)
+
+    said = tuple(f"{name}={make_package(seed).path}" for seed, name in enumerate(("first", "second")))
+    settings = ServeSettings(models=said, slots=1, threads=1, backend="torch", dtype="float32")
+    state = AppState(settings, Models(settings, make_engine=make), Metrics())
+    await state.models.start()
+    order = Order("second", ["Once"], SamplingParams(max_new_tokens=1, ignore_eos=True))
+    async with generating(state, "r", order) as generation:
+        updates = [update async for _, update in generation]
+    assert updates[-1].finish_reason
+    found = {name: figure for (name, _), figure in scraped(state.metrics).items()}
+    assert found["gpt_time_to_first_token_seconds_sum"] == 8.0
+    assert found["gpt_e2e_request_latency_seconds_sum"] == 8.0
+    assert found["gpt_request_queue_time_seconds_sum"] < 8.0
+    await state.models.close()
+
+
+@pytest.mark.anyio
+async def test_each_name_of_a_source_has_gauges_beside_its_counters(package: Package):
+    said = (f"one={package.path}", f"other={package.path}")
+    settings = ServeSettings(models=said, slots=3, threads=1, backend="torch", dtype="float32")
+    state = AppState(settings, Models(settings), Metrics())
+    create_api(settings, state.models, state.metrics)
+    await state.models.start()
+    async with generating(
+        state, "r", Order("other", ["Once"], SamplingParams(max_new_tokens=1, ignore_eos=True))
+    ) as generation:
+        assert [update async for _, update in generation]
+    samples = scraped(state.metrics)
+    counted = next(labels for name, labels in samples if name == "gpt_generation_tokens_total")
+    assert ("model", "other") in counted
+    assert samples["gpt_slots", counted] == samples["gpt_slots", (("model", "one"), counted[1])] == 3
+    await state.models.close()

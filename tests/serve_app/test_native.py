@@ -103,7 +103,8 @@ def test_logprobs_report_every_token_streamed_or_not(client: httpx2.Client, pack
     tokens = whole["choices"][0]["logprobs"]
     assert len(tokens) == whole["usage"]["completion_tokens"]
     for token in tokens:
-        assert package.tokenizer.decode_bytes([token["token_id"]]) == bytes(token["bytes"])
+        ends = token["token_id"] == package.tokenizer.eot  # which adds nothing to the text
+        assert (b"" if ends else package.tokenizer.decode_bytes([token["token_id"]])) == bytes(token["bytes"])
         assert [other["logprob"] for other in token["top"]] == sorted(
             (o["logprob"] for o in token["top"]), reverse=True
         )
@@ -111,6 +112,18 @@ def test_logprobs_report_every_token_streamed_or_not(client: httpx2.Client, pack
         assert token["top"][0].keys() == {"token_id", "text", "bytes", "logprob"}
     events = stream(client, logprobs=3)
     assert [token for event in events for c in event["choices"] for token in c["logprobs"]] == tokens
+
+
+def test_more_logprobs_than_a_reply_should_hold_are_refused_unless_streamed(
+    client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.generation.MOST_LOGPROBS", 100)
+    asked = {"prompt": PROMPT, "max_new_tokens": 13, "n": 2, "logprobs": 3, "ignore_eos": True}
+    refused = client.post("/generate", json=asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+    assert "may come to 104; at most 100 are allowed" in refused.json()["error"]["message"]
+    assert client.post("/generate", json={**asked, "max_new_tokens": 12}).status_code == 200
+    assert client.post("/generate", json={**asked, "stream": True}).status_code == 200
 
 
 def test_echo_and_n_are_for_each_choice(client: httpx2.Client) -> None:

@@ -154,6 +154,22 @@ def test_text_offsets_say_where_each_token_begins(client: openai.OpenAI) -> None
     assert [entry for entry in spelled if entry[0] == at] == [(at, f"bytes:\\x{byte:02x}") for byte in "東".encode()]
 
 
+def test_an_end_of_text_that_was_ignored_takes_no_room_in_the_offsets(client: openai.OpenAI) -> None:
+    fields = {**FIXED, "max_tokens": 90, "temperature": 2, "logprobs": 0, "extra_body": {"ignore_eos": True}}
+    choices = (client.completions.create(**{**fields, "seed": seed}, prompt=PROMPT).choices[0] for seed in range(100))
+    choice = next(choice for choice in choices if "<|endoftext|>" in choice.logprobs.tokens[:-1])
+    spelled = zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True)
+    assert choice.logprobs.text_offset[-1] <= len(choice.text)
+    assert all(choice.text[at] == token for at, token in spelled if len(token) == 1 and at < len(choice.text))
+
+
+def test_what_asks_for_nothing_is_let_in(client: openai.OpenAI) -> None:
+    for fields in (dict(suffix=""), dict(logit_bias={}), dict(extra_body={"tools": None})):
+        assert client.completions.create(**FIXED, prompt=PROMPT, **fields).choices[0].text
+    options: Any = {"include_usage": True, "include_obfuscation": False}
+    assert streamed(client, **FIXED, prompt=PROMPT, stream_options=options)
+
+
 def test_streamed_logprobs_joined_are_those_that_are_not_streamed(client: openai.OpenAI) -> None:
     fields = dict(**FIXED, prompt=PROMPT, logprobs=2, echo=True)
     whole = client.completions.create(**fields).choices[0].logprobs

@@ -58,6 +58,7 @@ def test_models_are_named_the_first_is_the_default_and_paths_become_absolute(tmp
     }
     assert load(models=said, model="gpt2").default_model == "gpt2"
     assert load(models={"a": "models:/a@b"}).sources == {"a": "models:/a@b"}  # as a Serve config may write it
+    assert load(models="there=s3://bucket/package").sources == {"there": "s3://bucket/package"}
     both = load(models="gpt2=hf:openai-community/gpt2", model="models:/gpt@champion")
     assert list(both.sources) == ["gpt", "gpt2"]
 
@@ -82,6 +83,19 @@ def test_a_canary_is_a_source_or_a_name_and_a_share():
     assert load().canary_share is None
     assert load(canary="models:/gpt@candidate:0.1").canary_share == Canary("models:/gpt@candidate", 0.1)
     assert load(models="a=models:/a@x,b=/p", canary="b:1").canary_share == Canary("b", 1.0)
+
+
+def test_a_canary_is_called_by_its_name_in_models_or_after_its_source():
+    assert load().canary_name == ""
+    assert load(canary="models:/gpt@candidate:0.1").canary_name == "gpt@candidate"
+    assert load(models="a=/a,b=/p", canary="b:1").canary_name == "b"
+    assert load(models="a=/a,b=/p", canary="/q/b:1").canary_name == "b-canary"
+
+
+def test_a_source_whose_name_is_not_allowed_is_served_under_another():
+    settings = load(models="chinese=models:/模型@champion,gpt=models:/gpt@champion", model="gpt", canary="chinese:0.5")
+    assert settings.sources == {"gpt": "models:/gpt@champion", "chinese": "models:/模型@champion"}
+    assert settings.canary_name == "chinese"
 
 
 def test_a_tracking_uri_is_the_given_one_then_mlflows_then_the_embedded_database(tmp_path, monkeypatch):
@@ -118,6 +132,11 @@ def test_a_tracking_uri_is_the_given_one_then_mlflows_then_the_embedded_database
         ({"models": "gpt2=hf:a/b", "eager": "gpt"}, "eager", "Did you mean 'gpt2'?"),
         ({"canary": "models:/gpt@candidate"}, "canary", "SOURCE:SHARE"),
         ({"canary": "models:/gpt@candidate:1.5"}, "canary", "from 0 to 1"),
+        ({"models": "模型=x"}, "models", "NAME: 1 to 64 of A-Z a-z 0-9 . _ @ -"),
+        ({"model": "models:/模型@champion"}, "model", "1 to 64 of A-Z a-z 0-9 . _ @ -"),
+        ({"model": "models:/模型@champion"}, "model", "or models=NAME=models:/模型@champion"),
+        ({"canary": "models:/模型@champion:1"}, "canary", "models=NAME=models:/模型@champion and canary=NAME:1"),
+        ({"models": "a=/x,a-canary=/y", "canary": "/z/a:0.5"}, "canary", "a name of its own"),
         ({"slots": [1]}, "slots", "expected a whole number"),
     ],
 )
