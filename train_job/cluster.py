@@ -9,10 +9,15 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gptcore.errors import ConfigError
 from train_job.config import TrainConfig
+from train_job.files import written_whole
+
+RECORD = ("run.json", "config.yaml")
+"""The files of a run's folder that another machine needs to go on with it; the one that counts is last."""
 
 LOCAL_RAY = {
     "RAY_worker_niceness": "0",  # by default Ray's workers, and so training, stand behind everything else (15)
@@ -110,14 +115,44 @@ def check_storage(url: str) -> None:
     from pyarrow.fs import FileSystem
 
     try:
-        FileSystem.from_uri(url)
+        fs, path = FileSystem.from_uri(url)
+        fs.create_dir(path)  # asks the store; Ray would later, after the run was opened
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"storage_path is {url!r}: {error}. Expected a folder or a URL such as file:///FOLDER, s3://BUCKET/FOLDER "
-            "or gs://BUCKET/FOLDER"
+            "or gs://BUCKET/FOLDER; any other that fsspec knows is written fsspec+SCHEME://FOLDER"
         ) from None
     except OSError as error:
-        raise ConfigError(f"storage_path {url!r} cannot be reached: {error}") from None
+        raise ConfigError(f"storage_path {url!r} cannot be reached: {' '.join(str(error).split())}") from None
+
+
+def fetch_record(url: str, run_dir: Path) -> None:
+    """Copies into `run_dir` what a machine has kept of this run under the storage URL, unless it is here already."""
+    from pyarrow.fs import FileSystem, FileType
+
+    try:
+        fs, path = FileSystem.from_uri(url)
+        for name in RECORD:
+            kept = f"{path}/{run_dir.name}/{name}"
+            if not (run_dir / name).exists() and fs.get_file_info(kept).type == FileType.File:
+                with fs.open_input_stream(kept) as source, written_whole(run_dir / name) as copy:
+                    copy.write(source.read())
+    except OSError as error:
+        raise ConfigError(f"storage_path {url!r} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def keep_record(url: str, run_dir: Path) -> None:
+    """Puts beside the run's checkpoints what another machine needs to go on with it."""
+    from pyarrow.fs import FileSystem
+
+    try:
+        fs, path = FileSystem.from_uri(url)
+        fs.create_dir(f"{path}/{run_dir.name}")
+        for name in RECORD:
+            with fs.open_output_stream(f"{path}/{run_dir.name}/{name}") as copy:
+                copy.write((run_dir / name).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"storage_path {url!r} cannot be written: {' '.join(str(error).split())}") from None
 
 
 def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> Any:

@@ -31,7 +31,9 @@ class TrainConfig:
     val_fraction: float = setting(0.1, "Share of the corpus kept for validation, taken from its end.", "0..1")
     text_column: str = setting("text", "Column with the text in jsonl and parquet files.")
     tokenizer: str = setting("bpe:2048", "gpt2, bpe:N (learned from the training split, N tokens) or bytes.")
-    cache_dir: str | None = setting(None, "Where token shards and downloads are kept; default: .cache at home.")
+    cache_dir: str | None = setting(
+        None, "Where token shards and downloads are kept: a folder, or a URL to share shards; default: .cache at home."
+    )
     # Model
     model: dict[str, Any] = field(default_factory=dict, metadata={"help": "Shape of the model."})
     init_from: str | None = setting(None, "Start from this package (folder, models:/…, runs:/…, hf:…): fine-tuning.")

@@ -49,7 +49,14 @@ class Inputs:
 
 def cache_dir(config: TrainConfig) -> Path:
     """Where token shards, learned tokenizers and downloads are kept."""
-    return Path(config.cache_dir).expanduser().absolute() if config.cache_dir else home() / ".cache"
+    if not config.cache_dir or shard_store(config):
+        return home() / ".cache"
+    return Path(config.cache_dir).expanduser().absolute()
+
+
+def shard_store(config: TrainConfig) -> str | None:
+    """The URL through which machines share token shards, if cache_dir is one; each keeps a copy in its own cache."""
+    return config.cache_dir if config.cache_dir and "://" in config.cache_dir else None
 
 
 def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map, refresh: bool = True) -> Inputs:
@@ -86,7 +93,8 @@ def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map, refres
                 f"the sample prompt {prompt[:40]!r} has {len(tokenizer.encode(prompt))} tokens; the model's context "
                 f"of {shape.context_length} leaves no room for an answer"
             )
-    tokens, judge = (prepare(corpus, tokenizer, cache, mapper) for corpus in (train, validation))
+    store = shard_store(config)
+    tokens, judge = (prepare(corpus, tokenizer, cache, mapper, store) for corpus in (train, validation))
     Batches(tokens, config.context, config.batch_size, config.seed, config.stride)  # raises if the text is too short
     return Inputs(config, tokenizer, train, validation, tokens, judge, shape, parent)
 

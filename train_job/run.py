@@ -35,6 +35,8 @@ from gptcore.errors import ConfigError, FoundryError, TrainingError, did_you_mea
 from gptcore.home import home  # noqa: E402
 from train_job.cluster import (  # noqa: E402
     check_storage,
+    fetch_record,
+    keep_record,
     ray_cluster,
     resources_per_worker,
     resources_text,
@@ -82,9 +84,11 @@ def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
     local = home() / "runs" if "://" in storage else Path(storage).expanduser().absolute()
     if given.get("resume"):
         run_dir = local / str(given["resume"])
+        if "://" in storage:
+            fetch_record(storage, run_dir)
         if not (run_dir / "config.yaml").exists():
             known = sorted(p.parent.name for p in local.glob("*/config.yaml"))
-            raise ConfigError(f"no run {given['resume']!r} in {local}.{did_you_mean(str(given['resume']), known)}")
+            raise ConfigError(f"no run {given['resume']!r} in {storage}.{did_you_mean(str(given['resume']), known)}")
         config = resume_config(read_yaml(str(run_dir / "config.yaml")), given)
         if "storage_path" not in given:
             return _absolute(config, config.storage_path or storage, local), run_dir
@@ -94,6 +98,8 @@ def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
     if "/" in name or name.startswith("."):
         raise ConfigError(f"name is {name!r}; expected one that can be a folder's")
     run_dir = local / name
+    if "://" in storage:
+        fetch_record(storage, run_dir)
     if (run_dir / "config.yaml").exists():
         raise ConfigError(f"there is a run {name!r} already; go on with --resume {name}, or choose another --name")
     return _absolute(replace(config, name=name), storage, local), run_dir
@@ -101,8 +107,9 @@ def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
 
 def _absolute(config: TrainConfig, storage: str, local: Path) -> TrainConfig:
     """Workers have another folder and another environment than the driver: what they look up is made absolute."""
-    cache = Path(config.cache_dir).expanduser().absolute() if config.cache_dir else home() / ".cache"
-    return replace(config, storage_path=storage if "://" in storage else str(local), cache_dir=str(cache))
+    cache = config.cache_dir or str(home() / ".cache")
+    cache = cache if "://" in cache else str(Path(cache).expanduser().absolute())
+    return replace(config, storage_path=storage if "://" in storage else str(local), cache_dir=cache)
 
 
 LOOK_SECONDS = 1.0
@@ -137,6 +144,7 @@ class Run:
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
             self.inputs = self._prepare(cluster)
             self.config = self.inputs.config
+            tracking.check_user(self.uri)
             ray, self.alone = cluster()
             self.resources = resources_per_worker(self.config, ray.nodes(), self.alone)
             self.console = Console(self.run_dir)
@@ -174,7 +182,7 @@ class Run:
 
     def resume_command(self) -> str:
         """What goes on with this run."""
-        default = self.config.storage_path == str(home() / "runs") or "://" in str(self.config.storage_path)
+        default = self.config.storage_path == str(home() / "runs")
         storage = "" if default else f" --storage-path {self.config.storage_path}"
         return f"python train_job/run.py --resume {self.config.name}{storage}"
 
@@ -229,6 +237,8 @@ class Run:
                 file.write(json.dumps({"run_id": self.run_id, "tracking_uri": kept(self.uri)}).encode())
         self.history = History(self.run_dir / "history.jsonl")
         write_yaml(self.config, self.run_dir / "config.yaml")
+        if "://" in str(self.config.storage_path):
+            keep_record(str(self.config.storage_path), self.run_dir)
 
     def _introduce(self, nodes: list[dict[str, Any]]) -> None:
         """Says what is about to happen, before the first step."""

@@ -3,14 +3,17 @@
 The stream of a split opens with one end-of-text token and every document is followed by one, so each token of
 text is predicted from something. It lies in shard files, named after what made them (text, tokenizer, format): a
 second run finds them and starts at once, and a corpus larger than memory is read where it lies on the disk.
-Missing shards are tokenised by whatever `mapper` is given: `map`, or Ray Data's (`train_job.ray_data.ray_map`).
+Missing shards are fetched from a `store`, a URL that machines share, if there is one; else they are tokenised by
+whatever `mapper` is given: `map`, or Ray Data's (`train_job.ray_data.ray_map`).
 """
 
 import hashlib
 import json
 import re
+import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
@@ -19,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from gptcore.errors import CorpusError
+from gptcore.errors import CorpusError, FoundryError
+from gptcore.hub import file_system
 from gptcore.tokenizer import Tokenizer
 from train_job.corpus import Corpus, Piece
 from train_job.files import written_whole
@@ -110,18 +114,24 @@ def prepare(
     tokenizer: Tokenizer,
     cache_dir: Path,
     mapper: Callable[[Callable[[Job], Any], list[Job]], Iterable[Any]] = map,
+    store: str | None = None,
 ) -> TokenSet:
-    """Tokenises what is not yet in `cache_dir`/shards and returns the whole split.
+    """Tokenises what is neither in `cache_dir`/shards nor in `store`, a fsspec URL, and returns the whole split.
 
     `mapper` may run its calls on any machine that sees the corpus under the same path. Raises CorpusError for text
-    that cannot be read and TrainingError for a full disk, which leaves no half-written shard.
+    that cannot be read or a store that cannot be used, and TrainingError for a full disk, which leaves no half-written
+    shard.
     """
     folder = cache_dir.absolute() / "shards"
     jobs = plan(corpus)
     paths = [folder / f"{shard_key(job, tokenizer)}.bin" for job in jobs]
-    write = partial(write_shard, tokenizer=tokenizer, folder=folder)
+    write = partial(write_shard, tokenizer=tokenizer, folder=folder, store=store)
     for run in (mapper, map):  # what the mapper wrote on some other machine's disk is made again here
-        missing = [job for job, path in zip(jobs, paths, strict=True) if read_shard(path) is None]
+        missing = [
+            job
+            for job, path in zip(jobs, paths, strict=True)
+            if read_shard(path) is None and not (store and fetch_shard(path, store))
+        ]
         for _ in (run if len(missing) > 1 else map)(write, missing):
             pass
     shards = [read_shard(path) for path in paths]
@@ -173,8 +183,8 @@ def read_shard(path: Path) -> Shard | None:
         return None
 
 
-def write_shard(job: Job, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenises one job into `folder`. The .json is written last: a shard without one does not count."""
+def write_shard(job: Job, tokenizer: Tokenizer, folder: Path, store: str | None = None) -> None:
+    """Tokenises one job into `folder` and `store`. The .json is written last: a shard without one does not count."""
     path = folder / f"{shard_key(job, tokenizer)}.bin"
     dtype = token_dtype(tokenizer)
     eot = np.array([tokenizer.eot], dtype=dtype).tobytes()
@@ -193,6 +203,34 @@ def write_shard(job: Job, tokenizer: Tokenizer, folder: Path) -> None:
     meta = {name: value for name, value in asdict(shard).items() if name != "path"} | {"file_size": size}
     with written_whole(path.with_suffix(".json")) as file:
         file.write(json.dumps(meta).encode())
+    if store:
+        with store_used(store) as (fs, there):
+            for part in (path, path.with_suffix(".json")):
+                fs.put_file(str(part), f"{there}/{part.name}")
+
+
+def fetch_shard(path: Path, store: str) -> bool:
+    """Whether `store` has the shard; then it is at `path` now."""
+    with store_used(store) as (fs, there):
+        for part in (path, path.with_suffix(".json")):
+            try:
+                with fs.open(f"{there}/{part.name}", "rb") as source, written_whole(part) as copy:
+                    shutil.copyfileobj(source, copy)
+            except FileNotFoundError:
+                return False
+    return read_shard(path) is not None
+
+
+@contextmanager
+def store_used(store: str) -> Iterator[tuple[Any, str]]:
+    """The file system behind `store` and the shards' folder in it; whatever its client raises is a CorpusError."""
+    fs, root = file_system(store)
+    try:
+        yield fs, f"{root}/shards"
+    except FoundryError:
+        raise
+    except Exception as error:  # each store's client has errors of its own: no network, no key, no such bucket
+        raise CorpusError(f"token shards cannot be kept at {store}: {error or type(error).__name__}") from error
 
 
 def documents(job: Job) -> Iterator[tuple[str, bool]]:

@@ -74,6 +74,13 @@ def answers_expected(uri: str) -> Iterator[None]:
     except FoundryError:
         raise
     except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own types through
+        if getattr(error, "error_code", "") == "UNAUTHENTICATED":
+            user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+            whom = f"user {user!r} with this password" if user else "requests without a user"
+            raise TrainingError(
+                f"MLflow at {shown(uri)} does not accept {whom}; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD"
+            ) from error
         raise TrainingError(shown(f"MLflow at {uri} refused: {error}")) from error
 
 

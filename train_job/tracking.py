@@ -90,6 +90,13 @@ def check_server(uri: str, timeout_s: float = 5.0) -> None:
         ) from error
 
 
+def check_user(uri: str) -> None:
+    """Raises TrainingError if a tracking server does not let this environment's user in."""
+    if urlsplit(uri).scheme in ("http", "https"):
+        with answers_expected(uri), impatient_requests(timeout_s=30, retries=3):
+            mlflow_client(uri).search_experiments(max_results=1)
+
+
 @dataclass(frozen=True)
 class DatasetUse:
     """One split as the run used it. `context` is "train" or "validation", `source` a path, URL or corpus name."""

@@ -30,7 +30,7 @@ from train_job.config import TrainConfig
 from train_job.corpus import Corpus
 from train_job.files import written_whole
 from train_job.hardware import peak_memory_mb, pick_device
-from train_job.inputs import build_model, cache_dir
+from train_job.inputs import build_model, cache_dir, shard_store
 from train_job.loop import CheckpointDue, Evaluation, Event, Progress, Trainer
 from train_job.shards import prepare
 from train_job.spool import Spool
@@ -124,8 +124,8 @@ def _train(job: Job) -> dict[str, float]:
     trainer = Trainer(
         config,
         build_model(config, job.model, initial),
-        prepare(job.train, job.tokenizer, cache_dir(config)),
-        prepare(job.validation, job.tokenizer, cache_dir(config)),
+        prepare(job.train, job.tokenizer, cache_dir(config), store=shard_store(config)),
+        prepare(job.validation, job.tokenizer, cache_dir(config), store=shard_store(config)),
         device,
         wrap=lambda model: ray.train.torch.prepare_model(
             model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False}
