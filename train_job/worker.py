@@ -28,6 +28,7 @@ from gptcore.tokenizer import Tokenizer
 from train_job.checkpoint import load_checkpoint, save_checkpoint
 from train_job.config import TrainConfig
 from train_job.corpus import Corpus
+from train_job.exporter import Exporter
 from train_job.files import written_whole
 from train_job.hardware import peak_memory_mb, pick_device
 from train_job.inputs import build_model, cache_dir, shard_store
@@ -194,18 +195,20 @@ def _raise_together(problem: Exception | None) -> None:
 
 
 class Voice:
-    """Rank 0's: puts every event on the board and its figures into the spool."""
+    """Rank 0's: puts every event on the board, and its figures into the spool and before Ray's exporter."""
 
     def __init__(self, job: Job, trainer: Trainer) -> None:
         self.job, self.trainer = job, trainer
         job.run_dir.mkdir(parents=True, exist_ok=True)
         self.spool = Spool(job.run_dir / "spool", job.run_id, job.tracking_uri)
         self.system = SystemMetrics(self.spool)
+        self.exporter = Exporter(str(job.config.name))
         self.samples = job.run_dir / "samples.json"
 
     def tell(self, event: Event) -> None:
         """Posts the event; figures of steps that were logged before a restart are not logged again."""
         self.job.board.post.remote(event)
+        self.exporter.tell(event)
         if isinstance(event, Progress):
             figures = {
                 "train/loss": event.loss,

@@ -4,12 +4,13 @@ import contextlib
 import json
 import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,29 @@ def await_that(claim: Callable[[], Any], seconds: float, what: str) -> Any:
             return result
         time.sleep(0.1)
     raise AssertionError(f"{what}: not within {seconds:g} s")
+
+
+def in_ray(cluster: Cluster, code: str) -> str:
+    """What `code` prints, run by a driver on the cluster."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import ray; ray.init(log_to_driver=False, logging_level='ERROR'); {code}"],
+        env=environment(cluster.home, RAY_ADDRESS=cluster.address),
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+
+
+def await_figures(cluster: Cluster, names: Iterable[str]) -> None:
+    """Returns once Ray's exporter has figures of all these names."""
+    port = in_ray(cluster, "print(ray.nodes()[0]['MetricsExportPort'])")
+
+    def exported() -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        return all(f"\nray_{name}" in text for name in names)
+
+    await_that(exported, 60, "Ray's exporter has the figures")
 
 
 @dataclass

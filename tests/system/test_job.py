@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment
+from tests.system.serving import await_figures
 from tests.system.tracking import TrackingServer
+from train_job.exporter import FIGURES
 from train_job.worker import UNJUDGED
 
 Launch = Callable[..., Job]
@@ -133,6 +135,15 @@ def test_a_stopped_run_is_marked_killed_and_goes_on_with_more_workers(
     steps = [step for step, _ in points(job, "train/loss")]
     assert len(steps) == len(set(steps)), "a step was logged twice"
     assert max(steps) == stopped_at + 40
+
+
+def test_a_run_can_be_watched_through_rays_exporter(launch: Launch, cluster: Cluster) -> None:
+    job = launch("watched", "--max-steps=100000", "--schedule=wsd")
+    job.await_line(r"step +20 \| validation")
+    known = set(FIGURES) - {"gpt_training_mfu_ratio"}  # nobody knows a CPU's peak
+    await_figures(cluster, [f"{name}{{" for name in known])
+    job.process.send_signal(signal.SIGINT)
+    assert job.finish()[0] == 128 + signal.SIGINT
 
 
 def status(job: Job) -> str:
