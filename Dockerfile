@@ -1,0 +1,54 @@
+# The image: trains, serves, and is a machine of a Ray cluster. docs/image.md has the commands.
+# A base is of Debian's family and has Python 3.11 or newer as python3, with its headers and its venv module.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS environment
+# Which of PyTorch's builds: cpu, cu130, cu126, … Empty: the one that the package index has.
+ARG TORCH_BACKEND=cpu
+# What Ray's launcher starts machines with on AWS and Google Cloud, and what opens gs://.
+ARG PACKAGES="boto3 gcsfs google-api-python-client"
+
+# The secrets are pip's and uv's own settings, for those who have a mirror. They stay in no layer.
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    python3 -m venv /opt/uv && /opt/uv/bin/pip install --quiet --no-cache-dir uv && \
+    python3 -m venv /opt/venv
+
+# Only these two files: a change of our code leaves this layer, the largest, as it is. Bytecode is written now, since
+# the user whom the container runs as may not, and each of Ray's processes would compile it again.
+WORKDIR /app
+COPY pyproject.toml constraints.txt ./
+RUN --mount=type=secret,id=uv.toml,target=/etc/uv/uv.toml \
+    touch README.md && mkdir -p gptcore/engine serve_app/routes train_job && \
+    /opt/uv/bin/uv pip install --python=/opt/venv --no-cache --compile-bytecode --quiet \
+    ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} --constraints=constraints.txt \
+    --editable='.[gpu,hub,s3]' ${PACKAGES} && \
+    cd /opt/venv/lib/python3*/site-packages && rm -rf torch/test && \
+    find matplotlib networkx numpy pandas pyarrow scipy sklearn sympy -type d -name tests -prune -exec rm -rf {} +
+
+FROM ${BASE_IMAGE}
+# g++: the native kernel and torch.compile. ssh and rsync: Ray's launcher. wget: health checks, KubeRay's and ours.
+RUN apt-get update && \
+    apt-get install --yes --no-install-recommends ca-certificates g++ openssh-client rsync wget && \
+    rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log && \
+    echo 'PATH=/opt/venv/bin:$PATH' > /etc/profile.d/gpt-foundry.sh && \
+    useradd --uid=1000 --user-group --create-home --shell=/bin/bash foundry && \
+    install --directory --owner=foundry --group=foundry /data
+
+COPY --from=environment /opt/venv /opt/venv
+WORKDIR /app
+COPY . .
+RUN /opt/venv/bin/python -m compileall -q .
+
+# The container's network is the border: publish the port where it may be reached, such as on loopback.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    GIT_PYTHON_REFRESH=quiet \
+    GPT_FOUNDRY_HOME=/data \
+    GPT_HOST=0.0.0.0 \
+    MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false \
+    RAY_USAGE_STATS_ENABLED=0
+USER foundry
+EXPOSE 8000
+HEALTHCHECK --start-period=5m --interval=30s --timeout=10s CMD ["/app/deploy/entrypoint.sh", "health"]
+ENTRYPOINT ["/app/deploy/entrypoint.sh"]
+CMD ["serve"]
