@@ -6,8 +6,12 @@ request rate. Ray scales, replaces and drains replicas; which model version answ
 """
 
 import asyncio
+import errno
+import http.client
 import logging
 import os
+import socket
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -101,6 +105,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         raise click.ClickException(str(error)) from error
     command = click.get_current_context(silent=True)
     if command and command.info_name == "run":
+        _check_address(settings, command.params.get("address") or os.environ.get("RAY_ADDRESS"))
         haproxy.prefer()
         _listen(settings, command.params)
     return build(settings)
@@ -142,6 +147,32 @@ def threads_of(settings: ServeSettings) -> int:
     """The CPUs that Ray keeps for a replica; if it keeps none, an equal share of this machine's."""
     present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(settings.num_cpus) or present // settings.max_replicas)
+
+
+def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
+    """Ends `serve run` with one line if it cannot listen where it should, which Ray would tell in pages."""
+    if ray_address not in (None, "", "auto", "local"):
+        return  # what is taken on that machine is not known here
+    six = ":" in settings.host
+    try:
+        socket.create_server((settings.host, settings.port), family=socket.AF_INET6 if six else socket.AF_INET).close()
+    except OSError as error:
+        address = f"[{settings.host}]:{settings.port}" if six else f"{settings.host}:{settings.port}"
+        if error.errno != errno.EADDRINUSE:
+            raise click.ClickException(f"cannot listen on {address}: {error.strerror}") from None
+        if not _is_serve(address.replace("0.0.0.0", "127.0.0.1")):  # else that is what will run this application
+            raise click.ClickException(
+                f"cannot listen on {address}: another program does; choose another, such as port={settings.port + 1}"
+            ) from None
+
+
+def _is_serve(address: str) -> bool:
+    """Whether Ray Serve listens there."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/-/healthz", timeout=5) as answer:
+            return bool(answer.read(100) == b"success")
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Claims about the commands that start the service: each on its own, as the README has them."""
 
+import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +87,19 @@ def test_serve_build_writes_a_config_of_the_application(tmp_path: Path):
     assert application["import_path"] == "serve_app:app"
     (deployment,) = application["deployments"]
     assert deployment["autoscaling_config"]["max_replicas"] == 1
+
+
+@pytest.mark.parametrize("said", ["serve_app:app", "serve_app:build_app"])
+def test_a_port_that_is_taken_ends_serve_run_with_one_line(said: str):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        env = os.environ | {"GPT_PORT": str(port), "RAY_ADDRESS": "local"}
+        ended = subprocess.run([BIN / "serve", "run", said], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1] == (
+        f"Error: cannot listen on 127.0.0.1:{port}: another program does; choose another, such as port={port + 1}"
+    )
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_wrong_setting_ends_serve_run_with_one_line():
