@@ -105,8 +105,10 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         raise click.ClickException(str(error)) from error
     command = click.get_current_context(silent=True)
     if command and command.info_name == "run":
-        _check_address(settings, command.params.get("address") or os.environ.get("RAY_ADDRESS"))
-        haproxy.prefer()
+        address = command.params.get("address") or os.environ.get("RAY_ADDRESS")
+        _check_address(settings, address)
+        if address in (None, "", "auto", "local"):  # else that Ray has its own environment
+            haproxy.prefer()
         _listen(settings, command.params)
     return build(settings)
 

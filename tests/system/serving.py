@@ -180,6 +180,9 @@ def served(cluster: Cluster, *command: str, port: int, **env: str) -> Iterator[S
             process.wait(60)
         process.kill()
         reader.join()
+        # Should that have taken too long, the next test finds another's service no more.
+        env = environment(cluster.home, RAY_DASHBOARD_ADDRESS=cluster.dashboard)
+        subprocess.run([BIN / "serve", "shutdown", "--yes"], cwd=ROOT, env=env, capture_output=True, timeout=120)
 
 
 def said(**settings: Any) -> list[str]:
