@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from train_job.config import build_config
-from train_job.hardware import pick_device
+from train_job.hardware import WORKER_ENV, pick_device
 from train_job.inputs import build_model, prepare_inputs
 from train_job.loop import Progress, Trainer
 
@@ -69,7 +69,7 @@ def bare_loop(settings: dict[str, Any], home: Path) -> Iterator[tuple[psutil.Pro
     """The loop in a process of its own, and its tokens/s in each log interval so far."""
     command = [sys.executable, "-m", "bench.ray_overhead", "bare", json.dumps(settings | {"cache_dir": str(home)})]
     output = home / "bare.txt"
-    with output.open("w") as file, running(command, {}, file) as process:
+    with output.open("w") as file, running(command, WORKER_ENV, file) as process:
         yield process, lambda: [float(line) for line in output.read_text().splitlines()]
 
 

@@ -8,6 +8,7 @@ training steps from the first one on; evaluations stand beside it. Settings can 
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from gptcore.errors import ConfigError, FoundryError
 from train_job.config import build_config
-from train_job.hardware import pick_device
+from train_job.hardware import WORKER_ENV, pick_device
 from train_job.inputs import build_model, prepare_inputs
 from train_job.loop import Evaluation, Progress, Trainer
 
@@ -87,4 +88,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if not os.environ.keys() >= WORKER_ENV.keys():  # as a training worker is started
+        again = [sys.executable, "-m", "bench.time_to_quality", *sys.argv[1:]]
+        os.execve(sys.executable, again, os.environ | WORKER_ENV)
     sys.exit(main())

@@ -15,6 +15,7 @@ from typing import Any
 from gptcore.errors import ConfigError
 from train_job.config import TrainConfig
 from train_job.files import written_whole
+from train_job.hardware import WORKER_ENV
 
 RECORD = ("run.json", "config.yaml")
 """The files of a run's folder that another machine needs to go on with it; the one that counts is last."""
@@ -172,6 +173,7 @@ def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> A
         run_config=RunConfig(
             name=job.config.name,
             storage_path=job.config.storage_path,
+            worker_runtime_env={} if job.config.use_gpu else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
             failure_config=FailureConfig(max_failures=job.config.max_failures),
             # Ray keeps the latest beside the best.
             checkpoint_config=CheckpointConfig(

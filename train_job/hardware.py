@@ -10,20 +10,11 @@ import torch
 
 from gptcore.errors import ConfigError
 from train_job.config import TrainConfig
+from train_job.devices import device_called
 
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets; without sparsity, SXM where there are several.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+WORKER_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
+"""What glibc is told where a CPU trains: to keep the memory it was given. By default every block of megabytes goes back
+to the kernel when it is freed, and comes anew page by page, which can take longer than the mathematics."""
 
 
 def pick_device(config: TrainConfig, local_rank: int = 0) -> torch.device:
@@ -50,8 +41,8 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of the device in FLOP/s, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    listed = device_called(torch.cuda.get_device_name(device))
+    return listed.flops if listed else None
 
 
 def peak_memory_mb(device: torch.device | None = None) -> dict[str, float]:

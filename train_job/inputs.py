@@ -80,7 +80,7 @@ def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map, refres
         train, validation = split(corpus, config.val_fraction)
     parent = open_package(resolve(config.init_from)) if config.init_from else None
     tokenizer = parent.tokenizer if parent else _tokenizer(config, train)
-    shape = _child_shape(config, parent.config) if parent else config.model_config(_padded(tokenizer.vocab_size))
+    shape = _child_shape(config, parent.config) if parent else config.model_config(padded(tokenizer.vocab_size))
     if parent and config.sequence_length is None:
         config = replace(config, sequence_length=shape.context_length)
     if config.context > shape.context_length:
@@ -125,7 +125,8 @@ def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
     return replace(read_tokenizer(folder), name=config.tokenizer)
 
 
-def _padded(vocab_size: int) -> int:
+def padded(vocab_size: int) -> int:
+    """Rows of embedding for a tokenizer of so many tokens."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

@@ -1,0 +1,129 @@
+"""How far `train_job.plan` is off: `python -m bench.plan`, each prediction beside the thing itself, in turn.
+
+In every round the machine's rates are measured anew, on pieces of one small model, and then whole models of other
+shapes are trained and served by processes of their own. Their seconds per step are held against those that the plan
+gives. Medians over the rounds; one JSON line last.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu_train import RandomTokens
+from bench.weights import random_package
+from gptcore.config import FAMILIES
+from gptcore.model import GPT
+from train_job.config import TrainConfig, build_config
+from train_job.costs import decode_seconds, training_step, work_of
+from train_job.devices import Device, Rates
+from train_job.hardware import WORKER_ENV, pick_device
+from train_job.loop import Progress, Trainer
+from train_job.rates import decode_times, here
+
+Settings = Mapping[str, Any]
+Measured = Mapping[str, tuple[Device, Rates]]
+"""By family."""
+TRAINED: dict[str, tuple[Settings, int]] = {
+    "quick": (dict(preset="quick"), 2048),
+    "quick, twice as deep": (dict(preset="quick", num_layers=8), 2048),
+    "quick, twice as wide": (dict(preset="quick", hidden_size=512, num_heads=4), 2048),
+    "quick, GPT-2's vocabulary": (dict(preset="quick", num_layers=2), 50304),
+    "gpt2 family, AdamW": (dict(preset="tiny", hidden_size=256, num_layers=6, context_length=256), 4096),
+}
+"""(settings, rows of the vocabulary) of models that are trained."""
+SERVED: dict[str, tuple[str, int]] = {
+    "gpt2-124m, one sequence": ("gpt2-124m", 1),
+    "gpt2-124m, four": ("gpt2-124m", 4),
+    "foundry-124m, sixteen": ("foundry-124m", 16),
+}
+"""(preset, sequences) of models that decode."""
+SECONDS = 4.0
+PROMPT, NEW = 64, 48  # tokens
+VOCABULARY = 50257
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a line per model and the JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args(argv)
+    print(json.dumps({"bench": "plan", "predicted_over_measured": measure(arguments.rounds)}))
+    return 0
+
+
+def measure(rounds: int, trained: Sequence[str] = tuple(TRAINED), served: Sequence[str] = tuple(SERVED)) -> Settings:
+    """Predicted seconds over measured ones: for each model the median of the rounds."""
+    ratios: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        rates = {family: here(family) for family in FAMILIES}
+        expected = {name: predict_training(rates, *TRAINED[name]) for name in trained}
+        expected |= {name: predict_serving(rates, *SERVED[name]) for name in served}
+        for name, predicted in expected.items():
+            measured = _in_a_process(name)
+            ratios.setdefault(name, []).append(predicted / measured)
+            print(f"{name:28} predicted {predicted * 1e3:7.1f} ms, measured {measured * 1e3:7.1f} ms", flush=True)
+    return {name: round(statistics.median(values), 3) for name, values in ratios.items()}
+
+
+def predict_training(rates: Measured, settings: Settings, vocabulary: int) -> float:
+    """Seconds per step by the plan."""
+    config = config_of(settings)
+    work = work_of(config.model_config(vocabulary), config.context)
+    return training_step(config, work, *rates[work.model.family], 1).seconds
+
+
+def predict_serving(rates: Measured, preset: str, sequences: int) -> float:
+    """Seconds per decoding step by the plan."""
+    config = build_config(dict(preset=preset))
+    work = work_of(config.model_config(VOCABULARY), config.context)
+    return decode_seconds(work, *rates[work.model.family], sequences, PROMPT + NEW / 2)
+
+
+def config_of(settings: Settings) -> TrainConfig:
+    return build_config(settings, dict(max_steps=10**6, log_interval=1, eval_interval=10**6))
+
+
+def _in_a_process(name: str) -> float:
+    """Seconds per step of that model, in a process set up as a training worker's is."""
+    command = [sys.executable, "-m", "bench.plan", "one", name]
+    ended = subprocess.run(command, env=os.environ | WORKER_ENV, capture_output=True, text=True, check=True)
+    return float(ended.stdout.splitlines()[-1])
+
+
+def train(settings: Settings, vocabulary: int) -> float:
+    """Median seconds per step of the real loop, on random tokens."""
+    config = config_of(settings)
+    tokens, device = RandomTokens(vocabulary, 200_000), pick_device(config)
+    torch.manual_seed(config.seed)
+    model = GPT(config.model_config(vocabulary))
+    trainer = Trainer(config, model, tokens, tokens, device)  # type: ignore[arg-type]
+    rates: list[float] = []
+    for event in trainer.run():
+        if isinstance(event, Progress):
+            rates.append(event.tokens_per_second)
+            if trainer.trained_seconds > SECONDS and len(rates) > 5:
+                break
+    return trainer.tokens_per_step / statistics.median(rates[2:])
+
+
+def serve(preset: str, sequences: int) -> float:
+    """Seconds per decoding step of the real engine."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        return decode_times(random_package(Path(scratch) / "package", preset), sequences, PROMPT, NEW)[1]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        name = sys.argv[2]
+        print(train(*TRAINED[name]) if name in TRAINED else serve(*SERVED[name]))
+    else:
+        sys.exit(main())

@@ -1,0 +1,288 @@
+"""Claims about the plan of a run: its sums against real steps, and what a person at the keyboard sees."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gptcore.config import ModelConfig
+from gptcore.model import GPT
+from train_job.config import TrainConfig, build_config
+from train_job.costs import (
+    BUCKET,
+    FRAGMENTATION,
+    GPU_RESERVE,
+    LOGIT_BYTES,
+    Work,
+    all_reduce_seconds,
+    block_bytes,
+    largest_micro_batch,
+    saved_bytes,
+    serving,
+    training_memory,
+    training_step,
+    work_of,
+)
+from train_job.devices import assumed_rates, device_called, find_device
+from train_job.inputs import padded
+from train_job.optimizer import Optimizers
+from train_job.plan import main, make_plan
+
+FAMILIES = ("qwen3", "gpt2")
+LONG = 640
+"""Tokens of a sequence for which attention is fused on a CPU, as it is on a GPU."""
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
+VIEWS = ("view", "_unsafe_view", "t", "transpose", "slice", "split", "expand", "detach", "alias", "select", "unsqueeze")
+NO_READS = ("size", "stride", "device", "empty_like", "empty", "new_empty", "ones_like", "zeros", "full", "as_strided")
+
+
+def shape(family: str, **changes: Any) -> ModelConfig:
+    small = dict(vocab_size=512, context_length=LONG, hidden_size=128, num_layers=2, num_heads=2)
+    return ModelConfig(**{**small, "family": family, **changes})
+
+
+def loss(model: GPT, sequences: int, length: int = LONG) -> Tensor:
+    tokens = torch.zeros(sequences, length, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(tokens, tokens)
+
+
+def planned(preset: str, **settings: Any) -> tuple[TrainConfig, Work]:
+    config = build_config(dict(preset=preset), settings)
+    return config, work_of(config.model_config(50304), config.context)
+
+
+# --- sums against real steps ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("changes", [{}, dict(hidden_size=192, num_heads=3), dict(num_layers=5)])
+def test_autograd_keeps_as_many_bytes_per_token_as_the_plan_says(family: str, changes: dict[str, int]):
+    config = shape(family, **changes)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def bytes_of(sequences: int) -> int:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss(GPT(config), sequences)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    per_token = (bytes_of(2) - bytes_of(1)) / LONG
+    assert per_token - 4 * config.vocab_size == pytest.approx(saved_bytes(config), rel=0.01)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, those of matrix products and views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Sequence[Any] = (), named: Any = None) -> Any:
+        made = operation(*arguments, **(named or {}))
+        name = operation.overloadpacket.__name__
+        if not name.startswith(PRODUCTS) and name not in VIEWS + NO_READS:
+            tensors = [leaf for leaf in tree_leaves((arguments, named, made)) if isinstance(leaf, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_and_the_loss_move_as_many_bytes_as_the_plan_says(family: str):
+    def moved(config: ModelConfig) -> float:
+        found = []
+        for sequences in (1, 2):
+            with Traffic() as traffic:
+                loss(GPT(config), sequences).backward()
+            found.append(traffic.bytes)
+        return (found[1] - found[0]) / LONG
+
+    one, two = moved(shape(family, num_layers=1)), moved(shape(family))
+    assert two - one == pytest.approx(block_bytes(shape(family), LONG, "cuda"), rel=0.1)
+    wide = moved(shape(family, num_layers=1, vocab_size=2048))
+    assert (wide - one) / (2048 - 512) == pytest.approx(LOGIT_BYTES, rel=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_real_steps_memory_peaks_where_the_plan_says(family: str):
+    settings = dict(batch_size=4, max_steps=1, optimizer="muon" if family == "qwen3" else "adamw", context_length=LONG)
+    config = build_config(settings, dict(family=family, hidden_size=256, num_layers=4, num_heads=2))
+    model = GPT(config.model_config(4096))
+    optimizers = Optimizers(model, config)
+    loss(model, 4).backward()
+    optimizers.step(1.0)  # its state is there from now on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss(model, 4).backward()
+    taken = [event.total_allocated for event in memory_events(profiler)]
+    before = sum(p.numel() * 4 for p in model.parameters())
+    before += sum(tensor.numel() * tensor.element_size() for tensor in optimizers.tensors().values())
+    peak = before + max(taken) - taken[0]
+    memory = training_memory(config, work_of(model.config, LONG), 1)
+    expected = memory.total - GPU_RESERVE - (1 - 1 / FRAGMENTATION) * (memory.activations + memory.loss)
+    assert expected == pytest.approx(peak, rel=0.25)
+
+
+def memory_events(profiler: Any) -> list[Any]:
+    from torch._C._profiler import _EventType
+
+    found, waiting = [], list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            found.append(event)
+    return [e.extra_fields for e in sorted(found, key=lambda e: e.start_time_ns)]
+
+
+PUBLISHED = {
+    "llm.c's GPT-2 124M, 10B tokens in 45 minutes on 8 H100": ("h100", 8, "gpt2-124m", {}, 10e9 / (45 * 60)),
+    "a modded nanoGPT, 162M with rotary embeddings and Muon, on one A100": (
+        "a100",
+        1,
+        "foundry-124m",
+        dict(context_length=2048, tie_embeddings=False, batch_size=256),
+        195_000,
+    ),
+}
+
+
+@pytest.mark.parametrize("run", PUBLISHED)
+def test_assumed_rates_come_near_runs_that_others_published(run: str):
+    gpu, gpus, preset, settings, tokens_per_second = PUBLISHED[run]
+    config, work = planned(preset, compile=True, **settings)
+    device = find_device(gpu)
+    plan = make_plan(config, work, device, assumed_rates(device), gpus)
+    assert plan.tokens_per_second == pytest.approx(tokens_per_second, rel=0.25)
+
+
+# --- what follows from them ---------------------------------------------------------------------------------------
+
+
+def test_more_gpus_are_faster_and_less_efficient():
+    config, work = planned("foundry-124m", compile=True)
+    device = find_device("h200")
+    plans = [make_plan(config, work, device, assumed_rates(device), n) for n in (1, 2, 8, 64, 512)]
+    rates = [plan.tokens_per_second for plan in plans]
+    assert rates == sorted(rates)
+    shares = [plan.tokens_per_second / plan.workers for plan in plans]
+    assert shares == sorted(shares, reverse=True)
+    assert plans[0].step.waiting == 0 < plans[-1].step.waiting
+    assert plans[-1].step.waiting > 0.5 * plans[-1].step.seconds
+
+
+def test_a_larger_batch_hides_the_gradients_way_on_more_gpus():
+    device = find_device("h100")
+
+    def share_waited(batch: int) -> float:
+        config, work = planned("gpt2-124m", batch_size=batch)
+        step = training_step(config, work, device, assumed_rates(device), 128)
+        return step.waiting / step.seconds
+
+    assert share_waited(4096) < share_waited(480) / 2
+
+
+def test_an_all_reduce_moves_twice_the_gradients_over_the_slower_link():
+    device = find_device("h100")
+    inside, last = all_reduce_seconds(1e9, device, 8)
+    across, _ = all_reduce_seconds(1e9, device, 16)
+    assert inside == pytest.approx(2 * 7 / 8 * 1e9 / (0.8 * device.link), rel=0.6)
+    assert across / inside > 0.5 * device.link / device.network
+    assert 0 < last < inside
+    assert all_reduce_seconds(BUCKET, device, 1) == (0, 0)
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    config, work = planned("gpt2-124m")
+    device = find_device("l4")
+    most = largest_micro_batch(config, work, 4, device)
+    for size, fits in ((most, True), (most + 1, False)):
+        at, _ = planned("gpt2-124m", micro_batch_size=size)
+        assert (training_memory(at, work, 4).total <= device.memory) is fits
+
+
+def test_twice_the_load_takes_twice_the_replicas():
+    _, work = planned("foundry-124m")
+    device = find_device("l4")
+    few, many = (serving(work, device, assumed_rates(device), 16, 256, 128, load) for load in (300, 600))
+    assert few.replicas > 1
+    assert many.replicas == pytest.approx(2 * few.replicas, abs=1)
+    assert few.replicas == math.ceil(300 / (0.7 * few.requests_per_second))
+
+
+def test_torchs_names_of_gpus_are_found():
+    names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4"}
+    assert {name: device_called(name).name for name in names} == names  # type: ignore[union-attr]
+    assert device_called("NVIDIA GeForce GTX 1080") is None
+    assert find_device("rtx4090") is find_device("RTX-4090")
+
+
+# --- at the keyboard --------------------------------------------------------------------------------------------
+
+
+def test_the_plan_says_memory_speed_time_cost_and_where_it_waits(capsys: pytest.CaptureFixture[str]):
+    assert main(["--preset", "foundry-124m", "--gpus", "8", "--gpu", "h200", "--load", "2000"]) == 0
+    said = capsys.readouterr().out
+    for words in ("8 x H200", "GiB: fits", "tokens/s", "GPU-hours", "dollars", "Communication-bound from", "replicas"):
+        assert words in said
+    assert "assumed from its data sheet" in said
+
+
+def test_a_price_scales_the_cost_and_json_has_the_figures(capsys: pytest.CaptureFixture[str]):
+    def cost(price: str) -> float:
+        assert main(["--preset", "gpt2-124m", "--gpus", "8", "--gpu", "l4", "--price", price, "--json"]) == 0
+        return float(json.loads(capsys.readouterr().out)["plan"]["cost"])
+
+    assert cost("2") == pytest.approx(2 * cost("1"))
+
+
+def test_a_model_that_does_not_fit_is_called_so(capsys: pytest.CaptureFixture[str]):
+    big = [
+        "--preset",
+        "foundry-124m",
+        "--hidden-size",
+        "8192",
+        "--num-layers",
+        "40",
+        "--num-heads",
+        "64",
+        "--gpu",
+        "h100",
+    ]
+    assert main(big) == 0
+    assert "DOES NOT FIT; micro-batch up to 0 would" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--gpu h300", r"gpu is 'h300'; expected here .*\. Did you mean 'h200'\?"),
+        ("--gpus 9", r"gpus is 9; expected 1 to 8, since a step has batch_size 8 sequences to divide"),
+        ("--gpus two", "argument --gpus: invalid int value"),
+        ("--price -1", "price is -1.0; expected more than 0"),
+        ("--load 5 --prompt-tokens 400", r"prompt_tokens \+ new_tokens is 528; expected at most .* 256"),
+        ("--max-epochs 2", "depends on its text; give --max-tokens or --max-steps"),
+        ("--prset mini", r"unknown argument '--prset'\. Did you mean '--preset'\?"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments: str, message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(arguments.split()) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert re.search(message, said.err), said.err
+
+
+def test_rows_of_the_vocabulary_are_those_of_a_run():
+    assert padded(50257) == 50304

@@ -1,0 +1,295 @@
+"""What a run or a service will need, before anything is rented: `python -m train_job.plan --gpus 8 --gpu h200 …`.
+
+In: the settings of a run, a kind of GPU, how many, perhaps a load to serve. Out: memory per GPU, tokens/s, time and
+cost, and from how many GPUs on communication is what a step waits for. `train_job.costs` has the sums,
+docs/scaling.md explains them. Nothing is trained; `--gpu here` measures this machine for a few seconds.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
+
+from gptcore.errors import ConfigError, FoundryError
+from train_job.config import TrainConfig, build_config, parse_settings
+from train_job.console import count
+from train_job.costs import (
+    Memory,
+    Serving,
+    Step,
+    Work,
+    largest_micro_batch,
+    micro_batch,
+    serving,
+    training_memory,
+    training_step,
+    work_of,
+)
+from train_job.devices import Device, Rates, assumed_rates, find_device
+
+SLOTS = {"cpu": 16}
+GPU_SLOTS = 64
+FAILURE_GPU_HOURS = 50_700
+"""GPU-hours between interruptions: 419 in 54 days of 16,384 H100s (Llama 3, Dubey et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line, less the settings of the run."""
+
+    gpus: int
+    gpu: str
+    price: float | None
+    load: float | None
+    prompt_tokens: int
+    new_tokens: int
+    slots: int | None
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a run on some number of GPUs."""
+
+    workers: int
+    memory: Memory
+    step: Step
+    tokens_per_second: float
+    mfu: float | None
+    """Share of the device's peak; None where that is not known."""
+    steps: int
+    hours: float
+    cost: float | None
+    """Dollars."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the plan; 2 for wrong input."""
+    try:
+        asked, given = parse(sys.argv[1:] if argv is None else argv)
+        config, work = planned(given)
+        if not 1 <= asked.gpus <= config.batch_size:
+            raise ConfigError(
+                f"gpus is {asked.gpus}; expected 1 to {config.batch_size}, since a step has batch_size "
+                f"{config.batch_size} sequences to divide"
+            )
+        device, rates = device_of(asked, work)
+        plan = make_plan(config, work, device, rates, asked.gpus)
+        served = serve_plan(asked, work, device, rates) if asked.load is not None else None
+    except FoundryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if asked.as_json:
+        shown = {"device": asdict(device), "rates": asdict(rates), "plan": asdict(plan)}
+        shown["plan"] |= {"memory_bytes": plan.memory.total, "step_seconds": plan.step.seconds}
+        print(json.dumps(shown | ({"serving": asdict(served)} if served else {})))
+        return 0
+    show_training(config, work, device, rates, plan)
+    if served:
+        show_serving(asked, work, served)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[Asked, dict[str, Any]]:
+    """(what is asked about, the settings of the run). Raises ConfigError."""
+    parser = _Parser(
+        prog="python -m train_job.plan",
+        description="Memory, speed, time and cost of a run. Takes every setting of train_job/run.py as well.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, default=1, metavar="INT", help="GPUs that train together [default: 1]")
+    parser.add_argument("--gpu", default="h100", help="b200, h200, h100, a100 …, or here: measured [default: h100]")
+    parser.add_argument("--price", type=float, metavar="FLOAT", help="dollars per GPU-hour; default: a usual one")
+    parser.add_argument("--load", type=float, metavar="FLOAT", help="plan a service for so many requests/s too")
+    parser.add_argument("--prompt-tokens", type=int, default=256, metavar="INT", help="of a request [default: 256]")
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="INT", help="of an answer [default: 128]")
+    parser.add_argument("--slots", type=int, metavar="INT", help="sequences a replica decodes together")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="one line of JSON instead of text")
+    known, rest = parser.parse_known_args(argv)
+    for name in ("price", "load", "prompt_tokens", "new_tokens", "slots"):
+        value = getattr(known, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}; expected more than 0, and finite")
+    return Asked(**vars(known)), parse_settings(rest)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
+    """The run's settings and what its model asks for; a parent brings its own shape."""
+    from gptcore.tokenizer import parse_tokenizer
+    from train_job.inputs import padded
+
+    config = build_config(given)
+    if config.init_from:
+        from gptcore.hub import resolve
+        from gptcore.package import open_package
+
+        shape = open_package(resolve(config.init_from)).config
+        config = replace(config, sequence_length=config.sequence_length or shape.context_length)
+    else:
+        shape = config.model_config(padded(parse_tokenizer(config.tokenizer)))
+    return config, work_of(shape, config.context)
+
+
+def device_of(asked: Asked, work: Work) -> tuple[Device, Rates]:
+    """The GPU that was named, or this machine's. Raises ConfigError."""
+    if asked.gpu == "here":
+        from train_job.rates import here
+
+        device, rates = here(work.model.family)
+        if device.name == "cpu" and asked.gpus > 1:
+            raise ConfigError(f"gpus is {asked.gpus}, but this machine trains on its CPU; expected 1, or name a --gpu")
+    else:
+        device = find_device(asked.gpu)
+        rates = assumed_rates(device)
+    return (replace(device, price=asked.price) if asked.price else device), rates
+
+
+def make_plan(config: TrainConfig, work: Work, device: Device, rates: Rates, workers: int) -> Plan:
+    """The run on so many workers. Raises ConfigError if its length is not known in tokens."""
+    step = training_step(config, work, device, rates, workers)
+    per_step = config.batch_size * work.length
+    rate = per_step / step.seconds
+    steps = planned_steps(config, per_step)
+    hours = steps * step.seconds / 3600
+    peak = device.flops * workers if device.name != "cpu" else None
+    return Plan(
+        workers,
+        training_memory(config, work, workers),
+        step,
+        rate,
+        rate * work.flops_per_token / peak if peak else None,
+        steps,
+        hours,
+        hours * workers * device.price if device.price else None,
+    )
+
+
+def planned_steps(config: TrainConfig, tokens_per_step: int) -> int:
+    """Steps until the first limit that needs no text to count. Raises ConfigError."""
+    limits = [config.max_steps, math.ceil(config.max_tokens / tokens_per_step) if config.max_tokens else None]
+    known = [limit for limit in limits if limit]
+    if not known:
+        raise ConfigError("how long the run is depends on its text; give --max-tokens or --max-steps")
+    return min(known)
+
+
+def serve_plan(asked: Asked, work: Work, device: Device, rates: Rates) -> Serving:
+    """Replicas for the load. Raises ConfigError if a request does not fit the model."""
+    length = asked.prompt_tokens + asked.new_tokens
+    if length > work.model.context_length:
+        raise ConfigError(
+            f"prompt_tokens + new_tokens is {length}; expected at most the model's context of "
+            f"{work.model.context_length}"
+        )
+    slots = asked.slots or SLOTS.get(device.name, GPU_SLOTS)
+    return serving(work, device, rates, slots, asked.prompt_tokens, asked.new_tokens, asked.load or 0)
+
+
+# --- shown ------------------------------------------------------------------------------------------------------
+
+
+def show_training(config: TrainConfig, work: Work, device: Device, rates: Rates, plan: Plan) -> None:
+    """The run on the GPUs asked for, then on fewer and more."""
+    model, micro = work.model, micro_batch(config, plan.workers)
+    shape = f"{model.num_layers} layers, {model.hidden_size} wide, context {model.context_length}"
+    print(f"model     {config.preset}: {count(work.parameters)} parameters, {model.family}, {shape}")
+    print(f"device    {f'{plan.workers} x ' if plan.mfu else ''}{device.name}; rates {rates.source}")
+    share = math.ceil(config.batch_size / plan.workers)
+    print(f"step      {config.batch_size} sequences of {work.length:,} tokens; {share} a worker, {micro} at a time")
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in vars(plan.memory).items() if size >= 2**20)
+    room = device.memory - plan.memory.total
+    most = largest_micro_batch(config, work, plan.workers, device)
+    fits = "fits" if room >= 0 else "DOES NOT FIT"
+    print(f"memory    {gib(plan.memory.total)} of {gib(device.memory)} GiB: {fits}; micro-batch up to {most} would")
+    print(f"          {parts}")
+    used = f", {plan.mfu:.0%} of the peak" if plan.mfu else ""
+    print(f"speed     {count(plan.tokens_per_second)} tokens/s{used}; a step takes {milliseconds(plan.step.seconds)}")
+    print(f"          {', '.join(f'{name} {milliseconds(s)}' for name, s in spent(plan.step).items())}")
+    print(f"run       {plan.steps:,} steps, {count(plan.steps * config.batch_size * work.length)} tokens: {cost(plan)}")
+    lost = plan.hours * plan.workers / FAILURE_GPU_HOURS
+    if device.name == "cpu":
+        return
+    print(f"          {lost:.2g} interruptions to be expected, each costs what was done since a checkpoint")
+    print("\n   gpus    tokens/s   of linear     hours   GPU-hours    dollars  a step waits for its gradients")
+    alone = make_plan(config, work, device, rates, 1)
+    for workers in sorted({*doublings(config.batch_size), plan.workers}):
+        row = make_plan(config, work, device, rates, workers)
+        print(
+            f"{workers:7} {count(row.tokens_per_second):>11}"
+            f" {row.tokens_per_second / alone.tokens_per_second / workers:11.0%} {row.hours:9.2f}"
+            f" {row.hours * workers:11.1f} {f'{row.cost:,.0f}' if row.cost is not None else '-':>10}"
+            f" {row.step.waiting / row.step.seconds:6.0%}{'  <- asked for' if workers == plan.workers else ''}"
+        )
+    print(f"\n{verdict(config, work, device, rates)}")
+
+
+def verdict(config: TrainConfig, work: Work, device: Device, rates: Rates) -> str:
+    """From how many GPUs on communication bounds a step."""
+    for workers in doublings(config.batch_size)[1:]:
+        step = training_step(config, work, device, rates, workers)
+        if step.waiting > 0.25 * step.seconds:
+            return (
+                f"Communication-bound from {workers} GPUs on: {gib(4 * work.parameters)} GiB of gradients take "
+                f"{milliseconds(step.gradients)} there, and backward hides "
+                f"{milliseconds(step.gradients - step.waiting)} of it. A larger batch_size moves that out."
+            )
+    return f"Not communication-bound up to {config.batch_size} GPUs, where each has one sequence of a step."
+
+
+def show_serving(asked: Asked, work: Work, served: Serving) -> None:
+    """Replicas, and what a client sees."""
+    each = served.slots / served.step_seconds
+    print(f"\nserving   {asked.load:g} requests/s, {asked.prompt_tokens} prompt and {asked.new_tokens} new tokens each")
+    print(f"          {served.replicas} replica{'s' if served.replicas != 1 else ''}, 70% busy, {served.slots} slots;")
+    print(f"          one completes {served.requests_per_second:.3g} requests/s and decodes {count(each)} tokens/s")
+    print(
+        f"          first token after {milliseconds(served.first_token_seconds)} on an idle one, then one every "
+        f"{milliseconds(served.step_seconds)} with its slots full"
+    )
+    cache = served.slots * work.model.context_length * work.cache_bytes
+    print(f"          {gib(2 * work.read_weights)} GiB of weights and {gib(cache)} GiB of cache in bf16")
+
+
+def spent(step: Step) -> dict[str, float]:
+    """The parts of a step that take a thousandth of it or more, in people's words."""
+    names = {
+        "products": "matrix products",
+        "elementwise": "number by number",
+        "softmax": "loss",
+        "optimizer": "optimizer",
+        "launching": "launching kernels",
+        "waiting": "waiting for gradients",
+    }
+    return {words: getattr(step, n) for n, words in names.items() if getattr(step, n) > step.seconds / 1000}
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4 and so on up to `most`, and `most`."""
+    return sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most})
+
+
+def cost(plan: Plan) -> str:
+    hours = f"{plan.hours:,.2f} h" if plan.hours >= 0.1 else f"{plan.hours * 60:.1f} min"
+    dollars = f", {plan.cost:,.2f} dollars" if plan.cost is not None else "; --price gives a cost"
+    together = f", {plan.hours * plan.workers:,.1f} GPU-hours" if plan.mfu else ""
+    return f"{hours}{together}{dollars if plan.mfu or plan.cost else ''}"
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.{0 if seconds >= 0.1 else 1}f} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
