@@ -25,6 +25,8 @@ KINDS = (
 )
 PACKAGE_FILES = ["*.json", "*.safetensors", "merges.txt"]
 SERVER_SECONDS = 5
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""URLs' schemes, and which of this project's extras has the client."""
 
 
 def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None) -> Path:
@@ -141,7 +143,9 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:  # its client is not installed; nobody knows the scheme
-        raise HubError(f"{url!r} cannot be opened: {_reason(error)}") from error
+        extra = EXTRAS.get(url.partition("://")[0]) if isinstance(error, ImportError) else None
+        advice = f" The extra {extra} brings it: pip install -e '.[{extra}]'" if extra else ""
+        raise HubError(f"{url!r} cannot be opened: {_reason(error)}{advice}") from error
     return fs, str(path).rstrip("/")
 
 

@@ -1,9 +1,9 @@
 """Where text comes from: what the user named goes in, an ordered list of pieces of text comes out.
 
-A corpus is built in, a known download, a file, a folder, a glob or a URL; its files are plain text, JSON lines or
-Parquet, each of them possibly gzipped. Opening one reads every file once, in pieces: it is hashed, checked to be
-text, and cut into pieces small enough to tokenise in parallel. What was learned about a big file is kept in the
-cache. No text is held: a corpus is places, and a 10 GB file costs no more memory than a small one.
+A corpus is built in, a known download, or a file, a folder or a glob, here or behind a URL; its files are plain text,
+JSON lines or Parquet, each of them possibly gzipped. Opening one reads every file once, in pieces: it is hashed,
+checked to be text, and cut into pieces small enough to tokenise in parallel. What was learned about a big file is kept
+in the cache. No text is held: a corpus is places, and a 10 GB file costs no more memory than a small one.
 """
 
 import glob
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from gptcore.errors import ConfigError, CorpusError, did_you_mean
 from train_job.files import download, sha256, written_whole
 from train_job.pieces import PIECE_BYTES, Piece, Scan, builtin_piece, cut_piece, scan_parquet, scan_text
+from train_job.remote import Origin, copies, in_store, listed
 
 MEMO_BYTES = 8 * 2**20
 """Files from this size on are scanned once and remembered; scanning a smaller one is as quick as remembering it."""
@@ -29,14 +30,16 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 NAMED = ("builtin", "shakespeare")
+WEB = ("http://", "https://")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text as an ordered tuple of pieces."""
+    """Text as an ordered tuple of pieces; `origins` are the objects that a URL led to."""
 
     name: str
     pieces: tuple[Piece, ...]
+    origins: tuple[Origin, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -53,37 +56,60 @@ class Corpus:
         for piece in self.pieces:
             yield from piece.documents()
 
+    def within(self, cache_dir: Path) -> "Corpus":
+        """The same text for a machine that has its cache there: copies are looked for, and fetched, in it."""
+        root = cache_dir.absolute()
+        moved = (
+            replace(piece, path=str(root.joinpath(*Path(piece.path).parts[-2:]))) if piece.origin else piece
+            for piece in self.pieces
+        )
+        return replace(self, pieces=tuple(moved))
 
-def open_corpus(data: str, text_column: str = "text", cache_dir: Path = Path(".cache"), refresh: bool = True) -> Corpus:
-    """The corpus that `data` names: builtin, shakespeare, a file, folder, glob or http(s) URL.
 
-    Without `refresh`, a URL that was downloaded before is taken as it was then, whatever is there now. Raises
-    CorpusError if there is none, or if it is empty or not text.
+def open_corpus(
+    data: str,
+    text_column: str = "text",
+    cache_dir: Path = Path(".cache"),
+    refresh: bool = True,
+    begun: Sequence[Origin] = (),
+) -> Corpus:
+    """The corpus that `data` names: builtin, shakespeare, or a file, folder or glob, here or behind a URL.
+
+    Without `refresh`, a web page that was downloaded before is taken as it was then, whatever is there now. `begun` are
+    the objects, in their states, to take from a store instead of those that it has now. Raises CorpusError if there is
+    no text, or if it is empty or not text.
     """
     if not data:
         raise CorpusError(f"no corpus was named; expected {', '.join(NAMED)}, a path, a glob or a URL")
     if data == "builtin":
         return Corpus(data, (builtin_piece(),))
+    objects: Sequence[Origin] = ()
     try:
+        if in_store(data):
+            objects = begun or listed(data)
+        paths = copies(objects, cache_dir) if objects else locate(data, cache_dir, refresh)
+        origins: Sequence[Origin | None] = objects or [Origin(data) if data.startswith(WEB) else None] * len(paths)
         pieces = [
-            piece for path in locate(data, cache_dir, refresh) for piece in open_file(path, text_column, cache_dir)
+            replace(piece, origin=origin)
+            for path, origin in zip(paths, origins, strict=True)
+            for piece in open_file(path, text_column, cache_dir)
         ]
     except OSError as error:
         raise CorpusError(f"cannot read {error.filename or data}: {error.strerror or error}") from error
     if not pieces:
         raise CorpusError(f"{data} holds no text: every file in it is empty")
-    return Corpus(data, tuple(pieces))
+    return Corpus(data, tuple(pieces), tuple(objects))
 
 
 def locate(data: str, cache_dir: Path, refresh: bool = True) -> list[Path]:
     """The files behind `data`, in order; downloads what is not there yet or, with `refresh`, has changed."""
     if data == "shakespeare":
         return [shakespeare(cache_dir)]
-    if data.startswith(("http://", "https://")):
+    if data.startswith(WEB):
         name = Path(urlsplit(data).path).name or "index"
-        copy = cache_dir / "downloads" / f"{hashlib.sha256(data.encode()).hexdigest()[:16]}-{name}"
+        copy = cache_dir.absolute() / "downloads" / f"{hashlib.sha256(data.encode()).hexdigest()[:16]}-{name}"
         return [download(data, copy, refresh)]
-    path = Path(data).expanduser()
+    path = Path(data.removeprefix("file://")).expanduser()
     if path.is_file():
         return [path.absolute()]
     if path.is_dir():

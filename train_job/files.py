@@ -67,7 +67,15 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within it, no other process of this machine is: waits for its turn. A process that dies lets go of the lock."""
+    """Within it, no other process of this machine is: waits for its turn. A process that dies lets go of the lock.
+
+    Raises TrainingError if the file, whose folder is made if need be, cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise TrainingError(f"cannot write to {path.parent}: {error.strerror}") from error
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

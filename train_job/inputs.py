@@ -6,7 +6,7 @@ or pinned, so a worker on another machine, or a resumed run, comes to the same.
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from train_job.config import TrainConfig
 from train_job.corpus import Corpus, open_corpus, split
 from train_job.files import sweep, written_whole
 from train_job.hardware import pick_device
+from train_job.remote import Origin
 from train_job.shards import TokenSet, prepare
 
 VOCAB_MULTIPLE = 64
@@ -59,10 +60,16 @@ def shard_store(config: TrainConfig) -> str | None:
     return config.cache_dir if config.cache_dir and "://" in config.cache_dir else None
 
 
-def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map, refresh: bool = True) -> Inputs:
-    """Opens, splits and tokenises the corpus; `mapper` runs tokenising in parallel, `refresh` is `open_corpus`'s.
+def prepare_inputs(
+    config: TrainConfig,
+    mapper: Callable[..., Any] = map,
+    refresh: bool = True,
+    begun: Mapping[str, Sequence[Origin]] | None = None,
+) -> Inputs:
+    """Opens, splits and tokenises the corpus; `mapper` runs tokenising in parallel.
 
-    Raises CorpusError, TokenizerError, PackageError, HubError or ConfigError: whatever is wrong is found here.
+    `refresh` is `open_corpus`'s, and so is `begun`, by what the corpus is called. Raises CorpusError,
+    TokenizerError, PackageError, HubError or ConfigError: whatever is wrong is found here.
     """
     cache = cache_dir(config)
     if not config.use_gpu:
@@ -73,9 +80,13 @@ def prepare_inputs(config: TrainConfig, mapper: Callable[..., Any] = map, refres
             )
     for kind in CACHED:
         sweep(cache / kind)
-    corpus = open_corpus(config.data, config.text_column, cache, refresh)
+
+    def opened(data: str) -> Corpus:
+        return open_corpus(data, config.text_column, cache, refresh, (begun or {}).get(data, ()))
+
+    corpus = opened(config.data)
     if config.val_data:
-        train, validation = corpus, open_corpus(config.val_data, config.text_column, cache, refresh)
+        train, validation = corpus, opened(config.val_data)
     else:
         train, validation = split(corpus, config.val_fraction)
     parent = open_package(resolve(config.init_from)) if config.init_from else None

@@ -18,6 +18,7 @@ from typing import Any
 
 from gptcore.errors import CorpusError, did_you_mean
 from train_job.files import sha256
+from train_job.remote import Origin, fetch
 
 PIECE_BYTES = 32 * 2**20
 
@@ -27,7 +28,8 @@ class Piece:
     """A stretch of one source: bytes [start, end) of a text, of JSON lines or of a built-in text, rows of Parquet.
 
     `digest` is the whole source's SHA-256, so (digest, kind, start, end, column) says which text this is wherever
-    it lies. `num_bytes` is its size as the split counts it: bytes, for Parquet those of the text column alone.
+    it lies. `num_bytes` is its size as the split counts it: bytes, for Parquet those of the text column alone. If the
+    source is a copy, `origin` says of what.
     """
 
     path: str
@@ -37,6 +39,7 @@ class Piece:
     column: str
     digest: str
     num_bytes: int
+    origin: Origin | None = None
 
     @property
     def identity(self) -> tuple[str, str, int, int, str]:
@@ -46,8 +49,10 @@ class Piece:
     def documents(self) -> Iterator[str]:
         """The piece's documents in order, empty ones left out; of a text file, its part of the one document.
 
-        Raises CorpusError for a line or row that is not text.
+        A copy that this machine lacks is fetched. Raises CorpusError for a line or row that is not text.
         """
+        if self.origin:
+            fetch(self.origin, Path(self.path), self.digest)
         try:
             yield from (text for text in READERS[self.kind](self) if text)
         except OSError as error:

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,6 +188,7 @@ class Run:
 
     def _prepare(self, cluster: Callable[[], Any]) -> Inputs:
         from train_job.inputs import prepare_inputs
+        from train_job.remote import Origin
 
         def spread(fn: Callable[[Any], Any], items: list[Any]) -> list[Any]:
             from train_job.ray_data import ray_map
@@ -196,11 +197,13 @@ class Run:
             return ray_map(fn, items)
 
         # A run that goes on wants the text that it has begun with.
-        return prepare_inputs(self.config, spread, refresh=not self._record.exists())
+        text = json.loads(self._record.read_text()).get("text", {}) if self._record.exists() else {}
+        begun = {name: [Origin(*origin) for origin in origins] for name, origins in text.items()}
+        return prepare_inputs(self.config, spread, refresh=not self._record.exists(), begun=begun)
 
     @property
     def _record(self) -> Path:
-        """The file that names the MLflow run, once there is one."""
+        """The file that names the MLflow run, once there is one, and the objects that its text was read from."""
         return self.run_dir / "run.json"
 
     def _open(self) -> None:
@@ -233,8 +236,11 @@ class Run:
                 tags=tags,
                 experiment=self.config.experiment,
             )
+            corpora = (inputs.train_corpus, inputs.validation_corpus)
+            text = {corpus.name: [astuple(origin) for origin in corpus.origins] for corpus in corpora}
             with written_whole(self._record) as file:
-                file.write(json.dumps({"run_id": self.run_id, "tracking_uri": kept(self.uri)}).encode())
+                record = {"run_id": self.run_id, "tracking_uri": kept(self.uri), "text": text}
+                file.write(json.dumps(record).encode())
         self.history = History(self.run_dir / "history.jsonl")
         write_yaml(self.config, self.run_dir / "config.yaml")
         if "://" in str(self.config.storage_path):

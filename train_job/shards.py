@@ -118,12 +118,12 @@ def prepare(
 ) -> TokenSet:
     """Tokenises what is neither in `cache_dir`/shards nor in `store`, a fsspec URL, and returns the whole split.
 
-    `mapper` may run its calls on any machine that sees the corpus under the same path. Raises CorpusError for text
-    that cannot be read or a store that cannot be used, and TrainingError for a full disk, which leaves no half-written
-    shard.
+    `mapper` may run its calls on any machine that sees the corpus under the same path, or can fetch it. Raises
+    CorpusError for text that cannot be read or a store that cannot be used, and TrainingError for a full disk, which
+    leaves no half-written shard.
     """
     folder = cache_dir.absolute() / "shards"
-    jobs = plan(corpus)
+    jobs = plan(corpus.within(cache_dir))
     paths = [folder / f"{shard_key(job, tokenizer)}.bin" for job in jobs]
     write = partial(write_shard, tokenizer=tokenizer, folder=folder, store=store)
     for run in (mapper, map):  # what the mapper wrote on some other machine's disk is made again here

@@ -179,12 +179,13 @@ def _dataset_input(use: DatasetUse) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-    web = use.source.startswith(("http://", "https://"))
+    scheme = urlsplit(use.source).scheme if "://" in use.source else ""
+    web = scheme in ("http", "https")
     profile = {"bytes": use.num_bytes, "tokens": use.num_tokens, "fingerprint": use.fingerprint}
     dataset = Dataset(
         name=use.name,
         digest=use.fingerprint[:DIGEST_LENGTH],
-        source_type="http" if web else "local",
+        source_type="http" if web else scheme or "local",
         source=json.dumps({"url" if web else "uri": use.source}),
         profile=json.dumps(profile),
     )

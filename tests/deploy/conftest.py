@@ -4,6 +4,7 @@ The server's command and environment are those of the file; its addresses are re
 empty folder, as in its container.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -17,7 +18,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,20 @@ class Store:
         key, secret = self.env["AWS_ACCESS_KEY_ID"], self.env["AWS_SECRET_ACCESS_KEY"]
         return s3fs.S3FileSystem(key=key, secret=secret, endpoint_url=self.url, skip_instance_cache=True)
 
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Within it, nobody has any right."""
+
+        def ask_who_it_is(after: str) -> None:
+            body, kind = after.encode(), {"Content-Type": "text/plain"}  # requests that need no rights
+            urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset-auth", body, kind)).close()
+
+        ask_who_it_is(after="0")
+        try:
+            yield
+        finally:
+            ask_who_it_is(after="inf")
+
     def files(self, folder: str) -> list[str]:
         """Every file below `BUCKET/FOLDER`, as paths from there."""
         fs = self.filesystem()
@@ -161,6 +175,46 @@ def s3(dotenv: dict[str, str]) -> Iterator[Store]:
     store.filesystem().mkdir(env["S3_BUCKET"])
     yield store
     server.stop()
+
+
+@pytest.fixture
+def bucket(s3: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The URL of a folder that only this test uses; the environment is a client's of the store."""
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path / "home"))
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # another test's store may be gone
+    yield f"s3://mlflow/{tmp_path.name}"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def no_gcsfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client of Google Cloud Storage is not installed."""
+    from fsspec.registry import _registry  # a client that was used is remembered there
+
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(_registry, "gs", raising=False)
+
+
+@pytest.fixture(scope="session")
+def gcs() -> Iterator[dict[str, str]]:
+    """An emulated Google Cloud Storage with a bucket `foundry`; yields what a client's environment says of it."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed")
+    port = free_port()
+    # gcsfs asks by gRPC what kind of bucket it is, which the emulator does not speak, and tries for a minute. Whether
+    # it does that is decided when it is imported.
+    env = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    env["NO_GCE_CHECK"] = "true"  # this is no machine of Google's: seconds pass until nobody has answered
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in env.items():
+            patched.setenv(name, value)
+        pytest.importorskip("gcsfs", reason="gcsfs is not installed (the extra gcs)")
+        server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="foundry")
+        server.start()
+        yield env
+        server.stop()
 
 
 @dataclass(frozen=True)
@@ -217,8 +271,8 @@ def team(dotenv: dict[str, str], postgres: int, s3: Store, tmp_path_factory: pyt
         yield Team(f"http://127.0.0.1:{port}", env, dotenv, folder)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(15)
-        with suppress(ProcessLookupError):  # its workers
+        with contextlib.suppress(ProcessLookupError):  # its workers
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ from train_job.config import build_config
 from train_job.corpus import open_corpus, split
 from train_job.inputs import prepare_inputs, shard_store
 from train_job.shards import TokenSet, prepare
-
-
-@pytest.fixture
-def bucket(s3: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """The URL of a folder that only this test uses; the environment is a client's of the store."""
-    for name, value in s3.env.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path / "home"))
-    s3fs = pytest.importorskip("s3fs")
-    s3fs.S3FileSystem.clear_instance_cache()  # another test's store may be gone
-    yield f"s3://mlflow/{tmp_path.name}"
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def small_package(folder: Path, seed: int = 0) -> Package:
@@ -95,9 +82,8 @@ def test_a_package_that_was_altered_in_the_store_is_refused(bucket: str, s3: Sto
         open_package(resolve(f"{bucket}/package"))
 
 
-def test_a_url_that_leads_to_no_package_is_one_clear_line(
-    bucket: str, s3: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("no_gcsfs")
+def test_a_url_that_leads_to_no_package_is_one_clear_line(bucket: str, s3: Store, tmp_path: Path) -> None:
     s3.filesystem().pipe(f"{bucket}/notes/a.txt", b"a")
     for url in (f"{bucket}/nothing", f"{bucket}/notes", "s3://no-such-bucket/package"):
         with pytest.raises(HubError, match="there is no model at") as caught:
@@ -106,7 +92,6 @@ def test_a_url_that_leads_to_no_package_is_one_clear_line(
         assert "\n" not in str(caught.value)
     with pytest.raises(HubError, match=r"'gopher://host/package' cannot be opened: .*gopher"):
         resolve("gopher://host/package")
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(HubError, match=r"cannot be opened: .*gcsfs"):
         resolve("gs://bucket/package")
     assert not (tmp_path / "home").exists()
