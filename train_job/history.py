@@ -1,9 +1,11 @@
 """The points of a run's loss curve, kept in `history.jsonl`, so that a run that goes on draws the whole of it.
 
-In: events of the loop. Out: rows for `figures.loss_curve`. A step that is repeated after a restart is kept once.
+In: events of the loop, and what MLflow knows of a run that comes from another machine. Out: rows for
+`figures.loss_curve`. A step that is repeated after a restart is kept once.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from train_job.files import written_whole
@@ -31,12 +33,21 @@ class History:
         """Keeps the event's losses, unless those of its step are there already."""
         row: dict[str, float] = {"step": event.step, "tokens": event.tokens, "epoch": event.epoch}
         if isinstance(event, Progress):
-            kind, row["train_loss"] = "train_loss", event.loss
+            self._keep("train_loss", row | {"train_loss": event.loss})
         else:
-            kind, row["val_loss"], row["bits_per_byte"] = "val_loss", event.loss, event.bits_per_byte
-        if event.step <= self._last.get(kind, 0):
+            self._keep("val_loss", row | {"val_loss": event.loss, "bits_per_byte": event.bits_per_byte})
+
+    def recall(self, points: Mapping[str, Mapping[int, float]], tokens_per_step: int, steps_per_epoch: float) -> None:
+        """Keeps what `tracking.losses` found beyond the steps that are here: the run was on another machine."""
+        for kind, beside in (("train_loss", ()), ("val_loss", ("bits_per_byte",))):
+            for step in sorted(points[kind]):
+                row = {"step": step, "tokens": step * tokens_per_step, "epoch": step / steps_per_epoch}
+                self._keep(kind, row | {name: points[name][step] for name in (kind, *beside) if step in points[name]})
+
+    def _keep(self, kind: str, row: dict[str, float]) -> None:
+        if row["step"] <= self._last.get(kind, 0):
             return
-        self._last[kind] = event.step
+        self._last[kind] = row["step"]
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -45,6 +45,7 @@ class Inputs:
     train: TokenSet
     validation: TokenSet
     model: ModelConfig
+    steps_per_epoch: float
     parent: Package | None = None
 
 
@@ -106,8 +107,9 @@ def prepare_inputs(
             )
     store = shard_store(config)
     tokens, judge = (prepare(corpus, tokenizer, cache, mapper, store) for corpus in (train, validation))
-    Batches(tokens, config.context, config.batch_size, config.seed, config.stride)  # raises if the text is too short
-    return Inputs(config, tokenizer, train, validation, tokens, judge, shape, parent)
+    # Raises if the text is too short.
+    batches = Batches(tokens, config.context, config.batch_size, config.seed, config.stride)
+    return Inputs(config, tokenizer, train, validation, tokens, judge, shape, batches.steps_per_epoch, parent)
 
 
 def build_model(config: TrainConfig, shape: ModelConfig, initial: dict[str, torch.Tensor] | None = None) -> GPT:

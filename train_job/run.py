@@ -211,9 +211,12 @@ class Run:
         from train_job import tracking
         from train_job.spool import kept
 
+        self.history = History(self.run_dir / "history.jsonl")
         if self._record.exists():
             self.run_id = json.loads(self._record.read_text())["run_id"]
             tracking.resume_run(self.uri, self.run_id)
+            points = tracking.losses(self.uri, self.run_id)
+            self.history.recall(points, self.config.batch_size * self.config.context, self.inputs.steps_per_epoch)
         else:
             inputs = self.inputs
             uses = [
@@ -241,7 +244,6 @@ class Run:
             with written_whole(self._record) as file:
                 record = {"run_id": self.run_id, "tracking_uri": kept(self.uri), "text": text}
                 file.write(json.dumps(record).encode())
-        self.history = History(self.run_dir / "history.jsonl")
         write_yaml(self.config, self.run_dir / "config.yaml")
         if "://" in str(self.config.storage_path):
             keep_record(str(self.config.storage_path), self.run_dir)

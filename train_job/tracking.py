@@ -149,6 +149,17 @@ def resume_run(uri: str, run_id: str) -> None:
         mlflow_client(uri).update_run(run_id, status="RUNNING")
 
 
+def losses(uri: str, run_id: str) -> dict[str, dict[int, float]]:
+    """The points of the run's loss curve that MLflow has: values by step, under the names of `train_job.history`."""
+    names = {"train_loss": "train/loss", "val_loss": "val/loss", "bits_per_byte": "val/bits_per_byte"}
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=3):
+        client = mlflow_client(uri)
+        return {
+            ours: {point.step: point.value for point in client.get_metric_history(run_id, name)}
+            for ours, name in names.items()
+        }
+
+
 def finish_run(uri: str, run_id: str, status: str = "FINISHED") -> None:
     """Closes the run as FINISHED, FAILED or KILLED. Waits about a minute for a server that is away, then raises."""
     with answers_expected(uri), impatient_requests(timeout_s=30, retries=5):

@@ -23,6 +23,7 @@ from tests.system.conftest import ROOT, SMALL, environment
 from train_job.cluster import check_storage, fetch_record, keep_record
 from train_job.config import build_config
 from train_job.corpus import open_corpus, split
+from train_job.history import History
 from train_job.inputs import prepare_inputs, shard_store
 from train_job.shards import TokenSet, prepare
 
@@ -203,9 +204,11 @@ def test_what_it_takes_to_go_on_with_a_run_is_kept_beside_its_checkpoints(
 def test_a_run_kept_in_a_bucket_goes_on_from_there_on_another_machine(
     s3: Store, text_file: Path, tmp_path: Path
 ) -> None:
+    """Its text is in a bucket, too; of what has come there since, the run takes nothing."""
+    s3.filesystem().pipe("mlflow/text/rhyme.txt", text_file.read_bytes())
     tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     storage = "--storage-path=s3://mlflow/runs"
-    settings = [*SMALL, "--max-steps=20", "--schedule=linear", f"--data={text_file}", storage]
+    settings = [*SMALL, "--max-steps=20", "--schedule=linear", "--data=s3://mlflow/text", storage]
     settings += ["--cache-dir=s3://mlflow/cache"]
     code, output = run_job(s3, tmp_path / "here", *settings, "--name=moved", **tracking)
     assert code == 0, output
@@ -218,6 +221,7 @@ def test_a_run_kept_in_a_bucket_goes_on_from_there_on_another_machine(
     code, output = run_job(s3, tmp_path / "there", *settings, "--name=moved", **tracking)
     assert code == 2, output
     assert "there is a run 'moved' already" in output, "it would have gone on with the other machine's checkpoint"
+    s3.filesystem().pipe("mlflow/text/later.txt", b"Not of this run.\n" * 100)
     code, output = run_job(s3, tmp_path / "there", "--resume=moved", storage, "--max-steps=40", **tracking)
     assert code == 0, output
     assert "from step 20" in output
@@ -227,3 +231,7 @@ def test_a_run_kept_in_a_bucket_goes_on_from_there_on_another_machine(
     run_id = json.loads((tmp_path / "there" / "runs" / "moved" / "run.json").read_text())["run_id"]
     assert [point.step for point in client.get_metric_history(run_id, "val/loss")] == [20, 40]
     open_package(tmp_path / "there" / "runs" / "moved" / "package")
+    here, there = (History(tmp_path / home / "runs" / "moved" / "history.jsonl") for home in ("here", "there"))
+    assert [row["step"] for row in there.rows if "train_loss" in row] == list(range(5, 41, 5))
+    assert [row["step"] for row in there.rows if "val_loss" in row] == [20, 40]
+    assert all(row in there.rows for row in here.rows), "the loss curve begins where the run began"

@@ -6,6 +6,7 @@ import os
 import threading
 import tracemalloc
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -120,6 +121,20 @@ def test_a_url_out_of_reach_is_read_from_its_copy_and_a_line_says_so(web, tmp_pa
     server.server_close()
     assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path)) == "Once upon a time"
     assert "refused" in caplog.messages[-1]
+
+
+def test_a_machine_that_lacks_a_page_fetches_it_once_for_all_that_read_it_there(web, tmp_path):
+    folder, address, server = web
+    (folder / "story.txt.gz").write_bytes(gzip.compress(b"Once upon a time"))
+    corpus = open_corpus(f"{address}/story.txt.gz", cache_dir=tmp_path / "one")
+    assert server.answers == [200]
+    elsewhere = corpus.within(tmp_path / "two")
+    with ThreadPoolExecutor(8) as readers:
+        assert set(readers.map(text_of, [elsewhere] * 8)) == {"Once upon a time"}
+    assert server.answers == [200, 200]
+    (folder / "story.txt.gz").write_bytes(gzip.compress(b"Twice"))
+    with pytest.raises(CorpusError, match=rf"{address}/story.txt.gz has changed since the run began"):
+        text_of(corpus.within(tmp_path / "three"))
 
 
 @pytest.mark.parametrize(("name", "reason"), [("nothing.txt", "File not found"), ("short.txt", "4 of 9 bytes came")])

@@ -35,3 +35,23 @@ def test_a_line_that_a_crash_tore_does_not_harm_the_next(tmp_path: Path) -> None
     path.write_text(path.read_text() + '{"step": 2, "tok')
     History(path).add(progress(2))
     assert [row["step"] for row in History(path).rows] == [1, 2]
+
+
+def test_what_happened_on_another_machine_is_recalled_in_full(tmp_path: Path) -> None:
+    whole, here = History(tmp_path / "whole.jsonl"), History(tmp_path / "here.jsonl")
+    for step in range(2, 21, 2):
+        for event in [progress(step)] + ([evaluation(step)] if step % 4 == 0 else []):
+            whole.add(event)
+            if step <= 8:
+                here.add(event)
+    logged = {
+        name: {row["step"]: row[name] for row in whole.rows if name in row}
+        for name in ("train_loss", "val_loss", "bits_per_byte")
+    }
+    for history in (here, History(tmp_path / "nothing.jsonl")):
+        history.recall(logged, tokens_per_step=10, steps_per_epoch=8)
+        in_order = sorted(history.rows, key=lambda row: (row["step"], "val_loss" in row))
+        assert in_order == whole.rows
+        assert History(history.path).rows == history.rows
+        history.recall(logged, tokens_per_step=10, steps_per_epoch=8)
+        assert len(history.rows) == len(whole.rows)
