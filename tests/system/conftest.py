@@ -34,6 +34,8 @@ class Cluster:
     address: str
     dashboard: str
     home: Path
+    temp: Path = Path("/tmp/ray")
+    """Ray's temporary folder, where the list of its exporters is."""
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +79,7 @@ def started(home: Path, **env: str) -> Iterator[Cluster]:
                 break
         else:
             raise AssertionError(f"Ray did not start:\n{''.join(said)}")
-        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", home)
+        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", home, Path(scratch))
         family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
