@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format ui clean constraints
+.PHONY: help demo test test-slow check format docs ui clean constraints
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ check: .venv/installed-dev ## lint, format, types, import rules
 
 format: .venv/installed-dev ## put every file into the house format
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: .venv/installed ## write docs/configuration.md anew from the code
+	@$(BIN)/python -m docs.configuration
 
 ui: .venv/installed ## MLflow's UI on loopback, port 5000
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"

@@ -1,0 +1,230 @@
+"""`docs/configuration.md`: every setting, preset and environment variable, from where each is defined.
+
+    python -m docs.configuration        (or make docs)
+
+In: the dataclasses of training and service, whose fields carry their help, and the list of environment variables
+below. Out: the page, written anew. A test fails while it is not what would be written, and while a variable that the
+code reads is not listed.
+"""
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gptcore.config import MODEL_FIELDS, MODEL_PRESETS, ModelConfig
+from gptcore.published import empty_model
+from gptcore.tokenizer import parse_tokenizer
+from serve_app import settings as service
+from serve_app.haproxy import SWITCH
+from serve_app.registry import HTTP_PATIENCE
+from train_job.cluster import LOCAL_RAY
+from train_job.config import LIMITS, PRESETS, RESUMABLE, TrainConfig, build_config
+from train_job.figures import short_count
+from train_job.inputs import VOCAB_MULTIPLE
+
+PAGE = Path(__file__).with_suffix(".md")
+COMMAND = "make docs"
+NAMES_THE_RUN = {"name", "resume"}
+"""Which run goes on is no setting of it."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable: what it is for, and what stands for it where it is not set. `X_*`: all that begin so."""
+
+    name: str
+    help: str
+    default: str = ""
+
+
+OURS = (
+    Variable("GPT_FOUNDRY_HOME", "Where runs, caches and the embedded MLflow are kept.", "the checkout"),
+    Variable("GPT_FOUNDRY_DATA", "A folder that holds `tinyshakespeare.txt`, for `--data shakespeare` offline."),
+    Variable("GPT_*", "Every setting of [the service](#the-service), in capitals."),
+    Variable("CXX", "The C++ compiler that builds the engine's kernel.", "the first of c++, g++, clang++"),
+    Variable("PYTHON", "make: the Python that `.venv` is made with.", "`python3.11`"),
+    Variable("PORT", "`make ui`: the port of MLflow's UI.", "`5000`"),
+)
+THEIRS = (
+    Variable(
+        "MLFLOW_TRACKING_URI", "Where runs are tracked and models registered.", "the embedded database, a file at home"
+    ),
+    Variable("MLFLOW_TRACKING_USERNAME", "Who asks a tracking server that wants to know."),
+    Variable("MLFLOW_TRACKING_PASSWORD", "The password of that user."),
+    Variable(
+        "RAY_ADDRESS", "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of one's own.", "what runs here"
+    ),
+    Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` for a cluster elsewhere"),
+    Variable(SWITCH, "What is in front of the replicas: `1` HAProxy, `0` Ray's own proxy.", "`1` where HAProxy is"),
+    Variable("HF_HOME", "Hugging Face's folder, for `hf:` models.", "`~/.cache/huggingface`"),
+    Variable("HF_HUB_CACHE", "Its cache of models.", "`$HF_HOME/hub`"),
+    Variable("TIKTOKEN_CACHE_DIR", "Where tiktoken looks for GPT-2's vocabulary before it downloads it."),
+)
+SET = (
+    Variable("RAY_USAGE_STATS_ENABLED", "Ray reports nothing home.", "`0`"),
+    Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "Seconds between Ray Train's looks at its workers.", "`0.5`"),
+    Variable("RAY_SERVE_*", "HAProxy's own files and ports, for one service among others on a machine.", "free ones"),
+    Variable("MLFLOW_CONFIGURE_LOGGING", "MLflow's INFO lines, which would stand between ours.", "`false`"),
+    Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "Its progress bar.", "`false`"),
+    Variable("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "It prints addresses with their passwords.", "`true`"),
+    *(Variable(n, "How patient a service is with the registry.", f"`{v}`") for n, v in HTTP_PATIENCE.items()),
+    *(Variable(n, "Of a Ray that is started for one run.", f"`{v}`") for n, v in LOCAL_RAY.items()),
+    Variable("PYTHONUNBUFFERED", "`make demo`: the service's lines appear as they are written.", "`1`"),
+)
+
+INTRODUCTION = f"""\
+# Every setting
+
+Made by `{COMMAND}` from the code; a test keeps it current. What the settings are good for is in the
+[README](../README.md) and in [serving.md](serving.md).
+
+- [Training](#training): flags of `python train_job/run.py`, and names in its YAML
+- [Presets](#presets): named shapes with their recipes
+- [The service](#the-service): `GPT_…` in the environment, or arguments of `serve_app:build_app`
+- [Environment variables](#environment-variables): all that the project reads, and all that it sets"""
+
+TRAINING = """\
+## Training
+
+A setting is `--batch-size 16` on the command line and `batch_size: 16` in the YAML file of `--config`; a switch is
+`--compile` or `--no-compile` here and `compile: true` there. Flags win over the YAML, which wins over the preset, which
+wins over the default below; the preset is `quick` unless one is named. `none` empties a setting whose default is
+empty. *Resume* says what may change when a run goes on (`--resume NAME`); the rest decides what a step is."""
+
+THE_PRESETS = """\
+## Presets
+
+`--preset NAME` is a shape with the recipe that goes with it. What a column does not say is a default from above."""
+
+THE_SERVICE = """\
+## The service
+
+From the environment, or as `key=value` behind `serve_app:build_app`, which wins. `python -m serve_app.settings` prints
+this table, too."""
+
+ENVIRONMENT = """\
+## Environment variables
+
+Ours:"""
+ENVIRONMENT_THEIRS = "Of the libraries, and read or spoken of here too:"
+ENVIRONMENT_SET = "Set for the libraries, unless they are set already:"
+
+MODEL_GROUP = "Shape of the model"
+
+
+def markdown() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION, TRAINING]
+    for title, group in training_groups():
+        parts += [f"### {title}", training_table(group)]
+    parts += [THE_PRESETS, preset_table(), THE_SERVICE, service.markdown()]
+    parts += [ENVIRONMENT, variable_table(OURS, "Otherwise"), ENVIRONMENT_THEIRS, variable_table(THEIRS, "Otherwise")]
+    parts += [ENVIRONMENT_SET, variable_table(SET, "Value")]
+    return "\n\n".join(parts) + "\n"
+
+
+def training_groups() -> list[tuple[str, list[Field[Any]]]]:
+    """Training's settings under the headings that TrainConfig's source has as comments, the model's among them."""
+    by_name = {f.name: f for f in fields(TrainConfig)}
+    groups: list[tuple[str, list[Field[Any]]]] = [("Where to begin", [])]
+    for line in inspect.getsource(TrainConfig).splitlines():
+        if heading := re.fullmatch(r" {4}# (.+)", line):
+            groups.append((heading[1], []))
+        elif (name := re.match(r" {4}(\w+): ", line)) and name[1] in by_name:
+            groups[-1][1].append(by_name[name[1]])
+    for i, (_, group) in enumerate(groups):
+        if by_name["model"] in group:
+            others = [f for f in group if f.name != "model"]
+            groups[i] = (MODEL_GROUP, [*others, *MODEL_FIELDS])
+    return groups
+
+
+def training_table(group: Iterable[Field[Any]]) -> str:
+    """One row per setting of training."""
+    hints = typing.get_type_hints(ModelConfig) | typing.get_type_hints(TrainConfig)
+    rows = []
+    for f in group:
+        flag = f"--{f.name.replace('_', '-')}"
+        shown = f"`{flag}`, `--no-{flag[2:]}`" if hints[f.name] is bool else f"`{flag}`"
+        resumes = f.name in RESUMABLE - NAMES_THE_RUN
+        rows.append([shown, _kind(f, hints[f.name]), _default(f), _help(f), "yes" if resumes else ""])
+    return table(["Flag", "Type", "Default", "What it says", "Resume"], rows)
+
+
+def preset_table() -> str:
+    """One row per preset: the shape with its size, and the recipe as far as it differs from the defaults."""
+    titles = ["Preset", "Family", "Layers", "Heads", "Width", "Context", "Parameters"]
+    titles += ["Tokenizer", "Optimizer", "Batch", "Ends after", "And"]
+    units = {f.name: f.metadata["unit"] for f in fields(TrainConfig) if f.name in LIMITS}
+    shown = {"family", "num_layers", "num_heads", "hidden_size", "context_length", "tokenizer", "optimizer"}
+    shown |= {"batch_size"} | LIMITS
+    rows = []
+    for name in PRESETS:
+        config = build_config({"preset": name})
+        vocab_size = -(-parse_tokenizer(config.tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        shape = config.model_config(vocab_size)
+        size = empty_model(shape).num_parameters() / 1e6
+        ends = [f"{short_count(v)} {unit}" for limit, unit in units.items() if (v := getattr(config, limit))]
+        rest = (MODEL_PRESETS[name] | PRESETS[name]).items()
+        row = [f"`{name}`", shape.family, shape.num_layers, shape.num_heads, shape.hidden_size, shape.context_length]
+        row += [f"{size:.1f} M", f"`{config.tokenizer}`", config.optimizer, config.batch_size, " or ".join(ends)]
+        row += [", ".join(f"{key} {_spelt(value)}" for key, value in rest if key not in shown)]
+        rows.append(row)
+    return table(titles, rows)
+
+
+def variable_table(variables: Iterable[Variable], default: str) -> str:
+    """One row per environment variable."""
+    rows = [[f"`{v.name.replace('*', '…')}`", v.help, v.default] for v in variables]
+    return table(["Variable", "What it says", default], rows)
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _plain(hint: Any) -> Any:
+    """A type without `| None`."""
+    if not isinstance(hint, types.UnionType):
+        return hint
+    return next(option for option in typing.get_args(hint) if option is not types.NoneType)
+
+
+def _kind(f: Field[Any], hint: Any) -> str:
+    if choices := f.metadata["choices"]:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    kinds = {int: "whole number", float: "number", bool: "true or false", str: "text", tuple[str, ...]: "texts"}
+    return kinds[_plain(hint)]
+
+
+def _default(f: Field[Any]) -> str:
+    return "" if f.default in (None, MISSING) else f"`{_spelt(f.default)}`"
+
+
+def _spelt(value: Any) -> str:
+    """A value as a person would write it."""
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _help(f: Field[Any]) -> str:
+    unit = f.metadata["unit"]
+    return f.metadata["help"] + (f" [{unit}]" if unit else "")
+
+
+def main() -> None:
+    """Writes the page."""
+    PAGE.write_text(markdown(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(PAGE.parents[1])}")
+
+
+if __name__ == "__main__":
+    main()
