@@ -31,7 +31,7 @@ ui: .venv/installed ## MLflow's UI on loopback, port 5000
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"
 
 constraints: .venv/installed-dev ## write constraints.txt anew from what is installed
-	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,dev,gcs,gpu,hub,s3]'
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,dev,gcs,gpu,hub,notebook,s3]'
 	@$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## remove what training and tests wrote; the environment stays

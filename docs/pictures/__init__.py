@@ -1,0 +1,46 @@
+"""The docs' pictures, each made by the module of its name: a real run, a real service, a real browser.
+
+`make pictures` makes all of them anew. They show one run of preset `quick` on tiny Shakespeare, which is trained when
+it is first asked for and kept at home under `.cache/pictures`.
+"""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from gptcore.home import home
+from train_job.files import written_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES = ROOT / "docs" / "images"
+RUN = "shakespeare"
+
+
+def environment() -> dict[str, str]:
+    """For children that train or serve for a picture: a home, a registry and a Ray of their own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return kept | {"GPT_FOUNDRY_HOME": str(home() / ".cache" / "pictures"), "RAY_ADDRESS": "local"}
+
+
+def trained_run() -> Path:
+    """The folder of the finished run. Raises CalledProcessError, after what it printed, if the job fails."""
+    env = environment()
+    folder = Path(env["GPT_FOUNDRY_HOME"]) / "runs" / RUN
+    if not (folder / "outcome.json").exists():
+        how = ["--resume", RUN] if (folder / "config.yaml").exists() else ["--name", RUN, "--data", "shakespeare"]
+        subprocess.run([sys.executable, "train_job/run.py", *how], cwd=ROOT, env=env, check=True)
+    return folder
+
+
+def keep(png: bytes, name: str) -> Path:
+    """Writes a picture of a screen to `docs/images/NAME.png` in 256 colours, a third of the bytes."""
+    from PIL import Image
+
+    path = IMAGES / f"{name}.png"
+    with Image.open(io.BytesIO(png)) as picture, written_whole(path) as file:
+        few = picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(file, format="png", optimize=True)
+    print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size // 1000} kB")
+    return path
