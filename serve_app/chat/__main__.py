@@ -1,0 +1,156 @@
+"""The command line of the chat: flags in, a conversation, or answers to what is piped in.
+
+Exit codes: 0, all went well; 1, some prompt got no whole answer; 2, a flag or setting was wrong; 130, Ctrl-C.
+"""
+
+import argparse
+import io
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+from gptcore.errors import ConfigError, did_you_mean
+from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable
+from serve_app.chat.commands import Chat, Leave
+from serve_app.chat.terminal import Keyboard, Screen
+from serve_app.chat.values import SHAPES, Values, about, default, expected, read_all, written
+
+URL = "http://127.0.0.1:8000"
+PIPED_PATIENCE_SECONDS = 60.0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with our kind of error: one line, and the nearest flag for one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if flag and flag[1] in ("--api-key", "--key"):  # its value is not repeated either
+            raise ConfigError(f"a key in a command line is for all to see; expected it in {KEY_VARIABLE}")
+        raise ConfigError(message + (f".{did_you_mean(flag[1], self._option_string_actions)}" if flag else ""))
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Values]:
+    """The flags, and the sampling parameters among them. Raises ConfigError."""
+    parser = Parser(
+        prog="python -m serve_app.chat",
+        description="A chat with the models of a running service. Piped lines are answered one by one.",
+        epilog=f"{KEY_VARIABLE} in the environment is the API key.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--url", default=URL, help="the service (%(default)s)")
+    parser.add_argument("--model", metavar="NAME", help="one of the service's models; none: its default")
+    parser.add_argument("--prompt", metavar="TEXT", help="answers this alone")
+    parser.add_argument(
+        "--history",
+        action=argparse.BooleanOptionalAction,
+        help="whether a line is added to the text so far (at a terminal it is, piped it is not)",
+    )
+    parser.add_argument(
+        "--wait",
+        type=float,
+        metavar="SECONDS",
+        help=f"how long a service that is away or busy is waited for "
+        f"(at a terminal until Ctrl-C, piped {PIPED_PATIENCE_SECONDS:g})",
+    )
+    sampling = parser.add_argument_group("sampling")
+    for name, shape in SHAPES.items():
+        boolean = shape.get("type") == "boolean"
+        sampling.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            action="append",
+            metavar="VALUE",
+            help=f"{about(name)} Expected {expected(name)} ({written(default(name))})".replace("%", "%%"),
+            nargs="?" if boolean else None,
+            const="on" if boolean else None,
+        )
+    flags = parser.parse_args(argv)
+    if flags.wait is not None and not flags.wait >= 0:
+        raise ConfigError(f"--wait is {flags.wait:g}; expected a number of seconds of at least 0")
+    values = Values()
+    for name in SHAPES:
+        if given := getattr(flags, name):
+            values.set(name, read_all(name, given))
+    return flags, values
+
+
+def converse(chat: Chat) -> int:
+    """A conversation at a terminal; returns the exit code."""
+    keyboard = Keyboard(chat.words)
+    chat.greet()
+    while True:
+        try:
+            line = keyboard.line()
+        except EOFError:
+            chat.screen.line()
+            return 0
+        except KeyboardInterrupt:
+            chat.screen.line()
+            chat.screen.note("Ctrl-D or /quit leaves")
+            continue
+        try:
+            chat.take(line)
+        except Leave:
+            return 0
+        except KeyboardInterrupt:
+            chat.screen.line()
+
+
+def answer_each(chat: Chat, lines: Iterable[str]) -> int:
+    """Answers prompt by prompt, without comment; returns the exit code. A service that is lost ends it."""
+    well = True
+    for line in lines:
+        if not line.strip():
+            continue
+        answer = chat.prompt(line)
+        if answer.end == "stopped":
+            return 130
+        well = well and answer.problem is None
+        if isinstance(answer.problem, Unreachable):
+            return 1
+        if isinstance(answer.problem, ServiceError) and (answer.problem.passes or answer.problem.status in (0, 401)):
+            return 1
+    return 0 if well else 1
+
+
+def run(flags: argparse.Namespace, values: Values) -> int:
+    """Leads the chat; returns the exit code."""
+    interactive = flags.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    patience = flags.wait if flags.wait is not None else (math.inf if interactive else PIPED_PATIENCE_SECONDS)
+    remembers = interactive if flags.history is None else flags.history
+    service = Service(flags.url, os.environ.get(KEY_VARIABLE, "").strip())
+    chat = Chat(service, Screen(interactive), values, patience, remembers, flags.model)
+    try:
+        if interactive:
+            return converse(chat)
+        if remembers:
+            chat.look(quietly=True)  # how much text a model holds
+        if flags.prompt is not None:
+            return answer_each(chat, [flags.prompt])
+        return answer_each(chat, (line.rstrip("\r\n") for line in sys.stdin))
+    finally:
+        service.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what is no UTF-8, either way, must not end the chat
+    try:
+        return run(*parse(argv))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

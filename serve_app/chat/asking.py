@@ -1,0 +1,133 @@
+"""One answer, whatever comes between: a service that is away, full or still loading is waited for.
+
+In come a request's body and three functions: what to do with text, with news for the person, and how long to wait.
+Out comes an `Answer`, always. Ctrl-C ends it and closes the connection. What has begun is never asked twice: a stream
+that breaks off is kept as it is, since another attempt would be another text.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from gptcore.errors import FoundryError
+from serve_app.chat.client import BrokenOff, Piece, Service, ServiceError, Unreachable
+
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 8.0
+STREAMED_SECONDS = 0.1
+"""From how long on an answer is a stream whose speed can be told: some of the pieces that the service sends."""
+ENDS = {"stop": "end of text", "length": "length reached"}
+STOPPED, BROKEN_OFF = "stopped", "broken off"
+
+
+@dataclass
+class Answer:
+    """What came, and how."""
+
+    text: str = ""
+    model: str = ""
+    version: str = ""
+    seed: int | None = None
+    tokens: int = 0
+    total_tokens: int | None = None
+    """Of prompt and answer, if the end came."""
+    end: str | None = None
+    problem: FoundryError | None = None
+    """Why there is no answer, or not the whole of it."""
+    asked: float = 0.0
+    """When, as the two that follow, in seconds of `time.perf_counter`."""
+    first: float | None = None
+    last: float = 0.0
+    at_first: int = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether the service sent anything."""
+        return self.model != ""
+
+    @property
+    def label(self) -> str:
+        """Who answered."""
+        return f"{self.model} version {self.version}"
+
+    @property
+    def cut_short(self) -> str:
+        """stopped or broken off, if it was."""
+        return self.end if self.end in (STOPPED, BROKEN_OFF) else ""
+
+    def take(self, piece: Piece) -> None:
+        """Adds a piece."""
+        self.model, self.version, self.seed = piece.model, piece.version, piece.seed
+        self.text += piece.text
+        self.end = piece.end or self.end
+        self.total_tokens = piece.total_tokens or self.total_tokens
+        if piece.tokens:
+            self.last = time.perf_counter()
+            if self.first is None:
+                self.first, self.at_first = self.last, piece.tokens
+            self.tokens += piece.tokens
+
+    def figures(self) -> str:
+        """One line: who, how much, how fast."""
+        count = f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
+        end = ENDS.get(self.end or "", self.end or "")
+        parts = [self.label, count, f"{self.speed():.0f} tokens/s" if self.first else "", f"seed {self.seed}", end]
+        return " · ".join(part for part in parts if part)
+
+    def speed(self) -> float:
+        """Tokens per second, from the first on, so that waiting for it is no part of it.
+
+        Of an answer that came all at once, on the wire or in the service, that would measure nothing: then from when
+        it was asked for.
+        """
+        assert self.first is not None
+        if self.last - self.first >= STREAMED_SECONDS:
+            return (self.tokens - self.at_first) / (self.last - self.first)
+        return self.tokens / (self.last - self.asked)
+
+
+def ask(
+    service: Service,
+    body: Mapping[str, Any],
+    show: Callable[[str], None],
+    tell: Callable[[str], None],
+    patience: float,
+) -> Answer:
+    """Gets an answer. `patience` is for how many seconds a service that cannot answer now is waited for."""
+    answer, told = Answer(), ""
+    started, wait = time.monotonic(), FIRST_WAIT_SECONDS
+    try:
+        while True:
+            answer.asked = time.perf_counter()
+            try:
+                with closing(service.generate(body)) as pieces:
+                    for piece in pieces:
+                        answer.take(piece)
+                        show(piece.text)
+                return answer
+            except (Unreachable, ServiceError, BrokenOff) as error:
+                pause = error.retry_after if isinstance(error, ServiceError) and error.retry_after else wait
+                late = time.monotonic() + pause > started + patience
+                if answer.begun or late or not may_pass(error):
+                    answer.problem = error
+                    answer.end = BROKEN_OFF if answer.begun else None
+                    return answer
+                if str(error) != told:
+                    tell(f"{error}; trying again{_how(error)}")
+                    told = str(error)
+            time.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+    except KeyboardInterrupt:
+        answer.end = STOPPED
+        return answer
+
+
+def may_pass(error: FoundryError) -> bool:
+    """Whether asking again may help."""
+    return isinstance(error, Unreachable) or (isinstance(error, ServiceError) and error.passes)
+
+
+def _how(error: FoundryError) -> str:
+    after = error.retry_after if isinstance(error, ServiceError) else None
+    return f" in {after:g} s" if after else ""

@@ -1,0 +1,248 @@
+"""The service as the chat uses it: which models there are, and an answer as it comes.
+
+In comes a request's body, out come `Piece`s. What goes wrong is one of three: `Unreachable`, nothing was asked and
+asking again is safe; `ServiceError`, the service (or what stands at its address) said no; `BrokenOff`, a stream that
+ended before its time. A generator that is closed closes its connection, by which the service frees the slot.
+"""
+
+import ipaddress
+import json
+import ssl
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+from pydantic import TypeAdapter
+
+from gptcore.errors import ConfigError, FoundryError
+
+KEY_VARIABLE = "GPT_FOUNDRY_API_KEY"
+CONNECT_SECONDS = 5.0
+SILENT_SECONDS = 600.0
+"""Longest silence of a service that took a request: it may load a model, or let the request wait for a slot."""
+LONGEST_WAIT_SECONDS = 3600.0
+SHOWN = 200
+"""Characters of a name or message that nobody promised to keep short."""
+
+
+class Unreachable(FoundryError):
+    """No answer, because no connection came about or it was closed before one."""
+
+
+class BrokenOff(FoundryError):
+    """An answer whose end did not come."""
+
+
+class ServiceError(FoundryError):
+    """An answer that is an error. `status` 0: it was no answer of this service at all."""
+
+    def __init__(
+        self, message: str, status: int = 0, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.retry_after = retry_after
+        """Seconds, if the service said when to ask again."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether asking again may help: a full queue, a model that is not ready, a proxy without a replica."""
+        return self.status in (429, 502, 503)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """What `GET /models` says of a model, as far as the chat shows it."""
+
+    name: str
+    state: str = ""
+    default: bool = False
+    version: str | None = None
+    context_length: int | None = None
+    parameters: int | None = None
+    bits_per_byte: float | None = None
+    error: str | None = None
+
+
+LISTING = TypeAdapter(list[ModelEntry])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An event of a stream. `total_tokens`, of prompt and answer together, comes with the last one."""
+
+    model: str
+    version: str
+    seed: int
+    text: str = ""
+    tokens: int = 0
+    end: str | None = None
+    total_tokens: int | None = None
+
+
+class Service:
+    """One service, at one address. Raises ConfigError for an address or a key that can be none."""
+
+    def __init__(self, url: str, key: str = "") -> None:
+        self.url = checked_url(url)
+        self._client = httpx2.Client(
+            base_url=self.url,
+            timeout=httpx2.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
+            trust_env=not is_loopback(self.url.host),  # no proxy leads back to this machine
+        )
+        self.use_key(key)
+
+    def use_key(self, key: str) -> None:
+        """Sends `key` from now on; "" sends none."""
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError("the API key has characters that no key has; expected printable ASCII")
+        self._client.headers.pop("authorization", None)
+        if key:
+            self._client.headers["authorization"] = f"Bearer {key}"
+
+    def models(self) -> list[ModelEntry]:
+        """The models, the default first."""
+        with self._talking():
+            reply = self._client.get("models", timeout=CONNECT_SECONDS)
+        if reply.status_code != 200:
+            raise self._refusal(reply)
+        try:
+            return LISTING.validate_python(reply.json()["models"])
+        except (ValueError, TypeError, LookupError):
+            raise self._foreign("GET /models has no list of models") from None
+
+    def generate(self, body: Mapping[str, Any]) -> Generator[Piece, None, None]:
+        """The pieces of an answer, as they come."""
+        # logprobs 0 tells with each event how many tokens it brings, so that an answer that is stopped is counted too.
+        wanted = {**body, "stream": True, "logprobs": 0}
+        with self._talking(), self._client.sse("generate", method="POST", json=wanted) as source:
+            reply = source.response
+            if reply.status_code != 200:
+                reply.read()
+                raise self._refusal(reply)
+            if reply.headers.get("content-type", "").partition(";")[0].strip() != "text/event-stream":
+                raise self._foreign("POST /generate sends no events")
+            yield from self._pieces(source)
+
+    def close(self) -> None:
+        """Closes what is still open."""
+        self._client.close()
+
+    def _pieces(self, source: httpx2.EventSource) -> Iterator[Piece]:
+        try:
+            for event in source:
+                if event.data == "[DONE]":
+                    return
+                yield self._piece(event.data)
+        except httpx2.ReadTimeout:
+            raise BrokenOff(f"nothing came for {SILENT_SECONDS:g} s") from None
+        except httpx2.TransportError:
+            raise BrokenOff("the connection was lost before the text was complete") from None
+        raise BrokenOff("the connection was closed before the text was complete")
+
+    def _piece(self, data: str) -> Piece:
+        try:
+            event = json.loads(data)
+            if "error" in event:
+                raise ServiceError(_message(event) or "the service broke off the answer", 200)
+            choice = event["choices"][0] if event["choices"] else {}
+            usage = event.get("usage") or {}
+            return Piece(
+                model=str(event["model"])[:SHOWN],
+                version=str(event["version"])[:SHOWN],
+                seed=int(event["seed"]),
+                text=str(choice.get("text") or ""),
+                tokens=len(choice.get("logprobs") or ()),
+                end=str(choice.get("finish_reason") or "") or None,
+                total_tokens=int(usage["total_tokens"]) if usage else None,
+            )
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise self._foreign("an event is not what it should be") from None
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Turns what the library raises before an answer has begun into errors of ours."""
+        try:
+            yield
+        except httpx2.ReadTimeout:
+            raise ServiceError(f"{self.url} took the request, and did not answer in time") from None
+        except (httpx2.TransportError, httpx2.DecodingError) as error:
+            if _is_tls(error):
+                raise ServiceError(f"{self.url} cannot be spoken to safely: {_reason(error)}") from None
+            raise Unreachable(f"{self.url} cannot be reached ({_reason(error)})") from None
+
+    def _refusal(self, reply: httpx2.Response) -> ServiceError:
+        status, known = reply.status_code, True
+        try:
+            body = reply.json()
+        except ValueError:
+            body, known = {}, False
+        message = _message(body)
+        if status == 401:
+            message = f"{message or 'an API key is needed'} ({KEY_VARIABLE} has it at start)"
+        elif not message:
+            what = "" if known or status >= 500 else "; is it the address of a GPT Foundry service?"
+            message = f"{self.url} answers with status {status}{what}"
+        error = body.get("error") if isinstance(body, dict) else None
+        param = error.get("param") if isinstance(error, dict) else None
+        return ServiceError(message, status, param, _seconds(reply.headers.get("retry-after")))
+
+    def _foreign(self, what: str) -> ServiceError:
+        return ServiceError(f"{self.url} does not answer as a GPT Foundry service does: {what}")
+
+
+def checked_url(text: str) -> httpx2.URL:
+    """The service's address, with a path that ends in a slash. Raises ConfigError."""
+    expected = "expected http://HOST:PORT or https://HOST"
+    if "://" not in text:
+        near = f". Did you mean 'http://{text}'?" if text and not text.startswith("/") else ""
+        raise ConfigError(f"--url is {text!r}; {expected}{near}", param="url")
+    try:
+        url = httpx2.URL(text)
+    except (httpx2.InvalidURL, ValueError) as error:
+        raise ConfigError(f"--url is {text!r}, which is no address: {error}; {expected}", param="url") from None
+    if url.userinfo:
+        raise ConfigError(
+            f"--url has a user or password, for all to see; a key belongs into {KEY_VARIABLE}", param="url"
+        )
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise ConfigError(f"--url is {text!r}; {expected}", param="url")
+    return url if url.path.endswith("/") else url.copy_with(path=f"{url.path}/")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _message(body: Any) -> str:
+    error = body.get("error") if isinstance(body, dict) else None
+    return str(error.get("message") or "") if isinstance(error, dict) else ""
+
+
+def _seconds(text: str | None) -> float | None:
+    """`Retry-After` in seconds. Its other form, a date, is no better than our own patience."""
+    return min(float(text), LONGEST_WAIT_SECONDS) if text and text.isdecimal() else None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_tls(error: BaseException) -> bool:
+    return any(isinstance(cause, ssl.SSLError) for cause in _chain(error))
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, in lower case and without its number."""
+    causes = [cause for cause in _chain(error) if isinstance(cause, OSError) and cause.strerror]
+    text = causes[-1].strerror if causes else str(error) or type(error).__name__
+    return str(text)[:SHOWN].lower()

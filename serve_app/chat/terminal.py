@@ -1,0 +1,128 @@
+"""Keyboard and screen: lines in, with editing and a history of what was typed; text out that cannot steer a terminal.
+
+`Screen` is the only way to the terminal. Whatever the model, the service or a file says, escape sequences lose their
+first character on the way. `Keyboard` is readline's: arrow keys, Ctrl-R, Tab for commands, pastes of several lines.
+What was typed is kept between sessions in the user's state folder, where nobody else may read it.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+PROMPT, FURTHER = "> ", ". "
+REMEMBERED_LINES = 1000
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""C0 and C1 and DEL, without tab and newline: what a terminal takes for orders."""
+DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
+
+
+def harmless(text: str) -> str:
+    """`text` with U+FFFD for every character that steers a terminal; carriage returns, as in Windows' files, vanish."""
+    return CONTROLS.sub("\ufffd", text.replace("\r", ""))
+
+
+class Screen:
+    """Where answers, news and problems go. At a terminal all share it; else stdout has answers and nothing else."""
+
+    def __init__(self, interactive: bool, out: TextIO | None = None, aside: TextIO | None = None) -> None:
+        self.interactive = interactive
+        self._out = out or sys.stdout
+        self._aside = self._out if interactive else (aside or sys.stderr)
+        self._styled = interactive and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        self._within_line = False
+
+    def text(self, piece: str) -> None:
+        """A piece of an answer, at once."""
+        if piece := harmless(piece):
+            self._out.write(piece)
+            self._out.flush()
+            self._within_line = not piece.endswith("\n")
+
+    def end_line(self) -> None:
+        """Goes to the beginning of a line, unless there."""
+        if self._within_line:
+            self._out.write("\n")
+            self._out.flush()
+            self._within_line = False
+
+    def line(self, text: str = "") -> None:
+        """Something that was asked for."""
+        self._say(text)
+
+    def note(self, text: str) -> None:
+        """Something that it may help to know."""
+        self._say(text, DIM)
+
+    def news(self, text: str) -> None:
+        """Something that is not to be missed."""
+        self._say(text, BOLD)
+
+    def problem(self, text: object) -> None:
+        """What went wrong, on one line."""
+        self._say(f"error: {' '.join(str(text).split())}")
+
+    def _say(self, text: str, style: str = "") -> None:
+        self.end_line()
+        text = harmless(text)
+        self._aside.write(f"{style}{text}{PLAIN}\n" if self._styled and style else f"{text}\n")
+        self._aside.flush()
+
+
+class Keyboard:
+    """Lines as they are typed. `words` gives what Tab completes a line's beginning to."""
+
+    def __init__(self, words: Callable[[], Sequence[str]]) -> None:
+        import readline  # changes how input() works, and says things to some terminals: only for whoever types
+
+        self._readline = readline
+        self._words = words
+        self._file = _history_file()
+        readline.set_auto_history(False)
+        readline.set_history_length(REMEMBERED_LINES)
+        readline.set_completer_delims(" ")
+        readline.set_completer(self._complete)
+        readline.parse_and_bind("tab: complete")
+        if self._file:
+            with contextlib.suppress(OSError):
+                readline.read_history_file(self._file)
+
+    def line(self) -> str:
+        """The next line; one that ends in a backslash goes on in the next. Raises EOFError and KeyboardInterrupt."""
+        line = input(PROMPT)
+        while line.endswith("\\"):
+            line = f"{line[:-1]}\n{input(FURTHER)}"
+        self._remember(line)
+        return line
+
+    def _remember(self, line: str) -> None:
+        count = self._readline.get_current_history_length()
+        if not line.strip() or (count and self._readline.get_history_item(count) == line):
+            return
+        self._readline.add_history(line)
+        if self._file:
+            with contextlib.suppress(OSError, AttributeError):  # libedit cannot append
+                self._readline.append_history_file(1, self._file)
+
+    def _complete(self, begun: str, state: int) -> str | None:
+        if not self._readline.get_line_buffer().startswith("/"):
+            return None
+        fitting = [word for word in self._words() if word.startswith(begun)]
+        return f"{fitting[state]} " if state < len(fitting) else None
+
+
+def _history_file() -> Path | None:
+    """What was typed before, readable by its owner alone; None where it cannot be kept."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    folder = (Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()) / "gpt-foundry"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / "chat-history"
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+        path.chmod(0o600)
+    except OSError:
+        return None
+    return path

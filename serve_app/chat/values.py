@@ -1,0 +1,182 @@
+"""The sampling parameters as a person writes them: text to values, and values to what is shown.
+
+Which there are, their ranges and what they are for comes from `serve_app.parameters`, so the service's commands and
+flags are never behind what it takes. Only what was set is sent: the service's defaults stay its own. The one exception
+is the temperature, which is 0.9 here.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from gptcore.errors import ConfigError, did_you_mean
+from serve_app.parameters import Parameters
+
+OWN_DEFAULTS: dict[str, Any] = {"temperature": 0.9}
+"""What differs from the service's defaults: a little livelier suits a conversation."""
+HUGE = 2**31 - 1
+"""A bound from here on is no bound that one would name."""
+BOOLEANS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+NOTHING = ("none", "null", "default")
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+KINDS = {"integer": "a whole number", "number": "a number", "boolean": "on or off", "array": "whole numbers"}
+
+
+def _shape(schema: dict[str, Any]) -> dict[str, Any]:
+    """A property's JSON schema without the null that stands for "not given"."""
+    return {**schema, **schema["anyOf"][0]} if "anyOf" in schema else schema
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    name: _shape(schema) for name, schema in Parameters.model_json_schema()["properties"].items()
+}
+"""JSON schema of each parameter, by name."""
+
+
+class Values:
+    """The parameters of a chat: what was set, above the defaults."""
+
+    def __init__(self) -> None:
+        self._set: dict[str, Any] = {}
+
+    def set(self, name: str, text: str) -> None:
+        """Takes a value as it was written; `default` takes it back. Raises ConfigError."""
+        name = parameter(name)
+        if text.strip().lower() in NOTHING:
+            self._set.pop(name, None)
+        else:
+            self._set[name] = read(name, text)
+
+    def reset(self) -> None:
+        """Goes back to the defaults."""
+        self._set.clear()
+
+    def body(self) -> dict[str, Any]:
+        """The fields of a request."""
+        return OWN_DEFAULTS | self._set
+
+    def value(self, name: str) -> Any:
+        """What holds now."""
+        return self.body().get(name, default(name))
+
+    def is_set(self, name: str) -> bool:
+        """Whether it differs from the default because somebody said so."""
+        return name in self._set
+
+    def row(self, name: str) -> str:
+        """One parameter, for people."""
+        return f"{name} is {self._stated(name)}. {about(name)}"
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """(name, value and default, what it is for) of each."""
+        return [(name, self._stated(name), about(name)) for name in SHAPES]
+
+    def _stated(self, name: str) -> str:
+        usual = f" (default {written(default(name))})" if self.is_set(name) else ""
+        return written(self.value(name)) + usual
+
+
+def parameter(name: str) -> str:
+    """The parameter meant by `name`, in which hyphens are as good as underscores. Raises ConfigError."""
+    known = name.strip().replace("-", "_").lower()
+    if known not in SHAPES:
+        raise ConfigError(f"there is no setting {name!r}.{did_you_mean(known, SHAPES) or ' /settings shows them.'}")
+    return known
+
+
+def default(name: str) -> Any:
+    """The value that holds where none was set."""
+    return OWN_DEFAULTS.get(name, SHAPES[name]["default"])
+
+
+def about(name: str) -> str:
+    """What the parameter is for."""
+    return SHAPES[name].get("description", "")
+
+
+def read(name: str, text: str) -> Any:
+    """The value that `text` stands for. Raises ConfigError, which says what was expected."""
+    try:
+        value = _value(SHAPES[name], text)
+        return getattr(Parameters.model_validate({name: value}), name)
+    except (ValueError, ValidationError):
+        shown = text if len(text) <= 60 else f"{text[:60]}..."
+        raise ConfigError(f"{name} is {shown!r}; expected {expected(name)}", param=name) from None
+
+
+def read_all(name: str, texts: Sequence[str]) -> str:
+    """Several texts of one parameter, as flags may be repeated, as one text; a stop string keeps its spaces."""
+    if len(texts) == 1:
+        return texts[0]
+    if _is_text(SHAPES[name]):
+        return json.dumps([_unescaped(text) for text in texts])
+    return " ".join(texts) if SHAPES[name]["type"] == "array" else texts[-1]
+
+
+def written(value: Any) -> str:
+    """A value as it could be typed."""
+    match value:
+        case None | []:
+            return "none"
+        case bool():
+            return "on" if value else "off"
+        case str():
+            return json.dumps(value, ensure_ascii=False)
+        case list() if all(isinstance(part, int) for part in value):
+            return " ".join(map(str, value))
+        case list():
+            return json.dumps(value, ensure_ascii=False)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def expected(name: str) -> str:
+    """What values there are."""
+    shape = SHAPES[name]
+    if _is_text(shape):
+        longest = shape["oneOf"][0]["maxLength"]
+        return f'text of at most {longest} characters, or several as ["one", "two"]'
+    kind, inner = KINDS[shape["type"]], shape.get("items", shape)
+    least, above, most = (inner.get(key) for key in ("minimum", "exclusiveMinimum", "maximum"))
+    if most is not None and most >= HUGE:
+        most, least = None, None if least is not None and least <= -HUGE else least
+    if above is not None:
+        return f"{kind} above {above}" + ("" if most is None else f" and at most {most}")
+    if least is None or most is None:
+        return kind if least is None else f"{kind} of at least {least}"
+    return f"{kind} from {least} to {most}"
+
+
+def _is_text(shape: dict[str, Any]) -> bool:
+    return "oneOf" in shape
+
+
+def _value(shape: dict[str, Any], text: str) -> Any:
+    if _is_text(shape):
+        return _texts(text)
+    match shape["type"]:
+        case "integer":
+            return int(text)
+        case "number":
+            return float(text)
+        case "boolean":
+            if text.strip().lower() not in BOOLEANS:
+                raise ValueError
+            return BOOLEANS[text.strip().lower()]
+    return [int(part) for part in re.split(r"[\s,]+", text.strip("[] \t")) if part]
+
+
+def _texts(text: str) -> str | list[str]:
+    """One text as it stands, with \\n for a line break; or several as a JSON list, or one in quotes."""
+    if text.startswith(("[", '"')):
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass  # then it is a text that begins like that
+    return _unescaped(text)
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([ntr\\])", lambda escape: ESCAPES[escape[1]], text)
