@@ -70,6 +70,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Values]:
     flags = parser.parse_args(argv)
     if flags.wait is not None and not flags.wait >= 0:
         raise ConfigError(f"--wait is {flags.wait:g}; expected a number of seconds of at least 0")
+    if flags.prompt is not None and not flags.prompt.strip():
+        raise ConfigError("--prompt is empty; expected the beginning of a text")
     values = Values()
     for name in SHAPES:
         if given := getattr(flags, name):
@@ -147,8 +149,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has left
+    except OSError as error:  # of the output: whoever reads it has left, or its disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the answer cannot be written: {str(error.strerror).lower()}", file=sys.stderr)
         return 1
 
 

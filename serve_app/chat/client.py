@@ -169,9 +169,12 @@ class Service:
             yield
         except httpx2.ReadTimeout:
             raise ServiceError(f"{self.url} took the request, and did not answer in time") from None
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
-            if _is_tls(error):
-                raise ServiceError(f"{self.url} cannot be spoken to safely: {_reason(error)}") from None
+        except httpx2.DecodingError:
+            raise self._foreign("its answer is packed wrongly") from None
+        except httpx2.TransportError as error:
+            if tls := [cause for cause in _chain(error) if isinstance(cause, ssl.SSLError)]:
+                reason = getattr(tls[-1], "verify_message", "") or str(tls[-1].reason).replace("_", " ").lower()
+                raise ServiceError(f"{self.url} cannot be spoken to in private: {reason}") from None
             raise Unreachable(f"{self.url} cannot be reached ({_reason(error)})") from None
 
     def _refusal(self, reply: httpx2.Response) -> ServiceError:
@@ -235,10 +238,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _is_tls(error: BaseException) -> bool:
-    return any(isinstance(cause, ssl.SSLError) for cause in _chain(error))
 
 
 def _reason(error: Exception) -> str:

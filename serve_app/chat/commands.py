@@ -183,8 +183,10 @@ class Chat:
             command.run(self, rest)
             return
         if word.replace("-", "_") not in SHAPES:
-            near = did_you_mean(f"/{word}", [f"/{known}" for known in [*COMMANDS, *SHORT, *SHAPES]])
-            near = near or " /help shows them; a prompt may begin with a slash behind a space."
+            known = [f"/{name}" for name in [*COMMANDS, *SHORT, *SHAPES] if len(name) > 1]
+            near = (
+                did_you_mean(f"/{word}", known) or " /help shows them; a prompt may begin with a slash behind a space."
+            )
             raise ConfigError(f"there is no command '/{word}'.{near}")
         self.set(f"{word} {rest}")
 

@@ -86,6 +86,8 @@ class Keyboard:
         readline.set_completer_delims(" ")
         readline.set_completer(self._complete)
         readline.parse_and_bind("tab: complete")
+        if os.environ.get("TERM") != "dumb":
+            readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off: a paste is one prompt
         if self._file:
             with contextlib.suppress(OSError):
                 readline.read_history_file(self._file)

@@ -141,7 +141,9 @@ def expected(name: str) -> str:
     kind, inner = KINDS[shape["type"]], shape.get("items", shape)
     least, above, most = (inner.get(key) for key in ("minimum", "exclusiveMinimum", "maximum"))
     if most is not None and most >= HUGE:
-        most, least = None, None if least is not None and least <= -HUGE else least
+        if least < -HUGE:
+            return f"{kind} of at most {int(most).bit_length() + 1} bits"
+        most = None
     if above is not None:
         return f"{kind} above {above}" + ("" if most is None else f" and at most {most}")
     if least is None or most is None:

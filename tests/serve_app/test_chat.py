@@ -33,7 +33,7 @@ LONG, SHORT_CONTEXT = 4000, 128
 KEY = "key-of-the-chats-test"
 FIGURES = r"\S+ version \S+ · \d+ tokens?(?: · \d+ tokens/s)? · seed -?\d+ · ([a-z ]+)\r\n"
 END_OF_TEXT, ESCAPE = 256, "\x1b"
-PROMPT = r"(?:\A|\n)> \Z"
+PROMPT = r"(?:\A|\n)(?:\x1b\[\?2004h)?> \Z"
 OTHER_VALUES: dict[str, str] = {
     "max_new_tokens": "9",
     "temperature": "1.5",
@@ -278,11 +278,12 @@ def test_what_is_wrong_is_said_in_one_line_and_the_chat_goes_on(chat: Terminal) 
     said = {
         "/temperature hot": "error: temperature is 'hot'; expected a number of at least 0",
         "/set top_p 2": "error: top_p is '2'; expected a number above 0 and at most 1",
-        "/seed 1.5": "error: seed is '1.5'; expected a whole number",
+        "/seed 1.5": "error: seed is '1.5'; expected a whole number of at most 64 bits",
         "/ignore_eos perhaps": "error: ignore_eos is 'perhaps'; expected on or off",
         "/stop_token_ids 1 x": "error: stop_token_ids is '1 x'; expected whole numbers of at least 0",
         "/temprature 1": "error: there is no command '/temprature'. Did you mean '/temperature'?",
         "/set tempreture 1": "error: there is no setting 'tempreture'. Did you mean 'temperature'?",
+        "/": "error: there is no command '/'. /help shows them",
         "/retri": "error: there is no command '/retri'. Did you mean '/retry'?",
         "/etc/passwd": "error: there is no command '/etc/passwd'. /help shows them; a prompt may begin with a slash",
         "/model tny": "error: there is no model 'tny'; there are tiny, short. Did you mean 'tiny'?",
@@ -307,6 +308,7 @@ def test_what_is_wrong_is_said_in_one_line_and_the_chat_goes_on(chat: Terminal) 
     [
         (["--temperature", "hot"], "temperature is 'hot'; expected a number of at least 0"),
         (["--temprature", "1"], "Did you mean '--temperature'?"),
+        (["--prompt", " "], "--prompt is empty; expected the beginning of a text"),
         (["--wait", "-1"], "--wait is -1; expected"),
         (["--api-key", KEY], f"expected it in {KEY_VARIABLE}"),
         (["--url", "localhost:8000"], "Did you mean 'http://localhost:8000'?"),
@@ -319,7 +321,7 @@ def test_what_is_wrong_is_said_in_one_line_and_the_chat_goes_on(chat: Terminal) 
 def test_wrong_flags_end_with_one_line_and_2(
     flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*flags, "--prompt", "x"]) == 2
+    assert main(["--prompt", "x", *flags]) == 2
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
@@ -428,10 +430,14 @@ def test_what_was_typed_comes_back_with_the_arrow_key_and_is_private(
     kept = tmp_path / "gpt-foundry" / "chat-history"
     assert kept.read_text() == "Once upon a time\n/quit\n"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    later = open_chat(service.url, TERM="xterm", ready=False)
+    later = open_chat(service.url, "--max-new-tokens", "3", "--ignore-eos", TERM="xterm", ready=False)
     later.see("Ctrl-D leaves")
     later.process.send("\x1b[A\x1b[A")
     later.see("Once upon a time")
+    later.process.send("\x15\x1b[200~Once\nupon\x1b[201~\r")  # a terminal that marks what is pasted: one prompt
+    later.see("length reached")
+    later.process.sendline("/history")
+    later.see("> Once\r\nupon\r\n")
 
 
 def test_a_paste_of_lines_text_of_any_script_and_a_long_line_are_prompts(chat: Terminal, service: Running) -> None:
@@ -489,6 +495,14 @@ def test_a_piped_prompt_that_fails_is_told_and_the_next_one_answered(service: Ru
     assert done.returncode == 1
     assert done.stderr.decode().startswith("error: the prompt is 200 tokens long")
     assert done.stdout.count(b"\n") >= 1
+
+
+def test_a_pipe_with_a_history_is_one_text_cut_where_the_service_says_so(package: Any) -> None:
+    with running(ServeSettings(models=(f"tiny={package.path}",), max_prompt_tokens=60, log_level="warning")) as strict:
+        given = "".join(f"line {line}\n" for line in range(6))
+        done = piped(strict.url, "--history", "--max-new-tokens", "12", "--ignore-eos", given=given)
+    assert (done.returncode, b"characters are left out" in done.stderr) == (0, True)
+    assert b"error" not in done.stderr
 
 
 def test_a_service_that_stays_away_ends_a_pipe_with_1(service: Running) -> None:
