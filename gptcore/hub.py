@@ -18,12 +18,20 @@ from typing import Any
 
 from gptcore.errors import HubError, did_you_mean
 from gptcore.home import home
+from gptcore.package import PICKLE, PICKLES, WEIGHTS, lacking
 
 KINDS = (
     "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, hf:ORG/NAME or a URL such as "
     "s3://BUCKET/FOLDER"
 )
 PACKAGE_FILES = ["*.json", "*.safetensors", "merges.txt"]
+INCLUDE = " ".join(f"--include '{pattern}'" for pattern in PACKAGE_FILES)
+EXAMPLE = "openai-community/gpt2"
+OLD_NAMES = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")} | {
+    "distilgpt2": "distilbert/distilgpt2"
+}
+"""What the hub called these before models had owners, and calls them now; caches know both."""
+KNOWN = frozenset(OLD_NAMES.values())
 SERVER_SECONDS = 5
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """URLs' schemes, and which of this project's extras has the client."""
@@ -52,7 +60,9 @@ def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None
 
 
 def _package_inside(folder: Path, name: str) -> Path:
-    """`folder` itself, or the data of the MLflow model that it is."""
+    """`folder` itself, or what it wraps: the data of an MLflow model, a snapshot in Hugging Face's cache."""
+    if (folder / "snapshots").is_dir() and not (folder / "config.json").exists():
+        return _best_snapshot([folder])[0] or folder
     if not (folder / "MLmodel").is_file():
         return folder
     import yaml
@@ -191,31 +201,77 @@ def _copy(fs: Any, files: list[str], folder: Path) -> None:
 
 
 def _from_hugging_face(repo: str) -> Path:
-    """The newest local snapshot of `repo`, downloaded where the hub's client is installed and the network is there."""
+    """A whole snapshot of `repo`: the newest, fetched if the hub's client is installed and the hub answers."""
+    repo = OLD_NAMES.get(repo, repo)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+        raise HubError(f"'hf:{repo}' is no name on Hugging Face's hub; expected hf:ORG/NAME, as in hf:{EXAMPLE}")
+    why = _download_snapshot(repo)
+    old = [name for name, new in OLD_NAMES.items() if new == repo]
+    folders = [_cache() / f"models--{name.replace('/', '--')}" for name in (repo, *old)]
+    snapshot, lack = _best_snapshot(folders)
+    if snapshot and not lack:
+        return snapshot
+    state = (
+        f"is in {_cache()} only in part: {snapshot} lacks {', '.join(lack)}" if snapshot else f"is not in {_cache()}"
+    )
+    raise HubError(
+        f"hf:{repo} {state}; {why}. Where there is a network, `hf download {repo} {INCLUDE}` fetches it; bring "
+        f"{folders[0].name} from the cache there into this one, or name a folder that holds config.json, {WEIGHTS} and "
+        f"tokenizer.json by its path.{'' if repo in KNOWN else did_you_mean(repo, KNOWN)}"
+    )
+
+
+def _download_snapshot(repo: str) -> str:
+    """Brings the newest snapshot of `repo` into the cache; returns why it could not be had, or an empty string."""
     try:
         import huggingface_hub
+        from huggingface_hub import constants, errors
     except ImportError:
-        cached = _cached_snapshot(repo)
-        if cached is None:
-            raise HubError(
-                f"hf:{repo} is not in the local cache; `pip install huggingface-hub` to download it"
-            ) from None
-        return cached
+        return "it is not downloaded without Hugging Face's client (pip install huggingface-hub)"
     hub: Any = huggingface_hub
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not asked, as HF_HUB_OFFLINE is set"
     try:
-        return Path(hub.snapshot_download(repo, allow_patterns=PACKAGE_FILES))
-    except Exception as error:  # its errors share no base: HTTP, offline mode, a malformed name
-        cached = _cached_snapshot(repo)
-        if cached is None:
-            raise HubError(f"hf:{repo} cannot be downloaded and is not in the local cache: {_reason(error)}") from error
-        return cached
+        # The client waits for this answer for ever unless it is told not to; what comes after has limits of its own.
+        found = hub.HfApi().model_info(repo, timeout=SERVER_SECONDS)
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"the hub has no such model as hf:{repo}, or it is private and asks for `hf auth login`."
+            f"{did_you_mean(repo, KNOWN)}"
+        ) from error
+    except Exception as error:  # its errors share no base: HTTP, a time that is up
+        return f"the hub cannot be asked ({_reason(error).rstrip('.')})"
+    names = [file.rfilename for file in found.siblings or ()]
+    if not any(name.endswith(".safetensors") for name in names) and (bad := sorted({*names} & {*PICKLES})):
+        raise HubError(f"hf:{repo} has no {WEIGHTS}; its {bad[0]} {PICKLE}")
+    try:
+        patterns = dict(allow_patterns=PACKAGE_FILES, ignore_patterns="*/*")
+        hub.snapshot_download(repo, cache_dir=_cache(), **patterns)
+    except Exception as error:
+        return f"it cannot be downloaded ({_reason(error).rstrip('.')})"
+    return "what the hub has is not a whole model"
 
 
-def _cached_snapshot(repo: str) -> Path | None:
-    """The snapshot in Hugging Face's cache that `main` points to."""
-    root = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
-    folder = Path(os.environ.get("HF_HUB_CACHE", root)) / f"models--{repo.replace('/', '--')}"
-    if not (folder / "refs" / "main").is_file():
-        return None
-    snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-    return snapshot if snapshot.is_dir() else None
+def _cache() -> Path:
+    """Where Hugging Face's client keeps what it has downloaded."""
+    env = os.environ
+    cache = env.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or Path(cache) / "huggingface") / "hub"
+    return Path(folder).expanduser()
+
+
+def _best_snapshot(folders: list[Path]) -> tuple[Path | None, list[str]]:
+    """The first whole snapshot in these folders of a cache, that of `main` before others; else the first, and what
+    it lacks."""
+    found = [snapshot for folder in folders for snapshot in _snapshots(folder)]
+    lacks: list[tuple[Path | None, list[str]]] = [(snapshot, lacking(snapshot)) for snapshot in found]
+    whole = [pair for pair in lacks if not pair[1]]
+    return (whole or lacks or [(None, ["everything"])])[0]
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    """The snapshots that a repository's folder in the cache has: that of `main`, then the others."""
+    ref = folder / "refs" / "main"
+    main = ref.read_text().strip() if ref.is_file() else ""
+    found = [path for path in folder.glob("snapshots/*") if path.is_dir()]
+    return sorted(found, key=lambda path: (path.name != main, path.name))

@@ -2,7 +2,8 @@
 
 In go a config, weights and a tokenizer; out comes a Hugging Face model folder that `transformers`, vLLM and
 llama.cpp's converter read as it is, with `foundry.json` beside it (format, sha256 of each file, training summary).
-The loader also reads folders that others made: OpenAI's GPT-2 as published, or a Qwen3 of GPT-2's tokenizer.
+The loader also reads folders that others made: OpenAI's GPT-2 as published, its fine-tunes with their weights in
+several files, or a Qwen3 of GPT-2's tokenizer.
 Weights are safetensors only: nothing here ever unpickles.
 """
 
@@ -28,6 +29,13 @@ from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer
 
 FORMAT_VERSION = 1
 MANIFEST, WEIGHTS, CONFIG = "foundry.json", "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"
+"""Says which file holds which tensor, where the weights are in several."""
+PICKLE = (
+    "is a pickle, which can run any code, and is never opened. If you trust it, transformers writes a "
+    f"{WEIGHTS} beside it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+)
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,15 @@ class Package:
 
     def load_model(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
         """The network in eval mode. Raises PackageError if the weights are unreadable or of another shape."""
+        file = self.path / WEIGHTS
         try:
-            tensors = load_file(self.path / WEIGHTS)
+            tensors: dict[str, Tensor] = {}
+            for file in weight_files(self.path):
+                tensors |= load_file(file)
             model = empty_model(self.config)
             state = adopt(model, tensors)
         except (OSError, SafetensorError, PackageError) as error:
-            raise PackageError(f"{self.path / WEIGHTS} cannot be used: {error}") from error
+            raise PackageError(f"{file} cannot be used: {error}") from error
         state = {name: tensor.to(device, dtype).contiguous() for name, tensor in state.items()}
         if self.config.tie_embeddings:
             state["lm_head.weight"] = state["embed_tokens.weight"]
@@ -114,7 +125,7 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
             raise PackageError(f"{folder / name} is missing")
         if verify and _sha256(folder / name) != sha256:
             raise PackageError(f"{folder / name} was altered or cut short: its sha256 is not the one in {MANIFEST}")
-    _check_weights_exist(folder)
+    _check_files_exist(folder)
     raw = _read_json(folder / CONFIG)
     try:
         config, tokenizer = parse_config(raw), read_tokenizer(folder)
@@ -126,6 +137,25 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
     if info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise PackageError(f"the tokenizer in {folder} is not the one that the model was trained with")
     return Package(folder, config, tokenizer, info)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's weights: one, or those that its index names. Raises PackageError for a bad index."""
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).exists():
+        return [folder / WEIGHTS]
+    where = _read_json(folder / INDEX).get("weight_map")
+    names = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
+    if not names or any(not name.endswith(".safetensors") or Path(name).name != name for name in names):
+        raise PackageError(f"{folder / INDEX} is no index: its weight_map is to name .safetensors files beside it")
+    return [folder / name for name in names]
+
+
+def lacking(folder: Path) -> list[str]:
+    """Names of the files without which `folder` is no model: settings, weights, tokenizer; [] if it has them."""
+    files = [folder / CONFIG, *weight_files(folder)]
+    if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        files.append(folder / "tokenizer.json")
+    return [file.name for file in files if not file.is_file()]
 
 
 def describe(package: Package) -> str:
@@ -166,15 +196,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return info
 
 
-def _check_weights_exist(folder: Path) -> None:
-    if (folder / WEIGHTS).is_file():
-        return
-    if (folder / f"{WEIGHTS}.index.json").is_file():
-        raise PackageError(f"{folder} holds its weights in several files; only one {WEIGHTS} is supported")
-    pickles = [name for name in ("pytorch_model.bin", "model.pt", "model.pth") if (folder / name).is_file()]
-    if pickles:
-        raise PackageError(f"{folder / pickles[0]} is a pickle and is never opened; convert it to {WEIGHTS}")
-    raise PackageError(f"{folder / WEIGHTS} is missing")
+def _check_files_exist(folder: Path) -> None:
+    """Raises PackageError for weights that are not there, or a link that a download which was cut short has left."""
+    for file in (folder / name for name in lacking(folder)):
+        if file.is_symlink():
+            raise PackageError(f"{file} is a link to a file that is not there: fetch it again")
+    for file in weight_files(folder):
+        pickles = [name for name in PICKLES if (folder / name).is_file()]
+        if pickles and file.name == WEIGHTS and not file.is_file():
+            raise PackageError(f"{folder / pickles[0]} {PICKLE}")
+        if not file.is_file():
+            raise PackageError(f"{file} is missing")
 
 
 def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> None:

@@ -106,6 +106,11 @@ def adopt(model: GPT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's tensors under our names and shapes. Raises PackageError if one is missing or does not fit."""
     bare = model.config.family == "gpt2" and not any(name.startswith("transformer.") for name in tensors)
     tensors = {f"transformer.{n}" if bare and n != "lm_head.weight" else n: t for n, t in tensors.items()}
+    embedding, head = published_name("embed_tokens.weight", model.config.family), "lm_head.weight"
+    if (
+        model.config.tie_embeddings and embedding not in tensors and head in tensors
+    ):  # stored once, under the other name
+        tensors[embedding] = tensors[head]
     shapes = _shapes(model)
     state: dict[str, Tensor] = {}
     for published, names in _groups(model).items():

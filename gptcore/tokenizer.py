@@ -176,7 +176,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             specials = {token["content"]: token["id"] for token in content["added_tokens"]}
         else:
             vocab = json.loads(parts[0].read_text(encoding="utf-8"))
-            merges = [line for line in parts[1].read_text(encoding="utf-8").split("\n") if line and line[0:2] != "#v"]
+            lines = parts[1].read_text(encoding="utf-8").split("\n")
+            merges = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
             specials = {EOT: vocab[EOT]} if EOT in vocab else {}
         return _from_vocab(vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], specials)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -18,7 +18,7 @@ from gptcore.engine import EngineSettings
 from gptcore.engine.engine import Engine
 from gptcore.engine.thread import AsyncEngine
 from gptcore.hub import resolve
-from gptcore.package import MANIFEST, WEIGHTS, Package, open_package
+from gptcore.package import MANIFEST, Package, open_package, weight_files
 from gptcore.published import empty_model
 from serve_app.registry import Lineage, Registry, lineage
 
@@ -112,9 +112,10 @@ def _version_of(pinned: str, package: Package) -> str:
     if pinned.startswith("hf:") and re.fullmatch("[0-9a-f]{40}", package.path.name):
         return package.path.name[:SHORT_HASH]  # the hub's commit
     # A manifest names every file by its hash, so its own hash stands for all of them.
-    return _sha256(package.path / (MANIFEST if package.info else WEIGHTS))[:SHORT_HASH]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    files = [package.path / MANIFEST] if package.info else weight_files(package.path)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()[:SHORT_HASH]

@@ -96,10 +96,10 @@ def test_a_folder_that_is_not_there_or_holds_something_else_is_refused(tmp_path:
     with pytest.raises(PackageError, match=r"model\.safetensors is missing"):
         open_package(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
-    with pytest.raises(PackageError, match="is a pickle and is never opened"):
+    with pytest.raises(PackageError, match=r"is a pickle, .* never opened"):
         open_package(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(PackageError, match="several files"):
+    with pytest.raises(PackageError, match="is no index"):
         open_package(tmp_path)
     with pytest.raises(PackageError, match="not a folder"):
         open_package(tmp_path / "pytorch_model.bin")
