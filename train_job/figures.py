@@ -1,23 +1,38 @@
-"""Pictures of a run: the loss curve, and what temperature does to the next token's odds.
+"""Pictures of a run: the loss curve, and what temperature and the decoding strategies do to the next token's odds.
 
 In: the run's history, or one vector of logits. Out: PNG files. matplotlib is imported when a picture is drawn, and
-drawn without a display.
+drawn without a display. Of a model that is there, the pictures of its odds are drawn by
+
+    python -m train_job.figures PACKAGE_OR_URI --prompt "The" --out FOLDER
 """
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from gptcore.errors import ConfigError, FoundryError
+from gptcore.generate import Parser
+from gptcore.hub import KINDS, resolve
+from gptcore.package import Package, open_package
 from gptcore.sampling import SamplingParams, filtered_probs
 from gptcore.tokenizer import Tokenizer
 from train_job.files import written_whole
 
 INK, FAINT = "#2b2b33", "#d9d9e0"
 COLOURS = ("#1f5fa8", "#e07b39", "#3b8f5a", "#8a4fa3")
+STRATEGIES = {
+    "greedy": SamplingParams(temperature=0),
+    "top_k 5": SamplingParams(top_k=5),
+    "top_p 0.5": SamplingParams(top_p=0.5),
+    "min_p 0.2": SamplingParams(min_p=0.2),
+}
+"""What `decoding_strategies` draws."""
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -53,12 +68,15 @@ def loss_curve(history: Sequence[Mapping[str, float]], path: Path, title: str = 
                 continue
             tokens, losses = [row["tokens"] for row in rows], [row[key] for row in rows]
             ends = f"{label}, last {losses[-1]:.3f}"
+            marker = marker if len(rows) > 1 else "o"  # a line through one point is not seen
             axes.plot(tokens, losses, color=colour, marker=marker, markersize=4, linewidth=1.6, label=ends)
         axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title=title)
         axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
         if axes.lines:
             axes.legend()
         last = max(history, key=lambda row: row["tokens"], default={})
+        if last.get("tokens"):
+            axes.set_xlim(-0.02 * last["tokens"], 1.03 * last["tokens"])  # from the start, however short the run
         if last.get("epoch"):
             per_epoch = last["tokens"] / last["epoch"]
             above = axes.secondary_xaxis("top", functions=(lambda t: t / per_epoch, lambda e: e * per_epoch))
@@ -83,13 +101,59 @@ def temperature_effect(
             probabilities = filtered_probs(logits, SamplingParams(temperature=temperature))[likeliest]
             places = [j + (i - (len(temperatures) - 1) / 2) * width for j in range(top)]
             colour = COLOURS[i % len(COLOURS)]
-            axes.bar(places, probabilities.tolist(), width, color=colour, label=f"temperature {temperature:g}")
+            label = f"temperature {temperature:g}: these {top} hold {100 * float(probabilities.sum()):.0f}%"
+            axes.bar(places, probabilities.tolist(), width, color=colour, label=label)
         labels = [_label(tokenizer, int(token)) for token in likeliest]
         axes.set_xticks(range(top), labels, rotation=45, ha="right", rotation_mode="anchor")
         after = f" after {_shortened(prompt)!r}" if prompt else ""
         axes.set(ylabel="probability", title=f"The likeliest next tokens{after}")
         axes.grid(visible=False, axis="x")
         axes.legend()
+
+
+def decoding_strategies(logits: Tensor, tokenizer: Tokenizer, path: Path, top: int = 12, prompt: str = "") -> None:
+    """Draws which of the `top` likeliest next tokens each strategy keeps, and with what odds, from logits (V,).
+
+    The model's own odds stand behind. A title says how many of all tokens are kept, and what odds they had together.
+    """
+    logits = logits.detach().cpu()[: tokenizer.vocab_size]
+    top = min(top, len(logits))
+    likeliest = logits.float().topk(top).indices
+    own = filtered_probs(logits, SamplingParams())
+    with _sheet(path, (10, 6.2)) as figure:
+        panels = figure.subplots(2, 2, sharex=True, sharey=True)
+        for axes, (name, params), colour in zip(panels.flat, STRATEGIES.items(), COLOURS, strict=True):
+            kept = filtered_probs(logits, params)
+            count = int((kept > 0).sum())
+            axes.bar(range(top), own[likeliest].tolist(), 0.8, color=FAINT, label="the model's own")
+            axes.bar(range(top), kept[likeliest].tolist(), 0.5, color=colour, label="what is drawn from")
+            held = 100 * float(own[kept > 0].sum())
+            axes.set_title(f"{name}: {count} of {len(logits):,} kept, which held {held:.0f}%", fontsize=10)
+            axes.grid(visible=False, axis="x")
+            axes.legend(loc="upper right")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("probability")
+        labels = [_label(tokenizer, int(token)) for token in likeliest]
+        for axes in panels[-1]:
+            axes.set_xticks(range(top), labels, rotation=45, ha="right", rotation_mode="anchor")
+        after = f" after {_shortened(prompt)!r}" if prompt else ""
+        figure.suptitle(f"The next token{after}", x=0.01, ha="left", fontweight="bold")
+
+
+@torch.inference_mode()
+def draw_odds(package: Package, prompt: str, folder: Path) -> list[Path]:
+    """Draws both pictures of the package's odds for the token after `prompt` into `folder`; returns their paths."""
+    tokens = package.tokenizer.encode(prompt) or [package.tokenizer.eot]
+    if len(tokens) > package.config.context_length:
+        raise ConfigError(
+            f"the prompt is {len(tokens)} tokens long; this model's context is {package.config.context_length}"
+        )
+    logits = package.load_model()(torch.tensor([tokens]))[0, -1]  # (V,)
+    folder.mkdir(parents=True, exist_ok=True)
+    temperature, strategies = folder / "temperature_effect.png", folder / "decoding_strategies.png"
+    temperature_effect(logits, package.tokenizer, temperature, prompt=prompt)
+    decoding_strategies(logits, package.tokenizer, strategies, prompt=prompt)
+    return [temperature, strategies]
 
 
 def short_count(value: float) -> str:
@@ -102,13 +166,20 @@ def short_count(value: float) -> str:
 
 @contextmanager
 def _figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """One axes in the house's style, `size` inches; written to `path` once the block has ended well."""
+    """One axes on a `_sheet`."""
+    with _sheet(path, size) as figure:
+        yield figure.add_subplot()
+
+
+@contextmanager
+def _sheet(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure in the house's style, `size` inches; written to `path` once the block has ended well."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        yield figure.add_subplot()
+        yield figure
         with written_whole(path) as file:
             figure.savefig(file, format="png")
 
@@ -124,3 +195,23 @@ def _label(tokenizer: Tokenizer, token: int) -> str:
 
 def _shortened(prompt: str, longest: int = 40) -> str:
     return prompt if len(prompt) <= longest else f"…{prompt[-longest:]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draws a package's odds; returns the exit code."""
+    parser = Parser(prog="python -m train_job.figures", description="Draw a model's next-token odds.")
+    parser.add_argument("model", metavar="PACKAGE_OR_URI", help=KINDS)
+    parser.add_argument("--prompt", default="The", help="text that the token comes after (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER", help="(%(default)s)")
+    try:
+        asked = parser.parse_args(argv)
+        for path in draw_odds(open_package(resolve(asked.model)), asked.prompt, asked.out):
+            print(path)
+    except (FoundryError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

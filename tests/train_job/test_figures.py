@@ -10,6 +10,9 @@ import torch
 from matplotlib import image
 from matplotlib.axes import Axes
 
+from gptcore.config import ModelConfig
+from gptcore.model import GPT
+from gptcore.package import save_package
 from gptcore.tokenizer import load_tokenizer
 from train_job import figures
 
@@ -52,6 +55,22 @@ def test_the_loss_curve_has_tokens_below_and_epochs_above(tmp_path: Path, drawn:
     assert above.get_xlim() == pytest.approx([x / 2000 for x in drawn[0].get_xlim()])
 
 
+def test_a_run_of_one_step_shows_its_points_on_axes_that_begin_at_the_start(tmp_path: Path, drawn: list[Axes]):
+    row = {"step": 1, "tokens": 2048, "epoch": 0.02}
+    figures.loss_curve([row | {"train_loss": 7.6}, row | {"val_loss": 7.5}], tmp_path / "loss.png")
+    assert [line.get_marker() for line in drawn[0].lines] == ["o", "o"]
+    low, high = drawn[0].get_xlim()
+    assert low < 0 < 2048 < high
+
+
+def test_a_fine_tuned_runs_curve_begins_with_its_parent(tmp_path: Path, drawn: list[Axes]):
+    parent = {"step": 0, "tokens": 0, "epoch": 0.0, "val_loss": 6.0}
+    figures.loss_curve([parent, *HISTORY], tmp_path / "loss.png")
+    val = drawn[0].lines[1]
+    assert [list(val.get_xdata()), list(val.get_ydata())] == [[0, 2000, 4000], [6.0, 4.0, 3.5]]
+    assert drawn[0].get_xlim()[0] < 0, "its point is not cut off"
+
+
 def test_a_run_without_a_single_point_still_gets_its_picture(tmp_path: Path):
     figures.loss_curve([], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").exists()
@@ -67,6 +86,51 @@ def test_low_temperature_sharpens_and_high_temperature_flattens(tmp_path: Path, 
     assert neutral == sorted(neutral, reverse=True)
     expected = logits[: tokenizer.vocab_size].softmax(0).max()
     assert neutral[0] == pytest.approx(float(expected))
+
+
+def test_a_temperature_s_legend_says_how_much_the_shown_tokens_hold(tmp_path: Path, drawn: list[Axes]):
+    logits = torch.full((257,), 0.0)
+    logits[7] = math.log(256.0)  # half of all
+    figures.temperature_effect(logits, load_tokenizer("bytes"), tmp_path / "t.png", temperatures=(1.0,), top=1)
+    (text,) = [entry.get_text() for entry in drawn[0].get_legend().get_texts()]
+    assert text == "temperature 1: these 1 hold 50%"
+
+
+def test_each_strategy_keeps_what_the_sampler_keeps_with_odds_that_sum_to_one(tmp_path: Path, drawn: list[Axes]):
+    tokenizer = load_tokenizer("bytes")
+    logits = torch.full((320,), -30.0)
+    logits[:6] = torch.tensor([0.3, 0.25, 0.15, 0.15, 0.1, 0.05]).log()
+    figures.decoding_strategies(logits, tokenizer, tmp_path / "d.png", prompt="$10 for a " * 9)
+    assert is_picture(tmp_path / "d.png")
+    panels = {axes.get_title("left").partition(":")[0]: axes for axes in drawn}
+    assert panels.keys() == figures.STRATEGIES.keys()
+    kept = {}
+    for name, axes in panels.items():
+        own, left = ([bar.get_height() for bar in bars] for bars in axes.containers)
+        assert own[:6] == pytest.approx([0.3, 0.25, 0.15, 0.15, 0.1, 0.05])
+        assert sum(left) == pytest.approx(1.0)
+        kept[name] = sum(height > 0 for height in left)
+        ratio = left[0] / left[1] if left[1] else math.inf
+        assert ratio == pytest.approx(1.2) or kept[name] == 1
+    assert kept == {"greedy": 1, "top_k 5": 5, "top_p 0.5": 2, "min_p 0.2": 5}
+    assert panels["top_p 0.5"].get_title("left") == "top_p 0.5: 2 of 257 kept, which held 55%"
+
+
+def test_the_command_draws_a_package_s_odds_and_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = ModelConfig(vocab_size=257, hidden_size=32, num_layers=1, num_heads=2, context_length=16)
+    package = save_package(tmp_path / "p", config, GPT(config).state_dict(), load_tokenizer("bytes"), {})
+    assert figures.main([str(package.path), "--prompt=The", f"--out={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [str(tmp_path / "out" / f"{name}.png") for name in ("temperature_effect", "decoding_strategies")]
+    assert all(is_picture(Path(path)) for path in said)
+    for wrong, message in (
+        (["--prompt=" + "x" * 17], "17 tokens long; this model's context is 16"),
+        (["--promt=x"], "Did you mean '--prompt'"),
+    ):
+        assert figures.main([str(package.path), *wrong]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_tokens_that_are_no_text_are_labelled_by_their_bytes(tmp_path: Path, drawn: list[Axes]):
