@@ -249,6 +249,8 @@ def _put_in_place(beside: Path, folder: Path) -> None:
 
 def _model_card(package: Package) -> str:
     facts = "\n".join(f"- {line}" for line in describe(package).splitlines())
+    parent = package.info["training"].get("parent")
+    made = f"fine-tuned from {parent}" if parent else "trained from scratch"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -256,7 +258,7 @@ tags: [gpt-foundry]
 ---
 # {package.path.name}
 
-A language model trained from scratch with GPT Foundry. It continues text; it does not follow instructions.
+A language model {made} with GPT Foundry. It continues text; it does not follow instructions.
 
 {facts}
 

@@ -35,6 +35,8 @@ class TrainState:
     best_step: int = 0
     since_best: int = 0
     """Evaluations since the best one."""
+    best_train_loss: float = float("inf")
+    """The lowest mean training loss between two logs."""
     last_evaluated: int = 0
     """The last step whose weights were judged; 0 if none were."""
 

@@ -65,6 +65,9 @@ class TrainConfig:
     max_minutes: float | None = setting(None, "Stop after this much training time.", "minutes")
     target_loss: float | None = setting(None, "Stop once the validation loss is this low.", "nats/token")
     target_bits_per_byte: float | None = setting(None, "Stop once validation bits per byte are this low.", "bits/byte")
+    target_train_loss: float | None = setting(
+        None, "Stop once the mean training loss of log_interval steps is this low, and keep that step.", "nats/token"
+    )
     patience: int | None = setting(None, "Stop after this many evaluations without a better one.", "evaluations")
     # Looking at it
     log_interval: int = setting(10, "Steps between logged metrics.", "steps")
@@ -176,6 +179,7 @@ RESUMABLE = frozenset(
         "max_minutes",
         "target_loss",
         "target_bits_per_byte",
+        "target_train_loss",
         "patience",
         "log_interval",
         "eval_interval",

@@ -49,7 +49,7 @@ class Console:
 
     def evaluation(self, event: Evaluation) -> None:
         """A line per evaluation."""
-        best = "  best so far" if event.best else ""
+        best = "  best so far" if event.best else "  the parent" if event.step == 0 else ""
         self.say(
             f"step {event.step:>5} | validation loss {event.loss:.4f} | {event.bits_per_byte:.4f} bits/byte | "
             f"epoch {event.epoch:.2f}{best}"

@@ -29,6 +29,11 @@ class History:
         """The last step of which anything is known."""
         return int(max(self._last.values(), default=0))
 
+    @property
+    def parent_bits_per_byte(self) -> float | None:
+        """What the model that is fine-tuned needed at step 0 on the validation text; None if there is none."""
+        return next((row["bits_per_byte"] for row in self.rows if row["step"] == 0 and "bits_per_byte" in row), None)
+
     def add(self, event: Progress | Evaluation) -> None:
         """Keeps the event's losses, unless those of its step are there already."""
         row: dict[str, float] = {"step": event.step, "tokens": event.tokens, "epoch": event.epoch}
@@ -45,7 +50,7 @@ class History:
                 self._keep(kind, row | {name: points[name][step] for name in (kind, *beside) if step in points[name]})
 
     def _keep(self, kind: str, row: dict[str, float]) -> None:
-        if row["step"] <= self._last.get(kind, 0):
+        if row["step"] <= self._last.get(kind, -1):
             return
         self._last[kind] = row["step"]
         self.rows.append(row)

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from train_job.evaluate import validation_nats
 from train_job.hardware import peak_flops, pick_dtype
 from train_job.optimizer import Optimizers, learning_rate_factor
 from train_job.shards import TokenSet
+from train_job.targets import Standing, standings
 
 UNBOUNDED = 2**40
 """More steps than any run takes."""
@@ -61,7 +62,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The whole validation split under the weights of this step."""
+    """The whole validation split under the weights of this step; step 0 is the model that is fine-tuned."""
 
     step: int
     tokens: int
@@ -89,6 +90,10 @@ class Finished:
 
     step: int
     reason: str
+    seconds: float = field(default=0.0, compare=False)
+    """Since the run began, evaluations included, pauses between resumes not."""
+    targets: tuple[Standing, ...] = field(default=(), compare=False)
+    """How the run stands to each target that it was given."""
 
 
 Event = Started | Progress | Evaluation | CheckpointDue | Finished
@@ -154,6 +159,8 @@ class Trainer:
         self.began = time.perf_counter() - state.elapsed
         look_every = 1 if self.device.type == "cpu" else config.log_interval  # looking waits for the device
         yield Started(state.step)
+        if config.init_from and state.step == 0:
+            yield self.evaluate(of_parent=True)
         reason = self._reached()
         if self._unjudged(reason):  # a stop came before it
             reason = yield from self._keep(reason)
@@ -173,11 +180,13 @@ class Trainer:
             self.trained_seconds += time.perf_counter() - clock
             reason = self.limit if state.step >= self.total_steps else asked
             if reason or state.step % config.log_interval == 0:
-                seconds = self.trained_seconds - logged_seconds
-                yield self._progress(sums / (state.step - logged_step), norm_now, state.step - logged_step, seconds)
+                mean, steps = sums / (state.step - logged_step), state.step - logged_step
+                state.best_train_loss = min(state.best_train_loss, mean)
+                yield self._progress(mean, norm_now, steps, self.trained_seconds - logged_seconds)
                 logged_step, logged_seconds, sums = state.step, self.trained_seconds, 0.0
+                reason = reason or self._goal()
             reason = yield from self._keep(reason)
-        yield Finished(state.step, reason)
+        yield Finished(state.step, reason, state.elapsed, self._standings())
 
     def _keep(self, reason: str) -> Generator[Event, None, str]:
         """Has this step's weights judged and saved where that is due; returns `reason`, or the goal they reach."""
@@ -192,8 +201,11 @@ class Trainer:
             yield CheckpointDue(state.step, loss)
         return reason
 
-    def evaluate(self) -> Evaluation:
-        """The whole validation split, every rank a share of it; remembers the best."""
+    def evaluate(self, of_parent: bool = False) -> Evaluation:
+        """The whole validation split, every rank a share of it; remembers the best, unless it is the parent's figure.
+
+        The parent is there to compare with: neither is it kept, nor is it what patience and targets look at.
+        """
         state, start = self.state, time.perf_counter()
         micro = self.config.micro_batch_size or math.ceil(self.config.batch_size / self.world_size)
         with self._autocast():
@@ -202,8 +214,9 @@ class Trainer:
         loss = float(nats) / (self.validation.num_tokens - 1)
         if not math.isfinite(loss):
             raise diverged(f"validation loss is {loss}", state.step)
-        state.last_evaluated, best = state.step, loss < state.best_loss
-        state.since_best = 0 if best else state.since_best + 1
+        best = loss < state.best_loss and not of_parent
+        if not of_parent:
+            state.last_evaluated, state.since_best = state.step, 0 if best else state.since_best + 1
         if best:
             state.best_loss, state.best_step = loss, state.step
         return Evaluation(
@@ -321,13 +334,21 @@ class Trainer:
         return "max_minutes" if minutes is not None and self.state.elapsed >= 60 * minutes else self._goal()
 
     def _goal(self) -> str:
-        """The goal that the evaluations until now have reached, or an empty string."""
-        c, best = self.config, self.state.best_loss
-        if c.target_loss is not None and best <= c.target_loss:
-            return "target_loss"
-        if c.target_bits_per_byte is not None and self._bits_per_byte(best) <= c.target_bits_per_byte:
-            return "target_bits_per_byte"
-        return "patience" if c.patience is not None and self.state.since_best >= c.patience else ""
+        """The goal that the figures until now have reached, or an empty string."""
+        for standing in self._standings():
+            if standing.reached:
+                return standing.target
+        patience = self.config.patience
+        return "patience" if patience is not None and self.state.since_best >= patience else ""
+
+    def _standings(self) -> tuple[Standing, ...]:
+        best = self.state.best_loss
+        return standings(
+            self.config,
+            target_loss=best,
+            target_bits_per_byte=self._bits_per_byte(best),
+            target_train_loss=self.state.best_train_loss,
+        )
 
     def _bits_per_byte(self, loss: float) -> float:
         """A validation loss in nats per token as bits per UTF-8 byte."""

@@ -12,19 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gptcore.errors import CheckpointError, FoundryError, TrainingError
 from gptcore.package import Package, open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from train_job import figures, registry, tracking
 from train_job.checkpoint import load_model
-from train_job.config import TrainConfig
+from train_job.config import LIMITS, TrainConfig
+from train_job.console import duration
 from train_job.evaluate import bits_per_byte
 from train_job.files import written_whole
 from train_job.hardware import peak_memory_mb
 from train_job.inputs import cache_dir
 from train_job.spool import Spool
+from train_job.targets import Standing
 from train_job.worker import UNJUDGED
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
         run.console.say(f"the package is whole in {package.path}; register it with: {run.resume_command()}")
         _close(run, "FAILED", [*pictures, run.console.path])
         return 1
-    record = asdict(published) | {"config": run.config.flat()}
+    record = asdict(published) | {"targets": _targets(run), "config": run.config.flat()}
     if not published.new:
         run.console.say(f"nothing new to register: {_why_nothing_new(run, package)}")
     _tell(run, result.return_value or {})
@@ -86,12 +86,16 @@ def _why_nothing_new(run: Run, package: Package) -> str:
 
 
 def _package(run: Run, result: Any) -> Package:
-    """The checkpoint with the lowest validation loss, as a model package in the run's folder."""
+    """The checkpoint with the lowest validation loss, as a model package in the run's folder.
+
+    Where a training loss was asked for and reached, it is the checkpoint that has it: the last one.
+    """
     kept: list[tuple[Any, dict[str, Any]]] = result.best_checkpoints or []
     saved = [pair for pair in kept if pair[1]["val_loss"] < UNJUDGED]
     if not saved:
         raise CheckpointError(f"run {run.config.name} has left no evaluated checkpoint in {result.path}")
-    checkpoint, metrics = min(saved, key=lambda pair: pair[1]["val_loss"])
+    learned = any(standing.target == "target_train_loss" and standing.reached for standing in _standings(run))
+    checkpoint, metrics = min(saved, key=lambda pair: -pair[1]["step"] if learned else pair[1]["val_loss"])
     inputs, loss = run.inputs, metrics["val_loss"]
     bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
     with checkpoint.as_directory() as folder:
@@ -108,24 +112,54 @@ def _package(run: Run, result: Any) -> Package:
         "data_fingerprint": inputs.train_corpus.fingerprint,
         "validation_fingerprint": inputs.validation_corpus.fingerprint,
         "parent": run.config.init_from,
+        "parent_bits_per_byte": run.history.parent_bits_per_byte,
     }
     summary = {k: v for k, v in training.items() if v is not None}
     return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
 
 
-@torch.inference_mode()
+def _standings(run: Run) -> list[Standing]:
+    """The run's targets, but for those whose figure was never taken."""
+    return [s for s in (run.finished.targets if run.finished else ()) if math.isfinite(s.best)]
+
+
+def _targets(run: Run) -> list[dict[str, Any]]:
+    """The run's targets as outcome.json has them: step and seconds of one that was reached; how to go on, else."""
+    found: list[dict[str, Any]] = []
+    for standing in _standings(run):
+        entry = asdict(standing) | {"figure": standing.figure, "missed_by": standing.missed_by}
+        if standing.reached:
+            entry |= {"reached_step": run.finished.step, "reached_seconds": run.finished.seconds}  # type: ignore[union-attr]
+        elif run.finished and run.finished.reason in LIMITS:
+            entry["go_on"] = f"{run.resume_command()} --{run.finished.reason.replace('_', '-')} N"
+        found.append(entry)
+    return found
+
+
+def _target_figures(run: Run) -> dict[str, float]:
+    """The same as metrics."""
+    figures = {f"{standing.target}_missed_by": standing.missed_by for standing in _standings(run)}
+    if run.finished and any(standing.reached for standing in _standings(run)):
+        figures |= {"target_reached_step": run.finished.step, "target_reached_seconds": run.finished.seconds}
+    return figures
+
+
+def _target_text(target: dict[str, Any]) -> str:
+    if "reached_step" in target:
+        return (
+            f"{target['figure']} reached at step {target['reached_step']} after "
+            f"{duration(target['reached_seconds'])} ({target['best']:.4f})"
+        )
+    more = f"; more: {target['go_on']}" if "go_on" in target else ""
+    return f"{target['figure']} not reached: the lowest was {target['best']:.4f}, {target['missed_by']:.4f} above{more}"
+
+
 def _figures(run: Run, package: Package) -> list[Path]:
-    """The loss curve, and what temperature does to the model's own next-token distribution."""
+    """The loss curve, and what temperature and the decoding strategies do to the model's own next-token odds."""
     folder = run.run_dir / "figures"
-    folder.mkdir(exist_ok=True)
-    curve, temperature = folder / "loss_curve.png", folder / "temperature_effect.png"
-    figures.loss_curve(run.history.rows, curve)
-    prompt = package.tokenizer.encode(run.config.sample_prompts[0]) or [package.tokenizer.eot]
-    logits = package.load_model()(torch.tensor([prompt]))[0, -1]  # (V,)
-    figures.temperature_effect(
-        logits[: package.tokenizer.vocab_size], package.tokenizer, temperature, prompt=run.config.sample_prompts[0]
-    )
-    return [curve, temperature]
+    odds = figures.draw_odds(package, run.config.sample_prompts[0], folder)
+    figures.loss_curve(run.history.rows, folder / "loss_curve.png")
+    return [folder / "loss_curve.png", *odds]
 
 
 def _tell(run: Run, worker_memory: dict[str, float]) -> None:
@@ -139,6 +173,10 @@ def show(say: Callable[[str], None], package: Package, record: dict[str, Any], c
     training = package.info["training"]
     say(f"package   {package.path}")
     say(f"          of step {training['step']}, {training['bits_per_byte']:.4f} bits/byte on the validation text")
+    if "parent_bits_per_byte" in training:
+        say(f"          its parent {training['parent']} needs {training['parent_bits_per_byte']:.4f} on it")
+    for target in record.get("targets", ()):
+        say(f"target    {_target_text(target)}")
     say(f"registry  {record['name']} version {record['version']}, {'now' if record['promoted'] else 'not'} @champion:")
     say(f"          {record['reason']}")
     params = SamplingParams(max_new_tokens=60, temperature=0.8, top_k=50, seed=config.seed)
@@ -169,7 +207,7 @@ def _close(run: Run, status: str, files: list[Path]) -> None:
 def _deliver(run: Run, files: list[Path]) -> None:
     """Waits a while until MLflow has every point and these files; says what a missing server kept from it."""
     spool = Spool(run.run_dir / "spool", run.run_id, run.uri)
-    spool.metrics(run.history.last_step, _driver_memory())
+    spool.metrics(run.history.last_step, _driver_memory() | _target_figures(run))
     for file in files:
         spool.artifact(file, "figures" if file.suffix == ".png" else None)
     if left := spool.close(PATIENCE_SECONDS):

@@ -129,7 +129,9 @@ def publish(
             return Published(name, str(earlier.version), promoted, reason, bits_per_byte, new=False)
         if earlier is None:
             run = client.get_run(run_id)
+            parents = package.info.get("training", {}).get("parent_bits_per_byte")
             tags = {
+                **({} if parents is None else {"parent_bits_per_byte": repr(parents)}),
                 "bits_per_byte": repr(bits_per_byte),
                 "validation_fingerprint": validation.fingerprint,
                 "weights_sha256": weights,

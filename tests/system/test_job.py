@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.hugging_face import publish_gpt2, put_into_cache
 from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment
 from tests.system.serving import await_figures
 from tests.system.tracking import TrackingServer
@@ -48,6 +49,7 @@ def weights(job: Job) -> dict[str, torch.Tensor]:
 def undisturbed(cluster: Cluster, text_file: Path) -> Job:
     """A run that nothing happens to; the others are compared with it."""
     command = [sys.executable, "train_job/run.py", *SMALL, f"--data={text_file}", "--name=undisturbed"]
+    command += ["--target-loss=0.5"]  # which it does not reach
     env = environment(cluster.home, RAY_ADDRESS=cluster.address)
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     job = Job(process, cluster.home / "runs" / "undisturbed", f"sqlite:///{cluster.home}/mlflow/mlflow.db")
@@ -67,11 +69,23 @@ def test_a_finished_run_has_its_curves_artifacts_and_a_registered_version(undist
     assert "hardware.cpu" in run.data.tags
     assert {i.dataset.name for i in run.inputs.dataset_inputs}
     names = artifacts(undisturbed) + artifacts(undisturbed, "figures")
-    assert {"figures/loss_curve.png", "figures/temperature_effect.png", "samples.json", "config.yaml"} <= set(names)
+    pictures = {f"figures/{name}.png" for name in ("loss_curve", "temperature_effect", "decoding_strategies")}
+    assert pictures | {"samples.json", "config.yaml"} <= set(names)
     assert any(name.startswith("training_") and name.endswith(".log") for name in names)
     [version] = [v for v in client.search_model_versions("name='gpt'") if v.run_id == run.info.run_id]
     assert float(version.tags["bits_per_byte"]) == pytest.approx(points(undisturbed, "val/bits_per_byte")[-1][1])
     assert version.tags["promotion_reason"]
+
+
+def test_a_target_that_was_not_reached_is_told_with_how_far_it_was_and_how_to_go_on(undisturbed: Job) -> None:
+    best = min(value for _, value in points(undisturbed, "val/loss"))
+    [target] = json.loads((undisturbed.run_dir / "outcome.json").read_text())["targets"]
+    assert (target["target"], target["wanted"], "reached_step" in target) == ("target_loss", 0.5, False)
+    assert target["best"] == pytest.approx(best)
+    assert points(undisturbed, "target_loss_missed_by") == [(60, pytest.approx(best - 0.5))]
+    said = next(undisturbed.run_dir.glob("training_*.log")).read_text()
+    assert f"target    validation loss 0.5 not reached: the lowest was {best:.4f}, {best - 0.5:.4f} above" in said
+    assert "--resume undisturbed --max-steps N" in said
 
 
 def test_the_registered_version_speaks_through_mlflow_and_through_generate(undisturbed: Job) -> None:
@@ -284,7 +298,38 @@ def test_fine_tuning_starts_from_the_champion_and_records_its_parent(
     assert code == 0, output
     [version] = [v for v in mlflow_client(job).search_model_versions("name='gpt'") if v.run_id == run_id(job)]
     assert version.tags["parent"].startswith("models:/gpt/")
+    step, bits = points(job, "val/bits_per_byte")[0]
+    assert (step, float(version.tags["parent_bits_per_byte"])) == (0, pytest.approx(bits))
+    assert f"its parent {version.tags['parent']} needs {bits:.4f} on it" in output
     assert points(job, "val/loss")[0][1] < points(undisturbed, "val/loss")[0][1], "it did not start from scratch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a package's folder", "GPT-2 in the hub's cache"])
+def test_fine_tuning_names_its_parent_and_stops_at_the_training_loss_that_was_asked_for(
+    launch: Launch, undisturbed: Job, tmp_path: Path, kind: str
+) -> None:
+    put_into_cache(tmp_path / "hub", "openai-community/gpt2", publish_gpt2(tmp_path / "gpt2"))
+    hub = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    parent, name = (str(undisturbed.run_dir / "package"), "of-folder") if "folder" in kind else ("hf:gpt2", "of-gpt2")
+    job = launch(
+        name, f"--init-from={parent}", "--max-steps=400", "--log-interval=5", "--eval-interval=100",
+        "--target-train-loss=3", "--learning-rate=1e-3", "--matrix-learning-rate=1e-3", "--sample-tokens=0",
+        small=False, **hub,
+    )  # fmt: skip
+    code, output = job.finish()
+    assert code == 0, output
+    [version] = [v for v in mlflow_client(job).search_model_versions("name='gpt'") if v.run_id == run_id(job)]
+    assert version.tags["parent"] == parent
+    last, loss = points(job, "train/loss")[-1]
+    assert loss <= 3
+    assert f"target    training loss 3 reached at step {last} after" in output
+    [target] = json.loads((job.run_dir / "outcome.json").read_text())["targets"]
+    assert (target["reached_step"], target["best"]) == (last, pytest.approx(loss))
+    assert points(job, "target_reached_step") == [(last, last)]
+    assert points(job, "target_reached_seconds")[0][1] == pytest.approx(target["reached_seconds"])
+    assert json.loads((job.run_dir / "package" / "foundry.json").read_text())["training"]["step"] == last
+    assert "target    training loss 3 reached" in launch(name, f"--resume={name}").finish()[1], "told again"
 
 
 def test_a_loss_that_is_no_number_fails_the_run_without_a_restart(launch: Launch) -> None:

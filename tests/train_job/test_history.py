@@ -29,6 +29,17 @@ def test_a_step_that_is_repeated_after_a_restart_is_kept_once(tmp_path: Path) ->
     assert History(tmp_path / "history.jsonl").rows == again.rows
 
 
+def test_the_parents_figure_is_the_one_of_step_0(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history = History(path)
+    assert history.parent_bits_per_byte is None
+    for bits in (2.5, 2.6):  # the second, of a worker that was restarted before its first checkpoint
+        history.add(Evaluation(0, 0, 0.0, 4.0, bits, False, 0.1, 0.0))
+    history.add(evaluation(8))
+    assert History(path).parent_bits_per_byte == 2.5
+    assert [row["step"] for row in History(path).rows] == [0, 8]
+
+
 def test_a_line_that_a_crash_tore_does_not_harm_the_next(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     History(path).add(progress(1))

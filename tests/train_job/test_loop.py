@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from gptcore.errors import TrainingError
+from gptcore.package import open_package, save_package
+from gptcore.tokenizer import load_tokenizer
 from train_job.checkpoint import load_checkpoint, save_checkpoint
-from train_job.evaluate import validation_nats
+from train_job.config import TrainConfig, build_config
+from train_job.corpus import open_corpus, split
+from train_job.evaluate import bits_per_byte, validation_nats
+from train_job.inputs import build_model, prepare_inputs
 from train_job.loop import CheckpointDue, Evaluation, Event, Finished, Progress, Started, Trainer
 
 Make = Callable[..., Trainer]
@@ -107,6 +112,7 @@ def test_gradient_accumulation_takes_the_same_steps(trainer: Make) -> None:
         (dict(max_steps=10000, max_minutes=0.0001), "max_minutes"),
         (dict(max_steps=50, target_loss=5.6), "target_loss"),
         (dict(max_steps=50, target_bits_per_byte=8.0), "target_bits_per_byte"),
+        (dict(max_steps=50, target_train_loss=5.4), "target_train_loss"),
         (dict(max_steps=500, learning_rate=1e-12, optimizer="adamw", patience=1, eval_interval=1), "patience"),
     ],
 )
@@ -115,6 +121,87 @@ def test_whichever_limit_comes_first_ends_the_run(trainer: Make, settings: dict[
     assert found[-1].reason == reason  # type: ignore[union-attr]
     assert of_kind(CheckpointDue, found)[-1].step == found[-1].step
     assert math.isfinite(of_kind(CheckpointDue, found)[-1].loss), "the last state is judged before it is kept"
+
+
+def test_a_training_loss_is_reached_where_its_mean_between_two_logs_is_low_enough(trainer: Make) -> None:
+    t = trainer(max_steps=300, log_interval=4, eval_interval=100, target_train_loss=4.0)
+    found = events(t)
+    losses = [e.loss for e in of_kind(Progress, found)]
+    assert losses[-1] <= 4.0 < min(losses[:-1])
+    assert found[-1] == Finished(4 * len(losses), "target_train_loss")
+    assert t.state.best_train_loss == losses[-1]
+    assert [e.step for e in of_kind(Evaluation, found)] == [4 * len(losses)], "what is kept is judged"
+
+
+def test_a_run_that_ends_says_when_a_target_was_reached_or_by_how_much_it_was_missed(trainer: Make) -> None:
+    end = events(trainer(target_loss=0.5, target_train_loss=0.1))[-1]
+    assert isinstance(end, Finished)
+    missed = {standing.target: standing for standing in end.targets}
+    assert missed.keys() == {"target_loss", "target_train_loss"}
+    assert not any(standing.reached for standing in missed.values())
+    assert missed["target_loss"].missed_by == missed["target_loss"].best - 0.5 > 0
+    assert missed["target_train_loss"].best < math.inf
+    end = events(trainer(target_loss=9.0, target_bits_per_byte=0.1))[-1]
+    assert isinstance(end, Finished)
+    assert [(s.target, s.reached, s.missed_by > 0) for s in end.targets] == [
+        ("target_loss", True, False),
+        ("target_bits_per_byte", False, True),
+    ]
+    assert (end.step, end.reason) == (6, "target_loss")
+    assert end.seconds > 0
+
+
+@pytest.fixture
+def child(trainer: Make, small: Callable[..., TrainConfig], tmp_path: Path) -> Callable[..., Trainer]:
+    """Makes a Trainer that goes on from a model with 20 steps behind it, on the same text."""
+    parent = trainer(max_steps=20)
+    events(parent)
+    config, tokenizer = parent.model.config, load_tokenizer("bytes")
+    package = save_package(tmp_path / "parent", config, parent.model.state_dict(), tokenizer, {"sequence_length": 32})
+    kept = {k: v for k, v in small().flat().items() if k in ("data", "cache_dir", *CHILD)}
+
+    def make(**settings: Any) -> Trainer:
+        config = build_config(kept | {"init_from": str(package.path)} | settings)
+        inputs = prepare_inputs(config)
+        model = build_model(config, inputs.model, package.load_model().state_dict())
+        return Trainer(inputs.config, model, inputs.train, inputs.validation, torch.device("cpu"))
+
+    return make
+
+
+CHILD = ("batch_size", "max_steps", "eval_interval", "log_interval", "warmup_steps", "sample_tokens")
+
+
+def test_fine_tuning_begins_with_the_parents_figure_on_the_new_text(child: Make, tmp_path: Path) -> None:
+    t = child()
+    corpus = split(open_corpus(t.config.data, "text", tmp_path / "cache"), t.config.val_fraction)[1]
+    alone = bits_per_byte(open_package(tmp_path / "parent"), corpus, tmp_path / "cache")
+    found = events(t)
+    assert [(e.step, e.best) for e in of_kind(Evaluation, found)] == [(0, False), (6, True), (12, True)]
+    assert found[1].bits_per_byte == pytest.approx(alone, rel=2e-3)  # type: ignore[union-attr]
+
+
+def test_the_parent_is_neither_kept_nor_what_targets_and_patience_look_at(child: Make) -> None:
+    found = events(child(target_loss=9.0))
+    assert [e.step for e in of_kind(CheckpointDue, found)] == [6]
+    assert found[-1] == Finished(6, "target_loss")
+    worse = child(learning_rate=1.0, matrix_learning_rate=1.0, warmup_steps=0, patience=2, eval_interval=1)
+    found = events(worse)
+    judged = of_kind(Evaluation, found)
+    assert min(judged, key=lambda e: e.loss).step == 0
+    assert worse.state.best_step > 0
+    assert [e.best for e in judged[:2]] == [False, True]
+
+
+def test_a_resumed_child_does_not_judge_its_parent_again(child: Make, tmp_path: Path) -> None:
+    first = child()
+    saved = next(event for event in first.run() if isinstance(event, CheckpointDue))
+    identity = first.identity("tokenizer")
+    save_checkpoint(tmp_path / "c", first.state, identity, first.tensors(), first.optimizers.tensors())
+    second = child()
+    second.restore(load_checkpoint(tmp_path / "c", identity))
+    assert [e.step for e in of_kind(Evaluation, events(second))] == [12]
+    assert saved.step == 6
 
 
 def test_a_stop_leaves_a_checkpoint_at_once(trainer: Make) -> None:
@@ -173,7 +260,12 @@ def test_a_run_resumed_up_to_the_step_it_had_reached_is_judged_and_saved(trainer
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [(dict(max_steps=6), "max_steps"), (dict(max_minutes=1e-9), "max_minutes"), (dict(target_loss=9.0), "target_loss")],
+    [
+        (dict(max_steps=6), "max_steps"),
+        (dict(max_minutes=1e-9), "max_minutes"),
+        (dict(target_loss=9.0), "target_loss"),
+        (dict(target_train_loss=9.0), "target_train_loss"),
+    ],
 )
 def test_a_resumed_run_takes_no_step_beyond_what_ends_it(
     trainer: Make, tmp_path: Path, changes: dict[str, Any], reason: str
