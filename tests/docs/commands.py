@@ -1,0 +1,175 @@
+"""The commands that a page of ours tells people to run: found in its fences and tables, made small, run.
+
+A folder stands in for the checkout: what git tracks is linked into it, and what a run writes stays there. Training
+commands get flags that make a model of a few thousand weights; services listen on a port of the test's. Nothing else
+of a command is changed.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow
+from pyarrow import parquet
+
+from tests.conftest import SHARED
+from tests.system.conftest import ROOT, Cluster, environment, free_port
+from train_job.pieces import builtin_bytes
+
+STARTERS = (".venv/", "curl", "ray", "docker", "make", "cat", "ls", "echo", "export", "mlflow")
+SHAPE = ["--num-layers=1", "--num-heads=2", "--hidden-size=32"]
+SHORT = ["--batch-size=4", "--max-steps=4", "--eval-interval=2", "--sample-tokens=4", "--cpus-per-worker=1"]
+START_SECONDS = 180
+
+
+def commands_of(page: Path) -> list[str]:
+    """Every command of a page in its order: lines of fences without a language, and code in tables' last column."""
+    found: list[str] = []
+    fence: str | None = None
+    for line in page.read_text().replace("\\\n", "").splitlines():
+        if line.startswith("```"):
+            fence = line[3:].strip() if fence is None else None
+        elif fence == "" or fence in ("bash", "sh"):
+            command = re.sub(r"\s+#\s.*$", "", line).strip()
+            found += [command] if is_command(command) else []
+        elif fence is None and line.startswith("|"):
+            cells = re.split(r"(?<!\\)\|", line)
+            code = re.fullmatch(r"\s*`(.+)`\s*", cells[-2])
+            found += [code[1].replace("\\|", "|")] if code and is_command(code[1]) else []
+    return [re.sub(r"\s+", " ", command) for command in found]
+
+
+def is_command(text: str) -> bool:
+    return re.sub(r"^(\w+=(\"[^\"]*\"|\S*) )*", "", text).startswith(STARTERS)
+
+
+def blocks_of(page: Path, language: str) -> list[str]:
+    """The page's fences of that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@dataclass
+class Checkout:
+    """Where the commands run, and the service that one of them has started."""
+
+    folder: Path
+    cluster: Cluster
+    port: int = field(default_factory=free_port)
+    service: subprocess.Popen[bytes] | None = None
+
+    def env(self) -> dict[str, str]:
+        more = {
+            "RAY_ADDRESS": self.cluster.address,
+            "RAY_DASHBOARD_ADDRESS": self.cluster.dashboard,
+            "RAY_API_SERVER_ADDRESS": self.cluster.dashboard,
+            "GPT_PORT": str(self.port),
+            "HF_HOME": str(self.folder / "hub"),
+            "HF_HUB_OFFLINE": "1",
+            "TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken"),
+            "GPT_FOUNDRY_DATA": str(SHARED / "data"),
+            "GPT_BACKEND": "torch",
+            "GPT_SLOTS": "2",
+        }
+        return environment(self.folder, **more)
+
+    def run(self, command: str) -> str:
+        """What the command prints; fails with it if it ends with another code than 0."""
+        if "serve run " in command:
+            self.serve(self.here(command))
+            return ""
+        if self.service is None and re.match(r"curl|.*serve_app\.chat", command):
+            self.serve(".venv/bin/serve run serve_app:app")  # which the page has told to leave running
+        command = self.here(command)
+        ended = subprocess.run(
+            ["/bin/bash", "-c", command],
+            cwd=self.folder,
+            env=self.env(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, f"{command}\nended with {ended.returncode}:\n{ended.stdout}{ended.stderr}"
+        return ended.stdout
+
+    def here(self, command: str) -> str:
+        """The command as this test can run it: small, and on a port of its own."""
+        command = re.sub(r"\b(8000|5001)\b(?!:)", str(self.port), command)
+        if "train_job/run.py" not in command:
+            return command
+        if "--resume" in command:
+            return command + " --eval-interval 1000" * ("--max-steps" in command)
+        flags = SHORT + ([] if "--init-from" in command else SHAPE)
+        return re.sub(r"(train_job/run\.py)(.*)$", lambda m: f"{m[1]}{m[2]} {' '.join(flags)}", command)
+
+    def serve(self, command: str) -> None:
+        """Starts the service in the background and returns once it is ready; the one before is ended."""
+        self.close()
+        log = open(self.folder / "service.log", "ab")  # noqa: SIM115
+        self.service = subprocess.Popen(
+            ["/bin/bash", "-c", f"exec env {command}"],
+            cwd=self.folder,
+            env=self.env(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while not self.is_ready():
+            said = (self.folder / "service.log").read_text()
+            assert self.service.poll() is None, f"{command}\nended:\n{said}"
+            assert time.monotonic() < deadline, f"{command}\nis not ready:\n{said}"
+            time.sleep(0.2)
+
+    def is_ready(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=5).status == 200)
+        return False
+
+    def close(self) -> None:
+        """Ends the service, so that its port is free."""
+        if self.service is None:
+            return
+        self.service.send_signal(signal.SIGINT)
+        self.service.wait(60)
+        self.service = None
+        subprocess.run(
+            [sys.executable, "-m", "ray.serve.scripts", "shutdown", "--yes"], env=self.env(), capture_output=True
+        )
+
+
+@contextlib.contextmanager
+def checkout(folder: Path, cluster: Cluster) -> Iterator[Checkout]:
+    """A folder that looks like a checkout with its environment, and has texts of every kind that our pages name."""
+    for path in sorted(ROOT.iterdir()):
+        if path.name.startswith(".") or path.name in ("runs", "mlflow"):
+            continue
+        (folder / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "mlflow", folder / "mlflow", ignore=shutil.ignore_patterns("mlflow.db*", "artifacts"))
+    (folder / ".venv").symlink_to(sys.prefix)
+    write_texts(folder)
+    here = Checkout(folder, cluster)
+    try:
+        yield here
+    finally:
+        here.close()
+
+
+def write_texts(folder: Path) -> None:
+    """notes.txt and all the others."""
+    text = builtin_bytes()[:200_000].decode(errors="ignore")
+    names = "notes.txt mine.txt input.txt story.txt data.txt held_out.txt books/one.txt books/more/two.txt"
+    for name in names.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "stories.jsonl").write_text("".join(json.dumps({"story": line}) + "\n" for line in text.splitlines()))
+    (folder / "web").mkdir()
+    parquet.write_table(pyarrow.table({"text": text.splitlines()}), folder / "web" / "a.parquet")
