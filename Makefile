@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format docs ui clean constraints
+.PHONY: help demo test test-slow check format docs pictures ui clean constraints
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,11 @@ format: .venv/installed-dev ## put every file into the house format
 
 docs: .venv/installed ## write docs/configuration.md anew from the code
 	@$(BIN)/python -m docs.configuration
+
+pictures: .venv/installed-dev ## make the pictures and the tour's outputs anew (minutes; wants chromium)
+	@$(BIN)/python -m docs.pictures.loss_curve
+	@$(BIN)/python -m docs.pictures.playground
+	@$(BIN)/python -m docs.tour
 
 ui: .venv/installed ## MLflow's UI on loopback, port 5000
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"

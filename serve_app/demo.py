@@ -75,14 +75,14 @@ def running(output: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def await_ready(url: str, process: subprocess.Popen[bytes]) -> str | None:
+def await_ready(url: str, process: subprocess.Popen[bytes], seconds: float = START_SECONDS) -> str | None:
     """Waits until the service answers with a warm model; else says why it never will."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     while not is_ready(url):
         if process.poll() is not None:
             return "the service ended while it started; its output is above"
         if time.monotonic() > deadline:
-            return f"the service was not ready after {START_SECONDS} seconds; its output is above"
+            return f"the service was not ready after {seconds:g} seconds; its output is above"
         time.sleep(0.2)
     return None
 

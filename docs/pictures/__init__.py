@@ -19,8 +19,9 @@ RUN = "shakespeare"
 
 
 def environment() -> dict[str, str]:
-    """For children that train or serve for a picture: a home, a registry and a Ray of their own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    """For children that train or serve for a picture: a home, a registry and a Ray of their own, usual settings."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith("GPT_FOUNDRY_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GPT_", "MLFLOW_"))} | ours
     return kept | {"GPT_FOUNDRY_HOME": str(home() / ".cache" / "pictures"), "RAY_ADDRESS": "local"}
 
 

@@ -8,16 +8,19 @@ shown, with `--width`, `--dark` and `--set` another page; tests/serve_app/browse
 
 import argparse
 import os
+import re
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from playwright.sync_api import Locator
 
 from docs.pictures import environment, keep, trained_run
 from serve_app.demo import await_ready, running
 from tests.serve_app.browser import chromium, open_page, run
 
+PATIENCE_SECONDS = 600  # a picture may be made on a busy machine
 PROMPT = "ROMEO:\n"
 SETUP = {"temperature": "0.8", "max_new_tokens": "120", "seed": "7"}
 
@@ -28,18 +31,19 @@ def service() -> Iterator[str]:
     trained_run()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    os.environ.clear()  # of this script alone, for the service inherits it
-    os.environ.update(environment() | {"GPT_PORT": str(port)})
+    env = environment() | {"GPT_PORT": str(port)}
+    os.environ.clear()  # this script's own, which the service inherits
+    os.environ.update(env)
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as output, running(output) as process:
-        if problem := await_ready(url, process):
+        if problem := await_ready(url, process, PATIENCE_SECONDS):
             output.seek(0)
             raise SystemExit(f"{output.read()[-4000:]}\nerror: {problem}")
         yield url
 
 
-def screenshot(url: str, prompt: str, setup: dict[str, str], size: tuple[int, int], dark: bool, token: int) -> bytes:
-    """A PNG of the playground after one run, two pixels to each of CSS's, the card of the given token open."""
+def screenshot(url: str, prompt: str, setup: dict[str, str], size: tuple[int, int], dark: bool) -> bytes:
+    """A PNG of the playground after one run, two pixels to each of CSS's, the card of one token open."""
     with chromium() as browser:
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]},
@@ -50,10 +54,15 @@ def screenshot(url: str, prompt: str, setup: dict[str, str], size: tuple[int, in
         page = context.new_page()
         open_page(page, url, prompt=prompt, **setup)
         run(page)
-        tokens = page.locator(".pane .token")
-        if token >= 0:
-            tokens.nth(min(token, tokens.count() - 1)).hover()
+        readable = page.locator(".pane .token", has_text=re.compile(r"\w")).all()
+        max(readable, key=right_edge).hover()  # there its card hides the least
         return page.screenshot()
+
+
+def right_edge(token: Locator) -> float:
+    """Where a token ends, in CSS pixels."""
+    box = token.bounding_box()
+    return box["x"] + box["width"] if box else 0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,12 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, model or compare")
     parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=800)
-    parser.add_argument("--token", type=int, default=24, help="the token whose card is open; -1: none")
+    parser.add_argument("--height", type=int, default=816)
     parser.add_argument("--dark", action="store_true")
     args = parser.parse_args(argv)
     setup = SETUP | dict(item.split("=", 1) for item in args.set)
-    look = (args.prompt, setup, (args.width, args.height), args.dark, args.token)
+    look = (args.prompt, setup, (args.width, args.height), args.dark)
     if args.url:
         keep(screenshot(args.url.rstrip("/"), *look), args.name)
         return
@@ -78,4 +86,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
