@@ -89,25 +89,29 @@ def _connect(ray: Any, **options: Any) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def resources_per_worker(config: TrainConfig, nodes: list[dict[str, Any]], fixed: bool = False) -> dict[str, float]:
+def resources_per_worker(
+    config: TrainConfig, nodes: list[dict[str, Any]], fixed: bool = False, runs: int = 1
+) -> dict[str, float]:
     """CPUs (and a GPU) for each worker: the largest whole share of which the cluster holds as many as asked for.
 
-    Raises ConfigError if a `fixed` cluster, which no autoscaler can grow, can never hold the fewest workers.
+    `runs` is how many such runs go on at once. Raises ConfigError if a `fixed` cluster, which no autoscaler can grow,
+    can never hold the fewest workers.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus, gpus = [r.get("CPU", 0) for r in alive], sum(r.get("GPU", 0) for r in alive)
-    low, high = config.workers
+    low, high = (runs * workers for workers in config.workers)
     share = config.cpus_per_worker
     if share is None:
         share = next((n for n in range(int(max(cpus)), 0, -1) if sum(c // n for c in cpus) >= high), 1)
     room = sum(c // share for c in cpus)
+    together = f" for each of {runs} at once" if runs > 1 else ""
     if fixed and room < low:
         raise ConfigError(
-            f"num_workers is {config.num_workers} with {share:g} CPUs each; there is room for {room:g}. "
+            f"num_workers is {config.num_workers} with {share:g} CPUs each{together}; there is room for {room:g}. "
             "Use fewer, or lower --cpus-per-worker"
         )
     if fixed and config.use_gpu and gpus < low:
-        raise ConfigError(f"use_gpu is set for {low} workers, but Ray sees {gpus:g} GPUs")
+        raise ConfigError(f"use_gpu is set for {low} workers{together}, but Ray sees {gpus:g} GPUs")
     return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
 
 
@@ -154,6 +158,17 @@ def keep_record(url: str, run_dir: Path) -> None:
                 copy.write((run_dir / name).read_bytes())
     except OSError as error:
         raise ConfigError(f"storage_path {url!r} cannot be written: {' '.join(str(error).split())}") from None
+
+
+def drop_checkpoints(config: TrainConfig) -> None:
+    """Removes the checkpoints that the run has left in its storage; its record stays."""
+    from pyarrow.fs import FileSelector, FileSystem
+
+    storage = str(config.storage_path)
+    fs, path = FileSystem.from_uri(storage if "://" in storage else Path(storage).as_uri())
+    for info in fs.get_file_info(FileSelector(f"{path}/{config.name}", allow_not_found=True)):
+        if info.base_name.startswith("checkpoint_") and not info.is_file:
+            fs.delete_dir(info.path)
 
 
 def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> Any:

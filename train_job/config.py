@@ -238,9 +238,7 @@ def build_config(*layers: Mapping[str, Any]) -> TrainConfig:
     given: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
-            if key not in _FIELDS:
-                raise ConfigError(f"there is no setting {key!r}.{did_you_mean(str(key), _FIELDS)}")
-            given[key] = _convert(key, value)
+            given[key] = setting_value(key, value)
     preset = given.get("preset", TrainConfig.preset)
     if preset not in PRESETS:
         raise ConfigError(
@@ -262,19 +260,34 @@ def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
 
     Raises ConfigError; `--help` prints and exits 0.
     """
-    parser = _Parser(
-        prog="python train_job/run.py",
-        description="Train a GPT on text and register it. Flags win over --config, which wins over --preset.",
-        allow_abbrev=False,
+    parser = settings_parser(
+        "python train_job/run.py",
+        "Train a GPT on text and register it. Flags win over --config, which wins over --preset.",
     )
+    return given_settings(parser, argv)
+
+
+def settings_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A command line with a flag for every setting."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings as YAML, under the names below with _ for -")
     for name, f in _FIELDS.items():
-        flag, text = "--" + name.replace("_", "-"), _help_text(name)
-        if _HINTS[name] is bool:
-            parser.add_argument(flag, help=text, default=None, action=argparse.BooleanOptionalAction)
-        else:
-            nargs = "+" if typing.get_origin(_HINTS[name]) is tuple else None
-            parser.add_argument(flag, help=text, metavar=_metavar(f), nargs=nargs)
+        add_flag(parser, f, _HINTS[name])
+    return parser
+
+
+def add_flag(parser: argparse._ActionsContainer, f: Any, hint: Any) -> None:
+    """A dataclass field as a flag, with its own help."""
+    flag, text = "--" + f.name.replace("_", "-"), _help_text(f)
+    if hint is bool:
+        parser.add_argument(flag, help=text, default=None, action=argparse.BooleanOptionalAction)
+    else:
+        nargs = "+" if typing.get_origin(hint) is tuple else None
+        parser.add_argument(flag, help=text, metavar=_metavar(f, hint), nargs=nargs)
+
+
+def given_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What the command line gives, its --config file's below its flags. Raises ConfigError for an unknown flag."""
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -311,9 +324,8 @@ def resume_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainCo
     """
     old = build_config(saved).flat()
     for key, value in given.items():
-        if key not in _FIELDS:
-            raise ConfigError(f"there is no setting {key!r}.{did_you_mean(key, _FIELDS)}")
-        if key not in RESUMABLE and _convert(key, value) != old.get(key):
+        setting_type(key)
+        if key not in RESUMABLE and setting_value(key, value) != old.get(key):
             before = old.get(key, "the parent's")
             raise ConfigError(
                 f"{key} was {before!r} when run {given['resume']} began and cannot become {value!r} as it goes on; "
@@ -329,25 +341,20 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _help_text(name: str) -> str:
-    f = _FIELDS[name]
+def _help_text(f: Any) -> str:
     default = f.default if not isinstance(f.default, tuple) else " ".join(map(repr, f.default))
     notes = [f.metadata["unit"]] if f.metadata["unit"] else []
     notes += [f"default: {default}"] if default is not None else []
     return (f.metadata["help"] + (f" [{'; '.join(notes)}]" if notes else "")).replace("%", "%%")
 
 
-def _metavar(f: Any) -> str:
-    return (
-        "{" + ",".join(f.metadata["choices"]) + "}"
-        if f.metadata["choices"]
-        else {int: "INT", float: "FLOAT"}.get(_type(f.name)[0], "TEXT")
-    )
+def _metavar(f: Any, hint: Any) -> str:
+    choices = f.metadata["choices"]
+    return "{" + ",".join(choices) + "}" if choices else {int: "INT", float: "FLOAT"}.get(_bare(hint)[0], "TEXT")
 
 
-def _type(name: str) -> tuple[Any, bool]:
-    """The field's type without `| None`, and whether None is allowed."""
-    hint = _HINTS[name]
+def _bare(hint: Any) -> tuple[Any, bool]:
+    """A field's type without `| None`, and whether None is allowed."""
     if not isinstance(hint, types.UnionType):
         return hint, False
     return next(o for o in typing.get_args(hint) if o is not types.NoneType), True
@@ -359,9 +366,22 @@ def _check_choice(f: Any, value: Any) -> None:
         raise ConfigError(f"{f.name} is {value!r}; expected {', '.join(choices)}.{did_you_mean(str(value), choices)}")
 
 
-def _convert(name: str, value: Any) -> Any:
-    """`value` (a flag's string or YAML's own type) as the field's type."""
-    wanted, optional = _type(name)
+def setting_type(name: str) -> Any:
+    """The type of the setting's values, None aside. Raises ConfigError if there is no such setting."""
+    if name not in _FIELDS:
+        raise ConfigError(f"there is no setting {name!r}.{did_you_mean(str(name), _FIELDS)}")
+    return _bare(_HINTS[name])[0]
+
+
+def setting_value(name: str, value: Any) -> Any:
+    """`value` as the setting's type. Raises ConfigError if it is none, or if there is no such setting."""
+    setting_type(name)
+    return convert(_FIELDS[name], _HINTS[name], value)
+
+
+def convert(f: Any, hint: Any, value: Any) -> Any:
+    """`value` (a flag's string or YAML's own type) as the field's type. Raises ConfigError if it is none."""
+    wanted, optional = _bare(hint)
     if value is None and optional:
         return None
     if typing.get_origin(wanted) is tuple:
@@ -378,5 +398,5 @@ def _convert(name: str, value: Any) -> Any:
         return int(float(value)) if wanted is int else wanted(value)
     except (KeyError, ValueError, TypeError, OverflowError):
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[wanted]
-        unit = f" ({_FIELDS[name].metadata['unit']})" if _FIELDS[name].metadata["unit"] else ""
-        raise ConfigError(f"{name} is {value!r}; expected {kind}{unit}") from None
+        unit = f" ({f.metadata['unit']})" if f.metadata["unit"] else ""
+        raise ConfigError(f"{f.name} is {value!r}; expected {kind}{unit}") from None

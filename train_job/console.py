@@ -35,10 +35,13 @@ class Console:
     def progress(self, event: Progress) -> None:
         """The live line."""
         of = f"/{event.total_steps}" if event.total_steps else ""
-        text = (
+        self.live(
             f"step {event.step:>5}{of} | loss {event.loss:.4f} | {event.bits_per_byte:.3f} bits/byte | "
             f"{event.tokens_per_second / 1000:.1f}k tokens/s | {duration(event.seconds_left)} left"
         )
+
+    def live(self, text: str) -> None:
+        """A line that the next one replaces."""
         self._keep(text)
         if self._live:
             self._write("\r\x1b[K" + text)

@@ -83,6 +83,31 @@ def loss_curve(history: Sequence[Mapping[str, float]], path: Path, title: str = 
             above.set_xlabel("epochs")
 
 
+def sweep_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], best: str, path: Path) -> None:
+    """Draws every trial's bits per byte against steps, by name; the `best` one in colour, in front of the others."""
+    with _figure(path, (7.5, 4.5)) as axes:
+        for name, rows in curves.items():
+            style: dict[str, Any] = dict(color=FAINT, zorder=1) if name != best else dict(color=COLOURS[1], zorder=3)
+            steps, bits = [row["step"] for row in rows], [row["bits_per_byte"] for row in rows]
+            axes.plot(steps, bits, marker="o", markersize=4, linewidth=1.6, label=f"{name}, the best", **style)
+            if steps:
+                axes.annotate(name, (steps[-1], bits[-1]), (4, 0), textcoords="offset points", fontsize=7, va="center")
+        axes.set(xlabel="step", ylabel="bits per byte of the validation text", title="Trials")
+        axes.legend(handles=[line for line in axes.lines if line.get_color() != FAINT])
+
+
+def best_so_far(bits: Sequence[float], path: Path) -> None:
+    """Draws what each trial came to, in the order of their numbers, and the best until then; nan where one failed."""
+    best, numbers = math.inf, range(1, len(bits) + 1)
+    until = [best := min(best, value) if math.isfinite(value) else best for value in bits]
+    with _figure(path, (7.5, 4.5)) as axes:
+        axes.plot(numbers, bits, "o", color=COLOURS[0], label="trial")
+        axes.step(numbers, until, where="post", color=COLOURS[1], linewidth=1.6, label="best so far")
+        axes.set(xlabel="trial", ylabel="bits per byte of the validation text", title="Best so far")
+        axes.set_xticks(numbers)
+        axes.legend()
+
+
 def temperature_effect(
     logits: Tensor,
     tokenizer: Tokenizer,

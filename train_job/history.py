@@ -12,6 +12,12 @@ from train_job.files import written_whole
 from train_job.loop import Evaluation, Progress
 
 
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a file that another process may be writing, or that is not there yet."""
+    whole = (path.read_text() if path.exists() else "").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 class History:
     """The rows of a file that may hold some already; each row has `step`, `tokens`, `epoch` and a loss."""
 
@@ -21,7 +27,7 @@ class History:
         if torn:  # by a crash; the next line must not continue it
             with written_whole(path) as file:
                 file.write((whole + newline).encode())
-        self.rows: list[dict[str, float]] = [json.loads(line) for line in whole.splitlines()]
+        self.rows = read_history(path)
         self._last = {kind: row["step"] for row in self.rows for kind in row if kind.endswith("_loss")}
 
     @property

@@ -36,16 +36,20 @@ PATIENCE_SECONDS = 60.0
 """How long the end of a run waits for a tracking server that is away."""
 
 
-def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
+def conclude(run: Run) -> int:
     """Registers a finished run's model, or records why there is none; returns the exit code."""
-    if problem:
-        run.console.say(f"error: {problem}")
-        _close(run, "FAILED", [run.console.path])
-        return 1 if isinstance(problem, TrainingError) else 2
+    if run.problem:
+        run.console.say(f"error: {run.problem}")
+        close(run, "FAILED", [run.console.path])
+        return 1 if isinstance(run.problem, TrainingError) else 2
     if run.stops.number:
         _deliver(run, [run.console.path])
     run.stops.check()
-    package = _package(run, result)
+    return register(run, build(run))
+
+
+def register(run: Run, package: Package) -> int:
+    """Makes the run's package a version and tells the user; returns the exit code."""
     pictures = _figures(run, package)
     run.stops.check()
     try:
@@ -65,15 +69,15 @@ def conclude(run: Run, result: Any, problem: FoundryError | None) -> int:
     except FoundryError as error:
         run.console.say(f"error: {error}")
         run.console.say(f"the package is whole in {package.path}; register it with: {run.resume_command()}")
-        _close(run, "FAILED", [*pictures, run.console.path])
+        close(run, "FAILED", [*pictures, run.console.path])
         return 1
     record = asdict(published) | {"targets": _targets(run), "config": run.config.flat()}
     if not published.new:
         run.console.say(f"nothing new to register: {_why_nothing_new(run, package)}")
-    _tell(run, result.return_value or {})
+    _tell(run, run.result.return_value or {} if run.result else {})
     show(run.console.say, package, record, run.config)
     run.stops.check(last=True)
-    _close(run, "FINISHED", [*pictures, run.run_dir / "config.yaml", run.console.path])
+    close(run, "FINISHED", [*pictures, run.run_dir / "config.yaml", run.console.path])
     with written_whole(run.run_dir / OUTCOME) as file:  # last: a run that has it is finished in every respect
         file.write(json.dumps(record, indent=1).encode())
     return 0
@@ -85,15 +89,15 @@ def _why_nothing_new(run: Run, package: Package) -> str:
     return f"step {package.info['training']['step']} is still the best"
 
 
-def _package(run: Run, result: Any) -> Package:
+def build(run: Run) -> Package:
     """The checkpoint with the lowest validation loss, as a model package in the run's folder.
 
     Where a training loss was asked for and reached, it is the checkpoint that has it: the last one.
     """
-    kept: list[tuple[Any, dict[str, Any]]] = result.best_checkpoints or []
+    kept: list[tuple[Any, dict[str, Any]]] = run.result.best_checkpoints or []
     saved = [pair for pair in kept if pair[1]["val_loss"] < UNJUDGED]
     if not saved:
-        raise CheckpointError(f"run {run.config.name} has left no evaluated checkpoint in {result.path}")
+        raise CheckpointError(f"run {run.config.name} has left no evaluated checkpoint in {run.result.path}")
     learned = any(standing.target == "target_train_loss" and standing.reached for standing in _standings(run))
     checkpoint, metrics = min(saved, key=lambda pair: -pair[1]["step"] if learned else pair[1]["val_loss"])
     inputs, loss = run.inputs, metrics["val_loss"]
@@ -197,7 +201,7 @@ def show_again(run_dir: Path, config: TrainConfig) -> int:
     return 0
 
 
-def _close(run: Run, status: str, files: list[Path]) -> None:
+def close(run: Run, status: str, files: list[Path]) -> None:
     """Delivers what is left and ends the MLflow run; too late for a stop."""
     run.stops.late = True
     _deliver(run, files)
@@ -205,13 +209,17 @@ def _close(run: Run, status: str, files: list[Path]) -> None:
 
 
 def _deliver(run: Run, files: list[Path]) -> None:
-    """Waits a while until MLflow has every point and these files; says what a missing server kept from it."""
     spool = Spool(run.run_dir / "spool", run.run_id, run.uri)
     spool.metrics(run.history.last_step, _driver_memory() | _target_figures(run))
+    deliver(spool, files, run.console.say)
+
+
+def deliver(spool: Spool, files: list[Path], say: Callable[[str], None]) -> None:
+    """Waits a while until MLflow has every point and these files; says what a missing server kept from it."""
     for file in files:
-        spool.artifact(file, "figures" if file.suffix == ".png" else None)
+        spool.artifact(file, "figures" if file.suffix == ".png" else None, table=file.suffix == ".json")
     if left := spool.close(PATIENCE_SECONDS):
-        run.console.say(
+        say(
             f"the tracking server is away: {left} lines wait; deliver them with "
             f"python -m train_job.tracking deliver {spool.folder}"
         )

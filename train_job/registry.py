@@ -236,7 +236,7 @@ def _judged(holder: Any, uri: str, validation: Validation) -> Champion:
 
 def _origin_tags(run: Any) -> dict[str, str]:
     """What the run knows of where the model comes from, under the names that versions use."""
-    names = {"git_commit": "mlflow.source.git.commit", "git_dirty": "git.dirty", "parent": "parent"}
+    names = {"git_commit": "mlflow.source.git.commit", "git_dirty": "git.dirty", "parent": "parent", "sweep": "sweep"}
     tags = {ours: run.data.tags[theirs] for ours, theirs in names.items() if theirs in run.data.tags}
     for used in run.inputs.dataset_inputs:
         if any(tag.value == "train" for tag in used.tags):

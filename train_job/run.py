@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, replace
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == ROOT / "train_job":  # run as a script: our modules are train_job.*, not top-level
     sys.path[0] = str(ROOT)
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new tables are printed whatever it is told
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # sweeps: what they write is in our own files
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # its INFO lines would stand between ours
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -52,14 +54,27 @@ from train_job.stop import StopSignals  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
+    from train_job.remote import Origin
+    from train_job.tracking import DatasetUse
+
+    Begun = Mapping[str, Sequence[Origin]]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit code."""
-    try:
+
+    def job() -> int:
         given = parse_settings(sys.argv[1:] if argv is None else argv)
         config, run_dir = begin(given)
         return Run(config, run_dir).execute()
+
+    return answered(job)
+
+
+def answered(job: Callable[[], int]) -> int:
+    """The job's exit code; what is the user's to mend becomes one line, and 2."""
+    try:
+        return job()
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,10 +93,7 @@ def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
 
     Raises ConfigError if the name is taken, or if there is no such run to resume.
     """
-    storage = str(given.get("storage_path") or home() / "runs")
-    if "://" in storage:
-        check_storage(storage)
-    local = home() / "runs" if "://" in storage else Path(storage).expanduser().absolute()
+    storage, local = places(given)
     if given.get("resume"):
         run_dir = local / str(given["resume"])
         if "://" in storage:
@@ -91,25 +103,100 @@ def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
             raise ConfigError(f"no run {given['resume']!r} in {storage}.{did_you_mean(str(given['resume']), known)}")
         config = resume_config(read_yaml(str(run_dir / "config.yaml")), given)
         if "storage_path" not in given:
-            return _absolute(config, config.storage_path or storage, local), run_dir
-        return _absolute(config, storage, local), run_dir
+            return absolute(config, config.storage_path or storage, local), run_dir
+        return absolute(config, storage, local), run_dir
     config = build_config(given)
-    name = config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    if "/" in name or name.startswith("."):
-        raise ConfigError(f"name is {name!r}; expected one that can be a folder's")
+    name = checked_name(config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}")
     run_dir = local / name
     if "://" in storage:
         fetch_record(storage, run_dir)
     if (run_dir / "config.yaml").exists():
         raise ConfigError(f"there is a run {name!r} already; go on with --resume {name}, or choose another --name")
-    return _absolute(replace(config, name=name), storage, local), run_dir
+    return absolute(replace(config, name=name), storage, local), run_dir
 
 
-def _absolute(config: TrainConfig, storage: str, local: Path) -> TrainConfig:
+def places(given: dict[str, Any]) -> tuple[str, Path]:
+    """Where checkpoints are kept, a folder or a URL, and the folder of this machine's own records of runs."""
+    storage = str(given.get("storage_path") or home() / "runs")
+    if "://" in storage:
+        check_storage(storage)
+    return storage, home() / "runs" if "://" in storage else Path(storage).expanduser().absolute()
+
+
+def checked_name(name: str) -> str:
+    """The name, if a folder can have it; raises ConfigError."""
+    if "/" in name or name.startswith("."):
+        raise ConfigError(f"name is {name!r}; expected one that can be a folder's")
+    return name
+
+
+def absolute(config: TrainConfig, storage: str, local: Path) -> TrainConfig:
     """Workers have another folder and another environment than the driver: what they look up is made absolute."""
     cache = config.cache_dir or str(home() / ".cache")
     cache = cache if "://" in cache else str(Path(cache).expanduser().absolute())
     return replace(config, storage_path=storage if "://" in storage else str(local), cache_dir=cache)
+
+
+def inputs_of(config: TrainConfig, cluster: Callable[[], Any], begun: Begun | None) -> Inputs:
+    """What the run is made from; where much is to be tokenised, the cluster is started and does it.
+
+    A run that goes on, and so has `begun`, wants the text that it has begun with.
+    """
+    from train_job.inputs import prepare_inputs
+
+    def spread(fn: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+        from train_job.ray_data import ray_map
+
+        cluster()
+        return ray_map(fn, items)
+
+    return prepare_inputs(config, spread, refresh=begun is None, begun=begun)
+
+
+def dataset_uses(inputs: Inputs) -> list[DatasetUse]:
+    """The two splits, as MLflow is told of them."""
+    from train_job.tracking import DatasetUse
+
+    return [
+        DatasetUse(context, corpus.name, inputs.config.data, corpus.fingerprint, t.num_bytes, t.num_tokens)
+        for context, corpus, t in (
+            ("train", inputs.train_corpus, inputs.train),
+            ("validation", inputs.validation_corpus, inputs.validation),
+        )
+    ]
+
+
+def tracked_at(record: Path) -> str:
+    """Where a run is tracked: for one that goes on, where it was, unless the environment says otherwise."""
+    from train_job.tracking import tracking_uri
+
+    if record.exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
+        return str(json.loads(record.read_text())["tracking_uri"])
+    return tracking_uri()
+
+
+def write_record(record: Path, run_id: str, uri: str, inputs: Inputs) -> None:
+    """Keeps which MLflow run a folder belongs to, and the objects that its text was read from."""
+    from train_job.spool import kept
+
+    text = {name: [astuple(origin) for origin in origins] for name, origins in origins_of(inputs).items()}
+    with written_whole(record) as file:
+        file.write(json.dumps({"run_id": run_id, "tracking_uri": kept(uri), "text": text}).encode())
+
+
+def begun_with(record: Path) -> Begun | None:
+    """The objects that a run's text was read from, by what the corpus is called; None if it has not begun."""
+    from train_job.remote import Origin
+
+    if not record.exists():
+        return None
+    text = json.loads(record.read_text()).get("text", {})
+    return {name: [Origin(*origin) for origin in origins] for name, origins in text.items()}
+
+
+def origins_of(inputs: Inputs) -> Begun:
+    """The same of inputs that are open."""
+    return {corpus.name: corpus.origins for corpus in (inputs.train_corpus, inputs.validation_corpus)}
 
 
 LOOK_SECONDS = 1.0
@@ -117,16 +204,24 @@ LOOK_SECONDS = 1.0
 
 
 class Run:
-    """One run from the driver's side: what was planned, the workers' news, and the outcome."""
+    """One run from the driver's side: what was planned, the workers' news, and the outcome.
 
-    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+    `title` is what MLflow calls it, if not by its name; `tags` go there too.
+    """
+
+    def __init__(
+        self, config: TrainConfig, run_dir: Path, title: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> None:
         self.config, self.run_dir = config, run_dir
+        self.title, self.tags = title or config.name, dict(tags or {})
         self.stops = StopSignals(self._stop)
         self.run_id = ""
         self.board: Any = None
         self.alone = False  # on a Ray of our own
         self.began: Started | None = None
         self.finished: Finished | None = None
+        self.result: Any = None
+        self.problem: FoundryError | None = None
 
     def execute(self) -> int:
         """Plans, trains and registers. Raises FoundryError for wrong input, before anything is begun."""
@@ -135,14 +230,14 @@ class Run:
 
         if outcome.is_finished(self.run_dir, self.config):
             return outcome.show_again(self.run_dir, self.config)
-        self.uri = self._tracking_uri()
+        self.uri = tracked_at(self._record)
         tracking.check_server(self.uri)
         if self.config.init_from:
             self.config = replace(self.config, init_from=pin(self.config.init_from, self.uri))
         with contextlib.ExitStack() as stack:
             # Wrong input should not have to wait for Ray: it starts when there is much to tokenise, or now.
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
-            self.inputs = self._prepare(cluster)
+            self.inputs = inputs_of(self.config, cluster, begun_with(self._record))
             self.config = self.inputs.config
             tracking.check_user(self.uri)
             ray, self.alone = cluster()
@@ -151,9 +246,11 @@ class Run:
             stack.callback(self.console.close)
             stack.enter_context(self.stops)
             try:
-                self._open()
-                self._introduce(ray.nodes())
-                return outcome.conclude(self, *self._train(ray))
+                self.open()
+                self.introduce(ray.nodes())
+                for news in self.train(ray):
+                    self.show(news)
+                return outcome.conclude(self)
             except KeyboardInterrupt:
                 outcome.end(self, "KILLED")
                 self.console.say(f"stopped; go on with: {self.resume_command()}")
@@ -172,44 +269,20 @@ class Run:
         self.console.say(f"stopping: {what} (once more to leave at once)")
         outcome.end(self, "KILLED")  # now: whoever stopped us may not wait
 
-    def _tracking_uri(self) -> str:
-        """Where the run is tracked: for one that goes on, where it was, unless the environment says otherwise."""
-        from train_job.tracking import tracking_uri
-
-        if self._record.exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
-            return str(json.loads(self._record.read_text())["tracking_uri"])
-        return tracking_uri()
-
     def resume_command(self) -> str:
         """What goes on with this run."""
         default = self.config.storage_path == str(home() / "runs")
         storage = "" if default else f" --storage-path {self.config.storage_path}"
         return f"python train_job/run.py --resume {self.config.name}{storage}"
 
-    def _prepare(self, cluster: Callable[[], Any]) -> Inputs:
-        from train_job.inputs import prepare_inputs
-        from train_job.remote import Origin
-
-        def spread(fn: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-            from train_job.ray_data import ray_map
-
-            cluster()
-            return ray_map(fn, items)
-
-        # A run that goes on wants the text that it has begun with.
-        text = json.loads(self._record.read_text()).get("text", {}) if self._record.exists() else {}
-        begun = {name: [Origin(*origin) for origin in origins] for name, origins in text.items()}
-        return prepare_inputs(self.config, spread, refresh=not self._record.exists(), begun=begun)
-
     @property
     def _record(self) -> Path:
         """The file that names the MLflow run, once there is one, and the objects that its text was read from."""
         return self.run_dir / "run.json"
 
-    def _open(self) -> None:
+    def open(self) -> None:
         """Opens the MLflow run, or goes on with the one that this folder names."""
         from train_job import tracking
-        from train_job.spool import kept
 
         self.history = History(self.run_dir / "history.jsonl")
         if self._record.exists():
@@ -219,36 +292,25 @@ class Run:
             self.history.recall(points, self.config.batch_size * self.config.context, self.inputs.steps_per_epoch)
         else:
             inputs = self.inputs
-            uses = [
-                tracking.DatasetUse(
-                    context, corpus.name, self.config.data, corpus.fingerprint, t.num_bytes, t.num_tokens
-                )
-                for context, corpus, t in (
-                    ("train", inputs.train_corpus, inputs.train),
-                    ("validation", inputs.validation_corpus, inputs.validation),
-                )
-            ]
-            tags = {"tokenizer": inputs.tokenizer.fingerprint}
+            settings = self.config.flat()
+            del settings["name"]  # it is the run's own, and would stand among what differs where runs are compared
+            tags = self.tags | {"tokenizer": inputs.tokenizer.fingerprint}
             if self.config.init_from:
                 tags["parent"] = self.config.init_from
             self.run_id = tracking.start_run(
                 self.uri,
-                self.config.flat() | {"tokenizer": inputs.tokenizer.name} | asdict(inputs.model),
-                name=self.config.name,
-                datasets=uses,
+                settings | {"tokenizer": inputs.tokenizer.name} | asdict(inputs.model),
+                name=self.title,
+                datasets=dataset_uses(inputs),
                 tags=tags,
                 experiment=self.config.experiment,
             )
-            corpora = (inputs.train_corpus, inputs.validation_corpus)
-            text = {corpus.name: [astuple(origin) for origin in corpus.origins] for corpus in corpora}
-            with written_whole(self._record) as file:
-                record = {"run_id": self.run_id, "tracking_uri": kept(self.uri), "text": text}
-                file.write(json.dumps(record).encode())
+            write_record(self._record, self.run_id, self.uri, inputs)
         write_yaml(self.config, self.run_dir / "config.yaml")
         if "://" in str(self.config.storage_path):
             keep_record(str(self.config.storage_path), self.run_dir)
 
-    def _introduce(self, nodes: list[dict[str, Any]]) -> None:
+    def introduce(self, nodes: list[dict[str, Any]]) -> None:
         """Says what is about to happen, before the first step."""
         import torch
 
@@ -272,8 +334,11 @@ class Run:
         say(f"run       {c.name} ({self.run_id})")
         say(f"tracking  {shown(self.uri)}")
 
-    def _train(self, ray: Any) -> tuple[Any, FoundryError | None]:
-        """Runs Ray Train in a thread, so that this one can show progress and hear signals."""
+    def train(self, ray: Any) -> Iterator[list[Any]]:
+        """Runs Ray Train in a thread and yields the workers' news, if only an empty list, every LOOK_SECONDS.
+
+        So the caller's thread can show progress and hear signals. In the end there is a `result` or a `problem`.
+        """
         from train_job.worker import Board, Job, train_worker
 
         inputs, config = self.inputs, self.config
@@ -306,20 +371,20 @@ class Run:
         self.board = board
         thread.start()
         while thread.is_alive():
-            self._show(ray.get(board.read.remote()))
+            yield ray.get(board.read.remote())
             if not self.began:
                 self.stops.check()  # workers may be long in coming, and have nothing to save
             thread.join(LOOK_SECONDS)
         self.board = None
-        self._show(ray.get(board.read.remote()))
-        problem = ray.get(board.failed.remote())
-        result = ended[0]
-        if isinstance(result, Exception):
-            problem = problem or TrainingError(f"training failed: {_reason(result)}")
-            result = None
-        return result, problem
+        yield ray.get(board.read.remote())
+        self.problem = ray.get(board.failed.remote())
+        if isinstance(ended[0], Exception):
+            self.problem = self.problem or TrainingError(f"training failed: {reason(ended[0])}")
+        else:
+            self.result = ended[0]
 
-    def _show(self, news: list[Any]) -> None:
+    def show(self, news: list[Any]) -> None:
+        """Tells the user, and keeps what the loss curve is drawn from."""
         for event in news:
             if isinstance(event, str):
                 self.console.say(event)
@@ -339,7 +404,7 @@ class Run:
                 self.finished = event
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The last line of what Ray Train reports: the exception that a worker died of."""
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 

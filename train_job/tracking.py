@@ -161,9 +161,19 @@ def losses(uri: str, run_id: str) -> dict[str, dict[int, float]]:
 
 
 def finish_run(uri: str, run_id: str, status: str = "FINISHED") -> None:
-    """Closes the run as FINISHED, FAILED or KILLED. Waits about a minute for a server that is away, then raises."""
+    """Closes the run as FINISHED, FAILED or KILLED, unless it is. Waits about a minute for a server that is away."""
     with answers_expected(uri), impatient_requests(timeout_s=30, retries=5):
-        mlflow_client(uri).set_terminated(run_id, status)
+        client = mlflow_client(uri)
+        if client.get_run(run_id).info.status != status:  # its end would be now
+            client.set_terminated(run_id, status)
+
+
+def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Sets tags of a run. Raises TrainingError if the server is away."""
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=5):
+        client = mlflow_client(uri)
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
 
 
 def _experiment_id(client: Any, uri: str, name: str) -> str:

@@ -153,3 +153,19 @@ def test_importing_figures_does_not_import_matplotlib():
     code = "import sys, train_job.figures; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_every_trial_has_its_curve_and_the_best_stands_out(tmp_path: Path, drawn: list[Axes]):
+    curves = {"01": [{"step": 20, "bits_per_byte": 3.0}], "02": [{"step": 20, "bits_per_byte": 2.0}], "03": []}
+    figures.sweep_curves(curves, "02", tmp_path / "trials.png")
+    assert is_picture(tmp_path / "trials.png")
+    assert [list(line.get_ydata()) for line in drawn[0].lines] == [[3.0], [2.0], []]
+    legend = drawn[0].get_legend()
+    assert legend
+    assert [text.get_text() for text in legend.get_texts()] == ["02, the best"]
+
+
+def test_the_best_so_far_never_rises_and_passes_over_trials_that_failed(tmp_path: Path, drawn: list[Axes]):
+    figures.best_so_far([math.inf, 2.0, 3.0, math.inf, 1.5], tmp_path / "best.png")
+    assert is_picture(tmp_path / "best.png")
+    assert list(drawn[0].lines[1].get_ydata()) == [math.inf, 2.0, 2.0, 2.0, 1.5]

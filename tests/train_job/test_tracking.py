@@ -240,6 +240,15 @@ def test_a_finished_run_can_be_resumed_and_closed_again(database: str):
         tracking.resume_run(database, "0123456789abcdef0123456789abcdef")
 
 
+def test_a_run_that_is_closed_twice_ended_the_first_time(database: str):
+    run_id = tracking.start_run(database, CONFIG)
+    ends = []
+    for _ in range(2):
+        tracking.finish_run(database, run_id)
+        ends.append(client(database).get_run(run_id).info.end_time)
+    assert ends[0] == ends[1]
+
+
 def test_an_unreachable_server_is_reported_at_once_without_its_password():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

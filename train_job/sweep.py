@@ -1,0 +1,393 @@
+"""The sweep: many trials of one recipe, the hopeless ones stopped early, the best one registered.
+
+    python train_job/sweep.py train_job/sweeps/quick.yaml --data notes.txt
+
+In: a YAML file (`space.SweepConfig` says what may stand in it) and flags, those of run.py among them. Out: a parent
+run in MLflow with a run for each trial below it, a table, and a version of the best trial's model. Ray Tune has the
+trials run, a few at a time; what is known of them is in their folders, so a sweep that was stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if Path(sys.path[0]).resolve() == ROOT / "train_job":  # run as a script: our modules are train_job.*, not top-level
+    sys.path[0] = str(ROOT)
+
+from train_job import run as single  # noqa: E402, I001  # first: it sets the environment that libraries read
+
+from gptcore.errors import ConfigError, TrainingError, did_you_mean  # noqa: E402
+from gptcore.home import home  # noqa: E402
+from gptcore.package import open_package  # noqa: E402
+from train_job.cluster import drop_checkpoints, ray_cluster, resources_per_worker, resources_text  # noqa: E402
+from train_job.config import add_flag, build_config, given_settings, read_yaml, settings_parser  # noqa: E402
+from train_job.console import Console, duration  # noqa: E402
+from train_job.files import written_whole  # noqa: E402
+from train_job.history import History, read_history  # noqa: E402
+from train_job.space import FIELDS, FLAGS, HINTS, SweepConfig, build_sweep, described, shown  # noqa: E402
+from train_job.stop import StopSignals  # noqa: E402
+from train_job.trials import Ending, Trial, ranked, table, table_text, write_table  # noqa: E402
+
+if TYPE_CHECKING:
+    from train_job.inputs import Inputs
+
+PLAN = "sweep.yaml"
+"""In a sweep's folder: what it was told."""
+EXTENSIBLE = {"trials", "concurrency", "keep"}
+"""What of a sweep's own may change when it goes on; of its trials' settings, those of the machine and the registry."""
+MACHINE = frozenset(
+    {"num_workers", "use_gpu", "cpus_per_worker", "micro_batch_size", "max_failures", "device"}
+    | {"register_as", "promote"}
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the sweep; returns the exit code."""
+    return single.answered(lambda: Sweep(*begin(sys.argv[1:] if argv is None else argv)).execute())
+
+
+def begin(argv: list[str]) -> tuple[SweepConfig, Path]:
+    """The sweep and the folder that were asked for: a new one, or an earlier one that goes on. Raises ConfigError."""
+    parser = settings_parser(
+        "python train_job/sweep.py",
+        "Train many times with settings from ranges, stop the hopeless early, register the best. Settings of run.py "
+        "are every trial's; flags win over the file.",
+    )
+    texts = (f"{name}: {FIELDS[name].metadata['help']}" for name in FIELDS if name not in FLAGS)
+    group = parser.add_argument_group("the sweep's own", f"In the file alone: {' '.join(texts)}")
+    group.add_argument("file", nargs="?", metavar="SWEEP.yaml", help="the settings below, with _ for -")
+    for name in FLAGS:
+        add_flag(group, FIELDS[name], HINTS[name])
+    given = given_settings(parser, argv)
+    file, own = given.pop("file", None), {name: given.pop(name) for name in FLAGS if name in given}
+    if given.get("resume"):
+        return _resumed(given, own, file)
+    if not file:
+        raise ConfigError("no sweep is named; expected a file such as train_job/sweeps/quick.yaml, or --resume NAME")
+    said = read_yaml(file)
+    if isinstance(said.get("base", {}), dict):
+        said["base"] = said.get("base", {}) | given
+    sweep = build_sweep(said | own)
+    base = dict(sweep.base)
+    storage, local = single.places(base)
+    name = single.checked_name(str(base.get("name") or f"{Path(file).stem}-{datetime.now():%Y%m%d-%H%M%S}"))
+    if any((local / name / record).exists() for record in (PLAN, "config.yaml")):
+        raise ConfigError(f"there is a {name!r} already; go on with --resume {name}, or choose another --name")
+    return replace(sweep, base=base | {"name": name, "storage_path": storage}), local / name
+
+
+def _resumed(given: dict[str, Any], own: dict[str, Any], file: str | None) -> tuple[SweepConfig, Path]:
+    name = str(given.pop("resume"))
+    _, local = single.places(given)
+    given.pop("storage_path", None)
+    if not (local / name / PLAN).exists():
+        known = sorted(path.parent.name for path in local.glob(f"*/{PLAN}"))
+        raise ConfigError(f"no sweep {name!r} in {local}.{did_you_mean(name, known)}")
+    if changed := sorted((own.keys() - EXTENSIBLE) | (given.keys() - MACHINE)) or file:
+        what = changed[0] if isinstance(changed, list) else changed
+        raise ConfigError(f"{what} cannot be given to a sweep that goes on; leave it out, or begin a new sweep")
+    saved = read_yaml(str(local / name / PLAN))
+    return build_sweep(saved | own | {"base": saved["base"] | given}), local / name
+
+
+class Sweep:
+    """One sweep from the driver's side: its trials, what is heard of them, and the outcome."""
+
+    def __init__(self, config: SweepConfig, run_dir: Path) -> None:
+        self.config, self.run_dir, self.name = config, run_dir, str(config.base["name"])
+        storage = str(config.base["storage_path"])
+        storage = f"{storage.rstrip('/')}/{self.name}" if "://" in storage else str(run_dir)
+        self.trials: list[Trial] = []
+        for number, values in enumerate(config.values(), start=1):
+            name = f"{self.name}-{number:02}"
+            run = single.absolute(build_config(config.base, values, {"name": name}), storage, run_dir)
+            self.trials.append(Trial(number, values, run, run_dir / name))
+        self.stops = StopSignals(self._stop)
+        self.run_id = ""
+        self.board: Any = None
+        self.told: set[int] = set()
+        self.dropped: set[int] = set()
+
+    def execute(self) -> int:
+        """Plans, has the trials run, registers the best. Raises FoundryError before anything is begun."""
+        from train_job import tracking
+
+        # A trial is several processes, of which each but one waits: nothing to warn of.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+        self.uri = single.tracked_at(self._record)
+        tracking.check_server(self.uri)
+        with contextlib.ExitStack() as stack:
+            cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
+            self.inputs = self._prepare(cluster)
+            tracking.check_user(self.uri)
+            left = [trial for trial in self.trials if not trial.ending()]
+            if left:
+                ray, alone = cluster()
+                self._share(ray.nodes(), len(left), alone)
+            self.console = Console(self.run_dir)
+            stack.callback(self.console.close)
+            stack.enter_context(self.stops)
+            try:
+                self._open()
+                if left:
+                    self._introduce(ray)
+                    self._tune(ray, left)
+                self.stops.check()
+                return self._conclude()
+            except KeyboardInterrupt:
+                self._end("KILLED")
+                self.console.say(f"stopped; go on with: {self.resume_command()}")
+                return 128 + self.stops.number
+            except BaseException:  # not ours: whatever it is, the run must not be left as running
+                self._end("FAILED")
+                raise
+
+    def resume_command(self) -> str:
+        """What goes on with this sweep."""
+        default = self.run_dir.parent == home() / "runs"
+        return f"python train_job/sweep.py --resume {self.name}" + (
+            "" if default else f" --storage-path {self.run_dir.parent}"
+        )
+
+    @property
+    def _record(self) -> Path:
+        return self.run_dir / "run.json"
+
+    def _stop(self) -> None:
+        """What a signal does at once: the trials save what they have, and MLflow is told."""
+        if self.board:
+            self.board.ask_stop.remote()
+        self.console.say("stopping: trials that run are saving a checkpoint (once more to leave at once)")
+        self._end("KILLED")
+
+    def _end(self, status: str) -> None:
+        """Ends the sweep's MLflow run, and those of trials that have not ended; for where there is one."""
+        for trial in self.trials:
+            if not trial.ending():
+                self._end_run(trial.folder / "run.json", status)
+        self._end_run(self._record, status)
+
+    def _end_run(self, record: Path, status: str) -> None:
+        from train_job import tracking
+
+        if record.exists():
+            try:
+                tracking.finish_run(self.uri, json.loads(record.read_text())["run_id"], status)
+            except TrainingError as error:
+                self.console.say(f"warning: the end of {record.parent.name} could not be recorded: {error}")
+
+    def _prepare(self, cluster: Any) -> dict[int, Inputs]:
+        """Every trial's inputs. Shards are made here, once for each tokenizer, before any trial begins."""
+        from train_job.registry import pin
+
+        if parent := self.config.base.get("init_from"):
+            parent = pin(str(parent), self.uri)
+            self.config = replace(self.config, base=self.config.base | {"init_from": parent})
+            self.trials = [replace(t, config=replace(t.config, init_from=parent)) for t in self.trials]
+        begun, inputs = single.begun_with(self._record), {}
+        for trial in self.trials:
+            inputs[trial.number] = single.inputs_of(trial.config, cluster, begun)
+            begun = single.origins_of(inputs[trial.number])  # all have the text of the first
+        return inputs
+
+    def _share(self, nodes: list[dict[str, Any]], left: int, alone: bool) -> None:
+        """How many trials run at a time, and what each of their workers gets. Raises ConfigError if there's no room."""
+        config = self.trials[0].config
+        alive = [node["Resources"] for node in nodes if node["Alive"]]
+        room = sum(
+            r.get("GPU", 0) if config.use_gpu else r.get("CPU", 0) // (config.cpus_per_worker or 1) for r in alive
+        )
+        self.at_once = self.config.concurrency or max(1, min(left, int(room // config.workers[1])))
+        self.resources = resources_per_worker(config, nodes, alone, self.at_once)
+
+    def _open(self) -> None:
+        """Opens the parent run in MLflow, or goes on with the one that this folder names."""
+        import yaml
+
+        from train_job import tracking
+
+        if self._record.exists():
+            self.run_id = json.loads(self._record.read_text())["run_id"]
+            tracking.resume_run(self.uri, self.run_id)
+        else:
+            inputs = self.inputs[1]
+            self.run_id = tracking.start_run(
+                self.uri,
+                asdict(self.config) | {"base": {k: v for k, v in self.config.base.items() if k != "storage_path"}},
+                name=self.name,
+                datasets=single.dataset_uses(inputs),
+                tags={"sweep": self.name},
+                experiment=inputs.config.experiment,
+            )
+            single.write_record(self._record, self.run_id, self.uri, inputs)
+        with written_whole(self.run_dir / PLAN) as file:
+            file.write(yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True).encode())
+
+    def _introduce(self, ray: Any) -> None:
+        """Says what is about to happen, before the first step."""
+        from train_job.spool import shown as uri_shown
+
+        c, i, say = self.config, self.inputs[1], self.console.say
+        one = self.trials[0].config
+        how = "every combination" if c.grid else f"drawn with seed {c.draw_seed}"
+        say(f"sweep     {self.name}: {len(self.trials)} trials, {how}")
+        say(f"search    {described(c.search)}")
+        say(
+            f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes; {i.validation.num_bytes:,} bytes more judge"
+        )
+        rungs = ", ".join(f"{self.grace_steps * c.reduction**n:.0f}" for n in range(3))
+        asha = f"only the best 1/{c.reduction:g} go on after steps {rungs}… (ASHA)"
+        say(f"stopping  {asha if c.asha else 'every trial runs to its end'}")
+        workers = "a worker" if one.num_workers == "1" else f"{one.num_workers} workers"
+        say(f"trials    {self.at_once} at a time, {workers} each with {resources_text(self.resources)}")
+        try:
+            resources_per_worker(one, ray.nodes(), fixed=True, runs=self.at_once)
+        except ConfigError as error:
+            say(f"waiting   for the cluster to grow: {error}")
+        say(f"run       {self.name} ({self.run_id})")
+        say(f"tracking  {uri_shown(self.uri)}")
+
+    @property
+    def grace_steps(self) -> int:
+        """The step from which on ASHA judges."""
+        return self.config.grace_steps or self.trials[0].config.eval_interval
+
+    def _tune(self, ray: Any, left: list[Trial]) -> None:
+        """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
+        from train_job.tuned import Plan, tuner
+        from train_job.worker import Board
+
+        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        board = ray.remote(Board).options(num_cpus=0, label_selector=here).remote()
+        tags = {"mlflow.parentRunId": self.run_id, "sweep": self.name}
+        plan = Plan(self.trials, self.resources, tags, self.uri, board)
+        ended: list[Any] = []
+
+        def fit() -> None:
+            try:
+                with tempfile.TemporaryDirectory() as folder:  # what Tune keeps; we know it from the trials' folders
+                    judge = (self.grace_steps, self.config.reduction) if self.config.asha else None
+                    ended.append(tuner(plan, left, judge, self.at_once, folder).fit())
+            except Exception as error:
+                ended.append(error)
+
+        self.told = {trial.number for trial in self.trials if trial not in left}
+        thread = threading.Thread(target=fit, daemon=True)
+        self.stops.check()
+        self.board = board
+        thread.start()
+        while thread.is_alive():
+            self._look()
+            thread.join(single.LOOK_SECONDS)
+        self.board = None
+        self.stops.check()
+        if isinstance(ended[0], Exception):
+            raise ended[0]
+        for result in ended[0]:
+            trial = self.trials[result.config["index"]]
+            if not trial.ending():  # its actor could not tell
+                why = single.reason(result.error) if result.error else "it was lost"
+                trial.end(Ending("FAILED", why, int(trial.best()["step"]), 0.0))
+                self._end_run(trial.folder / "run.json", "FAILED")
+        self._look()
+
+    def _look(self) -> None:
+        """Tells of trials that have ended, and on the live line of those that run; drops what is not to be kept."""
+        ended = ranked(self.trials)
+        for trial, ending in sorted(ended, key=lambda pair: pair[0].number):
+            if trial.number not in self.told:
+                self.told.add(trial.number)
+                best = trial.best()
+                bits = f"{best['bits_per_byte']:.4f} bits/byte, " if ending.status == "FINISHED" else ""
+                leads = "  best so far" if (trial, ending) == ended[0] and bits else ""
+                took = duration(ending.seconds)
+                self.console.say(f"{trial.name}  {bits}{ending}, {took} | {shown(trial.values)}{leads}")
+        for place, (trial, ending) in enumerate(ended):
+            if place >= self.config.keep or ending.status == "FAILED":
+                self._drop(trial)
+        self.console.live(" | ".join(self._live(ended)))
+
+    def _live(self, ended: list[tuple[Trial, Ending]]) -> Iterator[str]:
+        yield f"{len(ended)} of {len(self.trials)} trials"
+        for trial in self.trials:
+            if not trial.ending() and (rows := read_history(trial.folder / "history.jsonl")):
+                figure = f", {trial.best()['bits_per_byte']:.3f} bits/byte" if trial.evaluations() else ""
+                yield f"{trial.number:02} step {rows[-1]['step']:.0f}{figure}"
+        if ended and ended[0][1].status == "FINISHED":
+            yield f"best {ended[0][0].best()['bits_per_byte']:.4f} ({ended[0][0].number:02})"
+
+    def _drop(self, trial: Trial) -> None:
+        """Removes the trial's weights; its figures stay."""
+        if trial.number not in self.dropped:
+            self.dropped.add(trial.number)
+            shutil.rmtree(trial.folder / "package", ignore_errors=True)
+            drop_checkpoints(trial.config)
+
+    def _conclude(self) -> int:
+        """The table, and the best trial's package as a version; returns the exit code."""
+        from train_job import outcome, tracking
+        from train_job.spool import Spool
+
+        rows = table(self.trials)
+        for line in table_text(rows):
+            self.console.say(line)
+        files = [*write_table(rows, self.run_dir), *self._figures(), self.run_dir / PLAN, self.console.path]
+        best, ending = ranked(self.trials)[0]
+        tags, code = {}, 1
+        if ending.status == "FINISHED":
+            self.console.say(f"best      {best.title}")
+            code = outcome.register(self._run_of(best), open_package(best.folder / "package"))
+        if code == 0:
+            version = json.loads((best.folder / outcome.OUTCOME).read_text())
+            tags = {"sweep.best": best.name, "sweep.version": f"{version['name']} {version['version']}"}
+        self.stops.late = True
+        spool = Spool(self.run_dir / "spool", self.run_id, self.uri)
+        until = math.inf
+        for trial in self.trials:
+            until = min(until, trial.best()["bits_per_byte"])
+            if math.isfinite(until):
+                spool.metrics(trial.number, {"best_bits_per_byte": until})
+        outcome.deliver(spool, files, self.console.say)
+        try:
+            tracking.tag_run(self.uri, self.run_id, tags)
+        except TrainingError as error:
+            self.console.say(f"warning: {error}")
+        self._end("FINISHED" if code == 0 else "FAILED")
+        return code
+
+    def _run_of(self, trial: Trial) -> single.Run:
+        """The trial as a run that has been trained and waits for its registration."""
+        run = single.Run(self.inputs[trial.number].config, trial.folder)
+        run.uri, run.inputs, run.stops, run.console = self.uri, self.inputs[trial.number], self.stops, self.console
+        run.run_id = json.loads((trial.folder / "run.json").read_text())["run_id"]
+        run.history = History(trial.folder / "history.jsonl")
+        return run
+
+    def _figures(self) -> list[Path]:
+        """The curves of all trials, and the best so far."""
+        from train_job import figures
+
+        folder = self.run_dir / "figures"
+        folder.mkdir(exist_ok=True)
+        curves = {f"{trial.number:02}": trial.evaluations() for trial in self.trials}
+        figures.sweep_curves(curves, f"{ranked(self.trials)[0][0].number:02}", folder / "trials.png")
+        figures.best_so_far([trial.best()["bits_per_byte"] for trial in self.trials], folder / "best_so_far.png")
+        return [folder / "trials.png", folder / "best_so_far.png"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
