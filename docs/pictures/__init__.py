@@ -41,7 +41,8 @@ def keep(png: bytes, name: str) -> Path:
 
     path = IMAGES / f"{name}.png"
     with Image.open(io.BytesIO(png)) as picture, written_whole(path) as file:
-        few = picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        # k-means moves the colours chosen to where the pixels are: a large plain area keeps its own to the bit
+        few = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE)
         few.save(file, format="png", optimize=True)
     print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size // 1000} kB")
     return path
