@@ -99,7 +99,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = "batch_size micro_batch_size sequence_length stride max_steps max_epochs max_tokens max_minutes"
         positive += " patience log_interval eval_interval checkpoint_interval learning_rate matrix_learning_rate"
-        positive += " cpus_per_worker"
+        positive += " cpus_per_worker target_loss target_bits_per_byte target_train_loss"
         for name in positive.split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -45,6 +45,24 @@ def test_an_unknown_flag_is_answered_with_the_nearest(refused: Refused) -> None:
     assert "Did you mean '--batch-size'" in refused("--batchsize=3")
 
 
+@pytest.mark.parametrize("value", ["nan", "-1", "0", "inf"])
+@pytest.mark.parametrize("name", ["target_loss", "target_bits_per_byte", "target_train_loss"])
+def test_a_target_that_no_run_could_reach_or_miss_is_refused(refused: Refused, name: str, value: str) -> None:
+    said = refused(f"--{name.replace('_', '-')}={value}")
+    assert f"{name} is {float(value)}; expected more than 0, and finite" in said
+
+
+@pytest.mark.parametrize("missing", ["hf:gpt2", "hf:openai-community/gpt2"])
+def test_a_parent_that_cannot_be_fetched_says_what_to_bring(
+    refused: Refused, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    said = refused(f"--init-from={missing}", "--max-steps=2", tiny=False)
+    assert f"hf:openai-community/gpt2 is not in {tmp_path / 'empty'}" in said
+    assert "hf download openai-community/gpt2" in said
+
+
 def test_an_unknown_preset_is_answered_with_the_nearest(refused: Refused) -> None:
     assert "Did you mean 'shakespeare'" in refused("--preset=shakespear")
 
