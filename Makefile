@@ -30,6 +30,8 @@ docs: .venv/installed ## write docs/configuration.md anew from the code
 pictures: .venv/installed-dev ## make the pictures and the tour's outputs anew (minutes; wants chromium)
 	@$(BIN)/python -m docs.pictures.loss_curve
 	@$(BIN)/python -m docs.pictures.playground
+	@$(BIN)/python -m docs.pictures.decoding
+	@$(BIN)/python -m docs.pictures.mlflow
 	@$(BIN)/python -m docs.tour
 
 ui: .venv/installed ## MLflow's UI on loopback, port 5000

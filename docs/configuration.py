@@ -25,6 +25,7 @@ from serve_app.registry import HTTP_PATIENCE
 from train_job.cluster import LOCAL_RAY
 from train_job.config import LIMITS, PRESETS, RESUMABLE, TrainConfig, build_config
 from train_job.figures import short_count
+from train_job.hardware import WORKER_ENV
 from train_job.inputs import VOCAB_MULTIPLE
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -46,6 +47,12 @@ OURS = (
     Variable("GPT_FOUNDRY_HOME", "Where runs, caches and the embedded MLflow are kept.", "the checkout"),
     Variable("GPT_FOUNDRY_DATA", "A folder that holds `tinyshakespeare.txt`, for `--data shakespeare` offline."),
     Variable("GPT_*", "Every setting of [the service](#the-service), in capitals."),
+    Variable("GPT_FOUNDRY_API_KEY", "`serve_app.chat`: the key of a service that asks for one."),
+    Variable("NO_COLOR", "`serve_app.chat`: plain text, as where `TERM` is `dumb`."),
+    Variable("TERM", "What the terminal can do."),
+    Variable(
+        "XDG_STATE_HOME", "`serve_app.chat`: where what was typed is kept, for the next time.", "`~/.local/state`"
+    ),
     Variable("CXX", "The C++ compiler that builds the engine's kernel.", "the first of c++, g++, clang++"),
     Variable("PYTHON", "make: the Python that `.venv` is made with.", "`python3.11`"),
     Variable("PORT", "`make ui`: the port of MLflow's UI.", "`5000`"),
@@ -73,6 +80,10 @@ SET = (
     Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "Its progress bar.", "`false`"),
     Variable("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "It prints addresses with their passwords.", "`true`"),
     *(Variable(n, "How patient a service is with the registry.", f"`{v}`") for n, v in HTTP_PATIENCE.items()),
+    Variable("RAY_AIR_NEW_OUTPUT", "Sweeps: Ray Tune's own tables.", "`0`"),
+    Variable("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "Sweeps: what they write is in our own files.", "`1`"),
+    Variable("RAY_worker_maximum_startup_concurrency", "Sweeps: a trial is several processes.", "`8`"),
+    *(Variable(n, "Of a worker that trains on a CPU: it keeps its memory.", f"`{v}`") for n, v in WORKER_ENV.items()),
     *(Variable(n, "Of a Ray that is started for one run.", f"`{v}`") for n, v in LOCAL_RAY.items()),
     Variable("PYTHONUNBUFFERED", "`make demo`: the service's lines appear as they are written.", "`1`"),
 )

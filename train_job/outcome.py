@@ -89,17 +89,22 @@ def _why_nothing_new(run: Run, package: Package) -> str:
     return f"step {package.info['training']['step']} is still the best"
 
 
-def build(run: Run) -> Package:
-    """The checkpoint with the lowest validation loss, as a model package in the run's folder.
+def chosen(saved: list[tuple[Any, dict[str, Any]]], targets: list[Standing]) -> tuple[Any, dict[str, Any]]:
+    """Of evaluated checkpoints and their metrics the one that becomes the package: that of the lowest validation loss.
 
-    Where a training loss was asked for and reached, it is the checkpoint that has it: the last one.
+    Where a training loss was asked for and reached, it is the one that has it: the last.
     """
+    learned = any(standing.target == "target_train_loss" and standing.reached for standing in targets)
+    return min(saved, key=lambda pair: -pair[1]["step"] if learned else pair[1]["val_loss"])
+
+
+def build(run: Run) -> Package:
+    """The chosen checkpoint, as a model package in the run's folder."""
     kept: list[tuple[Any, dict[str, Any]]] = run.result.best_checkpoints or []
     saved = [pair for pair in kept if pair[1]["val_loss"] < UNJUDGED]
     if not saved:
         raise CheckpointError(f"run {run.config.name} has left no evaluated checkpoint in {run.result.path}")
-    learned = any(standing.target == "target_train_loss" and standing.reached for standing in _standings(run))
-    checkpoint, metrics = min(saved, key=lambda pair: -pair[1]["step"] if learned else pair[1]["val_loss"])
+    checkpoint, metrics = chosen(saved, _standings(run))
     inputs, loss = run.inputs, metrics["val_loss"]
     bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
     with checkpoint.as_directory() as folder:

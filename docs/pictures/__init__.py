@@ -1,7 +1,7 @@
 """The docs' pictures, each made by the module of its name: a real run, a real service, a real browser.
 
-`make pictures` makes all of them anew. They show one run of preset `quick` on tiny Shakespeare, which is trained when
-it is first asked for and kept at home under `.cache/pictures`.
+`make pictures` makes all of them anew. What they show is trained when it is first asked for and kept at home under
+`.cache/pictures`: preset `quick` on tiny Shakespeare, the demo's run, and the sweep that comes along.
 """
 
 import io
@@ -25,13 +25,17 @@ def environment() -> dict[str, str]:
     return kept | {"GPT_FOUNDRY_HOME": str(home() / ".cache" / "pictures"), "RAY_ADDRESS": "local"}
 
 
-def trained_run() -> Path:
-    """The folder of the finished run. Raises CalledProcessError, after what it printed, if the job fails."""
+def trained_run(name: str = RUN, *command: str) -> Path:
+    """The folder of the finished run. Raises CalledProcessError, after what it printed, if the job fails.
+
+    `command` is what makes it, by default the pictures' run on tiny Shakespeare.
+    """
     env = environment()
-    folder = Path(env["GPT_FOUNDRY_HOME"]) / "runs" / RUN
-    if not (folder / "outcome.json").exists():
-        how = ["--resume", RUN] if (folder / "config.yaml").exists() else ["--name", RUN, "--data", "shakespeare"]
-        subprocess.run([sys.executable, "train_job/run.py", *how], cwd=ROOT, env=env, check=True)
+    folder = Path(env["GPT_FOUNDRY_HOME"]) / "runs" / name
+    script, *flags = command or ("train_job/run.py", "--name", name, "--data", "shakespeare")
+    if not (folder / "figures").exists():  # what every run and sweep leaves at its end
+        how = ["--resume", name] if any(folder.glob("*.yaml")) else flags
+        subprocess.run([sys.executable, script, *how], cwd=ROOT, env=env, check=True)
     return folder
 
 

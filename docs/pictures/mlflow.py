@@ -1,12 +1,10 @@
-"""A picture of MLflow's page that compares the trials of a sweep.
+"""`docs/images/mlflow-compare.png`: MLflow's page that compares the trials of the sweep that comes along.
 
-    .venv/bin/python -m docs.pictures.mlflow SWEEP docs/images/mlflow-compare.png
+    python -m docs.pictures.mlflow
 
-In: the name of a sweep that this checkout's MLflow knows. Out: a PNG of the page that the UI shows when the sweep's
-trials are chosen and compared. MLflow's UI runs on a free port of loopback while the picture is taken.
+MLflow's UI runs on a free port of loopback while the picture is taken.
 """
 
-import argparse
 import contextlib
 import json
 import socket
@@ -19,10 +17,11 @@ from urllib.parse import quote
 
 from playwright.sync_api import Page, expect
 
+from docs.pictures import keep, trained_run
 from tests.serve_app.browser import chromium
 from train_job.spool import mlflow_client
-from train_job.tracking import tracking_uri
 
+SWEEP = "rates"
 METRIC = "val/bits_per_byte"
 SECONDS_TO_START = 120
 SETTLING_MS = 2000
@@ -63,8 +62,8 @@ def compare_url(base: str, uri: str, sweep: str) -> str:
     return f"{base}/#/compare-runs?runs={quote(json.dumps(ids))}&experiments={quote(json.dumps(places))}"
 
 
-def screenshot(page: Page, path: Path) -> None:
-    """Writes the picture once the plot shows bits per byte of the validation text."""
+def screenshot(page: Page) -> bytes:
+    """The picture, once the plot shows bits per byte of the validation text."""
     expect(page.get_by_text("Parallel Coordinates Plot")).to_be_visible()
     with contextlib.suppress(Exception):  # a panel that some versions open by themselves
         page.get_by_role("button", name="Close").first.click(timeout=3000)
@@ -77,20 +76,17 @@ def screenshot(page: Page, path: Path) -> None:
     expect(page.locator(".js-plotly-plot").get_by_text(METRIC)).to_be_visible()
     page.mouse.move(0, 0)
     page.wait_for_timeout(SETTLING_MS)
-    page.screenshot(path=path)
+    return page.screenshot()
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Take a picture of MLflow's comparison of a sweep's trials.")
-    parser.add_argument("sweep", help="the sweep's name")
-    parser.add_argument("png", type=Path, help="the file to write")
-    args = parser.parse_args()
-    uri = tracking_uri()
+    """Runs the sweep if that has not been done, and takes the picture."""
+    run = trained_run(SWEEP, "train_job/sweep.py", "train_job/sweeps/quick.yaml", "--name", SWEEP)
+    uri = f"sqlite:///{run.parents[1] / 'mlflow' / 'mlflow.db'}"
     with ui(uri) as base, chromium() as browser:
         page = browser.new_context(viewport={"width": 1400, "height": 860}).new_page()
-        page.goto(compare_url(base, uri, args.sweep))
-        screenshot(page, args.png)
+        page.goto(compare_url(base, uri, SWEEP))
+        keep(screenshot(page), "mlflow-compare")
 
 
 if __name__ == "__main__":
