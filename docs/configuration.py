@@ -50,9 +50,7 @@ OURS = (
     Variable("GPT_FOUNDRY_API_KEY", "`serve_app.chat`: the key of a service that asks for one."),
     Variable("NO_COLOR", "`serve_app.chat`: plain text, as where `TERM` is `dumb`."),
     Variable("TERM", "What the terminal can do."),
-    Variable(
-        "XDG_STATE_HOME", "`serve_app.chat`: where what was typed is kept, for the next time.", "`~/.local/state`"
-    ),
+    Variable("XDG_STATE_HOME", "`serve_app.chat`: where what was typed is kept.", "`~/.local/state`"),
     Variable("CXX", "The C++ compiler that builds the engine's kernel.", "the first of c++, g++, clang++"),
     Variable("PYTHON", "make: the Python that `.venv` is made with.", "`python3.11`"),
     Variable("PORT", "`make ui`: the port of MLflow's UI.", "`5000`"),

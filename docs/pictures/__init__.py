@@ -33,7 +33,7 @@ def trained_run(name: str = RUN, *command: str) -> Path:
     env = environment()
     folder = Path(env["GPT_FOUNDRY_HOME"]) / "runs" / name
     script, *flags = command or ("train_job/run.py", "--name", name, "--data", "shakespeare")
-    if not (folder / "figures").exists():  # what every run and sweep leaves at its end
+    if not any((folder / last).exists() for last in ("outcome.json", "trials.json")):  # a run's, a sweep's
         how = ["--resume", name] if any(folder.glob("*.yaml")) else flags
         subprocess.run([sys.executable, script, *how], cwd=ROOT, env=env, check=True)
     return folder
