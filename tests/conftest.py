@@ -1,8 +1,12 @@
 """Fixtures for data that lies beside a checkout: canonical tiny Shakespeare and GPT-2's real vocabulary."""
 
+import signal
 from pathlib import Path
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
