@@ -1,11 +1,12 @@
 """The commands that a page of ours tells people to run: found in its fences and tables, made small, run.
 
 A folder stands in for the checkout: what git tracks is linked into it, and what a run writes stays there. Training
-commands get flags that make a model of a few thousand weights; services listen on a port of the test's. Nothing else
+commands get flags that make a model of a few thousand weights, and a name if they have none; services listen on a port of the test's. Nothing else
 of a command is changed.
 """
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -65,6 +66,7 @@ class Checkout:
     cluster: Cluster
     port: int = field(default_factory=free_port)
     service: subprocess.Popen[bytes] | None = None
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def env(self) -> dict[str, str]:
         more = {
@@ -108,6 +110,8 @@ class Checkout:
         if "--resume" in command:
             return command + " --eval-interval 1000" * ("--max-steps" in command)
         flags = SHORT + ([] if "--init-from" in command else SHAPE)
+        if "--name" not in command:  # by default it is the time, to the second
+            flags += [f"--name=unnamed-{next(self.numbers)}"]
         return re.sub(r"(train_job/run\.py)(.*)$", lambda m: f"{m[1]}{m[2]} {' '.join(flags)}", command)
 
     def serve(self, command: str) -> None:
