@@ -1,8 +1,8 @@
 """The commands that a page of ours tells people to run: found in its fences and tables, made small, run.
 
 A folder stands in for the checkout: what git tracks is linked into it, and what a run writes stays there. Training
-commands get flags that make a model of a few thousand weights, and a name if they have none; services listen on a port of the test's. Nothing else
-of a command is changed.
+commands get flags that make a model of a few thousand weights, and a name if they have none; services listen on a port
+of the test's. Nothing else of a command is changed.
 """
 
 import contextlib
