@@ -49,7 +49,7 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A checkout where `make demo` has been: a run called demo, its model promoted; and GPT-2 in the hub's cache."""
     folder = tmp_path_factory.mktemp("checkout")
     with checkout(folder, cluster) as place:
-        published = publish_gpt2(folder / "gpt2")
+        published = publish_gpt2(folder / "gpt2", context_length=256)
         put_into_cache(folder / "hub" / "hub", "openai-community/gpt2", published)
         for name in ("demo", "NAME"):
             place.run(f".venv/bin/python train_job/run.py --name {name}")
