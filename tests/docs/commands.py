@@ -26,7 +26,7 @@ from tests.conftest import SHARED
 from tests.system.conftest import ROOT, Cluster, environment, free_port
 from train_job.pieces import builtin_bytes
 
-STARTERS = (".venv/", "curl", "ray", "docker", "make", "cat", "ls", "echo", "export", "mlflow")
+STARTERS = (".venv/", "curl ", "ray ", "docker ", "make ", "cat ", "ls ", "echo ", "export ", "mlflow ")
 SHAPE = ["--num-layers=1", "--num-heads=2", "--hidden-size=32"]
 SHORT = ["--batch-size=4", "--max-steps=4", "--eval-interval=2", "--sample-tokens=4", "--cpus-per-worker=1"]
 START_SECONDS = 180
@@ -105,6 +105,8 @@ class Checkout:
     def here(self, command: str) -> str:
         """The command as this test can run it: small, and on a port of its own."""
         command = re.sub(r"\b(8000|5001)\b(?!:)", str(self.port), command)
+        if "serve_app.chat" in command and "--url" not in command:
+            return f"{command} --url http://127.0.0.1:{self.port}"
         if "train_job/run.py" not in command:
             return command
         if "--resume" in command:
