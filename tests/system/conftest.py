@@ -48,7 +48,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def started(home: Path, **env: str) -> Iterator[Cluster]:
     """Four CPUs' worth of Ray, started as the README says and stopped by its process id."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:  # socket paths are short
         head = subprocess.Popen(
             [
@@ -61,6 +61,7 @@ def started(home: Path, **env: str) -> Iterator[Cluster]:
                 "--node-ip-address=127.0.0.1",
                 "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={dashboard}",
+                f"--dashboard-agent-listen-port={agent}",  # one of its own: submitted jobs are run by the agent
                 f"--temp-dir={scratch}",
                 "--disable-usage-stats",
             ],

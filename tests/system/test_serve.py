@@ -100,6 +100,30 @@ def test_both_exporters_have_the_figures(service: Service, cluster: Cluster):
     await_figures(cluster, ("gpt_generation_tokens_total{", "gpt_slots{", FIRST_TOKEN))
 
 
+def test_a_client_that_leaves_frees_its_slot_even_if_it_asks_that_nobody_notices(service: Service):
+    await_one_replica(service)  # the one that is asked for its figures is the one at work
+    for headers in ({}, {"x-request-disconnect-disabled": "?1"}):
+        request = urllib.request.Request(
+            f"{service.url}/generate", json.dumps(LONG | {"stream": True}).encode(), headers
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answer.readline()
+            assert running(service) == 1
+        await_that(lambda: running(service) == 0, REQUEST_TIMEOUT_S / 2, "the slot is free")
+
+
+def await_one_replica(service: Service) -> None:
+    """Returns once the replicas that earlier load raised have gone."""
+    await_that(lambda: len(service.replicas()) == 1, 90, "what earlier load raised has fallen")
+
+
+def running(service: Service) -> float:
+    """Sequences that hold a slot, as the one replica says."""
+    with urllib.request.urlopen(f"{service.url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("gpt_num_requests_running{"))
+
+
 def test_a_clients_headers_lift_no_limit(service: Service):
     """Streams that would go on longer are ended when their time is up, whatever the clients say."""
     timeouts = [{"x-request-timeout-seconds": "0"}, {"x-request-timeout-seconds": "1000"}]
@@ -116,24 +140,6 @@ def test_a_clients_headers_lift_no_limit(service: Service):
         ends = list(clients.map(last_event, timeouts + others))
     assert [event["error"]["code"] for event, _ in ends] == ["timeout"] * 4
     assert all(REQUEST_TIMEOUT_S <= seconds < REQUEST_TIMEOUT_S + 5 for _, seconds in ends)
-
-
-def test_a_client_that_leaves_frees_its_slot_even_if_it_asks_that_nobody_notices(service: Service):
-    for headers in ({}, {"x-request-disconnect-disabled": "?1"}):
-        request = urllib.request.Request(
-            f"{service.url}/generate", json.dumps(LONG | {"stream": True}).encode(), headers
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            answer.readline()
-            assert running(service) == 1
-        await_that(lambda: running(service) == 0, REQUEST_TIMEOUT_S / 2, "the slot is free")
-
-
-def running(service: Service) -> float:
-    """Sequences that hold a slot, as the one replica says."""
-    with urllib.request.urlopen(f"{service.url}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("gpt_num_requests_running{"))
 
 
 def test_a_promotion_under_load_fails_no_request_and_is_in_the_replies_within_seconds(
@@ -176,7 +182,7 @@ def test_a_broken_version_under_load_is_refused_and_reported_and_fails_no_reques
 
 @pytest.mark.slow
 def test_replicas_rise_under_load_and_fall_after_it_with_no_failed_request(service: Service):
-    await_that(lambda: len(service.replicas()) == 1, 90, "what earlier load raised has fallen")
+    await_one_replica(service)
     with Load(service, clients=8, body=BODY | {"max_new_tokens": 200}) as load:
         await_that(lambda: len(service.replicas()) > 1, 60, "replicas rise")
         answered = load.answered()
