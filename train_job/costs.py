@@ -218,8 +218,12 @@ def optimizer_seconds(config: TrainConfig, work: Work, rates: Rates) -> float:
 
 @dataclass(frozen=True)
 class Serving:
-    """What one replica does with requests of one size, its slots full."""
+    """What one replica does with requests of one size, its slots full, and how many of them a load takes."""
 
+    load: float
+    """Requests per second."""
+    prompt_tokens: int
+    new_tokens: int
     slots: int
     first_token_seconds: float
     """On an idle replica, the service's own milliseconds left out."""
@@ -244,6 +248,9 @@ def serving(
     step = decode_seconds(work, device, rates, slots, prompt_tokens + new_tokens / 2)
     most = 1 / (REQUEST_SECONDS + (prompt + new_tokens * step / slots) / SERVICE_SHARE)
     return Serving(
+        requests_per_second,
+        prompt_tokens,
+        new_tokens,
         slots,
         prompt + decode_seconds(work, device, rates, 1, prompt_tokens),
         step,

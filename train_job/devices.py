@@ -3,6 +3,7 @@
 In: a name such as "h200". Out: a `Device`, and `Rates`: assumed ones here, measured ones in `train_job.rates`.
 """
 
+import re
 from dataclasses import dataclass
 
 from gptcore.errors import ConfigError, did_you_mean
@@ -24,6 +25,7 @@ class Device:
     network: float
     """Bytes/s of one GPU to other machines, where each has its share of the machine's network cards."""
     per_machine: int = 8
+    """1 for a machine's own CPU or Apple GPU, which trains alone."""
     price: float | None = None
     """Dollars per GPU-hour, on demand; None where no index lists it."""
 
@@ -78,7 +80,8 @@ def find_device(name: str) -> Device:
 
 def device_called(name: str) -> Device | None:
     """The device that torch calls by this longer name, such as "NVIDIA H100 80GB HBM3"; None if it is not listed."""
-    return next((device for device in DEVICES if device.name in name), None)
+    words = (re.compile(rf"\b{device.name}\b") for device in DEVICES)
+    return next((device for device, word in zip(DEVICES, words, strict=True) if word.search(name)), None)
 
 
 def assumed_rates(device: Device) -> Rates:

@@ -95,10 +95,7 @@ def prepare_inputs(
     shape = _child_shape(config, parent.config) if parent else config.model_config(padded(tokenizer.vocab_size))
     if parent and config.sequence_length is None:
         config = replace(config, sequence_length=shape.context_length)
-    if config.context > shape.context_length:
-        raise ConfigError(
-            f"sequence_length {config.context} is more than the model's context_length {shape.context_length}"
-        )
+    check_context(config, shape)
     for prompt in config.sample_prompts:
         if len(tokenizer.encode(prompt)) >= shape.context_length:
             raise ConfigError(
@@ -110,6 +107,14 @@ def prepare_inputs(
     # Raises if the text is too short.
     batches = Batches(tokens, config.context, config.batch_size, config.seed, config.stride)
     return Inputs(config, tokenizer, train, validation, tokens, judge, shape, batches.steps_per_epoch, parent)
+
+
+def check_context(config: TrainConfig, shape: ModelConfig) -> None:
+    """Raises ConfigError if the model cannot read sequences as long as the config has them."""
+    if config.context > shape.context_length:
+        raise ConfigError(
+            f"sequence_length {config.context} is more than the model's context_length {shape.context_length}"
+        )
 
 
 def build_model(config: TrainConfig, shape: ModelConfig, initial: dict[str, torch.Tensor] | None = None) -> GPT:

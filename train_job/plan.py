@@ -8,11 +8,13 @@ docs/scaling.md explains them. Nothing is trained; `--gpu here` measures this ma
 import argparse
 import json
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
+from gptcore.engine.runner import MOST_SLOTS, SHARE
 from gptcore.errors import ConfigError, FoundryError
 from train_job.config import TrainConfig, build_config, parse_settings
 from train_job.console import count
@@ -30,8 +32,6 @@ from train_job.costs import (
 )
 from train_job.devices import Device, Rates, assumed_rates, find_device
 
-SLOTS = {"cpu": 16}
-GPU_SLOTS = 64
 FAILURE_GPU_HOURS = 50_700
 """GPU-hours between interruptions: 419 in 54 days of 16,384 H100s (Llama 3, Dubey et al. 2024)."""
 
@@ -40,12 +40,12 @@ FAILURE_GPU_HOURS = 50_700
 class Asked:
     """The command line, less the settings of the run."""
 
-    gpus: int
+    gpus: int | None
     gpu: str
     price: float | None
     load: float | None
-    prompt_tokens: int
-    new_tokens: int
+    prompt_tokens: int | None
+    new_tokens: int | None
     slots: int | None
     as_json: bool
 
@@ -67,21 +67,25 @@ class Plan:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the plan; 2 for wrong input."""
+    """Prints the plan; returns the exit code, 2 for wrong input."""
     try:
         asked, given = parse(sys.argv[1:] if argv is None else argv)
         config, work = planned(given)
-        if not 1 <= asked.gpus <= config.batch_size:
+        gpus = asked.gpus if asked.gpus is not None else config.workers[1]
+        if not 1 <= gpus <= config.batch_size:
             raise ConfigError(
-                f"gpus is {asked.gpus}; expected 1 to {config.batch_size}, since a step has batch_size "
+                f"gpus is {gpus}; expected 1 to {config.batch_size}, since a step has batch_size "
                 f"{config.batch_size} sequences to divide"
             )
-        device, rates = device_of(asked, work)
-        plan = make_plan(config, work, device, rates, asked.gpus)
+        device, rates = device_of(asked, work, gpus)
+        plan = make_plan(config, work, device, rates, gpus)
         served = serve_plan(asked, work, device, rates) if asked.load is not None else None
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     if asked.as_json:
         shown = {"device": asdict(device), "rates": asdict(rates), "plan": asdict(plan)}
         shown["plan"] |= {"memory_bytes": plan.memory.total, "step_seconds": plan.step.seconds}
@@ -89,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     show_training(config, work, device, rates, plan)
     if served:
-        show_serving(asked, work, served)
+        show_serving(work, device, served)
     return 0
 
 
@@ -100,12 +104,14 @@ def parse(argv: Sequence[str]) -> tuple[Asked, dict[str, Any]]:
         description="Memory, speed, time and cost of a run. Takes every setting of train_job/run.py as well.",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=int, default=1, metavar="INT", help="GPUs that train together [default: 1]")
+    parser.add_argument("--gpus", type=int, metavar="INT", help="GPUs that train together [default: num_workers]")
     parser.add_argument("--gpu", default="h100", help="b200, h200, h100, a100 …, or here: measured [default: h100]")
     parser.add_argument("--price", type=float, metavar="FLOAT", help="dollars per GPU-hour; default: a usual one")
     parser.add_argument("--load", type=float, metavar="FLOAT", help="plan a service for so many requests/s too")
-    parser.add_argument("--prompt-tokens", type=int, default=256, metavar="INT", help="of a request [default: 256]")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="INT", help="of an answer [default: 128]")
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="INT", help="of a request [default: 256, or half the context]"
+    )
+    parser.add_argument("--new-tokens", type=int, metavar="INT", help="of an answer [default: 128, or a quarter of it]")
     parser.add_argument("--slots", type=int, metavar="INT", help="sequences a replica decodes together")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one line of JSON instead of text")
     known, rest = parser.parse_known_args(argv)
@@ -122,11 +128,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
-    """The run's settings and what its model asks for; a parent brings its own shape."""
+    """The run's settings and what its model asks for; a parent brings its own shape. Raises ConfigError."""
     from gptcore.tokenizer import parse_tokenizer
-    from train_job.inputs import padded
+    from train_job.inputs import check_context, padded
 
     config = build_config(given)
+    if config.precision == "fp32":
+        raise ConfigError("precision is 'fp32', but the plan knows what bf16 takes; expected bf16 or auto")
+    if config.device != "auto":
+        raise ConfigError(f"device is {config.device!r}, but the plan is of what --gpu names; expected auto")
     if config.init_from:
         from gptcore.hub import resolve
         from gptcore.package import open_package
@@ -135,17 +145,18 @@ def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
         config = replace(config, sequence_length=config.sequence_length or shape.context_length)
     else:
         shape = config.model_config(padded(parse_tokenizer(config.tokenizer)))
+    check_context(config, shape)
     return config, work_of(shape, config.context)
 
 
-def device_of(asked: Asked, work: Work) -> tuple[Device, Rates]:
+def device_of(asked: Asked, work: Work, gpus: int) -> tuple[Device, Rates]:
     """The GPU that was named, or this machine's. Raises ConfigError."""
     if asked.gpu == "here":
         from train_job.rates import here
 
         device, rates = here(work.model.family)
-        if device.name == "cpu" and asked.gpus > 1:
-            raise ConfigError(f"gpus is {asked.gpus}, but this machine trains on its CPU; expected 1, or name a --gpu")
+        if device.per_machine < min(gpus, 2):
+            raise ConfigError(f"gpus is {gpus}, but this machine trains on its {device.name}; expected 1, or a --gpu")
     else:
         device = find_device(asked.gpu)
         rates = assumed_rates(device)
@@ -159,7 +170,7 @@ def make_plan(config: TrainConfig, work: Work, device: Device, rates: Rates, wor
     rate = per_step / step.seconds
     steps = planned_steps(config, per_step)
     hours = steps * step.seconds / 3600
-    peak = device.flops * workers if device.name != "cpu" else None
+    peak = device.flops * workers if device.per_machine > 1 else None
     return Plan(
         workers,
         training_memory(config, work, workers),
@@ -182,15 +193,24 @@ def planned_steps(config: TrainConfig, tokens_per_step: int) -> int:
 
 
 def serve_plan(asked: Asked, work: Work, device: Device, rates: Rates) -> Serving:
-    """Replicas for the load. Raises ConfigError if a request does not fit the model."""
-    length = asked.prompt_tokens + asked.new_tokens
-    if length > work.model.context_length:
+    """Replicas for the load. Raises ConfigError if a request does not fit the model, or the slots the memory."""
+    context = work.model.context_length
+    prompt = asked.prompt_tokens or min(256, context // 2)
+    new = asked.new_tokens or min(128, context // 4)
+    if prompt + new > context:
         raise ConfigError(
-            f"prompt_tokens + new_tokens is {length}; expected at most the model's context of "
-            f"{work.model.context_length}"
+            f"prompt_tokens + new_tokens is {prompt + new}; expected at most the model's context of {context}"
         )
-    slots = asked.slots or SLOTS.get(device.name, GPU_SLOTS)
-    return serving(work, device, rates, slots, asked.prompt_tokens, asked.new_tokens, asked.load or 0)
+    weights = 2 * work.read_weights
+    fit = max(0, int((device.memory - weights) / (context * work.cache_bytes)))
+    if (asked.slots or 1) > fit:
+        raise ConfigError(
+            f"slots is {asked.slots or 1}; expected at most {fit}, since {device.name} has {gib(device.memory)} GiB "
+            f"and the weights take {gib(weights)} of them"
+        )
+    usual = MOST_SLOTS.get(device.name, MOST_SLOTS["cuda"])
+    slots = asked.slots or max(1, min(usual, int(SHARE * fit)))
+    return serving(work, device, rates, slots, prompt, new, asked.load or 0)
 
 
 # --- shown ------------------------------------------------------------------------------------------------------
@@ -213,9 +233,10 @@ def show_training(config: TrainConfig, work: Work, device: Device, rates: Rates,
     used = f", {plan.mfu:.0%} of the peak" if plan.mfu else ""
     print(f"speed     {count(plan.tokens_per_second)} tokens/s{used}; a step takes {milliseconds(plan.step.seconds)}")
     print(f"          {', '.join(f'{name} {milliseconds(s)}' for name, s in spent(plan.step).items())}")
-    print(f"run       {plan.steps:,} steps, {count(plan.steps * config.batch_size * work.length)} tokens: {cost(plan)}")
+    steps = f"{'at most ' if config.max_epochs else ''}{plan.steps:,} steps"  # epochs of a short text end it earlier
+    print(f"run       {steps}, {count(plan.steps * config.batch_size * work.length)} tokens: {cost(plan)}")
     lost = plan.hours * plan.workers / FAILURE_GPU_HOURS
-    if device.name == "cpu":
+    if device.per_machine == 1:
         return
     print(f"          {lost:.2g} interruptions to be expected, each costs what was done since a checkpoint")
     print("\n   gpus    tokens/s   of linear     hours   GPU-hours    dollars  a step waits for its gradients")
@@ -244,18 +265,19 @@ def verdict(config: TrainConfig, work: Work, device: Device, rates: Rates) -> st
     return f"Not communication-bound up to {config.batch_size} GPUs, where each has one sequence of a step."
 
 
-def show_serving(asked: Asked, work: Work, served: Serving) -> None:
+def show_serving(work: Work, device: Device, served: Serving) -> None:
     """Replicas, and what a client sees."""
     each = served.slots / served.step_seconds
-    print(f"\nserving   {asked.load:g} requests/s, {asked.prompt_tokens} prompt and {asked.new_tokens} new tokens each")
+    tokens = f"{served.prompt_tokens} prompt and {served.new_tokens} new tokens each"
+    print(f"\nserving   {served.load:g} requests/s, {tokens}")
     print(f"          {served.replicas} replica{'s' if served.replicas != 1 else ''}, 70% busy, {served.slots} slots;")
     print(f"          one completes {served.requests_per_second:.3g} requests/s and decodes {count(each)} tokens/s")
     print(
         f"          first token after {milliseconds(served.first_token_seconds)} on an idle one, then one every "
         f"{milliseconds(served.step_seconds)} with its slots full"
     )
-    cache = served.slots * work.model.context_length * work.cache_bytes
-    print(f"          {gib(2 * work.read_weights)} GiB of weights and {gib(cache)} GiB of cache in bf16")
+    weights, cache = 2 * work.read_weights, served.slots * work.model.context_length * work.cache_bytes
+    print(f"          {gib(weights)} GiB of weights and {gib(cache)} of cache, in bf16, of {gib(device.memory)} GiB")
 
 
 def spent(step: Step) -> dict[str, float]:

@@ -22,6 +22,7 @@ import torch.nn as nn
 from gptcore.config import ModelConfig
 from gptcore.engine import EngineSettings, Request
 from gptcore.engine.engine import Engine
+from gptcore.errors import ConfigError
 from gptcore.model import GPT
 from gptcore.package import Package, save_package
 from gptcore.sampling import SamplingParams
@@ -46,23 +47,29 @@ PROMPT, NEW = 128, 64  # tokens
 
 
 def here(family: str) -> tuple[Device, Rates]:
-    """What this machine trains on, and its rates, measured in a process that is set up as a training worker's is."""
+    """What this machine trains on, and its rates, measured in a process that is set up as a training worker's is.
+
+    Raises ConfigError if it cannot be measured.
+    """
     command = [sys.executable, "-m", "train_job.rates", family]
-    measured = subprocess.run(command, env=os.environ | WORKER_ENV, capture_output=True, text=True, check=True)
+    measured = subprocess.run(command, env=os.environ | WORKER_ENV, capture_output=True, text=True)
+    if measured.returncode != 0:
+        why = (measured.stderr.splitlines() or [f"exit code {measured.returncode}"])[-1]
+        raise ConfigError(f"this machine cannot be measured: {why}")
     device, rates = json.loads(measured.stdout.splitlines()[-1])
     return Device(**device), Rates(**rates)
 
 
 def measure(family: str) -> tuple[Device, Rates]:
-    """The same in this process. A GPU that the data sheets list keeps their memory and links."""
+    """The same in this process. A GPU that the data sheets list has their peak and links, and the memory it has."""
     device = pick_device(TrainConfig(max_steps=1))
     training = measure_training(device, family)
     decode = measure_decoding(family)
     rates = Rates(*training, *decode, source="measured here")
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        listed = device_called(found.name)
-        return listed or Device(found.name, training[0], found.total_memory, training[1], 32e9, 12.5e9), rates
+        unlisted = Device(found.name, training[0], found.total_memory, training[1], 32e9, 12.5e9)
+        return replace(device_called(found.name) or unlisted, memory=found.total_memory), rates
     return Device(device.type, training[0], psutil.virtual_memory().total, training[1], 1.0, 1.0, 1), rates
 
 
@@ -102,8 +109,8 @@ def _median_seconds(once: Callable[[], None], device: torch.device) -> float:
     for _ in range(REPEATS + 2):  # two to warm up
         start = time.perf_counter()
         once()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 

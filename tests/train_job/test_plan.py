@@ -223,8 +223,10 @@ def test_twice_the_load_takes_twice_the_replicas():
 
 def test_torchs_names_of_gpus_are_found():
     names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4"}
+    names |= {"NVIDIA A100-SXM4-40GB": "A100", "NVIDIA GeForce RTX 4090": "RTX 4090"}
     assert {name: device_called(name).name for name in names} == names  # type: ignore[union-attr]
-    assert device_called("NVIDIA GeForce GTX 1080") is None
+    for other in ("NVIDIA GeForce GTX 1080", "NVIDIA L40", "NVIDIA GH200 480GB"):
+        assert device_called(other) is None
     assert find_device("rtx4090") is find_device("RTX-4090")
 
 
@@ -264,14 +266,50 @@ def test_a_model_that_does_not_fit_is_called_so(capsys: pytest.CaptureFixture[st
     assert "DOES NOT FIT; micro-batch up to 0 would" in capsys.readouterr().out
 
 
+def test_as_many_gpus_are_planned_as_the_run_has_workers(capsys: pytest.CaptureFixture[str]):
+    assert main(["--num-workers", "2:4", "--use-gpu"]) == 0
+    assert "4 x H100" in capsys.readouterr().out
+
+
+def test_the_default_request_fits_a_short_context_and_the_slots_the_memory(capsys: pytest.CaptureFixture[str]):
+    def served(*flags: str) -> dict[str, Any]:
+        assert main(["--load", "5", "--json", *flags]) == 0
+        return dict(json.loads(capsys.readouterr().out)["serving"])
+
+    assert (served()["prompt_tokens"], served()["new_tokens"], served()["slots"]) == (128, 64, 64)
+    assert served("--preset=foundry-124m")["prompt_tokens"] == 256
+    wide = ["--preset=foundry-124m", "--gpu=l4", "--context-length=32768"]
+    assert 1 <= served(*wide)["slots"] < 16
+
+
+def test_a_text_that_may_end_first_is_not_promised(capsys: pytest.CaptureFixture[str]):
+    assert main(["--max-steps=10", "--max-epochs=1"]) == 0
+    assert "at most 10 steps" in capsys.readouterr().out
+    assert main(["--max-steps=10"]) == 0
+    assert "at most" not in capsys.readouterr().out
+
+
+def test_a_machine_that_cannot_be_measured_says_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")  # what starts there ends at once
+    assert main(["--gpu", "here"]) == 2
+    assert re.search(r"^error: this machine cannot be measured: .+\n$", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--gpu h300", r"gpu is 'h300'; expected here .*\. Did you mean 'h200'\?"),
         ("--gpus 9", r"gpus is 9; expected 1 to 8, since a step has batch_size 8 sequences to divide"),
+        ("--gpus 0", "gpus is 0; expected 1 to 8"),
+        ("--precision fp32", "precision is 'fp32', but the plan knows what bf16 takes"),
+        ("--device cpu", "device is 'cpu', but the plan is of what --gpu names"),
+        ("--sequence-length 4096", "sequence_length 4096 is more than the model's context_length 256"),
+        ("--preset foundry-124m --gpu l4 --load 9 --slots 5000", "slots is 5000; expected at most [0-9]+, since L4"),
         ("--gpus two", "argument --gpus: invalid int value"),
         ("--price -1", "price is -1.0; expected more than 0"),
-        ("--load 5 --prompt-tokens 400", r"prompt_tokens \+ new_tokens is 528; expected at most .* 256"),
+        ("--load 5 --prompt-tokens 400", r"prompt_tokens \+ new_tokens is 464; expected at most .* 256"),
         ("--max-epochs 2", "depends on its text; give --max-tokens or --max-steps"),
         ("--prset mini", r"unknown argument '--prset'\. Did you mean '--preset'\?"),
     ],
