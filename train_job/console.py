@@ -4,6 +4,7 @@ In: events. Out: text on stdout (one line rewritten in place on a terminal, a ne
 so that `ray job logs` stays readable) and `training_YYYYMMDD_HHMMSS.log` in the run's folder.
 """
 
+import shutil
 import sys
 import time
 from datetime import datetime
@@ -25,6 +26,7 @@ class Console:
         self._live = sys.stdout.isatty()
         self._open_line = False
         self._last = 0.0
+        self._said = ""
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
@@ -41,10 +43,13 @@ class Console:
         )
 
     def live(self, text: str) -> None:
-        """A line that the next one replaces."""
+        """A line that the next one replaces; only where the terminal is wide enough can it be replaced as a whole."""
+        if text == self._said:
+            return
+        self._said = text
         self._keep(text)
         if self._live:
-            self._write("\r\x1b[K" + text)
+            self._write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
             self._open_line = True
         elif time.monotonic() - self._last >= LINE_SECONDS:
             self._last = time.monotonic()

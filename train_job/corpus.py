@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gptcore.errors import ConfigError, CorpusError, did_you_mean
-from train_job.files import download, sha256, written_whole
+from train_job.files import copy_name, download, sha256, written_whole
 from train_job.pieces import PIECE_BYTES, Piece, Scan, builtin_piece, cut_piece, scan_parquet, scan_text
 from train_job.remote import Origin, copies, in_store, listed
 
@@ -107,7 +107,7 @@ def locate(data: str, cache_dir: Path, refresh: bool = True) -> list[Path]:
         return [shakespeare(cache_dir)]
     if data.startswith(WEB):
         name = Path(urlsplit(data).path).name or "index"
-        copy = cache_dir.absolute() / "downloads" / f"{hashlib.sha256(data.encode()).hexdigest()[:16]}-{name}"
+        copy = cache_dir.absolute() / "downloads" / copy_name(data, name)
         return [download(data, copy, refresh)]
     path = Path(data.removeprefix("file://")).expanduser()
     if path.is_file():

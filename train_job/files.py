@@ -31,6 +31,16 @@ SETTLED_SECONDS = 60.0
 """A draft written to within this time is left alone, lock or not: its writer may be about to lock or rename it."""
 
 
+LONGEST_NAME = 200
+"""Bytes in a name that somebody chose; file systems take 255, and what we put before or after it needs some."""
+
+
+def copy_name(source: str, name: str) -> str:
+    """What the cache calls its copy of `source`. It ends as `name` does, so that its kind is known."""
+    tail = name.encode()[-LONGEST_NAME:].decode(errors="ignore")
+    return f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{tail}"
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its name only once the block has ended well; its folder is made if need be.

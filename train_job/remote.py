@@ -22,7 +22,7 @@ from typing import Any
 
 from gptcore.errors import CorpusError, FoundryError, did_you_mean
 from gptcore.hub import file_system
-from train_job.files import DOWNLOAD_TIMEOUT, locked, written_whole
+from train_job.files import DOWNLOAD_TIMEOUT, copy_name, locked, written_whole
 
 BLOCK_BYTES = 8 * 2**20
 FETCHERS = 8
@@ -41,8 +41,8 @@ class Origin:
 
     def copy_in(self, cache_dir: Path) -> Path:
         """Where the copy is kept. It ends as the object's name does, so that its kind is known."""
-        key = hashlib.sha256(repr((self.url, self.state)).encode()).hexdigest()[:16]
-        return cache_dir.absolute() / "downloads" / f"{key}-{PurePosixPath(self.url).name.removesuffix('.gz')}"
+        name = PurePosixPath(self.url).name.removesuffix(".gz")
+        return cache_dir.absolute() / "downloads" / copy_name(repr((self.url, self.state)), name)
 
 
 def in_store(data: str) -> bool:

@@ -11,6 +11,7 @@ import errno
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -47,7 +48,7 @@ from train_job.cluster import (  # noqa: E402
 )
 from train_job.config import TrainConfig, build_config, parse_settings, read_yaml, resume_config, write_yaml  # noqa: E402
 from train_job.console import Console, count  # noqa: E402
-from train_job.files import written_whole  # noqa: E402
+from train_job.files import LONGEST_NAME, written_whole  # noqa: E402
 from train_job.history import History  # noqa: E402
 from train_job.loop import Evaluation, Finished, Progress, Started  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
@@ -127,6 +128,10 @@ def checked_name(name: str) -> str:
     """The name, if a folder can have it; raises ConfigError."""
     if "/" in name or name.startswith("."):
         raise ConfigError(f"name is {name!r}; expected one that can be a folder's")
+    if len(name.encode()) > LONGEST_NAME:
+        raise ConfigError(
+            f"name has {len(name.encode())} bytes; expected at most {LONGEST_NAME}, as a folder's may have"
+        )
     return name
 
 
@@ -272,8 +277,8 @@ class Run:
     def resume_command(self) -> str:
         """What goes on with this run."""
         default = self.config.storage_path == str(home() / "runs")
-        storage = "" if default else f" --storage-path {self.config.storage_path}"
-        return f"python train_job/run.py --resume {self.config.name}{storage}"
+        storage = [] if default else ["--storage-path", str(self.config.storage_path)]
+        return shlex.join(["python", "train_job/run.py", "--resume", str(self.config.name), *storage])
 
     @property
     def _record(self) -> Path:

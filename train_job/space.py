@@ -163,7 +163,8 @@ def _axis(name: str, space: Any) -> _Range | tuple[Any, ...]:
     if name in FIXED:
         raise ConfigError(f"{name} cannot be searched: it is the same for all trials; give it under base")
     if isinstance(space, list) and space:
-        return tuple(setting_value(name, value) for value in space)
+        values = [setting_value(name, value) for value in space]
+        return tuple(value for i, value in enumerate(values) if value not in values[:i])
     if not isinstance(space, dict) or len(space) != 1:
         expected = "a list of values, {uniform: [low, high]} or {log_uniform: [low, high]}"
         raise ConfigError(f"search.{name} is {space!r}; expected {expected}")

@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -159,9 +160,8 @@ class Sweep:
     def resume_command(self) -> str:
         """What goes on with this sweep."""
         default = self.run_dir.parent == home() / "runs"
-        return f"python train_job/sweep.py --resume {self.name}" + (
-            "" if default else f" --storage-path {self.run_dir.parent}"
-        )
+        storage = [] if default else ["--storage-path", str(self.run_dir.parent)]
+        return shlex.join(["python", "train_job/sweep.py", "--resume", self.name, *storage])
 
     @property
     def _record(self) -> Path:
@@ -335,7 +335,10 @@ class Sweep:
         if trial.number not in self.dropped:
             self.dropped.add(trial.number)
             shutil.rmtree(trial.folder / "package", ignore_errors=True)
-            drop_checkpoints(trial.config)
+            try:
+                drop_checkpoints(trial.config)
+            except OSError as error:  # storage that is away, or that lets nothing be deleted
+                self.console.say(f"warning: checkpoints of {trial.name} are kept: {error}")
 
     def _conclude(self) -> int:
         """The table, and the best trial's package as a version; returns the exit code."""

@@ -52,6 +52,11 @@ def test_a_target_that_no_run_could_reach_or_miss_is_refused(refused: Refused, n
     assert f"{name} is {float(value)}; expected more than 0, and finite" in said
 
 
+def test_a_name_that_no_folder_can_have_is_refused(refused: Refused) -> None:
+    assert "name has 300 bytes; expected at most 200" in refused(f"--name={'a' * 300}")
+    assert "name is 'a/b'" in refused("--name=a/b")
+
+
 @pytest.mark.parametrize("missing", ["hf:gpt2", "hf:openai-community/gpt2"])
 def test_a_parent_that_cannot_be_fetched_says_what_to_bring(
     refused: Refused, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

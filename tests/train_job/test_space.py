@@ -52,6 +52,11 @@ def test_a_grid_is_every_combination():
     assert "search.learning_rate is a range" in refusal(search=SEARCH, grid=True)
 
 
+def test_a_value_that_is_listed_twice_is_tried_once():
+    sweep = build_sweep({"search": {"num_layers": [2, 2, 3]}, "grid": True})
+    assert [values["num_layers"] for values in sweep.values()] == [2, 3]
+
+
 def test_what_is_shown_is_what_is_tried():
     for values in build_sweep({"search": SEARCH, "trials": 20}).values():
         said = dict(pair.split("=") for pair in shown(values).split())
