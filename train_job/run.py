@@ -15,8 +15,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,17 +48,16 @@ from train_job.cluster import (  # noqa: E402
 )
 from train_job.config import TrainConfig, build_config, parse_settings, read_yaml, resume_config, write_yaml  # noqa: E402
 from train_job.console import Console, count  # noqa: E402
-from train_job.files import LONGEST_NAME, written_whole  # noqa: E402
+from train_job.files import LONGEST_NAME  # noqa: E402
 from train_job.history import History  # noqa: E402
 from train_job.loop import Evaluation, Finished, Progress, Started  # noqa: E402
+from train_job.record import begun_with, tracked_at, write_record  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
-    from train_job.remote import Origin
+    from train_job.record import Begun
     from train_job.tracking import DatasetUse
-
-    Begun = Mapping[str, Sequence[Origin]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,39 +168,6 @@ def dataset_uses(inputs: Inputs) -> list[DatasetUse]:
             ("validation", inputs.validation_corpus, inputs.validation),
         )
     ]
-
-
-def tracked_at(record: Path) -> str:
-    """Where a run is tracked: for one that goes on, where it was, unless the environment says otherwise."""
-    from train_job.tracking import tracking_uri
-
-    if record.exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
-        return str(json.loads(record.read_text())["tracking_uri"])
-    return tracking_uri()
-
-
-def write_record(record: Path, run_id: str, uri: str, inputs: Inputs) -> None:
-    """Keeps which MLflow run a folder belongs to, and the objects that its text was read from."""
-    from train_job.spool import kept
-
-    text = {name: [astuple(origin) for origin in origins] for name, origins in origins_of(inputs).items()}
-    with written_whole(record) as file:
-        file.write(json.dumps({"run_id": run_id, "tracking_uri": kept(uri), "text": text}).encode())
-
-
-def begun_with(record: Path) -> Begun | None:
-    """The objects that a run's text was read from, by what the corpus is called; None if it has not begun."""
-    from train_job.remote import Origin
-
-    if not record.exists():
-        return None
-    text = json.loads(record.read_text()).get("text", {})
-    return {name: [Origin(*origin) for origin in origins] for name, origins in text.items()}
-
-
-def origins_of(inputs: Inputs) -> Begun:
-    """The same of inputs that are open."""
-    return {corpus.name: corpus.origins for corpus in (inputs.train_corpus, inputs.validation_corpus)}
 
 
 LOOK_SECONDS = 1.0

@@ -39,6 +39,7 @@ from train_job.config import add_flag, build_config, given_settings, read_yaml, 
 from train_job.console import Console, duration  # noqa: E402
 from train_job.files import written_whole  # noqa: E402
 from train_job.history import History, read_history  # noqa: E402
+from train_job.record import begun_with, origins_of, tracked_at, write_record  # noqa: E402
 from train_job.space import FIELDS, FLAGS, HINTS, SweepConfig, build_sweep, described, shown  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
 from train_job.trials import Ending, Trial, ranked, table, table_text, write_table  # noqa: E402
@@ -129,7 +130,7 @@ class Sweep:
 
         # A trial is several processes, of which each but one waits: nothing to warn of.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
-        self.uri = single.tracked_at(self._record)
+        self.uri = tracked_at(self._record)
         tracking.check_server(self.uri)
         with contextlib.ExitStack() as stack:
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
@@ -198,10 +199,10 @@ class Sweep:
             parent = pin(str(parent), self.uri)
             self.config = replace(self.config, base=self.config.base | {"init_from": parent})
             self.trials = [replace(t, config=replace(t.config, init_from=parent)) for t in self.trials]
-        begun, inputs = single.begun_with(self._record), {}
+        begun, inputs = begun_with(self._record), {}
         for trial in self.trials:
             inputs[trial.number] = single.inputs_of(trial.config, cluster, begun)
-            begun = single.origins_of(inputs[trial.number])  # all have the text of the first
+            begun = origins_of(inputs[trial.number])  # all have the text of the first
         return inputs
 
     def _share(self, nodes: list[dict[str, Any]], left: int, alone: bool) -> None:
@@ -233,7 +234,7 @@ class Sweep:
                 tags={"sweep": self.name},
                 experiment=inputs.config.experiment,
             )
-            single.write_record(self._record, self.run_id, self.uri, inputs)
+            write_record(self._record, self.run_id, self.uri, inputs)
         with written_whole(self.run_dir / PLAN) as file:
             file.write(yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True).encode())
 

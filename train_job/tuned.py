@@ -22,7 +22,8 @@ from train_job import outcome, tracking
 from train_job.console import Console
 from train_job.inputs import prepare_inputs
 from train_job.loop import UNBOUNDED, Evaluation, Started
-from train_job.run import Run, begun_with
+from train_job.record import begun_with
+from train_job.run import Run
 from train_job.trials import Ending, Trial, ranked
 from train_job.worker import StopFlag
 
