@@ -276,5 +276,7 @@ class AsyncEngine:
         try:
             self._loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:
+            if not self._loop.is_closed():
+                raise
             return False
         return True

@@ -211,9 +211,9 @@ def burst(replica):
         if thread.name.startswith("engine"):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(RuntimeError))
 actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "#gpt#" in actor["name"]]
-ray.get(ray.get_actor(**actors[0]).__ray_call__.remote(burst))
+ray.get([ray.get_actor(**actor).__ray_call__.remote(burst) for actor in actors])
 """
-"""Throws an exception into the engine's thread, as a fault of its code would."""
+"""Throws an exception into every engine's thread, as a fault of its code would."""
 
 
 @pytest.mark.slow
