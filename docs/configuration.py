@@ -68,7 +68,7 @@ THEIRS = (
     Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` for a cluster elsewhere"),
     Variable("RAY_AUTH_TOKEN", "The cluster's token itself.", "what is in the file"),
     Variable("RAY_AUTH_TOKEN_PATH", "The file with the token.", "`~/.ray/auth_token`"),
-    Variable("RAY_API_SERVER_ADDRESS", "`ray job`: the dashboard that takes the job.", "`http://127.0.0.1:8265`"),
+    Variable("RAY_API_SERVER_ADDRESS", "`ray job`: the dashboard that takes the job.", "what runs here"),
     Variable("RAY_JOB_STOP_WAIT_TIME_S", "Of a cluster: how long a job that is stopped may take to save.", "`3`"),
     Variable("RAY_health_check_period_ms", "Of a cluster: how often its machines are asked.", "Ray's own"),
     Variable("RAY_health_check_timeout_ms", "Of a cluster: how long such an answer may take.", "Ray's own"),
