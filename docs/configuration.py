@@ -61,10 +61,19 @@ THEIRS = (
     ),
     Variable("MLFLOW_TRACKING_USERNAME", "Who asks a tracking server that wants to know."),
     Variable("MLFLOW_TRACKING_PASSWORD", "The password of that user."),
+    Variable("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "`false`: MLflow opens no pickled model.", "`true`"),
     Variable(
         "RAY_ADDRESS", "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of one's own.", "what runs here"
     ),
     Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` for a cluster elsewhere"),
+    Variable("RAY_AUTH_TOKEN", "The cluster's token itself.", "what is in the file"),
+    Variable("RAY_AUTH_TOKEN_PATH", "The file with the token.", "`~/.ray/auth_token`"),
+    Variable("RAY_API_SERVER_ADDRESS", "`ray job`: the dashboard that takes the job.", "what runs here"),
+    Variable("RAY_JOB_STOP_WAIT_TIME_S", "Of a cluster: how long a job that is stopped may take to save.", "`3`"),
+    Variable("RAY_health_check_period_ms", "Of a cluster: how often its machines are asked.", "Ray's own"),
+    Variable("RAY_health_check_timeout_ms", "Of a cluster: how long such an answer may take.", "Ray's own"),
+    Variable("RAY_metrics_report_interval_ms", "How often Ray passes figures on to Prometheus.", "`10000`"),
+    Variable("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", "How long HAProxy waits for an answer.", "for ever"),
     Variable(SWITCH, "What is in front of the replicas: `1` HAProxy, `0` Ray's own proxy.", "`1` where HAProxy is"),
     Variable("HF_HOME", "Hugging Face's folder, for `hf:` models.", "`~/.cache/huggingface`"),
     Variable("HF_HUB_CACHE", "Its cache of models.", "`$HF_HOME/hub`"),
@@ -95,7 +104,7 @@ Made by `{COMMAND}` from the code; a test keeps it current. What the settings ar
 - [Training](#training): flags of `python train_job/run.py`, and names in its YAML
 - [Presets](#presets): named shapes with their recipes
 - [The service](#the-service): `GPT_…` in the environment, or arguments of `serve_app:build_app`
-- [Environment variables](#environment-variables): all that the project reads, and all that it sets"""
+- [Environment variables](#environment-variables): what this project reads, speaks of, or sets"""
 
 TRAINING = """\
 ## Training

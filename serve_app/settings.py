@@ -82,7 +82,11 @@ class ServeSettings:
         40.0, "Least time between two pieces of a streamed text, after the first; 0: a piece for each token.", "ms"
     )
     # Engine
-    slots: int = setting(0, "Sequences that a model decodes together; 0: as many as memory allows.", "sequences")
+    slots: int = setting(
+        0,
+        "Sequences that a model decodes together; 0: as many as half the free memory holds, at most 16, or 64 on CUDA.",
+        "sequences",
+    )
     max_queue: int = setting(
         64, "Requests that may wait for a slot in a replica; one more is answered 503 with Retry-After.", "requests"
     )

@@ -16,8 +16,9 @@ from serve_app.settings import FIELDS
 from train_job.config import build_config, parse_settings, resume_config
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page != PAGE)]
 PACKAGES = ("gptcore", "serve_app", "train_job")
-NAMED = re.compile(r"(?:GPT_FOUNDRY|HF|MLFLOW|RAY|TIKTOKEN)_\w+")
+NAMED = re.compile(r"\b(?:GPT_FOUNDRY|HF|MLFLOW|RAY|TIKTOKEN)_\w+")
 ASKED = {"get", "setdefault", "pop", "getenv"}
 LISTED = OURS + THEIRS + SET
 
@@ -93,9 +94,15 @@ def test_every_environment_variable_that_the_code_names_is_listed() -> None:
     assert missing == [], f"list {', '.join(missing)} in docs/configuration.py, then `make docs`"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_environment_variable_that_a_page_names_is_listed(page: Path) -> None:
+    assert [name for name in NAMED.findall(page.read_text(encoding="utf-8")) if not is_listed(name)] == []
+
+
 @pytest.mark.parametrize("variable", LISTED, ids=lambda variable: variable.name)
 def test_every_listed_variable_is_spoken_of_somewhere(variable: Variable) -> None:
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + [ROOT / "Makefile"]
+    code = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    files = [*code, *PAGES, ROOT / "Makefile", ROOT / "cluster.yaml"]
     assert any(variable.name.rstrip("*") in path.read_text(encoding="utf-8") for path in files)
 
 
