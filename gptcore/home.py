@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from gptcore.errors import ConfigError
-
 
 def checkout() -> Path | None:
     """The folder that this environment's gpt-foundry was installed from, if it was one and still exists."""
@@ -25,15 +23,7 @@ def checkout() -> Path | None:
 
 
 def home() -> Path:
-    """$GPT_FOUNDRY_HOME, else the checkout, else ~/.gpt-foundry. Raises ConfigError if there is no such home."""
+    """$GPT_FOUNDRY_HOME, else the checkout, else ~/.gpt-foundry."""
     if named := os.environ.get("GPT_FOUNDRY_HOME"):
-        return local_path(named).absolute()
-    return checkout() or local_path("~/.gpt-foundry")
-
-
-def local_path(path: str) -> Path:
-    """The path, with ~ as the folder that it stands for. Raises ConfigError if there is none."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"{path!r} begins with a home folder that this machine does not know") from None
+        return Path(named).expanduser().absolute()
+    return checkout() or Path.home() / ".gpt-foundry"

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from gptcore.errors import ConfigError, did_you_mean
-from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable, carried
+from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable
 from serve_app.chat.commands import Chat, Leave
 from serve_app.chat.terminal import Keyboard, Screen
 from serve_app.chat.values import SHAPES, Values, about, default, expected, read_all, written
@@ -72,12 +72,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Values]:
         raise ConfigError(f"--wait is {flags.wait:g}; expected a number of seconds of at least 0")
     if flags.prompt is not None and not flags.prompt.strip():
         raise ConfigError("--prompt is empty; expected the beginning of a text")
-    if flags.model is not None:
-        flags.model = carried(flags.model)
     values = Values()
     for name in SHAPES:
         if given := getattr(flags, name):
-            values.set(name, read_all(name, [carried(text) for text in given]))
+            values.set(name, read_all(name, given))
     return flags, values
 
 
@@ -122,7 +120,7 @@ def answer_each(chat: Chat, lines: Iterable[str]) -> int:
 
 def run(flags: argparse.Namespace, values: Values) -> int:
     """Leads the chat; returns the exit code."""
-    interactive = flags.prompt is None and bool(sys.stdin and sys.stdin.isatty()) and sys.stdout.isatty()
+    interactive = flags.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     patience = flags.wait if flags.wait is not None else (math.inf if interactive else PIPED_PATIENCE_SECONDS)
     remembers = interactive if flags.history is None else flags.history
     service = Service(flags.url, os.environ.get(KEY_VARIABLE, "").strip())
@@ -134,7 +132,7 @@ def run(flags: argparse.Namespace, values: Values) -> int:
             chat.look(quietly=True)  # how much text a model holds
         if flags.prompt is not None:
             return answer_each(chat, [flags.prompt])
-        return answer_each(chat, (line.rstrip("\r\n") for line in sys.stdin or ()))
+        return answer_each(chat, (line.rstrip("\r\n") for line in sys.stdin))
     finally:
         service.close()
 

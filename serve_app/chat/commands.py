@@ -3,7 +3,6 @@
 In comes a line, out goes what the screen shows. What is wrong with it is told in one line, and the chat goes on.
 """
 
-import contextlib
 import getpass
 import os
 import re
@@ -12,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptcore.errors import ConfigError, FoundryError, did_you_mean
-from gptcore.home import local_path
 from serve_app.chat.asking import Answer, ask
-from serve_app.chat.client import ModelEntry, Service, ServiceError, Unreachable, carried
+from serve_app.chat.client import ModelEntry, Service, ServiceError, Unreachable
 from serve_app.chat.conversation import Conversation, Turn
-from serve_app.chat.terminal import Screen, harmless, unechoed
+from serve_app.chat.terminal import Screen, harmless
 from serve_app.chat.values import SHAPES, Values, parameter
 
 NAME_AND_VALUE = re.compile(r"\s*([\w-]*)[ =]?(.*)", re.DOTALL)
@@ -63,12 +61,13 @@ class Chat:
     def prompt(self, line: str) -> Answer:
         """Puts `line` behind the text and has the model go on."""
         opens = not self.remembers or not self.conversation.turns
-        return self._answer(self.conversation.added(carried(line), opens), opens)
+        # What UTF-8 cannot carry was no text to begin with.
+        line = line.encode("utf-8", "replace").decode()
+        return self._answer(self.conversation.added(line, opens), opens)
 
     def _answer(self, said: str, opens: bool) -> Answer:
         before = "" if opens else self.conversation.text
-        with unechoed() if self.screen.interactive else contextlib.nullcontext():
-            answer = self._ask(before + said, len(said))
+        answer = self._ask(before + said, len(said))
         turn = Turn(said, answer.text, opens, answer.cut_short)
         if answer.begun:
             self.conversation.add(turn)
@@ -279,16 +278,12 @@ class Chat:
 
     def retry(self, rest: str) -> None:
         """The last prompt again, in place of its answer."""
-        taken = None if self._unanswered else self.conversation.undo()
-        turn = self._unanswered or taken
+        turn = self._unanswered or self.conversation.undo()
         if turn is None:
             raise ConfigError("there is no prompt to try again yet; write one")
         if turn.answer and self.values.is_set("seed"):
             self.screen.note("the seed is set, so the same text may come again; /seed none draws another")
-        answer = self._answer(turn.said, turn.opens)
-        if taken and not answer.begun:  # there is none in its place
-            self.conversation.add(taken)
-            self._unanswered = None
+        self._answer(turn.said, turn.opens)
 
     def more(self, rest: str) -> None:
         """Has the model go on from its own text."""
@@ -300,7 +295,7 @@ class Chat:
         """The text as a file, which must be new: all of it appears, or nothing."""
         if not rest.strip():
             raise ConfigError("expected /save FILE")
-        path = local_path(rest.strip())
+        path = Path(rest.strip()).expanduser()
         if not self.conversation.turns:
             raise ConfigError("nothing was written yet, so there is nothing to save")
         save(path, harmless(self.conversation.whole()))

@@ -9,13 +9,9 @@ import contextlib
 import os
 import re
 import sys
-import termios
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
-
-from gptcore.errors import ConfigError
-from gptcore.home import local_path
 
 PROMPT, FURTHER = "> ", ". "
 REMEMBERED_LINES = 1000
@@ -86,24 +82,21 @@ class Keyboard:
         self._words = words
         self._file = _history_file()
         readline.set_auto_history(False)
+        readline.set_history_length(REMEMBERED_LINES)
         readline.set_completer_delims(" ")
         readline.set_completer(self._complete)
         readline.parse_and_bind("tab: complete")
         if os.environ.get("TERM") != "dumb":
             readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off: a paste is one prompt
-        for line in remembered(self._file) if self._file else ():
-            readline.add_history(line)
+        if self._file:
+            with contextlib.suppress(OSError):
+                readline.read_history_file(self._file)
 
     def line(self) -> str:
         """The next line; one that ends in a backslash goes on in the next. Raises EOFError and KeyboardInterrupt."""
         line = input(PROMPT)
         while line.endswith("\\"):
-            try:
-                line = f"{line[:-1]}\n{input(FURTHER)}"
-            except EOFError:  # Ctrl-D: there is no next
-                print()
-                line = line[:-1]
-                break
+            line = f"{line[:-1]}\n{input(FURTHER)}"
         self._remember(line)
         return line
 
@@ -113,8 +106,8 @@ class Keyboard:
             return
         self._readline.add_history(line)
         if self._file:
-            with contextlib.suppress(OSError), self._file.open("a", encoding="utf-8", errors="replace") as file:
-                file.write(line.replace("\n", "\\\n") + "\n")
+            with contextlib.suppress(OSError, AttributeError):  # libedit cannot append
+                self._readline.append_history_file(1, self._file)
 
     def _complete(self, begun: str, state: int) -> str | None:
         if not self._readline.get_line_buffer().startswith("/"):
@@ -123,39 +116,15 @@ class Keyboard:
         return f"{fitting[state]} " if state < len(fitting) else None
 
 
-def remembered(file: Path) -> list[str]:
-    """The latest lines that were typed; in the file, one that goes on in the next ends in a backslash, as typed."""
-    try:
-        lines = re.split(r"(?<!\\)\n", file.read_text(encoding="utf-8", errors="replace"))[:-1]
-        if len(lines) > 2 * REMEMBERED_LINES:
-            file.write_text("".join(f"{line}\n" for line in lines[-REMEMBERED_LINES:]), encoding="utf-8")
-    except OSError:
-        return []
-    return [line.replace("\\\n", "\n") for line in lines[-REMEMBERED_LINES:]]
-
-
 def _history_file() -> Path | None:
     """What was typed before, readable by its owner alone; None where it cannot be kept."""
     state = os.environ.get("XDG_STATE_HOME", "")
+    folder = (Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()) / "gpt-foundry"
     try:
-        folder = (Path(state) if os.path.isabs(state) else local_path("~/.local/state")) / "gpt-foundry"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / "chat-history"
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
         path.chmod(0o600)
-    except (OSError, ConfigError):
+    except OSError:
         return None
     return path
-
-
-@contextlib.contextmanager
-def unechoed() -> Iterator[None]:
-    """Keys that are pressed meanwhile do not appear in what is shown; the next prompt has them."""
-    keyboard = sys.stdin.fileno()
-    before = termios.tcgetattr(keyboard)
-    without = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(keyboard, termios.TCSANOW, without)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(keyboard, termios.TCSANOW, before)

@@ -52,13 +52,6 @@ def test_a_target_that_no_run_could_reach_or_miss_is_refused(refused: Refused, n
     assert f"{name} is {float(value)}; expected more than 0, and finite" in said
 
 
-@pytest.mark.parametrize("flag", ["--data", "--init-from", "--storage-path", "--cache-dir"])
-def test_a_home_folder_that_is_not_known_is_named(refused: Refused, flag: str) -> None:
-    assert "'~nobody-at-all/x' begins with a home folder that this machine does not know" in refused(
-        f"{flag}=~nobody-at-all/x", tiny=flag != "--init-from"
-    )
-
-
 def test_a_name_that_no_folder_can_have_is_refused(refused: Refused) -> None:
     assert "name has 300 bytes; expected at most 200" in refused(f"--name={'a' * 300}")
     assert "name is 'a/b'" in refused("--name=a/b")
