@@ -15,7 +15,7 @@ from typing import NoReturn
 from gptcore.errors import ConfigError, did_you_mean
 from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable, carriable
 from serve_app.chat.commands import Chat, Leave
-from serve_app.chat.terminal import Keyboard, Screen
+from serve_app.chat.terminal import Keyboard, Screen, unechoed
 from serve_app.chat.values import SHAPES, Values, about, default, expected, read_all, written
 
 URL = "http://127.0.0.1:8000"
@@ -96,7 +96,8 @@ def converse(chat: Chat) -> int:
             chat.screen.note("Ctrl-D or /quit leaves")
             continue
         try:
-            chat.take(line)
+            with unechoed():
+                chat.take(line)
         except Leave:
             return 0
         except KeyboardInterrupt:
