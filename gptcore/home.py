@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from gptcore.errors import ConfigError, FoundryError
+
 
 def checkout() -> Path | None:
     """The folder that this environment's gpt-foundry was installed from, if it was one and still exists."""
@@ -25,5 +27,13 @@ def checkout() -> Path | None:
 def home() -> Path:
     """$GPT_FOUNDRY_HOME, else the checkout, else ~/.gpt-foundry."""
     if named := os.environ.get("GPT_FOUNDRY_HOME"):
-        return Path(named).expanduser().absolute()
-    return checkout() or Path.home() / ".gpt-foundry"
+        return expanded(named).absolute()
+    return checkout() or expanded("~/.gpt-foundry")
+
+
+def expanded(path: str | Path, kind: type[FoundryError] = ConfigError) -> Path:
+    """`path` with a ~ or ~USER at its beginning replaced; raises an error of that kind if nobody knows what by."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise kind(f"{str(path)!r} begins in a home folder that is not known here; expected the whole path") from None

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptcore.errors import HubError, did_you_mean
-from gptcore.home import home
+from gptcore.home import expanded, home
 from gptcore.package import PICKLE, PICKLES, WEIGHTS, lacking
 
 KINDS = (
@@ -50,7 +50,7 @@ def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None
         return _from_hugging_face(name.removeprefix("hf:"))
     if "://" in name:
         return _fetch(name, into or home() / ".cache" / "packages")
-    folder = Path(name).expanduser()
+    folder = expanded(name, HubError)
     if folder.is_dir():
         return _package_inside(folder.absolute(), name)
     if folder.exists():
@@ -257,7 +257,7 @@ def _cache() -> Path:
     env = os.environ
     cache = env.get("XDG_CACHE_HOME") or "~/.cache"
     folder = env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or Path(cache) / "huggingface") / "hub"
-    return Path(folder).expanduser()
+    return expanded(folder, HubError)
 
 
 def _best_snapshot(folders: list[Path]) -> tuple[Path | None, list[str]]:

@@ -18,7 +18,7 @@ from typing import Any
 from gptcore.config import setting
 from gptcore.engine.settings import CHOICES, EngineSettings
 from gptcore.errors import ConfigError, did_you_mean
-from gptcore.home import home
+from gptcore.home import expanded, home
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ def absolute_source(source: str) -> str:
     """`source` as it is understood in any folder; only a path depends on where one stands."""
     if source.startswith(("models:/", "runs:/", "hf:")) or "://" in source:
         return source
-    return str(Path(source).expanduser().absolute())
+    return str(expanded(source).absolute())
 
 
 def _convert(name: str, value: Any) -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gptcore.errors import ConfigError, CorpusError, did_you_mean
+from gptcore.home import expanded
 from train_job.files import copy_name, download, sha256, written_whole
 from train_job.pieces import PIECE_BYTES, Piece, Scan, builtin_piece, cut_piece, scan_parquet, scan_text
 from train_job.remote import Origin, copies, in_store, listed
@@ -109,7 +110,7 @@ def locate(data: str, cache_dir: Path, refresh: bool = True) -> list[Path]:
         name = Path(urlsplit(data).path).name or "index"
         copy = cache_dir.absolute() / "downloads" / copy_name(data, name)
         return [download(data, copy, refresh)]
-    path = Path(data.removeprefix("file://")).expanduser()
+    path = expanded(data.removeprefix("file://"), CorpusError)
     if path.is_file():
         return [path.absolute()]
     if path.is_dir():

@@ -15,7 +15,7 @@ import torch
 
 from gptcore.config import ModelConfig
 from gptcore.errors import ConfigError
-from gptcore.home import home
+from gptcore.home import expanded, home
 from gptcore.hub import resolve
 from gptcore.model import GPT
 from gptcore.package import Package, open_package
@@ -53,7 +53,7 @@ def cache_dir(config: TrainConfig) -> Path:
     """Where token shards, learned tokenizers and downloads are kept."""
     if not config.cache_dir or shard_store(config):
         return home() / ".cache"
-    return Path(config.cache_dir).expanduser().absolute()
+    return expanded(config.cache_dir).absolute()
 
 
 def shard_store(config: TrainConfig) -> str | None:

@@ -35,7 +35,7 @@ if os.environ.get("RAY_ADDRESS", "local") not in ("auto", "local") and (Path.hom
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 from gptcore.errors import ConfigError, FoundryError, TrainingError, did_you_mean  # noqa: E402
-from gptcore.home import home  # noqa: E402
+from gptcore.home import expanded, home  # noqa: E402
 from train_job.cluster import (  # noqa: E402
     check_storage,
     fetch_record,
@@ -120,7 +120,7 @@ def places(given: dict[str, Any]) -> tuple[str, Path]:
     storage = str(given.get("storage_path") or home() / "runs")
     if "://" in storage:
         check_storage(storage)
-    return storage, home() / "runs" if "://" in storage else Path(storage).expanduser().absolute()
+    return storage, home() / "runs" if "://" in storage else expanded(storage).absolute()
 
 
 def checked_name(name: str) -> str:
@@ -137,7 +137,7 @@ def checked_name(name: str) -> str:
 def absolute(config: TrainConfig, storage: str, local: Path) -> TrainConfig:
     """Workers have another folder and another environment than the driver: what they look up is made absolute."""
     cache = config.cache_dir or str(home() / ".cache")
-    cache = cache if "://" in cache else str(Path(cache).expanduser().absolute())
+    cache = cache if "://" in cache else str(expanded(cache).absolute())
     return replace(config, storage_path=storage if "://" in storage else str(local), cache_dir=cache)
 
 

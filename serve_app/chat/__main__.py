@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from gptcore.errors import ConfigError, did_you_mean
-from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable
+from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable, carriable
 from serve_app.chat.commands import Chat, Leave
-from serve_app.chat.terminal import Keyboard, Screen
+from serve_app.chat.terminal import Keyboard, Screen, unechoed
 from serve_app.chat.values import SHAPES, Values, about, default, expected, read_all, written
 
 URL = "http://127.0.0.1:8000"
@@ -41,7 +41,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Values]:
         allow_abbrev=False,
     )
     parser.add_argument("--url", default=URL, help="the service (%(default)s)")
-    parser.add_argument("--model", metavar="NAME", help="one of the service's models; none: its default")
+    parser.add_argument(
+        "--model", type=carriable, metavar="NAME", help="one of the service's models; none: its default"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="answers this alone")
     parser.add_argument(
         "--history",
@@ -94,7 +96,8 @@ def converse(chat: Chat) -> int:
             chat.screen.note("Ctrl-D or /quit leaves")
             continue
         try:
-            chat.take(line)
+            with unechoed():
+                chat.take(line)
         except Leave:
             return 0
         except KeyboardInterrupt:
@@ -139,7 +142,10 @@ def run(flags: argparse.Namespace, values: Values) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this: nothing is read from it, and nobody reads it
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what is no UTF-8, either way, must not end the chat
     try:

@@ -7,14 +7,15 @@ ended before its time. A generator that is closed closes its connection, by whic
 
 import ipaddress
 import json
+import os
 import ssl
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from gptcore.errors import ConfigError, FoundryError
 
@@ -25,6 +26,9 @@ SILENT_SECONDS = 600.0
 LONGEST_WAIT_SECONDS = 3600.0
 SHOWN = 200
 """Characters of a name or message that nobody promised to keep short."""
+LARGEST = 2**63 - 1
+NONSENSE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+"""What comes of JSON that is not what it should be: an infinite number and a thousand brackets are JSON too."""
 
 
 class Unreachable(FoundryError):
@@ -53,18 +57,27 @@ class ServiceError(FoundryError):
         return self.status in (429, 502, 503)
 
 
+def carriable(text: str) -> str:
+    """`text` as UTF-8 can carry it; a half of a surrogate pair was no text to begin with."""
+    return text.encode("utf-8", "replace").decode()
+
+
+Name = Annotated[str, AfterValidator(carriable)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """What `GET /models` says of a model, as far as the chat shows it."""
 
-    name: str
-    state: str = ""
+    name: Name
+    state: Name = ""
     default: bool = False
-    version: str | None = None
-    context_length: int | None = None
-    parameters: int | None = None
+    version: Name | None = None
+    context_length: Count | None = None
+    parameters: Count | None = None
     bits_per_byte: float | None = None
-    error: str | None = None
+    error: Name | None = None
 
 
 LISTING = TypeAdapter(list[ModelEntry])
@@ -84,15 +97,11 @@ class Piece:
 
 
 class Service:
-    """One service, at one address. Raises ConfigError for an address or a key that can be none."""
+    """One service, at one address. Raises ConfigError for an address, a key or a proxy that can be none."""
 
     def __init__(self, url: str, key: str = "") -> None:
         self.url = checked_url(url)
-        self._client = httpx2.Client(
-            base_url=self.url,
-            timeout=httpx2.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
-            trust_env=not is_loopback(self.url.host),  # no proxy leads back to this machine
-        )
+        self._client = _client(self.url)
         self.use_key(key)
 
     def use_key(self, key: str) -> None:
@@ -111,7 +120,7 @@ class Service:
             raise self._refusal(reply)
         try:
             return LISTING.validate_python(reply.json()["models"])
-        except (ValueError, TypeError, LookupError):
+        except NONSENSE:
             raise self._foreign("GET /models has no list of models") from None
 
     def generate(self, body: Mapping[str, Any]) -> Generator[Piece, None, None]:
@@ -151,15 +160,15 @@ class Service:
             choice = event["choices"][0] if event["choices"] else {}
             usage = event.get("usage") or {}
             return Piece(
-                model=str(event["model"])[:SHOWN],
-                version=str(event["version"])[:SHOWN],
+                model=carriable(str(event["model"]))[:SHOWN],
+                version=carriable(str(event["version"]))[:SHOWN],
                 seed=int(event["seed"]),
-                text=str(choice.get("text") or ""),
+                text=carriable(str(choice.get("text") or "")),
                 tokens=len(choice.get("logprobs") or ()),
-                end=str(choice.get("finish_reason") or "") or None,
-                total_tokens=int(usage["total_tokens"]) if usage else None,
+                end=carriable(str(choice.get("finish_reason") or "")) or None,
+                total_tokens=min(int(usage["total_tokens"]), LARGEST) if usage else None,
             )
-        except (ValueError, TypeError, LookupError, AttributeError):
+        except NONSENSE:
             raise self._foreign("an event is not what it should be") from None
 
     @contextmanager
@@ -181,7 +190,7 @@ class Service:
         status, known = reply.status_code, True
         try:
             body = reply.json()
-        except ValueError:
+        except NONSENSE:
             body, known = {}, False
         message = _message(body)
         if status == 401:
@@ -195,6 +204,26 @@ class Service:
 
     def _foreign(self, what: str) -> ServiceError:
         return ServiceError(f"{self.url} does not answer as a GPT Foundry service does: {what}")
+
+
+def _client(url: httpx2.URL) -> httpx2.Client:
+    """The library's client. Raises ConfigError if the environment has a proxy or certificates that it cannot use."""
+    try:
+        return httpx2.Client(
+            base_url=url,
+            timeout=httpx2.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
+            trust_env=not is_loopback(url.host),  # no proxy leads back to this machine
+        )
+    except OSError as error:  # ssl's own are among them
+        file = os.environ.get("SSL_CERT_FILE")
+        raise ConfigError(f"SSL_CERT_FILE is {file!r}; expected a file of certificates ({_reason(error)})") from None
+    except ImportError:
+        raise ConfigError("the environment names a SOCKS proxy, which needs a package: pip install socksio") from None
+    except (ValueError, httpx2.InvalidURL) as error:  # the library hides a password in what it says
+        raise ConfigError(
+            f"the environment names a proxy that cannot be one: {error}; expected http://HOST:PORT in HTTP_PROXY, "
+            "HTTPS_PROXY and ALL_PROXY"
+        ) from None
 
 
 def checked_url(text: str) -> httpx2.URL:
@@ -226,7 +255,8 @@ def is_loopback(host: str) -> bool:
 
 def _message(body: Any) -> str:
     error = body.get("error") if isinstance(body, dict) else None
-    return str(error.get("message") or "") if isinstance(error, dict) else ""
+    message = error.get("message") if isinstance(error, dict) else None
+    return carriable(message) if isinstance(message, str) else ""
 
 
 def _seconds(text: str | None) -> float | None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptcore.errors import ConfigError, FoundryError, did_you_mean
+from gptcore.home import expanded
 from serve_app.chat.asking import Answer, ask
-from serve_app.chat.client import ModelEntry, Service, ServiceError, Unreachable
+from serve_app.chat.client import ModelEntry, Service, ServiceError, Unreachable, carriable
 from serve_app.chat.conversation import Conversation, Turn
 from serve_app.chat.terminal import Screen, harmless
 from serve_app.chat.values import SHAPES, Values, parameter
@@ -61,9 +62,7 @@ class Chat:
     def prompt(self, line: str) -> Answer:
         """Puts `line` behind the text and has the model go on."""
         opens = not self.remembers or not self.conversation.turns
-        # What UTF-8 cannot carry was no text to begin with.
-        line = line.encode("utf-8", "replace").decode()
-        return self._answer(self.conversation.added(line, opens), opens)
+        return self._answer(self.conversation.added(carriable(line), opens), opens)
 
     def _answer(self, said: str, opens: bool) -> Answer:
         before = "" if opens else self.conversation.text
@@ -277,13 +276,18 @@ class Chat:
         self.screen.note(f"taken back: {said or 'what was added without a prompt'}" if turn else "nothing to take back")
 
     def retry(self, rest: str) -> None:
-        """The last prompt again, in place of its answer."""
-        turn = self._unanswered or self.conversation.undo()
+        """The last prompt again, in place of its answer, which stays if no other comes."""
+        old = None if self._unanswered else self.conversation.undo()
+        turn = self._unanswered or old
         if turn is None:
             raise ConfigError("there is no prompt to try again yet; write one")
         if turn.answer and self.values.is_set("seed"):
             self.screen.note("the seed is set, so the same text may come again; /seed none draws another")
-        self._answer(turn.said, turn.opens)
+        answer = self._answer(turn.said, turn.opens)
+        if old and not answer.begun:
+            self.conversation.add(old)
+            self._unanswered = None
+            self.screen.note("the answer of before stays")
 
     def more(self, rest: str) -> None:
         """Has the model go on from its own text."""
@@ -295,7 +299,7 @@ class Chat:
         """The text as a file, which must be new: all of it appears, or nothing."""
         if not rest.strip():
             raise ConfigError("expected /save FILE")
-        path = Path(rest.strip()).expanduser()
+        path = expanded(rest.strip())
         if not self.conversation.turns:
             raise ConfigError("nothing was written yet, so there is nothing to save")
         save(path, harmless(self.conversation.whole()))

@@ -1,17 +1,23 @@
 """Keyboard and screen: lines in, with editing and a history of what was typed; text out that cannot steer a terminal.
 
 `Screen` is the only way to the terminal. Whatever the model, the service or a file says, escape sequences lose their
-first character on the way. `Keyboard` is readline's: arrow keys, Ctrl-R, Tab for commands, pastes of several lines.
-What was typed is kept between sessions in the user's state folder, where nobody else may read it.
+first character on the way. `Keyboard` is readline's: arrow keys, Ctrl-R, Tab for commands, pastes of several lines; a
+Python without readline has plain lines. What was typed is kept between sessions in the user's state folder, where
+nobody else may read it.
 """
 
 import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import termios
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
+
+from gptcore.errors import ConfigError
+from gptcore.home import expanded
 
 PROMPT, FURTHER = "> ", ". "
 REMEMBERED_LINES = 1000
@@ -76,11 +82,31 @@ class Keyboard:
     """Lines as they are typed. `words` gives what Tab completes a line's beginning to."""
 
     def __init__(self, words: Callable[[], Sequence[str]]) -> None:
-        import readline  # changes how input() works, and says things to some terminals: only for whoever types
-
-        self._readline = readline
         self._words = words
-        self._file = _history_file()
+        self._readline: ModuleType | None = None
+        self._file: Path | None = None
+        with contextlib.suppress(ImportError):  # not every Python has it
+            import readline  # changes how input() works, and says things to some terminals: only for whoever types
+
+            self._readline, self._file = readline, history_file()
+            self._set_up(readline)
+
+    def line(self) -> str:
+        """The next line; one that ends in a backslash goes on in the next, unless Ctrl-D ends it there.
+
+        Raises EOFError and KeyboardInterrupt.
+        """
+        line = input(PROMPT)
+        while line.endswith("\\"):
+            try:
+                line = f"{line[:-1]}\n{input(FURTHER)}"
+            except EOFError:
+                print()
+                line = line.rstrip("\\")
+        self._remember(line)
+        return line
+
+    def _set_up(self, readline: ModuleType) -> None:
         readline.set_auto_history(False)
         readline.set_history_length(REMEMBERED_LINES)
         readline.set_completer_delims(" ")
@@ -88,43 +114,86 @@ class Keyboard:
         readline.parse_and_bind("tab: complete")
         if os.environ.get("TERM") != "dumb":
             readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off: a paste is one prompt
-        if self._file:
-            with contextlib.suppress(OSError):
-                readline.read_history_file(self._file)
-
-    def line(self) -> str:
-        """The next line; one that ends in a backslash goes on in the next. Raises EOFError and KeyboardInterrupt."""
-        line = input(PROMPT)
-        while line.endswith("\\"):
-            line = f"{line[:-1]}\n{input(FURTHER)}"
-        self._remember(line)
-        return line
+        for line in remembered(self._file) if self._file else ():
+            readline.add_history(line)
 
     def _remember(self, line: str) -> None:
+        if not self._readline or not line.strip():
+            return
         count = self._readline.get_current_history_length()
-        if not line.strip() or (count and self._readline.get_history_item(count) == line):
+        if count and self._readline.get_history_item(count) == line:
             return
         self._readline.add_history(line)
         if self._file:
-            with contextlib.suppress(OSError, AttributeError):  # libedit cannot append
-                self._readline.append_history_file(1, self._file)
+            remember(self._file, line)
 
     def _complete(self, begun: str, state: int) -> str | None:
-        if not self._readline.get_line_buffer().startswith("/"):
+        if not self._readline or not self._readline.get_line_buffer().startswith("/"):
             return None
         fitting = [word for word in self._words() if word.startswith(begun)]
         return f"{fitting[state]} " if state < len(fitting) else None
 
 
-def _history_file() -> Path | None:
-    """What was typed before, readable by its owner alone; None where it cannot be kept."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    folder = (Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()) / "gpt-foundry"
+@contextlib.contextmanager
+def unechoed() -> Iterator[None]:
+    """Keys that are typed meanwhile do not show in between; whoever reads a line next gets them.
+
+    A shell puts the echo back for itself when the chat is suspended.
+    """
+    before = termios.tcgetattr(sys.stdin)
     try:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, [*before[:3], before[3] & ~termios.ECHO, *before[4:]])
+        yield
+    finally:
+        with contextlib.suppress(termios.error):  # the terminal was closed
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+# --- what was typed before: lines in a file; one that ends in a backslash goes on in the next, as at the prompt
+
+
+def history_file() -> Path | None:
+    """Where it is kept, readable by its owner alone; None where it cannot be kept."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    try:
+        folder = (Path(state) if os.path.isabs(state) else expanded("~/.local/state")) / "gpt-foundry"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / "chat-history"
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
         path.chmod(0o600)
-    except OSError:
+    except (ConfigError, OSError):
         return None
     return path
+
+
+def remembered(path: Path) -> list[str]:
+    """The newest that was typed, in its order; the file is made shorter if it holds much more."""
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+        entries = [harmless(entry.replace("\\\n", "\n")) for entry in re.split(r"(?<!\\)\n", text) if entry]
+        kept = entries[-REMEMBERED_LINES:]
+        if len(entries) > 2 * len(kept):
+            _write_anew(path, kept)
+    except OSError:
+        return []
+    return kept
+
+
+def remember(path: Path, line: str) -> None:
+    """Adds what was typed, if the disk takes it."""
+    with contextlib.suppress(OSError), path.open("ab") as file:
+        file.write(_written(line))
+
+
+def _written(line: str) -> bytes:
+    return line.replace("\n", "\\\n").encode("utf-8", "replace") + b"\n"
+
+
+def _write_anew(path: Path, lines: Sequence[str]) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.touch(0o600)
+    try:
+        beside.write_bytes(b"".join(map(_written, lines)))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -175,7 +175,7 @@ def _texts(text: str) -> str | list[str]:
     if text.startswith(("[", '"')):
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # then it is a text that begins like that
     return _unescaped(text)
 

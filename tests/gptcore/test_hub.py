@@ -24,6 +24,8 @@ def test_a_name_that_leads_nowhere_says_what_is_expected_and_what_is_near(packag
         resolve(str(package.path) + "s")
     with pytest.raises(HubError, match=r"README\.md' is a file"):
         resolve(str(package.path / "README.md"))
+    with pytest.raises(HubError, match="'~nobody-of-this-name/x' begins in a home folder that is not known here"):
+        resolve("~nobody-of-this-name/x")
 
 
 def test_hugging_faces_cache_is_used_without_its_client(

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,12 @@ def speaking(make_package: MakePackage) -> Iterator[Running]:
 class Terminal:
     """A chat in a pseudo-terminal. What its screen got since the last look is in `seen`."""
 
-    def __init__(self, url: str, *flags: str, home: Path, **environment: str) -> None:
+    def __init__(self, url: str, *flags: str, home: Path, command: Sequence[str] = CHAT, **environment: str) -> None:
         # A dumb terminal gets nothing but text from readline: all control characters are somebody else's.
         plain = {"TERM": "dumb", "XDG_STATE_HOME": str(home), "PYTHONUTF8": "1", KEY_VARIABLE: ""}
         self.process = pexpect.spawn(
-            CHAT[0],
-            [*CHAT[1:], "--url", url, *flags],
+            command[0],
+            [*command[1:], "--url", url, *flags],
             env=os.environ | plain | environment,  # type: ignore[arg-type]
             encoding="utf-8",
             codec_errors="replace",  # a line that is scrolled sideways may be shown from within a character

@@ -171,8 +171,14 @@ def test_a_service_that_is_away_is_waited_for_and_no_prompt_is_lost(open_chat: O
     assert "stopped; /retry asks again" in chat.prompt()
     relay.listen()
     chat.ask("/retry")
-    assert "> Once more" in chat.do("/history")
+    written = chat.do("/history")
+    assert "> Once more" in written
     relay.cut()
+    chat.type("/retry")
+    chat.see(r"Ctrl-C stops\r\n")
+    chat.process.sendintr()
+    assert "the answer of before stays" in chat.prompt()
+    assert chat.do("/history") == written
 
 
 def test_an_answer_that_breaks_off_is_kept_and_can_be_tried_again(open_chat: Open, service: Running) -> None:
@@ -260,6 +266,13 @@ def test_what_was_typed_comes_back_with_the_arrow_key_and_is_private(
     later.see("length reached")
     later.process.sendline("/history")
     later.see("> Once\r\nupon\r\n")
+    assert kept.read_text().endswith("Once\\\nupon\n/history\n")
+    last = open_chat(service.url, "--max-new-tokens", "3", "--ignore-eos", TERM="xterm", ready=False)
+    last.see("Ctrl-D leaves")
+    last.process.send("\x1b[A\x1b[A\r")
+    last.see("length reached")
+    last.process.sendline("/history")
+    last.see("> Once\r\nupon\r\n")
 
 
 def test_a_paste_of_lines_text_of_any_script_and_a_long_line_are_prompts(chat: Terminal, service: Running) -> None:

@@ -1,23 +1,25 @@
 """The chat's settings and flags, and the chat in a pipe: what it is told, what it writes, how it ends."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serve_app.chat.__main__ import main
-from serve_app.chat.client import KEY_VARIABLE
+from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError
 from serve_app.chat.terminal import harmless
 from serve_app.chat.values import SHAPES
 from serve_app.parameters import Parameters
 from serve_app.schemas import GenerateRequest
 from serve_app.settings import ServeSettings
-from tests.serve_app.chatting import LONG, Terminal, api, on_screen, piped, speaking
+from tests.serve_app.chatting import CHAT, LONG, Terminal, api, on_screen, piped, speaking
 from tests.serve_app.conftest import MakePackage
 from tests.serve_app.relay import Relay, saying
 from tests.serve_app.running import Running, running
@@ -97,6 +99,7 @@ def test_what_is_wrong_is_said_in_one_line_and_the_chat_goes_on(chat: Terminal) 
         "/retry": "error: there is no prompt to try again yet",
         "/more": "error: there is no text to go on from yet",
         "/save": "error: expected /save FILE",
+        "/save ~nobody-of-this-name/x.txt": "error: '~nobody-of-this-name/x.txt' begins in a home folder that is not",
         "/key abc": "error: a key that is typed in the open",
     }
     for line, expected in said.items():
@@ -120,6 +123,7 @@ def test_every_setting_has_a_flag(service: Running, capsys: pytest.CaptureFixtur
     [
         (["--temperature", "hot"], "temperature is 'hot'; expected a number of at least 0"),
         (["--temprature", "1"], "Did you mean '--temperature'?"),
+        (["--stop", "[" * 5000], "stop is '[[[[[["),
         (["--prompt", " "], "--prompt is empty; expected the beginning of a text"),
         (["--wait", "-1"], "--wait is -1; expected"),
         (["--api-key", KEY], f"expected it in {KEY_VARIABLE}"),
@@ -134,6 +138,31 @@ def test_wrong_flags_end_with_one_line_and_2(
     flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--prompt", "x", *flags]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert KEY not in error
+
+
+AWAY = "http://192.0.2.1:9"
+"""An address that leads nowhere and is not this machine, so the environment's proxies hold for it."""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("ALL_PROXY", f"socks5://user:{KEY}@host:1", "a SOCKS proxy, which needs a package: pip install socksio"),
+        ("HTTP_PROXY", f"foo://user:{KEY}@host", "a proxy that cannot be one: Unknown scheme"),
+        ("HTTPS_PROXY", f"http://user:{KEY}@host:port", "a proxy that cannot be one: Invalid port: 'port'"),
+        ("SSL_CERT_FILE", "/missing", "SSL_CERT_FILE is '/missing'; expected a file of certificates (no such file"),
+        ("SSL_CERT_FILE", __file__, "expected a file of certificates ([x509"),
+    ],
+)
+def test_an_environment_that_leads_nowhere_ends_with_one_line_and_2(
+    name: str, value: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main(["--url", AWAY, "--prompt", "x"]) == 2
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
@@ -184,6 +213,38 @@ EVENT = (
     b'data: {"model":"m\\u001b[31m","version":"1","seed":1,"choices":[{"index":0,"text":"a\\u001b]0;x\\u0007b"}]}\n\n'
 )
 
+DEEP = b"[" * 5000 + b"]" * 5000
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        DEEP,
+        b'[{"name": "a", "parameters": 1' + b"0" * 400 + b"}]",
+        b'[{"name": "a", "context_length": -1}]',
+        b'[{"name": "a", "context_length": 1e999}]',
+    ],
+)
+def test_a_list_of_models_that_is_none_is_one_error(models: bytes) -> None:
+    with (
+        saying(head(kind="application/json") + b'{"models": ' + models + b"}") as url,
+        closing(Service(url)) as service,
+        pytest.raises(ServiceError, match="GET /models has no list of models"),
+    ):
+        service.models()
+
+
+def test_a_model_of_a_name_that_is_no_text_is_the_services_to_refuse(service: Running) -> None:
+    done = piped(service.url, "--model", os.fsdecode(b"\xff"), given="The\n")
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"there is no model '?'" in done.stderr
+
+
+def test_a_closed_input_is_an_empty_one() -> None:
+    shell = ["sh", "-c", '"$@" <&-', "sh", *CHAT, "--url", "http://127.0.0.1:9"]
+    done = subprocess.run(shell, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
 
 @pytest.mark.parametrize(
     ("reply", "expected"),
@@ -199,6 +260,11 @@ EVENT = (
         (head() + b"data: no json\n\n", "an event is not what it should be"),
         (head() + b"data: []\n\n", "an event is not what it should be"),
         (head() + b'data: {"choices": 5}\n\n', "an event is not what it should be"),
+        (head() + EVENT.replace(b'"seed":1', b'"seed":1e999'), "an event is not what it should be"),
+        (head() + b"data: " + DEEP + b"\n\n", "an event is not what it should be"),
+        (head() + EVENT.replace(b'"1"', DEEP), "an event is not what it should be"),
+        (head("500 Oh", "application/json") + DEEP, "status 500"),
+        (head("400 No", "application/json") + b'{"error": {"message": "a\\ud800b"}}', "error: a?b"),
         (head() + b"\xff\xfe\x00\n\n", "closed before the text was complete"),
         (head(), "closed before the text was complete"),
         (head() + EVENT, "closed before the text was complete"),

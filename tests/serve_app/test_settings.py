@@ -123,6 +123,7 @@ def test_a_tracking_uri_is_the_given_one_then_mlflows_then_the_embedded_database
         ({"dtype": "bf16"}, "dtype", "Did you mean 'bfloat16'?"),
         ({"log_level": "loud"}, "log_level", "debug, info"),
         ({"port": 70000}, "port", "at most 65535"),
+        ({"model": "~nobody-of-this-name/x"}, None, "'~nobody-of-this-name/x' begins in a home folder"),
         ({"models": "gpt2"}, "models", "'gpt2'; expected NAME=SOURCE"),
         ({"models": "a=x,a=y"}, "models", "each name once"),
         ({"models": 3}, "models", "expected texts"),

@@ -78,6 +78,12 @@ def test_a_missing_corpus_is_named(refused: Refused, text_file: Path) -> None:
     assert "Did you mean 'rhyme.txt'" in answer
 
 
+@pytest.mark.parametrize("flag", ["--data", "--init-from", "--storage-path", "--cache-dir"])
+def test_a_home_folder_of_nobody_is_named(refused: Refused, flag: str, text_file: Path) -> None:
+    answer = refused(f"--data={text_file}", f"{flag}=~nobody-of-this-name/x", tiny=flag != "--init-from")
+    assert "'~nobody-of-this-name/x' begins in a home folder that is not known here" in answer
+
+
 def test_an_empty_corpus_is_named(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     assert "empty" in refused(f"--data={tmp_path / 'empty.txt'}")
