@@ -154,13 +154,13 @@ def test_the_sweep_leaves_a_table_figures_and_the_weights_of_the_best_alone(swep
     assert {path.parts[-3] for path in job.run_dir.glob("swept-*/checkpoint_*/model.safetensors")} == kept
 
 
-SHORT_AND_LONG = "search: {max_steps: [20, 600]}\ngrid: true\nconcurrency: 1\nasha: false\n"
+SHORT_AND_LONG = "search: {max_steps: [20, 2000]}\ngrid: true\nconcurrency: 1\nasha: false\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_sweep_that_was_stopped_goes_on_where_it_was(sweeps: Sweeps, number: signal.Signals) -> None:
     name = f"stopped-{number.name.lower()}"
-    job = sweeps(name, SHORT_AND_LONG, "--eval-interval=100", "--schedule=linear")
+    job = sweeps(name, SHORT_AND_LONG, "--eval-interval=200", "--schedule=linear")
     job.await_line(rf"^{name}-01 .*max_steps at step 20")
     job.await_line(r"02 step \d+, ")
     job.process.send_signal(number)
@@ -180,7 +180,7 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(sweeps: Sweeps, number: s
     assert len(list((job.run_dir / f"{name}-01").glob("training_*.log"))) == 1, "a finished trial was run again"
     logs = "".join(path.read_text() for path in (job.run_dir / f"{name}-02").glob("training_*.log"))
     assert "resumed   from step" in logs
-    assert steps(job, runs["02"], "val/bits_per_byte") == list(range(100, 601, 100))
+    assert steps(job, runs["02"], "val/bits_per_byte") == list(range(200, 2001, 200))
 
 
 @pytest.mark.parametrize("working_dir", [False, True])
