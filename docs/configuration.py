@@ -78,6 +78,7 @@ THEIRS = (
     Variable("HF_HOME", "Hugging Face's folder, for `hf:` models.", "`~/.cache/huggingface`"),
     Variable("HF_HUB_CACHE", "Its cache of models.", "`$HF_HOME/hub`"),
     Variable("TIKTOKEN_CACHE_DIR", "Where tiktoken looks for GPT-2's vocabulary before it downloads it."),
+    Variable("SSL_CERT_FILE", "The certificates that downloads and the chat trust.", "those of the libraries"),
 )
 SET = (
     Variable("RAY_USAGE_STATS_ENABLED", "Ray reports nothing home.", "`0`"),

