@@ -1,9 +1,18 @@
-"""Fixtures for data that lies beside a checkout: canonical tiny Shakespeare and GPT-2's real vocabulary."""
+"""What holds for all tests, and fixtures for data that lies beside a checkout.
+
+The data are canonical tiny Shakespeare and GPT-2's real vocabulary.
+"""
 
 import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from tests.chance import forget_the_project
+
+settings.load_profile("same")
+forget_the_project()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
