@@ -3,10 +3,13 @@
 The data are canonical tiny Shakespeare and GPT-2's real vocabulary.
 """
 
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.chance import forget_the_project
@@ -16,6 +19,24 @@ forget_the_project()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among workers, a file's tests stay together, since they share fixtures; those on clusters begin first."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+    items.sort(key=lambda item: "tests/system" not in item.path.as_posix())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
