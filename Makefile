@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # Half of a test on a cluster is waiting, so three at once are what two cores can do.
 WORKERS ?= 3
-# Strings hash alike in every run, so sets have one order in all of them.
-PYTEST := PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# Strings hash alike in every run, so sets have one order in all of them. One thread of torch in each process: two would
+# wait for each other's core.
+PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
