@@ -1,8 +1,9 @@
 """Ports for servers that a test starts, each handed out once.
 
 A port that is only looked up may be taken before the server listens: by another test's server, or as the near end of
-anybody's connection. So these lie below those that a system gives out by itself (from 32768 on Linux) and above those
-of Ray's workers (10002 to 19999), and a lock says whose they are for as long as the process lives.
+anybody's connection. So these lie below those that a system gives out by itself (from 32768 on Linux) and between those
+of Ray's workers (10002 to 19999) and of Ray Serve's replicas (from 30000), and a lock says whose they are for as long
+as the process lives.
 """
 
 import fcntl
@@ -13,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 LOCKS = Path(tempfile.gettempdir()) / f"gpt-foundry-ports-{os.getuid()}"
-_candidates = iter(range(20_000, 32_000))
+_candidates = iter(range(20_000, 30_000))
 _held: list[int] = []
 
 
@@ -31,7 +32,7 @@ def free_port() -> int:
             continue
         _held.append(lock)  # open, and so locked, until this process ends
         return port
-    raise AssertionError("no port from 20000 to 31999 is free")
+    raise AssertionError("no port from 20000 to 29999 is free")
 
 
 def free_ports(count: int) -> list[int]:

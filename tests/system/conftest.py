@@ -59,6 +59,7 @@ def started(home: Path, **env: str) -> Iterator[Cluster]:
                 f"--dashboard-agent-listen-port={agent}",  # one of its own: submitted jobs are run by the agent
                 f"--temp-dir={scratch}",
                 f"--ray-client-server-port={client}",
+                "--object-store-memory=500000000",  # by default a third of what is free, for each cluster
                 "--disable-usage-stats",
             ],
             cwd=ROOT,
