@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gptcore.errors import FoundryError, HubError, NoMemory, QueueFull
+from gptcore.redact import without_password
 from serve_app.errors import ApiError
 from serve_app.loading import MakeEngine, ServedModel, alias_of, load
 from serve_app.registry import Registry
@@ -71,7 +72,7 @@ def refusal(error: Exception, before: Refusal | None, first_wait: float) -> Refu
 
 def reason_of(error: BaseException) -> str:
     """One line for people; the type's name where the message alone would not say much."""
-    text = " ".join(str(error).split())
+    text = without_password(" ".join(str(error).split()))
     return text if isinstance(error, FoundryError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 

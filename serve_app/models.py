@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from gptcore.engine.engine import Engine
 from gptcore.errors import EngineError, did_you_mean
+from gptcore.redact import without_password
 from serve_app.errors import ApiError
 from serve_app.loading import MakeEngine, ServedModel
 from serve_app.model import Model, OnReload
@@ -181,7 +182,7 @@ class Models:
     def _status(self, name: str, model: Model) -> ModelStatus:
         status = ModelStatus(
             name=name,
-            source=model.source,
+            source=without_password(model.source),
             state=model.state,
             default=name == self.default,
             canary_share=self._canary.share if self._canary and name == self._canary_name else None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import HubError
-from gptcore.hub import without_password
+from gptcore.redact import without_password
 
 HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 """Unless the environment says otherwise: MLflow's own defaults keep a thread waiting for minutes."""

@@ -12,6 +12,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptcore.redact import without_password
 from train_job.files import written_whole
 
 if TYPE_CHECKING:
@@ -32,11 +33,10 @@ def tracked_at(record: Path) -> str:
 
 def write_record(record: Path, run_id: str, uri: str, inputs: Inputs) -> None:
     """Keeps which MLflow run a folder belongs to, and the objects that its text was read from."""
-    from train_job.spool import kept
 
     text = {name: [astuple(origin) for origin in origins] for name, origins in origins_of(inputs).items()}
     with written_whole(record) as file:
-        file.write(json.dumps({"run_id": run_id, "tracking_uri": kept(uri), "text": text}).encode())
+        file.write(json.dumps({"run_id": run_id, "tracking_uri": without_password(uri), "text": text}).encode())
 
 
 def begun_with(record: Path) -> Begun | None:

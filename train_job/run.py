@@ -36,6 +36,7 @@ if os.environ.get("RAY_ADDRESS", "local") not in ("auto", "local") and (Path.hom
 
 from gptcore.errors import ConfigError, FoundryError, TrainingError, did_you_mean  # noqa: E402
 from gptcore.home import expanded, home  # noqa: E402
+from gptcore.redact import without_password  # noqa: E402
 from train_job.cluster import (  # noqa: E402
     check_storage,
     fetch_record,
@@ -286,7 +287,6 @@ class Run:
         import torch
 
         from gptcore.model import GPT
-        from train_job.spool import shown
 
         c, i, say = self.config, self.inputs, self.console.say
         with torch.device("meta"):
@@ -303,7 +303,7 @@ class Run:
         except ConfigError as error:
             say(f"waiting   for the cluster to grow: {error}")
         say(f"run       {c.name} ({self.run_id})")
-        say(f"tracking  {shown(self.uri)}")
+        say(f"tracking  {without_password(self.uri)}")
 
     def train(self, ray: Any) -> Iterator[list[Any]]:
         """Runs Ray Train in a thread and yields the workers' news, if only an empty list, every LOOK_SECONDS.

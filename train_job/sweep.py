@@ -34,6 +34,7 @@ from train_job import run as single  # noqa: E402, I001  # first: it sets the en
 from gptcore.errors import ConfigError, TrainingError, did_you_mean  # noqa: E402
 from gptcore.home import home  # noqa: E402
 from gptcore.package import open_package  # noqa: E402
+from gptcore.redact import without_password  # noqa: E402
 from train_job.cluster import drop_checkpoints, ray_cluster, resources_per_worker, resources_text  # noqa: E402
 from train_job.config import add_flag, build_config, given_settings, read_yaml, settings_parser  # noqa: E402
 from train_job.console import Console, duration  # noqa: E402
@@ -240,8 +241,6 @@ class Sweep:
 
     def _introduce(self, ray: Any) -> None:
         """Says what is about to happen, before the first step."""
-        from train_job.spool import shown as uri_shown
-
         c, i, say = self.config, self.inputs[1], self.console.say
         one = self.trials[0].config
         how = "every combination" if c.grid else f"drawn with seed {c.draw_seed}"
@@ -260,7 +259,7 @@ class Sweep:
         except ConfigError as error:
             say(f"waiting   for the cluster to grow: {error}")
         say(f"run       {self.name} ({self.run_id})")
-        say(f"tracking  {uri_shown(self.uri)}")
+        say(f"tracking  {without_password(self.uri)}")
 
     @property
     def grace_steps(self) -> int:
