@@ -16,11 +16,12 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gptcore.documents import read_text
 from gptcore.errors import HubError, did_you_mean
 from gptcore.home import expanded, home
 from gptcore.package import PICKLE, PICKLES, lacking
 from gptcore.redact import without_password
-from gptcore.weights import WEIGHTS
+from gptcore.weights import WEIGHTS, is_plain
 
 KINDS = (
     "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, hf:ORG/NAME or a URL such as "
@@ -69,11 +70,14 @@ def _package_inside(folder: Path, name: str) -> Path:
         return folder
     import yaml
 
-    flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8")).get("flavors", {})
-    data = flavors.get("python_function", {}).get("data")
-    if not data or not (folder / data / "config.json").is_file():
+    try:
+        data = yaml.safe_load(read_text(folder / "MLmodel", kind=HubError))["flavors"]["python_function"]["data"]
+        inside = all(is_plain(part) for part in data.split("/")) and (folder / data / "config.json").exists()
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
+        inside = False
+    if not inside:
         raise HubError(f"{name!r} is an MLflow model, but not one of ours: it holds no model package")
-    return folder / data
+    return folder / str(data)
 
 
 # --- MLflow ----------------------------------------------------------------------------------------------------
@@ -271,6 +275,6 @@ def _best_snapshot(folders: list[Path]) -> tuple[Path | None, list[str]]:
 def _snapshots(folder: Path) -> list[Path]:
     """The snapshots that a repository's folder in the cache has: that of `main`, then the others."""
     ref = folder / "refs" / "main"
-    main = ref.read_text().strip() if ref.is_file() else ""
+    main = ref.read_text(errors="replace").strip() if ref.is_file() else ""
     found = [path for path in folder.glob("snapshots/*") if path.is_dir()]
     return sorted(found, key=lambda path: (path.name != main, path.name))

@@ -40,6 +40,8 @@ class ModelStatus:
     """Why it is not loaded, or why it does not follow its alias."""
     refused: dict[str, str]
     """Versions that could not be loaded, and why."""
+    loading: str | None = None
+    """What is being loaded, and since when; another version may serve meanwhile."""
     version: str | None = None
     alias: str | None = None
     loaded_at: str | None = None
@@ -81,6 +83,7 @@ class Models:
                 by_source[source] = Model(name, source, settings, registry, make_engine)
         self._models = {name: by_source[source] for name, source in sources.items()}
         self._sources = list(by_source.values())
+        self._models[self.default].essential = True
         named_eager = sources if ALL in settings.eager else settings.eager
         eager = [self.default, *named_eager, *([self._canary_name] if self._canary else [])]
         self._eager = [model for model in self._sources if model in [self._models[name] for name in eager]]
@@ -188,6 +191,7 @@ class Models:
             canary_share=self._canary.share if self._canary and name == self._canary_name else None,
             error=model.error,
             refused={version: refusal.reason for version, refusal in model.refused.items() if version},
+            loading=model.loading,
         )
         if model.current is None:
             return status
