@@ -10,8 +10,8 @@ from typing import Any
 
 from gptcore.errors import FoundryError, PackageError, excerpt
 
-MOST_BYTES = 1 << 23
-"""Of a config or a manifest: 8 MiB, a thousand times more than they have."""
+MOST_BYTES = 1 << 21
+"""Of a config or a manifest: 2 MiB, some hundred times more than they have."""
 
 
 def require_regular(file: Path, kind: type[FoundryError] = PackageError) -> None:

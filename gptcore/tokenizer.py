@@ -30,8 +30,8 @@ SMALLEST = 257
 """Every byte and <|endoftext|>."""
 
 DOWNLOAD_SECONDS = 30
-TOKENIZER_BYTES = 1 << 26
-"""The most that a tokenizer's file may have: 64 MiB, six times more than those of 150,000 tokens."""
+TOKENIZER_BYTES = 1 << 25
+"""The most that a tokenizer's file may have: 32 MiB, three times more than those of 150,000 tokens."""
 LEARN_BYTES = 1 << 27
 """A BPE is learned from the first 128 MiB of text: beyond, the merges hardly change and memory grows."""
 
