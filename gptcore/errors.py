@@ -5,7 +5,12 @@ prints such an error as one line and exits with code 2; a service answers with a
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class FoundryError(Exception):
@@ -72,3 +77,8 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known name nearest to `value`, or an empty string."""
     near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def excerpt(value: Any) -> str:
+    """`value` as a message shows it: its repr, shortened where it is long, whatever somebody put there."""
+    return _SHORT.repr(value)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import RecordError
+from gptcore.redact import without_password
 from train_job.config import build_config, read_yaml
 from train_job.files import read_json, written_whole
 
@@ -72,11 +73,10 @@ def tracked_at(record: Record | None) -> str:
 
 def write_record(path: Path, run_id: str, uri: str, inputs: Inputs) -> None:
     """Keeps which MLflow run a folder belongs to, and the objects that its text was read from."""
-    from train_job.spool import kept
 
     text = {name: [astuple(origin) for origin in origins] for name, origins in origins_of(inputs).items()}
     with written_whole(path) as file:
-        file.write(json.dumps({"run_id": run_id, "tracking_uri": kept(uri), "text": text}).encode())
+        file.write(json.dumps({"run_id": run_id, "tracking_uri": without_password(uri), "text": text}).encode())
 
 
 def origins_of(inputs: Inputs) -> Begun:

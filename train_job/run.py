@@ -34,6 +34,7 @@ if os.environ.get("RAY_ADDRESS", "local") not in ("auto", "local") and (Path.hom
 
 from gptcore.errors import ConfigError, FoundryError, StorageFull, TrainingError  # noqa: E402
 from gptcore.home import home  # noqa: E402
+from gptcore.redact import without_password  # noqa: E402
 from train_job.begin import begin  # noqa: E402
 from train_job.cluster import (  # noqa: E402
     ray_cluster,
@@ -243,7 +244,6 @@ class Run:
         import torch
 
         from gptcore.model import GPT
-        from train_job.spool import shown
 
         c, i, say = self.config, self.inputs, self.console.say
         with torch.device("meta"):
@@ -260,7 +260,7 @@ class Run:
         except ConfigError as error:
             say(f"waiting   for the cluster to grow: {error}")
         say(f"run       {c.name} ({self.run_id})")
-        say(f"tracking  {shown(self.uri)}")
+        say(f"tracking  {without_password(self.uri)}")
 
     def train(self, ray: Any) -> Iterator[list[Any]]:
         """Runs Ray Train in a thread and yields the workers' news, if only an empty list, every LOOK_SECONDS.

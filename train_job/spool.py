@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import FoundryError, TrainingError
+from gptcore.redact import without_password
 from train_job.files import storage_problem, written_whole
 
 log = logging.getLogger(__name__)
@@ -27,16 +27,6 @@ LONGEST_BACKOFF_S = 15.0
 FILE_KEYS = {"artifact", "to", "table"}
 
 _environment = threading.Lock()
-
-
-def shown(text: str) -> str:
-    """`text`, such as a tracking URI or MLflow's word on one, without the users and passwords of its URLs."""
-    return re.sub(r"\b(?!sqlite:|file:)([a-zA-Z][\w+.-]*://)\S*@", r"\1***@", text)
-
-
-def kept(uri: str) -> str:
-    """The tracking URI as it may stand in a file: without user and password, which the environment has to give."""
-    return shown(uri).replace("://***@", "://")
 
 
 def mlflow_client(uri: str) -> Any:
@@ -79,10 +69,10 @@ def answers_expected(uri: str) -> Iterator[None]:
             user = os.environ.get("MLFLOW_TRACKING_USERNAME")
             whom = f"user {user!r} with this password" if user else "requests without a user"
             raise TrainingError(
-                f"MLflow at {shown(uri)} does not accept {whom}; set MLFLOW_TRACKING_USERNAME and "
+                f"MLflow at {without_password(uri)} does not accept {whom}; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD"
             ) from error
-        raise TrainingError(shown(f"MLflow at {uri} refused: {error}")) from error
+        raise TrainingError(without_password(f"MLflow at {uri} refused: {error}")) from error
 
 
 @dataclass
@@ -166,7 +156,12 @@ def deliver_batch(folder: Path, run_id: str, client: Any) -> bool:
     except MlflowException as error:
         if error.get_http_status_code() != 400:  # anything but bad input may pass with time
             raise
-        log.warning("MLflow refused %d lines, kept in %s: %s", len(lines), folder / "refused.jsonl", shown(str(error)))
+        log.warning(
+            "MLflow refused %d lines, kept in %s: %s",
+            len(lines),
+            folder / "refused.jsonl",
+            without_password(str(error)),
+        )
         with (folder / "refused.jsonl").open("a") as refused:
             refused.writelines(json.dumps(line) + "\n" for line in lines)
     progress.write(folder)
@@ -215,7 +210,7 @@ class Spool:
     def __init__(self, folder: Path, run_id: str, tracking_uri: str) -> None:
         self.folder, self.run_id, self.tracking_uri = Path(folder).absolute(), run_id, tracking_uri
         with written_whole(self.folder / "spool.json") as file:
-            file.write(json.dumps({"run_id": run_id, "tracking_uri": kept(tracking_uri)}).encode())
+            file.write(json.dumps({"run_id": run_id, "tracking_uri": without_password(tracking_uri)}).encode())
         self._last_step: dict[str, int] = {}
         whole = 0
         for line, end in _read_lines(self.folder):
@@ -268,11 +263,11 @@ class Spool:
                 if closing:
                     return
                 if away:
-                    log.info("MLflow at %s is back; nothing was lost", shown(self.tracking_uri))
+                    log.info("MLflow at %s is back; nothing was lost", without_password(self.tracking_uri))
                 pause, away = DELIVERY_INTERVAL_S, False
             except Exception as error:  # whatever it is, training goes on and the next attempt may succeed
                 if not away:
-                    log.warning("MLflow is away, metrics wait in %s (%s)", self.folder, shown(str(error)))
+                    log.warning("MLflow is away, metrics wait in %s (%s)", self.folder, without_password(str(error)))
                 pause, away = min(2 * pause, LONGEST_BACKOFF_S), True
             if closing:
                 self._abandoned.wait(1.0)

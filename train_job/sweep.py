@@ -32,6 +32,7 @@ from train_job import run as single  # noqa: E402, I001  # first: it sets the en
 from gptcore.errors import ConfigError, FoundryError, RecordError, TrainingError  # noqa: E402
 from gptcore.home import home  # noqa: E402
 from gptcore.package import open_package  # noqa: E402
+from gptcore.redact import without_password  # noqa: E402
 from train_job.begin import absolute  # noqa: E402
 from train_job.begin_sweep import PLAN, begin_sweep  # noqa: E402
 from train_job.cluster import ray_cluster, resources_per_worker, resources_text  # noqa: E402
@@ -200,8 +201,6 @@ class Sweep:
 
     def _introduce(self, ray: Any) -> None:
         """Says what is about to happen, before the first step."""
-        from train_job.spool import shown as uri_shown
-
         c, i, say = self.config, self.inputs[1], self.console.say
         one = self.trials[0].config
         how = "every combination" if c.grid else f"drawn with seed {c.draw_seed}"
@@ -220,7 +219,7 @@ class Sweep:
         except ConfigError as error:
             say(f"waiting   for the cluster to grow: {error}")
         say(f"run       {self.name} ({self.run_id})")
-        say(f"tracking  {uri_shown(self.uri)}")
+        say(f"tracking  {without_password(self.uri)}")
 
     @property
     def grace_steps(self) -> int:

@@ -22,7 +22,7 @@ from gptcore.tokenizer import load_tokenizer
 from tests.ports import free_port
 from train_job import tracking
 from train_job.registry import Validation, publish
-from train_job.spool import Spool, kept, shown, undelivered
+from train_job.spool import Spool, undelivered
 from train_job.tracking import DatasetUse, SystemMetrics
 
 CONFIG = {"preset": "quick", "learning_rate": 3e-3, "model": {"hidden_size": 256}, "name": None}
@@ -252,30 +252,10 @@ def test_an_unreachable_server_is_reported_at_once_without_its_password():
         unused.bind(("127.0.0.1", 0))
         uri = f"http://me:secret@127.0.0.1:{unused.getsockname()[1]}"
         began = time.monotonic()
-        with pytest.raises(TrainingError, match=r"answers at http://\*\*\*@127\.0\.0\.1") as caught:
+        with pytest.raises(TrainingError, match=r"answers at http://127\.0\.0\.1") as caught:
             tracking.start_run(uri, CONFIG)
     assert time.monotonic() - began < 6
     assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("uri", "printed", "written"),
-    [
-        ("http://me:secret@host:80/path", "http://***@host:80/path", "http://host:80/path"),
-        ("https://me:s@cr/et@host", "https://***@host", "https://host"),
-        (
-            "postgresql+psycopg2://me:secret@host/db",
-            "postgresql+psycopg2://***@host/db",
-            "postgresql+psycopg2://host/db",
-        ),
-        ("http://host:5000", "http://host:5000", "http://host:5000"),
-        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
-    ],
-)
-def test_a_password_is_neither_printed_nor_written(uri: str, printed: str, written: str):
-    assert shown(uri) == printed
-    assert shown(f"API request to {uri}/api failed") == f"API request to {printed}/api failed"
-    assert kept(uri) == written
 
 
 def test_a_spool_keeps_no_password_and_says_none_when_the_server_is_away(
