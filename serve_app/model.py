@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gptcore.errors import FoundryError, HubError, NoMemory, QueueFull
-from serve_app.errors import ApiError
+from serve_app.errors import ApiError, without_folders
 from serve_app.loading import MakeEngine, ServedModel, alias_of, load
 from serve_app.registry import Registry
 from serve_app.settings import ServeSettings
@@ -135,7 +135,7 @@ class Model:
         if self.current is None:
             raise ApiError(
                 503,
-                f"the model {self.name!r} is not ready: {self.error}",
+                f"the model {self.name!r} is not ready: {without_folders(str(self.error))}",
                 param="model",
                 code="model_not_ready",
                 headers={"retry-after": str(max(1, math.ceil(self._settings.poll_seconds)))},
