@@ -4,20 +4,110 @@ In: events. Out: text on stdout (one line rewritten in place on a terminal, a ne
 so that `ray job logs` stays readable) and `training_YYYYMMDD_HHMMSS.log` in the run's folder.
 """
 
+import contextlib
+import os
+import re
 import shutil
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from gptcore import progress
+from gptcore.progress import duration
 from train_job.loop import Evaluation, Progress
 
 LINE_SECONDS = 5.0
 """Progress lines are at least this far apart where they cannot be rewritten in place."""
 
 
+class Output:
+    """A stream that goes on without its reader: what nobody can read any more is dropped, and stops nothing.
+
+    A pipe's reader may end (`| head -1`, `| tee log` at Ctrl-C) or a terminal may close, and work is worth more than
+    its lines. Everything else is the stream's own.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes what can be written; returns its length."""
+        try:
+            self._stream.write(text)
+            if "\n" in text:
+                self._stream.flush()
+        except (OSError, ValueError):  # no reader, or a closed file
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes, if there is somebody to read it."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._drop()
+
+    def _drop(self) -> None:
+        """From here on to nowhere, below Python too, which would try the rest again as it exits."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within it, stdout and stderr are such streams; what is closed from the start leads nowhere."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr = (Output(stream if stream is not None else nowhere) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before
+
+
+LOG_LINE = re.compile(rb"\[[^]]*\] (\([^)]*\) )?\w+\.cc:\d+: ")
+"""As C++ libraries, and so Ray's core, write it."""
+
+
+@contextlib.contextmanager
+def without_log_lines() -> Iterator[None]:
+    """Within it, nothing below Python writes to stderr; then what was written is shown, but log lines of C++."""
+    try:
+        shown = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    before = sys.stderr
+    with tempfile.TemporaryFile() as kept, open(shown, "w", buffering=1, closefd=True) as ours:
+        before.flush()
+        os.dup2(kept.fileno(), 2)
+        sys.stderr = Output(ours)
+        try:
+            yield
+        finally:
+            os.dup2(shown, 2)
+            sys.stderr = before
+            kept.seek(0)
+            for line in kept:
+                if not LOG_LINE.match(line):
+                    with contextlib.suppress(OSError):
+                        os.write(2, line)
+
+
 class Console:
-    """Prints, and keeps a timestamped copy of every line in the log file."""
+    """Prints, and keeps a timestamped copy of every line in the log file. Any thread may speak."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,12 +117,15 @@ class Console:
         self._open_line = False
         self._last = 0.0
         self._said = ""
+        self._turn = threading.RLock()
+        progress.speak_through(self.say)
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
-        self._write(("\r\x1b[K" if self._open_line else "") + text + "\n")
-        self._open_line = False
-        self._keep(text)
+        with self._turn:
+            self._keep(text)
+            self._write(("\r\x1b[K" if self._open_line else "") + text + "\n")
+            self._open_line = False
 
     def progress(self, event: Progress) -> None:
         """The live line."""
@@ -46,14 +139,15 @@ class Console:
         """A line that the next one replaces; only where the terminal is wide enough can it be replaced as a whole."""
         if text == self._said:
             return
-        self._said = text
-        self._keep(text)
-        if self._live:
-            self._write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
-            self._open_line = True
-        elif time.monotonic() - self._last >= LINE_SECONDS:
-            self._last = time.monotonic()
-            self._write(text + "\n")
+        with self._turn:
+            self._said = text
+            self._keep(text)
+            if self._live:
+                self._write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
+                self._open_line = True
+            elif time.monotonic() - self._last >= LINE_SECONDS:
+                self._last = time.monotonic()
+                self._write(text + "\n")
 
     def evaluation(self, event: Evaluation) -> None:
         """A line per evaluation."""
@@ -65,26 +159,20 @@ class Console:
 
     def close(self) -> None:
         """Ends the live line and the log."""
-        if self._open_line:
-            self._write("\n")
-        self._log.close()
+        progress.speak_through(None)
+        with self._turn:
+            if self._open_line:
+                self._write("\n")
+            self._log.close()
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
+        progress.heard()
 
     def _keep(self, text: str) -> None:
-        if text:
+        if text and not self._log.closed:
             self._log.write(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {text}\n")
-
-
-def duration(seconds: float) -> str:
-    """`m:ss` or `h:mm:ss`; `?` where nothing bounds it."""
-    if seconds > 100 * 86400:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def count(number: float) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gptcore.errors import TrainingError
 from gptcore.model import GPT
+from gptcore.progress import doing
 from train_job.batches import Batches
 from train_job.checkpoint import Checkpoint, Identity, TrainState
 from train_job.config import TrainConfig
@@ -36,9 +37,10 @@ UNBOUNDED = 2**40
 
 @dataclass(frozen=True)
 class Started:
-    """The first event: the workers are there, and this many steps were done before."""
+    """The first event: the workers are there, so many of them, and this many steps were done before."""
 
     step: int
+    workers: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Trainer:
         logged_step, logged_seconds, sums = state.step, 0.0, 0.0
         self.began = time.perf_counter() - state.elapsed
         look_every = 1 if self.device.type == "cpu" else config.log_interval  # looking waits for the device
-        yield Started(state.step)
+        yield Started(state.step, self.world_size)
         if config.init_from and state.step == 0:
             yield self.evaluate(of_parent=True)
         reason = self._reached()
@@ -208,7 +210,7 @@ class Trainer:
         """
         state, start = self.state, time.perf_counter()
         micro = self.config.micro_batch_size or math.ceil(self.config.batch_size / self.world_size)
-        with self._autocast():
+        with self._autocast(), doing(f"evaluating step {state.step} on the validation text"):
             nats = validation_nats(self.model, self.validation, self.config.context, micro, self.rank, self.world_size)
         nats = self._all_reduce(nats)
         loss = float(nats) / (self.validation.num_tokens - 1)

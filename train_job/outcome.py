@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import CheckpointError, FoundryError, TrainingError
 from gptcore.package import Package, open_package, save_package
+from gptcore.progress import doing
 from gptcore.sampling import SamplingParams, generate_text
 from train_job import figures, registry, tracking
 from train_job.checkpoint import load_model
@@ -23,7 +24,7 @@ from train_job.evaluate import bits_per_byte
 from train_job.files import written_whole
 from train_job.hardware import peak_memory_mb
 from train_job.inputs import cache_dir
-from train_job.spool import Spool
+from train_job.spool import Spool, shown
 from train_job.targets import Standing
 from train_job.worker import UNJUDGED
 
@@ -107,7 +108,7 @@ def build(run: Run) -> Package:
     checkpoint, metrics = chosen(saved, _standings(run))
     inputs, loss = run.inputs, metrics["val_loss"]
     bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
-    with checkpoint.as_directory() as folder:
+    with doing("fetching the checkpoint of the package"), checkpoint.as_directory() as folder:
         state = load_model(Path(folder))
     training = {
         "run": run.config.name,
@@ -124,7 +125,8 @@ def build(run: Run) -> Package:
         "parent_bits_per_byte": run.history.parent_bits_per_byte,
     }
     summary = {k: v for k, v in training.items() if v is not None}
-    return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
+    with doing("making the package"):
+        return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
 
 
 def _standings(run: Run) -> list[Standing]:
@@ -166,8 +168,9 @@ def _target_text(target: dict[str, Any]) -> str:
 def _figures(run: Run, package: Package) -> list[Path]:
     """The loss curve, and what temperature and the decoding strategies do to the model's own next-token odds."""
     folder = run.run_dir / "figures"
-    odds = figures.draw_odds(package, run.config.sample_prompts[0], folder)
-    figures.loss_curve(run.history.rows, folder / "loss_curve.png")
+    with doing("drawing figures"):
+        odds = figures.draw_odds(package, run.config.sample_prompts[0], folder)
+        figures.loss_curve(run.history.rows, folder / "loss_curve.png")
     return [folder / "loss_curve.png", *odds]
 
 
@@ -223,7 +226,9 @@ def deliver(spool: Spool, files: list[Path], say: Callable[[str], None]) -> None
     """Waits a while until MLflow has every point and these files; says what a missing server kept from it."""
     for file in files:
         spool.artifact(file, "figures" if file.suffix == ".png" else None, table=file.suffix == ".json")
-    if left := spool.close(PATIENCE_SECONDS):
+    with doing(f"bringing points and files to MLflow at {shown(spool.tracking_uri)}"):
+        left = spool.close(PATIENCE_SECONDS)
+    if left:
         say(
             f"the tracking server is away: {left} lines wait; deliver them with "
             f"python -m train_job.tracking deliver {spool.folder}"
@@ -235,7 +240,8 @@ def end(run: Run, status: str) -> None:
     if not run.run_id:
         return
     try:
-        tracking.finish_run(run.uri, run.run_id, status)
+        with doing(f"recording the run's end at {shown(run.uri)}"):
+            tracking.finish_run(run.uri, run.run_id, status)
     except TrainingError as error:
         run.console.say(f"warning: the run's end could not be recorded: {error}")
 
