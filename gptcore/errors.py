@@ -49,8 +49,20 @@ class CheckpointError(FoundryError):
     """Training state that is missing, damaged, or of another run."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """One that is not whole any more: an older one may be."""
+
+
+class RecordError(FoundryError):
+    """A file in which a run keeps something about itself that is empty, cut short, altered or missing."""
+
+
 class TrainingError(FoundryError):
     """Training that cannot go on: a loss that is no longer a number, a full disk."""
+
+
+class StorageFull(TrainingError):
+    """A disk, quota or store that takes no more."""
 
 
 class EngineError(FoundryError):

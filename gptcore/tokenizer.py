@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text behind `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def spelling(self, token: int) -> str:
+        """The token as `transformers` and tokenizer.json write it: a printable character for each byte."""
+        shown = _byte_characters()
+        return EOT if token == self.eot else "".join(shown[b] for b in self.decode_bytes([token]))
 
 
 def parse_tokenizer(spec: str) -> int:
@@ -306,6 +311,7 @@ def _last_merge(token: bytes, ranks: Ranks) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
+@cache
 def _byte_characters() -> dict[int, str]:
     """GPT-2's printable character for each byte: itself where it prints, else the next one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from gptcore.engine.thread import AsyncEngine
 from gptcore.errors import FoundryError, HubError, NoMemory, QueueFull
 from gptcore.redact import without_password
-from serve_app.errors import ApiError
+from serve_app.errors import ApiError, without_folders
 from serve_app.journal import Journal
 from serve_app.loading import LoadTimeout, MakeEngine, ServedModel, alias_of, load
 from serve_app.registry import Registry
@@ -145,7 +145,7 @@ class Model:
         if self.current is None:
             raise ApiError(
                 503,
-                f"the model {self.name!r} is not ready: {self.error}",
+                f"the model {self.name!r} is not ready: {without_folders(str(self.error))}",
                 param="model",
                 code="model_not_ready",
                 headers={"retry-after": str(max(1, math.ceil(self._settings.poll_seconds)))},

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from gptcore.engine.engine import Engine
 from gptcore.errors import EngineError, did_you_mean
 from gptcore.redact import without_password
-from serve_app.errors import ApiError
+from serve_app.errors import ApiError, without_folders
 from serve_app.loading import MakeEngine, ServedModel
 from serve_app.model import Model, OnReload
 from serve_app.registry import Registry
@@ -185,12 +185,12 @@ class Models:
     def _status(self, name: str, model: Model) -> ModelStatus:
         status = ModelStatus(
             name=name,
-            source=without_password(model.source),
+            source=without_folders(without_password(model.source)),
             state=model.state,
             default=name == self.default,
             canary_share=self._canary.share if self._canary and name == self._canary_name else None,
-            error=model.error,
-            refused={version: refusal.reason for version, refusal in model.refused.items() if version},
+            error=without_folders(model.error) if model.error else None,
+            refused={v: without_folders(refusal.reason) for v, refusal in model.refused.items() if v},
             loading=model.loading,
         )
         if model.current is None:
@@ -212,10 +212,10 @@ class Models:
             run_id=lineage.run_id,
             run_url=lineage.run_url,
             bits_per_byte=lineage.bits_per_byte,
-            data=lineage.data,
+            data=without_folders(lineage.data) if lineage.data else None,
             data_fingerprint=lineage.data_fingerprint,
             git_commit=lineage.git_commit,
-            tags=dict(lineage.tags),
+            tags={name: without_folders(value) for name, value in lineage.tags.items()},
         )
 
 

@@ -17,13 +17,14 @@ from typing import Any
 
 from gptcore.errors import FoundryError, TrainingError
 from gptcore.redact import without_password
-from train_job.files import written_whole
+from train_job.files import storage_problem, written_whole
 
 log = logging.getLogger(__name__)
 
 POINTS_PER_BATCH = 1000  # the most that MLflow takes in one log_batch
 DELIVERY_INTERVAL_S = 5.0  # points are sent in batches this far apart: a request per step would cost training time
 LONGEST_BACKOFF_S = 15.0
+FILE_KEYS = {"artifact", "to", "table"}
 
 _environment = threading.Lock()
 
@@ -83,8 +84,12 @@ class _Progress:
 
     @staticmethod
     def read(folder: Path) -> "_Progress | None":
-        path = folder / "delivered.json"
-        return _Progress(**json.loads(path.read_text())) if path.exists() else None
+        """None before the first line is sent, or where what was kept is damaged: then the server is asked again."""
+        try:
+            progress = _Progress(**json.loads((folder / "delivered.json").read_bytes()))
+            return progress if isinstance(progress.offset, int) and isinstance(progress.floor, dict) else None
+        except (FileNotFoundError, TypeError, ValueError):
+            return None
 
     def write(self, folder: Path) -> None:
         with written_whole(folder / "delivered.json") as file:
@@ -92,7 +97,7 @@ class _Progress:
 
 
 def _read_lines(folder: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line of the spool from `offset` on, and where it ends."""
+    """Each whole line of the spool from `offset` on, and where it ends; damaged ones are left out."""
     path = folder / "lines.jsonl"
     if not path.exists():
         return
@@ -102,7 +107,17 @@ def _read_lines(folder: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any],
             if not raw.endswith(b"\n"):  # still being written, or torn by a crash
                 return
             offset += len(raw)
-            yield json.loads(raw), offset
+            if line := _line(raw):
+                yield line, offset
+
+
+def _line(raw: bytes) -> dict[str, Any] | None:
+    """What a line says, if it is one of points or of a file."""
+    with contextlib.suppress(ValueError):
+        line = json.loads(raw)
+        if isinstance(line, dict) and any(keys <= line.keys() for keys in ({"step", "time", "values"}, FILE_KEYS)):
+            return line
+    return None
 
 
 def undelivered(folder: Path) -> int:
@@ -189,7 +204,7 @@ class Spool:
 
     A resumed run opens the same folder again, or an empty one. Either way a metric's steps that were spooled, or that
     the server holds, are dropped: repeating the steps since the last checkpoint logs nothing twice.
-    Writing raises TrainingError if the disk is full.
+    Writing raises TrainingError if the disk takes nothing.
     """
 
     def __init__(self, folder: Path, run_id: str, tracking_uri: str) -> None:
@@ -235,7 +250,8 @@ class Spool:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
-            raise TrainingError(f"cannot write metrics to {self.folder}: {error.strerror}") from error
+            problem = storage_problem(error, self.folder)
+            raise (problem or TrainingError(f"cannot write metrics to {self.folder}: {error.strerror}")) from error
 
     def _deliver(self) -> None:
         pause, away = DELIVERY_INTERVAL_S, False

@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptcore.errors import FoundryError, TrainingError
+from gptcore.errors import FoundryError, RecordError, TrainingError
 from gptcore.home import checkout, home
 from gptcore.redact import without_password
+from train_job.files import read_json
 from train_job.spool import (
     Spool,
     answers_expected,
@@ -310,10 +311,12 @@ def deliver(folder: Path) -> int:
     """
     if not (folder / "spool.json").exists():
         raise TrainingError(f"{folder} is no spool: it has no spool.json; expected the spool folder of a run")
-    spool = json.loads((folder / "spool.json").read_text())
+    spool = read_json(folder / "spool.json", "put there what the run's run.json has: run_id and tracking_uri")
+    if not {"run_id", "tracking_uri"} <= spool.keys():
+        raise RecordError(f"{folder / 'spool.json'} lacks run_id or tracking_uri; the run's run.json has both")
     waiting, uri = undelivered(folder), tracking_uri()
     if without_password(uri) != spool["tracking_uri"]:  # else the environment's, which may have a password
-        uri = spool["tracking_uri"]
+        uri = str(spool["tracking_uri"])
     check_server(uri)
     with answers_expected(uri), impatient_requests(timeout_s=30, retries=2):
         client = mlflow_client(uri)

@@ -1,7 +1,6 @@
 """A name leads to a package folder, whoever keeps it, or to one message that says what is wrong."""
 
 import shutil
-import socket
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from gptcore.errors import HubError
 from gptcore.hub import resolve
 from gptcore.package import Package, open_package
+from tests.ports import free_port
 
 
 def test_a_folder_is_itself(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +69,7 @@ def test_a_password_in_the_tracking_uri_is_not_shown_nor_taken_for_a_host(host: 
 
 
 def test_a_server_that_is_away_is_told_within_seconds() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     start = time.monotonic()
     with pytest.raises(HubError, match=rf"http://127.0.0.1:{port} does not answer"):
         resolve("models:/gpt@champion", tracking_uri=f"http://127.0.0.1:{port}")

@@ -1,6 +1,5 @@
 """Claims about serve_app.registry, on an embedded MLflow and on a real tracking server."""
 
-import socket
 import time
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from gptcore.errors import HubError
 from serve_app.registry import Lineage, Registry, lineage
+from tests.ports import free_port
 from tests.serve_app.conftest import TestRegistry
 
 
@@ -46,8 +46,7 @@ def test_a_missing_database_is_an_error_and_is_not_made(tmp_path: Path):
 
 
 def test_a_server_that_is_away_is_an_error_within_seconds():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     begun = time.monotonic()
     for ask in (
         lambda r: r.version("gpt", "champion"),

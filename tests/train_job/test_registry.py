@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from gptcore.model import GPT
 from gptcore.package import Package, open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.tokenizer import load_tokenizer
+from tests.ports import free_port
 from train_job import tracking
 from train_job.registry import Candidate, Champion, Published, Validation, _pass_gate, decide, pin, publish
 
@@ -342,9 +342,7 @@ def test_the_gate_is_a_pure_function():
 @pytest.mark.slow
 def test_mlflow_serves_the_champion_over_http(uri: str, run_id: str, package: Package, tmp_path: Path):
     publish(uri, run_id, package, validation(), name="served", bits_per_byte=1.0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/served@champion"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
