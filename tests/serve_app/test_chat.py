@@ -20,6 +20,7 @@ import pytest
 from serve_app.chat.client import KEY_VARIABLE
 from serve_app.chat.terminal import harmless
 from serve_app.settings import ServeSettings
+from tests.ports import free_port
 from tests.serve_app.chatting import FIGURES, LONG, SHORT_CONTEXT, Open, Terminal, api, on_screen, piped, speaking
 from tests.serve_app.conftest import MakePackage, TestRegistry
 from tests.serve_app.relay import Relay
@@ -352,8 +353,7 @@ def test_a_killed_service_that_is_started_again_goes_on_with_the_conversation(
     open_chat: Open, registry: TestRegistry
 ) -> None:
     first = registry.publish("chatted", seed=0, hidden_size=256, num_layers=4, num_heads=4, context_length=LONG)
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"GPT_MODEL": "models:/chatted@champion", "GPT_TRACKING_URI": registry.uri,
                                 "GPT_POLL_SECONDS": "0.2"}  # fmt: skip
 
