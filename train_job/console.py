@@ -10,6 +10,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from gptcore.config import ModelConfig
+from train_job.config import TrainConfig
 from train_job.loop import Evaluation, Progress
 
 LINE_SECONDS = 5.0
@@ -85,6 +87,15 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def model_text(config: TrainConfig, shape: ModelConfig, parameters: int) -> str:
+    """What is trained, in a line: the preset's name, or the parent's where a model is fine-tuned."""
+    size = f"{count(parameters)} parameters"
+    rest = f"{shape.family}, {shape.num_layers} layers, {shape.hidden_size} wide, context {shape.context_length}"
+    if config.init_from:
+        return f"fine-tunes {config.init_from} ({size}, {rest})"
+    return f"{config.preset}: {size}, {rest}"
 
 
 def count(number: float) -> str:

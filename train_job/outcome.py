@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,12 @@ from train_job.console import duration
 from train_job.evaluate import bits_per_byte
 from train_job.files import written_whole
 from train_job.hardware import peak_memory_mb
+from train_job.history import History
 from train_job.inputs import cache_dir
+from train_job.record import tracked_at
 from train_job.spool import Spool
 from train_job.targets import Standing
+from train_job.whatnow import Ended, lines
 from train_job.worker import UNJUDGED
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ def conclude(run: Run) -> int:
     """Registers a finished run's model, or records why there is none; returns the exit code."""
     if run.problem:
         run.console.say(f"error: {run.problem}")
+        what_now(run)
         close(run, "FAILED", [run.console.path])
         return 1 if isinstance(run.problem, TrainingError) else 2
     if run.stops.number:
@@ -48,7 +52,7 @@ def conclude(run: Run) -> int:
     return register(run, build(run))
 
 
-def register(run: Run, package: Package) -> int:
+def register(run: Run, package: Package, tell_what_now: bool = True) -> int:
     """Makes the run's package a version and tells the user; returns the exit code."""
     pictures = _figures(run, package)
     run.stops.check()
@@ -69,13 +73,18 @@ def register(run: Run, package: Package) -> int:
     except FoundryError as error:
         run.console.say(f"error: {error}")
         run.console.say(f"the package is whole in {package.path}; register it with: {run.resume_command()}")
+        if tell_what_now:
+            what_now(run)
         close(run, "FAILED", [*pictures, run.console.path])
         return 1
     record = asdict(published) | {"targets": _targets(run), "config": run.config.flat()}
+    record |= {"experiment_id": run.experiment_id}
     if not published.new:
         run.console.say(f"nothing new to register: {_why_nothing_new(run, package)}")
     _tell(run, run.result.return_value or {} if run.result else {})
     show(run.console.say, package, record, run.config)
+    if tell_what_now:
+        what_now(run, record)
     run.stops.check(last=True)
     close(run, "FINISHED", [*pictures, run.run_dir / "config.yaml", run.console.path])
     with written_whole(run.run_dir / OUTCOME) as file:  # last: a run that has it is finished in every respect
@@ -193,16 +202,46 @@ def show(say: Callable[[str], None], package: Package, record: dict[str, Any], c
     say("sample    " + prompt + generate_text(package.load_model(), package.tokenizer, prompt, params))
 
 
+def what_now(run: Run, record: Mapping[str, Any] | None = None) -> None:
+    """Says how to go on from where the run is. `record` is what outcome.json has of one that ended well."""
+    for line in lines(ended(run, record)):
+        run.console.say(line)
+
+
+def ended(run: Run, record: Mapping[str, Any] | None = None) -> Ended:
+    """What there is when the run has ended."""
+    package = run.run_dir / "package"
+    resume = run.resume_command()
+    promoted = True if record is None else record["promoted"]
+    step = History(run.run_dir / "history.jsonl").last_step
+    return Ended(
+        run.uri,
+        run.experiment_id,
+        run.run_id,
+        package if package.exists() else None,
+        version=f"{record['name']} version {record['version']}" if record else "",
+        promote="" if promoted else f"{resume} --promote always",
+        resume=f"{resume} --max-steps {2 * step}" if record and step else resume,
+        prompt=run.config.sample_prompts[0],
+    )
+
+
 def is_finished(run_dir: Path, config: TrainConfig) -> bool:
     """Whether the run ended with a registered version and nothing new is asked of it."""
     path = run_dir / OUTCOME
     return path.exists() and json.loads(path.read_text())["config"] == config.flat()
 
 
-def show_again(run_dir: Path, config: TrainConfig) -> int:
+def show_again(run: Run) -> int:
     """What a finished run ended with; nothing is trained or registered."""
-    print(f"run {config.name} is finished; more steps are had with --resume {config.name} --max-steps N")
-    show(print, open_package(run_dir / "package"), json.loads((run_dir / OUTCOME).read_text()), config)
+    print(f"run {run.config.name} is finished")
+    record = json.loads((run.run_dir / OUTCOME).read_text())
+    show(print, open_package(run.run_dir / "package"), record, run.config)
+    run.uri = tracked_at(run.record)
+    run.run_id = json.loads(run.record.read_text())["run_id"]
+    run.experiment_id = record.get("experiment_id", "")
+    for line in lines(ended(run, record)):
+        print(line)
     return 0
 
 
@@ -241,4 +280,4 @@ def end(run: Run, status: str) -> None:
 
 
 def _driver_memory() -> dict[str, float]:
-    return {"peak_mb/driver memory": peak_memory_mb()["memory"]}
+    return {f"{tracking.PEAK} driver memory": peak_memory_mb()["memory"]}

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from gptcore.engine.runner import MOST_SLOTS, SHARE
 from gptcore.errors import ConfigError, FoundryError
 from train_job.config import TrainConfig, build_config, parse_settings
-from train_job.console import count
+from train_job.console import count, model_text
 from train_job.costs import (
     Memory,
     Serving,
@@ -219,8 +219,7 @@ def serve_plan(asked: Asked, work: Work, device: Device, rates: Rates) -> Servin
 def show_training(config: TrainConfig, work: Work, device: Device, rates: Rates, plan: Plan) -> None:
     """The run on the GPUs asked for, then on fewer and more."""
     model, micro = work.model, micro_batch(config, plan.workers)
-    shape = f"{model.num_layers} layers, {model.hidden_size} wide, context {model.context_length}"
-    print(f"model     {config.preset}: {count(work.parameters)} parameters, {model.family}, {shape}")
+    print(f"model     {model_text(config, model, work.parameters)}")
     print(f"device    {f'{plan.workers} x ' if plan.mfu else ''}{device.name}; rates {rates.source}")
     share = math.ceil(config.batch_size / plan.workers)
     print(f"step      {config.batch_size} sequences of {work.length:,} tokens; {share} a worker, {micro} at a time")

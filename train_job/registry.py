@@ -19,6 +19,7 @@ from gptcore.errors import ConfigError, FoundryError, HubError, did_you_mean
 from gptcore.hub import resolve
 from gptcore.package import WEIGHTS, Package, describe, open_package
 from train_job.files import locked, sha256
+from train_job.pages import model_note
 from train_job.spool import answers_expected, mlflow_client, shown
 
 MODES = ("if-better", "always", "never")
@@ -141,6 +142,8 @@ def publish(
         else:
             version = str(earlier.version)
         client.update_model_version(name, version, description=describe(package))
+        if not client.get_registered_model(name).description:
+            client.update_registered_model(name, model_note(name))
         decision = _pass_gate(client, uri, promote, Candidate(name, version, package, bits_per_byte), validation)
         client.set_model_version_tag(name, version, "promoted", str(decision.promote).lower())
         client.set_model_version_tag(name, version, "promotion_reason", decision.reason)

@@ -11,7 +11,6 @@ import errno
 import functools
 import json
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -47,12 +46,13 @@ from train_job.cluster import (  # noqa: E402
     training_first,
 )
 from train_job.config import TrainConfig, build_config, parse_settings, read_yaml, resume_config, write_yaml  # noqa: E402
-from train_job.console import Console, count  # noqa: E402
+from train_job.console import Console, model_text  # noqa: E402
 from train_job.files import LONGEST_NAME  # noqa: E402
 from train_job.history import History  # noqa: E402
 from train_job.loop import Evaluation, Finished, Progress, Started  # noqa: E402
 from train_job.record import begun_with, tracked_at, write_record  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
+from train_job.whatnow import script_command  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
@@ -186,7 +186,7 @@ class Run:
         self.config, self.run_dir = config, run_dir
         self.title, self.tags = title or config.name, dict(tags or {})
         self.stops = StopSignals(self._stop)
-        self.run_id = ""
+        self.run_id = self.experiment_id = ""
         self.board: Any = None
         self.alone = False  # on a Ray of our own
         self.began: Started | None = None
@@ -200,15 +200,15 @@ class Run:
         from train_job.registry import pin
 
         if outcome.is_finished(self.run_dir, self.config):
-            return outcome.show_again(self.run_dir, self.config)
-        self.uri = tracked_at(self._record)
+            return outcome.show_again(self)
+        self.uri = tracked_at(self.record)
         tracking.check_server(self.uri)
         if self.config.init_from:
             self.config = replace(self.config, init_from=pin(self.config.init_from, self.uri))
         with contextlib.ExitStack() as stack:
             # Wrong input should not have to wait for Ray: it starts when there is much to tokenise, or now.
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
-            self.inputs = inputs_of(self.config, cluster, begun_with(self._record))
+            self.inputs = inputs_of(self.config, cluster, begun_with(self.record))
             self.config = self.inputs.config
             tracking.check_user(self.uri)
             ray, self.alone = cluster()
@@ -225,6 +225,7 @@ class Run:
             except KeyboardInterrupt:
                 outcome.end(self, "KILLED")
                 self.console.say(f"stopped; go on with: {self.resume_command()}")
+                outcome.what_now(self)
                 return 128 + self.stops.number
             except BaseException:  # not ours: whatever it is, the run must not be left as running
                 outcome.end(self, "FAILED")
@@ -244,20 +245,22 @@ class Run:
         """What goes on with this run."""
         default = self.config.storage_path == str(home() / "runs")
         storage = [] if default else ["--storage-path", str(self.config.storage_path)]
-        return shlex.join(["python", "train_job/run.py", "--resume", str(self.config.name), *storage])
+        return script_command("train_job/run.py", "--resume", str(self.config.name), *storage)
 
     @property
-    def _record(self) -> Path:
+    def record(self) -> Path:
         """The file that names the MLflow run, once there is one, and the objects that its text was read from."""
         return self.run_dir / "run.json"
 
     def open(self) -> None:
         """Opens the MLflow run, or goes on with the one that this folder names."""
         from train_job import tracking
+        from train_job.pages import NOTE
+        from train_job.spool import shown
 
         self.history = History(self.run_dir / "history.jsonl")
-        if self._record.exists():
-            self.run_id = json.loads(self._record.read_text())["run_id"]
+        if self.record.exists():
+            self.run_id = json.loads(self.record.read_text())["run_id"]
             tracking.resume_run(self.uri, self.run_id)
             points = tracking.losses(self.uri, self.run_id)
             self.history.recall(points, self.config.batch_size * self.config.context, self.inputs.steps_per_epoch)
@@ -265,7 +268,8 @@ class Run:
             inputs = self.inputs
             settings = self.config.flat()
             del settings["name"]  # it is the run's own, and would stand among what differs where runs are compared
-            tags = self.tags | {"tokenizer": inputs.tokenizer.fingerprint}
+            text = f"{inputs.train_corpus.name} ({inputs.train.num_bytes:,} bytes, {inputs.tokenizer.name})"
+            tags = self.tags | {"tokenizer": inputs.tokenizer.fingerprint, NOTE: shown(f"{self.label}; on {text}")}
             if self.config.init_from:
                 tags["parent"] = self.config.init_from
             self.run_id = tracking.start_run(
@@ -276,25 +280,28 @@ class Run:
                 tags=tags,
                 experiment=self.config.experiment,
             )
-            write_record(self._record, self.run_id, self.uri, inputs)
+            write_record(self.record, self.run_id, self.uri, inputs)
+        with contextlib.suppress(TrainingError):  # for its address alone, no run ends
+            self.experiment_id = tracking.experiment_of(self.uri, self.run_id)
         write_yaml(self.config, self.run_dir / "config.yaml")
         if "://" in str(self.config.storage_path):
             keep_record(str(self.config.storage_path), self.run_dir)
 
+    @property
+    def label(self) -> str:
+        """What is trained, in a line."""
+        from gptcore.published import empty_model
+
+        return model_text(self.config, self.inputs.model, empty_model(self.inputs.model).num_parameters())
+
     def introduce(self, nodes: list[dict[str, Any]]) -> None:
         """Says what is about to happen, before the first step."""
-        import torch
-
-        from gptcore.model import GPT
         from train_job.spool import shown
 
         c, i, say = self.config, self.inputs, self.console.say
-        with torch.device("meta"):
-            parameters = GPT(i.model).num_parameters()
-        shape = f"{i.model.num_layers} layers, {i.model.hidden_size} wide, context {i.model.context_length}"
         low, high = c.workers
         workers = str(low) if low == high else f"{low} to {high}"
-        say(f"model     {c.preset}: {count(parameters)} parameters, {i.model.family}, {shape}")
+        say(f"model     {shown(self.label)}")
         say(f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes, {i.train.num_tokens:,} tokens by")
         say(f"          {i.tokenizer.name}; {i.validation.num_bytes:,} bytes more are kept for validation")
         say(f"workers   {workers}, each with {resources_text(self.resources)}")

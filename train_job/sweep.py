@@ -14,12 +14,11 @@ import functools
 import json
 import math
 import os
-import shlex
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -39,10 +38,12 @@ from train_job.config import add_flag, build_config, given_settings, read_yaml, 
 from train_job.console import Console, duration  # noqa: E402
 from train_job.files import written_whole  # noqa: E402
 from train_job.history import History, read_history  # noqa: E402
+from train_job.pages import NOTE  # noqa: E402
 from train_job.record import begun_with, origins_of, tracked_at, write_record  # noqa: E402
 from train_job.space import FIELDS, FLAGS, HINTS, SweepConfig, build_sweep, described, shown  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
 from train_job.trials import Ending, Trial, ranked, table, table_text, write_table  # noqa: E402
+from train_job.whatnow import Ended, lines, script_command  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
@@ -119,7 +120,7 @@ class Sweep:
             run = single.absolute(build_config(config.base, values, {"name": name}), storage, run_dir)
             self.trials.append(Trial(number, values, run, run_dir / name))
         self.stops = StopSignals(self._stop)
-        self.run_id = ""
+        self.run_id = self.experiment_id = ""
         self.board: Any = None
         self.told: set[int] = set()
         self.dropped: set[int] = set()
@@ -153,6 +154,7 @@ class Sweep:
             except KeyboardInterrupt:
                 self._end("KILLED")
                 self.console.say(f"stopped; go on with: {self.resume_command()}")
+                self._what_now()
                 return 128 + self.stops.number
             except BaseException:  # not ours: whatever it is, the run must not be left as running
                 self._end("FAILED")
@@ -162,7 +164,7 @@ class Sweep:
         """What goes on with this sweep."""
         default = self.run_dir.parent == home() / "runs"
         storage = [] if default else ["--storage-path", str(self.run_dir.parent)]
-        return shlex.join(["python", "train_job/sweep.py", "--resume", self.name, *storage])
+        return script_command("train_job/sweep.py", "--resume", self.name, *storage)
 
     @property
     def _record(self) -> Path:
@@ -231,10 +233,15 @@ class Sweep:
                 asdict(self.config) | {"base": {k: v for k, v in self.config.base.items() if k != "storage_path"}},
                 name=self.name,
                 datasets=single.dataset_uses(inputs),
-                tags={"sweep": self.name},
+                tags={
+                    "sweep": self.name,
+                    NOTE: f"A sweep of {len(self.trials)} trials: {described(self.config.search)}",
+                },
                 experiment=inputs.config.experiment,
             )
             write_record(self._record, self.run_id, self.uri, inputs)
+        with contextlib.suppress(TrainingError):  # for its address alone, no sweep ends
+            self.experiment_id = tracking.experiment_of(self.uri, self.run_id)
         with written_whole(self.run_dir / PLAN) as file:
             file.write(yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True).encode())
 
@@ -354,9 +361,10 @@ class Sweep:
         tags, code = {}, 1
         if ending.status == "FINISHED":
             self.console.say(f"best      {best.title}")
-            code = outcome.register(self._run_of(best), open_package(best.folder / "package"))
-        if code == 0:
-            version = json.loads((best.folder / outcome.OUTCOME).read_text())
+            code = outcome.register(self._run_of(best), open_package(best.folder / "package"), tell_what_now=False)
+        version = json.loads((best.folder / outcome.OUTCOME).read_text()) if code == 0 else None
+        self._what_now(best, version)
+        if version:
             tags = {"sweep.best": best.name, "sweep.version": f"{version['name']} {version['version']}"}
         self.stops.late = True
         spool = Spool(self.run_dir / "spool", self.run_id, self.uri)
@@ -373,11 +381,23 @@ class Sweep:
         self._end("FINISHED" if code == 0 else "FAILED")
         return code
 
+    def _what_now(self, best: Trial | None = None, version: Mapping[str, Any] | None = None) -> None:
+        """Says how to go on: with the best trial's model where it is there, and with the sweep where it is not over."""
+        from train_job import outcome
+
+        there = outcome.ended(self._run_of(best), version) if best else None
+        own = Ended(self.uri, self.experiment_id, self.run_id, resume=self.resume_command())
+        if there and version:
+            own = replace(there, run_id=self.run_id, resume=f"{own.resume} --trials {2 * len(self.trials)}")
+        for line in lines(own):
+            self.console.say(line)
+
     def _run_of(self, trial: Trial) -> single.Run:
         """The trial as a run that has been trained and waits for its registration."""
         run = single.Run(self.inputs[trial.number].config, trial.folder)
         run.uri, run.inputs, run.stops, run.console = self.uri, self.inputs[trial.number], self.stops, self.console
         run.run_id = json.loads((trial.folder / "run.json").read_text())["run_id"]
+        run.experiment_id = self.experiment_id
         run.history = History(trial.folder / "history.jsonl")
         return run
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.hugging_face import publish_gpt2, put_into_cache
-from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment
+from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment, what_now
 from tests.system.serving import await_figures
 from tests.system.tracking import TrackingServer
 from train_job.exporter import FIGURES
@@ -102,6 +102,15 @@ def test_the_registered_version_speaks_through_mlflow_and_through_generate(undis
     said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert said.returncode == 0, said.stderr
     assert said.stdout.strip()
+
+
+def test_a_run_ends_with_what_now_whose_commands_work_as_they_stand(undisturbed: Job) -> None:
+    block = what_now(next(undisturbed.run_dir.glob("training_*.log")).read_text())
+    assert f"/runs/{run_id(undisturbed)}?" in block["its page"]
+    env = environment(undisturbed.run_dir.parents[1])
+    said = subprocess.run(block["ask it"], shell=True, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("The")
 
 
 def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch, undisturbed: Job) -> None:
