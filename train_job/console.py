@@ -16,6 +16,8 @@ from train_job.loop import Evaluation, Progress
 
 LINE_SECONDS = 5.0
 """Progress lines are at least this far apart where they cannot be rewritten in place."""
+FEW_STEPS = 50
+"""Of a shorter run every progress line is shown: there are a handful."""
 
 
 class Console:
@@ -41,11 +43,12 @@ class Console:
         of = f"/{event.total_steps}" if event.total_steps else ""
         self.live(
             f"step {event.step:>5}{of} | loss {event.loss:.4f} | {event.bits_per_byte:.3f} bits/byte | "
-            f"{event.tokens_per_second / 1000:.1f}k tokens/s | {duration(event.seconds_left)} left"
+            f"{event.tokens_per_second / 1000:.1f}k tokens/s | {duration(event.seconds_left)} left",
+            every=event.total_steps is not None and event.total_steps < FEW_STEPS,
         )
 
-    def live(self, text: str) -> None:
-        """A line that the next one replaces; only where the terminal is wide enough can it be replaced as a whole."""
+    def live(self, text: str, every: bool = False) -> None:
+        """A line that the next one replaces on a terminal; else one every LINE_SECONDS, or `every` one."""
         if text == self._said:
             return
         self._said = text
@@ -53,13 +56,13 @@ class Console:
         if self._live:
             self._write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
             self._open_line = True
-        elif time.monotonic() - self._last >= LINE_SECONDS:
+        elif every or time.monotonic() - self._last >= LINE_SECONDS:
             self._last = time.monotonic()
             self._write(text + "\n")
 
-    def evaluation(self, event: Evaluation) -> None:
-        """A line per evaluation."""
-        best = "  best so far" if event.best else "  the parent" if event.step == 0 else ""
+    def evaluation(self, event: Evaluation, untrained: str = "before training") -> None:
+        """A line per evaluation; `untrained` says what the model of step 0 is."""
+        best = "  best so far" if event.best else f"  {untrained}" if event.step == 0 else ""
         self.say(
             f"step {event.step:>5} | validation loss {event.loss:.4f} | {event.bits_per_byte:.4f} bits/byte | "
             f"epoch {event.epoch:.2f}{best}"

@@ -130,7 +130,7 @@ def build(run: Run) -> Package:
         "data_fingerprint": inputs.train_corpus.fingerprint,
         "validation_fingerprint": inputs.validation_corpus.fingerprint,
         "parent": run.config.init_from,
-        "parent_bits_per_byte": run.history.parent_bits_per_byte,
+        "parent_bits_per_byte": run.history.untrained_bits_per_byte if run.config.init_from else None,
     }
     summary = {k: v for k, v in training.items() if v is not None}
     return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)

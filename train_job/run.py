@@ -45,9 +45,10 @@ from train_job.cluster import (  # noqa: E402
     torch_trainer,
     training_first,
 )
-from train_job.config import TrainConfig, build_config, parse_settings, read_yaml, resume_config, write_yaml  # noqa: E402
+from train_job.config import TrainConfig, build_config, read_yaml, resume_config, write_yaml  # noqa: E402
 from train_job.console import Console, model_text  # noqa: E402
 from train_job.files import LONGEST_NAME  # noqa: E402
+from train_job.flags import parse_settings  # noqa: E402
 from train_job.history import History  # noqa: E402
 from train_job.loop import Evaluation, Finished, Progress, Started  # noqa: E402
 from train_job.record import begun_with, tracked_at, write_record  # noqa: E402
@@ -376,7 +377,7 @@ class Run:
                 self.console.progress(event)
                 self.history.add(event)
             elif isinstance(event, Evaluation):
-                self.console.evaluation(event)
+                self.console.evaluation(event, "the parent" if self.config.init_from else "before training")
                 self.history.add(event)
             elif isinstance(event, Finished):
                 self.finished = event

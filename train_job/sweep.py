@@ -34,9 +34,10 @@ from gptcore.errors import ConfigError, TrainingError, did_you_mean  # noqa: E40
 from gptcore.home import home  # noqa: E402
 from gptcore.package import open_package  # noqa: E402
 from train_job.cluster import drop_checkpoints, ray_cluster, resources_per_worker, resources_text  # noqa: E402
-from train_job.config import add_flag, build_config, given_settings, read_yaml, settings_parser  # noqa: E402
+from train_job.config import build_config, read_yaml  # noqa: E402
 from train_job.console import Console, duration  # noqa: E402
 from train_job.files import written_whole  # noqa: E402
+from train_job.flags import add_flag, given_settings, settings_parser  # noqa: E402
 from train_job.history import History, read_history  # noqa: E402
 from train_job.pages import NOTE  # noqa: E402
 from train_job.record import begun_with, origins_of, tracked_at, write_record  # noqa: E402
@@ -48,6 +49,11 @@ from train_job.whatnow import Ended, lines, script_command  # noqa: E402
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
 
+EXAMPLES = {
+    "train_job/sweeps/quick.yaml": "the sweep that comes along, on text that Python brings along",
+    "train_job/sweeps/quick.yaml --data notes.txt --trials 16": "more of it, on your own text",
+    "--resume NAME": "go on with a sweep that was stopped",
+}
 PLAN = "sweep.yaml"
 """In a sweep's folder: what it was told."""
 EXTENSIBLE = {"trials", "concurrency", "keep"}
@@ -69,6 +75,7 @@ def begin(argv: list[str]) -> tuple[SweepConfig, Path]:
         "python train_job/sweep.py",
         "Train many times with settings from ranges, stop the hopeless early, register the best. Settings of run.py "
         "are every trial's; flags win over the file.",
+        EXAMPLES,
     )
     texts = (f"{name}: {FIELDS[name].metadata['help']}" for name in FIELDS if name not in FLAGS)
     group = parser.add_argument_group("the sweep's own", f"In the file alone: {' '.join(texts)}")
@@ -201,8 +208,13 @@ class Sweep:
             parent = pin(str(parent), self.uri)
             self.config = replace(self.config, base=self.config.base | {"init_from": parent})
             self.trials = [replace(t, config=replace(t.config, init_from=parent)) for t in self.trials]
-        begun, inputs = begun_with(self._record), {}
-        for trial in self.trials:
+        begun = begun_with(self._record)
+        inputs: dict[int, Inputs] = {}
+        for place, trial in enumerate(self.trials):
+            if place:  # all are looked at as often as the first
+                one = inputs[1].config
+                config = replace(trial.config, log_interval=one.log_interval, eval_interval=one.eval_interval)
+                self.trials[place] = trial = replace(trial, config=config)
             inputs[trial.number] = single.inputs_of(trial.config, cluster, begun)
             begun = origins_of(inputs[trial.number])  # all have the text of the first
         return inputs
@@ -272,7 +284,7 @@ class Sweep:
     @property
     def grace_steps(self) -> int:
         """The step from which on ASHA judges."""
-        return self.config.grace_steps or self.trials[0].config.eval_interval
+        return self.config.grace_steps or self.inputs[1].config.eval_interval or 1
 
     def _tune(self, ray: Any, left: list[Trial]) -> None:
         """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
