@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams]:
     """Model name, prompt and sampling parameters. Raises ConfigError."""
-    default = SamplingParams()
+    default = SamplingParams()  # POST /generate and the chat have the same defaults
     parser = Parser(
         prog="python -m gptcore.generate",
         usage="%(prog)s PACKAGE_OR_URI [--prompt TEXT] [--FLAG VALUE ...]",

@@ -14,8 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gptcore.home import checkout, home
+from gptcore.redact import without_password
 from train_job.pages import UI, experiment_page, run_page
-from train_job.spool import kept
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def page_steps(ended: Ended) -> list[tuple[str, str]]:
     scheme = urlsplit(ended.uri).scheme
     base, steps = UI, []
     if scheme in ("http", "https"):
-        base = kept(ended.uri).rstrip("/")
+        base = without_password(ended.uri).rstrip("/")
     elif scheme == "sqlite":
         steps = [("see runs", ui_command(ended.uri))]
     else:  # another database's address may have a password
