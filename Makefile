@@ -47,8 +47,8 @@ pictures: .venv/installed-dev ## make the pictures and the tour's outputs anew (
 serve: .venv/installed ## serve a model on loopback: MODEL=models:/gpt@champion PORT=8000
 	@$(if $(PORT),GPT_PORT="$$PORT") $(BIN)/serve run serve_app:build_app $(if $(MODEL),"model=$$MODEL")
 
-chat: .venv/installed ## chat with what `make serve` serves: PORT=8000
-	@$(BIN)/python -m serve_app.chat --url "http://127.0.0.1:$${PORT:-$${GPT_PORT:-8000}}"
+chat: .venv/installed ## chat with what `make serve` serves: PORT=8000 MODEL=one of its names
+	@$(BIN)/python -m serve_app.chat --url "http://127.0.0.1:$${PORT:-$${GPT_PORT:-8000}}"$(if $(MODEL), --model "$$MODEL")
 
 ui: .venv/installed ## MLflow's UI on loopback: PORT=5000
 	@$(BIN)/python -m train_job.tracking pages --ui http://127.0.0.1:$${PORT:-5000}

@@ -52,7 +52,10 @@ OURS = (
     Variable("XDG_STATE_HOME", "`serve_app.chat`: where what was typed is kept.", "`~/.local/state`"),
     Variable("CXX", "The C++ compiler that builds the engine's kernel.", "the first of c++, g++, clang++"),
     Variable("PYTHON", "make: the Python that `.venv` is made with.", "`python3.11`"),
-    Variable("PORT", "`make ui`: the port of MLflow's UI.", "`5000`"),
+    Variable("PORT", "`make ui`, `make serve`, `make chat`: the port.", "`5000`, `8000`"),
+    Variable(
+        "MODEL", "`make serve`: the model, a folder or a name as `model` below takes it.", "`models:/gpt@champion`"
+    ),
 )
 THEIRS = (
     Variable(
