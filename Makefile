@@ -9,7 +9,7 @@ PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKER
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz check format docs pictures ui clean constraints
+.PHONY: help demo serve chat ui test test-slow fuzz check format docs pictures clean constraints
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,7 +44,14 @@ pictures: .venv/installed-dev ## make the pictures and the tour's outputs anew (
 	@$(BIN)/python -m docs.pictures.mlflow
 	@$(BIN)/python -m docs.tour
 
-ui: .venv/installed ## MLflow's UI on loopback, port 5000
+serve: .venv/installed ## serve a model on loopback: MODEL=models:/gpt@champion PORT=8000
+	@$(if $(PORT),GPT_PORT="$$PORT") $(BIN)/serve run serve_app:build_app $(if $(MODEL),"model=$$MODEL")
+
+chat: .venv/installed ## chat with what `make serve` serves: PORT=8000 MODEL=one of its names
+	@$(BIN)/python -m serve_app.chat --url "http://127.0.0.1:$${PORT:-$${GPT_PORT:-8000}}"$(if $(MODEL), --model "$$MODEL")
+
+ui: .venv/installed ## MLflow's UI on loopback: PORT=5000
+	@$(BIN)/python -m train_job.tracking pages --ui http://127.0.0.1:$${PORT:-5000}
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"
 
 constraints: .venv/installed-dev ## write constraints.txt anew from what is installed

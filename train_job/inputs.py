@@ -106,6 +106,8 @@ def prepare_inputs(
     tokens, judge = (prepare(corpus, tokenizer, cache, mapper, store) for corpus in (train, validation))
     # Raises if the text is too short.
     batches = Batches(tokens, config.context, config.batch_size, config.seed, config.stride)
+    log, every = config.intervals(config.planned_steps(batches.steps_per_epoch)[0])
+    config = replace(config, log_interval=log, eval_interval=every)
     return Inputs(config, tokenizer, train, validation, tokens, judge, shape, batches.steps_per_epoch, parent)
 
 

@@ -21,6 +21,7 @@ from gptcore.package import WEIGHTS, Package, describe, open_package
 from gptcore.pyfunc import PARAMS
 from gptcore.redact import without_password
 from train_job.files import locked, sha256
+from train_job.pages import model_note
 from train_job.spool import answers_expected, mlflow_client
 
 MODES = ("if-better", "always", "never")
@@ -143,6 +144,8 @@ def publish(
         else:
             version = str(earlier.version)
         client.update_model_version(name, version, description=describe(package))
+        if not client.get_registered_model(name).description:
+            client.update_registered_model(name, model_note(name))
         decision = _pass_gate(client, uri, promote, Candidate(name, version, package, bits_per_byte), validation)
         client.set_model_version_tag(name, version, "promoted", str(decision.promote).lower())
         client.set_model_version_tag(name, version, "promotion_reason", decision.reason)

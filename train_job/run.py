@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -43,14 +42,16 @@ from train_job.cluster import (  # noqa: E402
     torch_trainer,
     training_first,
 )
-from train_job.config import TrainConfig, parse_settings, write_yaml  # noqa: E402
-from train_job.console import Console, count  # noqa: E402
+from train_job.config import TrainConfig, write_yaml  # noqa: E402
+from train_job.console import Console, model_text  # noqa: E402
 from train_job.files import storage_problem  # noqa: E402
+from train_job.flags import parse_settings  # noqa: E402
 from train_job.history import History  # noqa: E402
 from train_job.loop import Evaluation, Finished, Progress, Started  # noqa: E402
 from train_job.record import CONFIG, read_record, tracked_at, write_record  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
 from train_job.storage import forget_rays_record, keep_record  # noqa: E402
+from train_job.whatnow import script_command  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
@@ -134,7 +135,7 @@ class Run:
         self.config, self.run_dir = config, run_dir
         self.title, self.tags = title or config.name, dict(tags or {})
         self.stops = StopSignals(self._stop)
-        self.run_id = ""
+        self.run_id = self.experiment_id = ""
         self.board: Any = None
         self.alone = False  # on a Ray of our own
         self.began: Started | None = None
@@ -148,7 +149,7 @@ class Run:
         from train_job.registry import pin
 
         if ended := outcome.ended_with(self.run_dir, self.config):
-            return outcome.show_again(*ended, self.config)
+            return outcome.show_again(self, *ended)
         record = read_record(self._record)
         self.uri = tracked_at(record)
         tracking.check_server(self.uri)
@@ -174,6 +175,7 @@ class Run:
             except KeyboardInterrupt:
                 outcome.end(self, "KILLED")
                 self.console.say(f"stopped; go on with: {self.resume_command()}")
+                outcome.what_now(self)
                 return 128 + self.stops.number
             except (FoundryError, OSError) as error:
                 if problem := told(error, self.run_dir):
@@ -198,7 +200,7 @@ class Run:
         """What goes on with this run."""
         default = self.config.storage_path == str(home() / "runs")
         storage = [] if default else ["--storage-path", str(self.config.storage_path)]
-        return shlex.join(["python", "train_job/run.py", "--resume", str(self.config.name), *storage])
+        return script_command("train_job/run.py", "--resume", str(self.config.name), *storage)
 
     @property
     def _record(self) -> Path:
@@ -207,7 +209,9 @@ class Run:
 
     def open(self) -> None:
         """Opens the MLflow run, or goes on with the one that this folder names."""
+        from gptcore.redact import without_password
         from train_job import tracking
+        from train_job.pages import NOTE
 
         self.history = History(self.run_dir / "history.jsonl")
         if self.history.damaged:
@@ -222,7 +226,11 @@ class Run:
             inputs = self.inputs
             settings = self.config.flat()
             del settings["name"]  # it is the run's own, and would stand among what differs where runs are compared
-            tags = self.tags | {"tokenizer": inputs.tokenizer.fingerprint}
+            text = f"{inputs.train_corpus.name} ({inputs.train.num_bytes:,} bytes, {inputs.tokenizer.name})"
+            tags = self.tags | {
+                "tokenizer": inputs.tokenizer.fingerprint,
+                NOTE: without_password(f"{self.label}; on {text}"),
+            }
             if self.config.init_from:
                 tags["parent"] = self.config.init_from
             self.run_id = tracking.start_run(
@@ -236,22 +244,25 @@ class Run:
         write_yaml(self.config, self.run_dir / CONFIG)  # before run.json: with it alone, a run can be resumed
         if not record:
             write_record(self._record, self.run_id, self.uri, self.inputs)
+        with contextlib.suppress(TrainingError):  # for its address alone, no run ends
+            self.experiment_id = tracking.experiment_of(self.uri, self.run_id)
         if "://" in str(self.config.storage_path):
             keep_record(str(self.config.storage_path), self.run_dir)
 
+    @property
+    def label(self) -> str:
+        """What is trained, in a line."""
+        from gptcore.published import empty_model
+
+        return model_text(self.config, self.inputs.model, empty_model(self.inputs.model).num_parameters())
+
     def introduce(self, nodes: list[dict[str, Any]]) -> None:
         """Says what is about to happen, before the first step."""
-        import torch
-
-        from gptcore.model import GPT
 
         c, i, say = self.config, self.inputs, self.console.say
-        with torch.device("meta"):
-            parameters = GPT(i.model).num_parameters()
-        shape = f"{i.model.num_layers} layers, {i.model.hidden_size} wide, context {i.model.context_length}"
         low, high = c.workers
         workers = str(low) if low == high else f"{low} to {high}"
-        say(f"model     {c.preset}: {count(parameters)} parameters, {i.model.family}, {shape}")
+        say(f"model     {without_password(self.label)}")
         say(f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes, {i.train.num_tokens:,} tokens by")
         say(f"          {i.tokenizer.name}; {i.validation.num_bytes:,} bytes more are kept for validation")
         say(f"workers   {workers}, each with {resources_text(self.resources)}")
@@ -329,7 +340,7 @@ class Run:
                 self.console.progress(event)
                 self.history.add(event)
             elif isinstance(event, Evaluation):
-                self.console.evaluation(event)
+                self.console.evaluation(event, "the parent" if self.config.init_from else "before training")
                 self.history.add(event)
             elif isinstance(event, Finished):
                 self.finished = event

@@ -37,7 +37,7 @@ from train_job.loop import CheckpointDue, Evaluation, Event, Progress, Trainer
 from train_job.shards import prepare
 from train_job.spool import Spool
 from train_job.storage import Kept, checkpoints, first_whole, superseded
-from train_job.tracking import SystemMetrics
+from train_job.tracking import PEAK, SystemMetrics
 
 STOP_LOOK_SECONDS = 0.1
 UNJUDGED = 1e30
@@ -286,7 +286,7 @@ class Voice:
 
     def close(self, memory: dict[str, float]) -> None:
         """Logs the workers' peak memory and waits a while for the server to take the rest."""
-        self.spool.metrics(self.trainer.state.step, {f"peak_mb/{name}": value for name, value in memory.items()})
+        self.spool.metrics(self.trainer.state.step, {f"{PEAK} {name}": value for name, value in memory.items()})
         self.system.stop()
         if left := self.spool.close(SPOOL_PATIENCE_SECONDS):
             ray.get(

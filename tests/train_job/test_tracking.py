@@ -209,6 +209,28 @@ def test_a_run_carries_its_settings_its_origin_and_its_data(database: str):
     assert run.info.artifact_uri.startswith(Path(database.removeprefix("sqlite:///")).parent.as_uri())
 
 
+def test_an_experiment_is_tagged_as_training_and_described_and_a_users_own_words_stay(database: str):
+    from train_job.pages import KIND, NOTE, VIEW_TAG
+
+    mlflow = client(database)
+    old = mlflow.create_experiment("old")
+    mlflow.set_experiment_tag(old, KIND, "genai_development_inferred")  # the UI's guess
+    mlflow.set_experiment_tag(old, NOTE, "our own words")
+    for name in ("looks", "old"):
+        run_id = tracking.start_run(database, CONFIG, experiment=name)
+    made = mlflow.get_experiment_by_name("looks")
+    assert made.tags[KIND] == "custom_model_development"
+    assert f"(#/experiments/{made.experiment_id}/runs?" in made.tags[NOTE]
+    columns = json.loads(json.loads(made.tags[VIEW_TAG])["state"])["selectedColumns"]
+    assert columns[:3] == [f"metrics.`{name}`" for name in ("val/bits_per_byte", "val/loss", "train/loss")]
+    assert tracking.experiment_of(database, run_id) == old
+    tags = mlflow.get_experiment(old).tags
+    assert (tags[KIND], tags[NOTE]) == ("custom_model_development", "our own words")
+    mlflow.set_experiment_tag(old, KIND, "genai_development")  # a person's choice
+    tracking.start_run(database, CONFIG, experiment="old")
+    assert mlflow.get_experiment(old).tags[KIND] == "genai_development"
+
+
 def test_git_tags_name_the_commit_and_whether_it_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
