@@ -115,8 +115,8 @@ def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = 
         if len(merges) < size - SMALLEST:
             raise TokenizerError(
                 f"the training text is too small to learn {size} tokens from; bpe:{SMALLEST + len(merges)} is the "
-                f"largest it can give. Use --tokenizer bytes, a smaller bpe:N, or some {BYTES_PER_TOKEN * size:,} bytes "
-                "of text"
+                f"largest it can give. Use --tokenizer bytes, a smaller bpe:N, or about {BYTES_PER_TOKEN * size:,} "
+                "bytes of text"
             )
         ranks.update((token, 256 + i) for i, token in enumerate(merges))
     return _build(ranks, spec)

@@ -1,4 +1,4 @@
-"""The one way to suggest a near miss: what is a slip of the keyboard gets a hint, what only looks a little alike none."""
+"""The one way to suggest a near miss: a slip of the keyboard gets a hint, what is only a little alike gets none."""
 
 import time
 
