@@ -2,8 +2,8 @@
 
 A corpus is built in, a known download, or a file, a folder or a glob, here or behind a URL; what a file holds is told
 by `formats`. Opening a corpus reads every file once, in pieces: it is hashed, checked to be text, and cut into pieces
-small enough to tokenise in parallel. What was learned about a big file is kept in the cache. No text is held: a corpus is
-places, and a 10 GB file costs no more memory than a small one.
+small enough to tokenise in parallel. What was learned about a big file is kept in the cache. No text is held: a corpus
+is places, and a 10 GB file costs no more memory than a small one.
 """
 
 import glob

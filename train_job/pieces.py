@@ -146,9 +146,9 @@ def last_border(block: bytes, kind: str, separator: str = "") -> int:
     one or before it.
     """
     if separator:
-        last = block.rfind(separator.encode())
-        if last >= 0:
-            return last + len(separator.encode())
+        ended = len(block) - len(block.split(separator.encode())[-1])  # as the text's split finds them: from the left
+        if ended:
+            return ended
         block = block[: -len(separator.encode())]
         if not block:
             return 0
@@ -273,5 +273,8 @@ def byte_border(piece: Piece, offset: int) -> int:
     if piece.kind == "jsonl":
         return start + data.rfind(b"\n", 0, offset) + 1
     border, mark = character_border(data, offset), piece.separator.encode()
-    across = data.find(mark, max(border - len(mark) + 1, 0), border + len(mark) - 1) if mark else -1
-    return start + (across if across >= 0 else border)
+    if mark:
+        near = data[: border + len(mark) - 1]
+        ended = len(near) - len(near.split(mark)[-1])
+        border = ended - len(mark) if ended > border else border  # within one: it goes to the right
+    return start + border
