@@ -6,13 +6,17 @@ prints such an error as one line and exits with code 2; a service answers with a
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import PurePath
+from typing import Any
 
 MOST_SLIPS = 4
 """Letters that a long name may be away from what was meant; a name of four letters may be one away."""
 _MARKS = re.compile(r"[-_ :]")
 _DIGIT = re.compile(r"\d")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class FoundryError(Exception):
@@ -51,8 +55,20 @@ class CheckpointError(FoundryError):
     """Training state that is missing, damaged, or of another run."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """One that is not whole any more: an older one may be."""
+
+
+class RecordError(FoundryError):
+    """A file in which a run keeps something about itself that is empty, cut short, altered or missing."""
+
+
 class TrainingError(FoundryError):
     """Training that cannot go on: a loss that is no longer a number, a full disk."""
+
+
+class StorageFull(TrainingError):
+    """A disk, quota or store that takes no more."""
 
 
 class EngineError(FoundryError):
@@ -103,3 +119,8 @@ def _contracted(a: str, b: str) -> bool:
 def _swapped(a: str, b: str) -> bool:
     """Whether `a` is `b` with two neighbours in each other's place."""
     return any(a == b[:n] + b[n + 1] + b[n] + b[n + 2 :] for n in range(len(b) - 1))
+
+
+def excerpt(value: Any) -> str:
+    """`value` as a message shows it: its repr, shortened where it is long, whatever somebody put there."""
+    return _SHORT.repr(value)
