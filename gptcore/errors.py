@@ -5,7 +5,12 @@ prints such an error as one line and exits with code 2; a service answers with a
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class FoundryError(Exception):
@@ -44,8 +49,20 @@ class CheckpointError(FoundryError):
     """Training state that is missing, damaged, or of another run."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """One that is not whole any more: an older one may be."""
+
+
+class RecordError(FoundryError):
+    """A file in which a run keeps something about itself that is empty, cut short, altered or missing."""
+
+
 class TrainingError(FoundryError):
     """Training that cannot go on: a loss that is no longer a number, a full disk."""
+
+
+class StorageFull(TrainingError):
+    """A disk, quota or store that takes no more."""
 
 
 class EngineError(FoundryError):
@@ -60,3 +77,8 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known name nearest to `value`, or an empty string."""
     near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def excerpt(value: Any) -> str:
+    """`value` as a message shows it: its repr, shortened where it is long, whatever somebody put there."""
+    return _SHORT.repr(value)

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams]:
     """Model name, prompt and sampling parameters. Raises ConfigError."""
-    default = SamplingParams()
+    default = SamplingParams()  # POST /generate and the chat have the same defaults
     parser = Parser(prog="python -m gptcore.generate", description="Continue a text.", allow_abbrev=False)
     parser.add_argument("model", metavar="PACKAGE_OR_URI", help=KINDS)
     parser.add_argument("--prompt", default="", help="text to continue; none: begin a document")

@@ -11,13 +11,14 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
+from gptcore.documents import read_json, read_text
 from gptcore.errors import TokenizerError, did_you_mean
 
 EOT = "<|endoftext|>"
@@ -29,6 +30,8 @@ SMALLEST = 257
 """Every byte and <|endoftext|>."""
 
 DOWNLOAD_SECONDS = 30
+TOKENIZER_BYTES = 1 << 25
+"""The most that a tokenizer's file may have: 32 MiB, three times more than those of 150,000 tokens."""
 LEARN_BYTES = 1 << 27
 """A BPE is learned from the first 128 MiB of text: beyond, the merges hardly change and memory grows."""
 
@@ -76,6 +79,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text behind `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def spelling(self, token: int) -> str:
+        """The token as `transformers` and tokenizer.json write it: a printable character for each byte."""
+        shown = _byte_characters()
+        return EOT if token == self.eot else "".join(shown[b] for b in self.decode_bytes([token]))
 
 
 def parse_tokenizer(spec: str) -> int:
@@ -160,27 +168,33 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in `folder` that hold its tokenizer: one, or vocabulary and merges, or none."""
+    whole, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
+    return [whole] if whole.is_file() else parts if all(part.is_file() for part in parts) else []
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in `folder`: tokenizer.json, or GPT-2's vocab.json with merges.txt.
 
     Raises TokenizerError if there is none, or if it is no byte-level BPE split GPT-2's way.
     """
-    whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
-    if not whole.is_file() and not all(part.is_file() for part in parts):
+    files = tokenizer_files(folder)
+    if not files:
         raise TokenizerError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
     try:
-        if whole.is_file():
-            content = json.loads(whole.read_text(encoding="utf-8"))
+        content = read_json(files[0], TOKENIZER_BYTES, TokenizerError)
+        if len(files) == 1:
             _check_gpt2_style(content)
             vocab, merges = dict(content["model"]["vocab"]), content["model"]["merges"]
             specials = {token["content"]: token["id"] for token in content["added_tokens"]}
         else:
-            vocab = json.loads(parts[0].read_text(encoding="utf-8"))
-            lines = parts[1].read_text(encoding="utf-8").split("\n")
+            vocab = content
+            lines = read_text(files[1], TOKENIZER_BYTES, TokenizerError).split("\n")
             merges = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
             specials = {EOT: vocab[EOT]} if EOT in vocab else {}
         return _from_vocab(vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], specials)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise TokenizerError(f"the tokenizer in {folder} is not a readable GPT-2-style BPE: {error}") from error
 
 
@@ -197,6 +211,8 @@ def _check_gpt2_style(content: dict[str, Any]) -> None:
 
 def _from_vocab(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: dict[str, int]) -> Tokenizer:
     """A tokenizer from tokens spelt in GPT-2's byte characters. Raises ValueError if tiktoken cannot stand for it."""
+    if any(type(number) is not int for number in (*vocab.values(), *specials.values())):
+        raise ValueError("some of its ids are no whole numbers")
     if set(specials) != {EOT}:
         raise ValueError(f"its special tokens are {sorted(specials)}, expected only {EOT!r}")
     byte_of = {character: b for b, character in _byte_characters().items()}
@@ -295,6 +311,7 @@ def _last_merge(token: bytes, ranks: Ranks) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
+@cache
 def _byte_characters() -> dict[int, str]:
     """GPT-2's printable character for each byte: itself where it prints, else the next one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -22,7 +22,7 @@ from gptcore.errors import FoundryError
 from serve_app.settings import load_settings
 
 PROMPT = "The"
-REQUEST = {"prompt": PROMPT, "max_new_tokens": 60, "stream": True}
+REQUEST = {"prompt": PROMPT, "max_new_tokens": 60, "temperature": 0.8, "stream": True}
 START_SECONDS = 600
 """On a busy machine; two idle cores take a quarter of a minute."""
 WORD_SECONDS = 5.0
@@ -51,7 +51,7 @@ def demo() -> int:
         ask(url)
         print(f"""
 playground {url}
-ask it     curl {url}/generate -d '{{"prompt": "{PROMPT}"}}'
+ask it     curl {url}/generate -d '{{"prompt": "{PROMPT}", "temperature": 0.8}}'
 serve it   .venv/bin/serve run serve_app:app""")
         if process and sys.stdout.isatty():
             print("           the service runs until Ctrl-C", flush=True)

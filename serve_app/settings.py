@@ -64,6 +64,9 @@ class ServeSettings:
     tracking_uri: str = setting(
         "", "MLflow, for models:/ and runs:/. Default: $MLFLOW_TRACKING_URI, else the embedded database."
     )
+    load_seconds: float = setting(
+        600.0, "Longest time that a load may take, its download included; then it is given up.", "seconds"
+    )
     poll_seconds: float = setting(5.0, "How often the registry is asked where an alias points.", "seconds")
     # Who may ask, and for how much
     api_keys: tuple[str, ...] = field(
@@ -226,7 +229,7 @@ class ServeSettings:
 LEAST = dict.fromkeys(
     ("max_new_tokens", "max_sequences", "max_body_bytes", "max_queue", "prefill_tokens", "max_replicas"), 1
 )
-POSITIVE = ("poll_seconds", "body_timeout_s", "request_timeout_s", "target_ongoing_requests")
+POSITIVE = ("load_seconds", "poll_seconds", "body_timeout_s", "request_timeout_s", "target_ongoing_requests")
 
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(ServeSettings)}
 _HINTS = typing.get_type_hints(ServeSettings)

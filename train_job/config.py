@@ -302,7 +302,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise ConfigError(f"cannot read the config file {path}: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"the config file {path} holds no settings; expected lines such as `batch_size: 16`")

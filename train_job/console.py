@@ -4,6 +4,7 @@ In: events. Out: text on stdout (one line rewritten in place on a terminal, a ne
 so that `ray job logs` stays readable) and `training_YYYYMMDD_HHMMSS.log` in the run's folder.
 """
 
+import contextlib
 import shutil
 import sys
 import time
@@ -67,15 +68,22 @@ class Console:
         """Ends the live line and the log."""
         if self._open_line:
             self._write("\n")
-        self._log.close()
+        with contextlib.suppress(OSError):
+            self._log.close()
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     def _keep(self, text: str) -> None:
-        if text:
+        if not text or self._log.closed:
+            return
+        try:
             self._log.write(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {text}\n")
+        except OSError as error:  # a full disk: no reason to end a run, and none to keep the next lines from a terminal
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._write(f"warning: {self.path} gets no more lines: {error.strerror}\n")
 
 
 def duration(seconds: float) -> str:

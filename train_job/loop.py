@@ -216,7 +216,8 @@ class Trainer:
             raise diverged(f"validation loss is {loss}", state.step)
         best = loss < state.best_loss and not of_parent
         if not of_parent:
-            state.last_evaluated, state.since_best = state.step, 0 if best else state.since_best + 1
+            state.last_evaluated, state.last_loss = state.step, loss
+            state.since_best = 0 if best else state.since_best + 1
         if best:
             state.best_loss, state.best_step = loss, state.step
         return Evaluation(

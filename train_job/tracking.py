@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptcore.errors import FoundryError, TrainingError
+from gptcore.errors import FoundryError, RecordError, TrainingError
 from gptcore.home import checkout, home
+from gptcore.redact import without_password
+from train_job.files import read_json
 from train_job.spool import (
     Spool,
     answers_expected,
     deliver_batch,
     impatient_requests,
-    kept,
     mlflow_client,
-    shown,
     undelivered,
 )
 
@@ -77,15 +77,19 @@ def check_server(uri: str, timeout_s: float = 5.0) -> None:
             port = parts.port or {"mysql": 3306, "mssql": 1433}.get(parts.scheme.partition("+")[0], 5432)
             socket.create_connection((parts.hostname, port), timeout=timeout_s).close()
         elif not parts.scheme.startswith("databricks"):
-            raise TrainingError(f"tracking URI {shown(uri)!r} is of no known kind; expected http(s)://… or sqlite:///…")
+            raise TrainingError(
+                f"tracking URI {without_password(uri)!r} is of no known kind; expected http(s)://… or sqlite:///…"
+            )
     except urllib.error.HTTPError as error:  # it answers: an older server or a gateway without /health will do
         if error.code >= 500:
-            raise TrainingError(f"the tracking server at {shown(uri)} answers {error.code} {error.reason}") from error
+            raise TrainingError(
+                f"the tracking server at {without_password(uri)} answers {error.code} {error.reason}"
+            ) from error
     except (OSError, ValueError) as error:
         # A ValueError is the URL's parser's, which quotes what it stumbled over: it may be part of a password.
         reason = "it is no valid URL" if isinstance(error, ValueError) else getattr(error, "reason", None) or error
         raise TrainingError(
-            f"no tracking server answers at {shown(uri)} ({shown(str(reason))}); "
+            f"no tracking server answers at {without_password(uri)} ({without_password(str(reason))}); "
             "start it, correct MLFLOW_TRACKING_URI, or unset that to use the embedded database"
         ) from error
 
@@ -284,7 +288,7 @@ class SystemMetrics:
                 if not self._stopped.is_set():
                     self._spool.metrics(int(time.time() - started / 1000), values)
             except Exception as error:  # a figure about the machine is not worth a run
-                log.debug("no system metrics this time: %s", shown(str(error)))
+                log.debug("no system metrics this time: %s", without_password(str(error)))
 
 
 def _monitors() -> list[Any]:
@@ -307,10 +311,12 @@ def deliver(folder: Path) -> int:
     """
     if not (folder / "spool.json").exists():
         raise TrainingError(f"{folder} is no spool: it has no spool.json; expected the spool folder of a run")
-    spool = json.loads((folder / "spool.json").read_text())
+    spool = read_json(folder / "spool.json", "put there what the run's run.json has: run_id and tracking_uri")
+    if not {"run_id", "tracking_uri"} <= spool.keys():
+        raise RecordError(f"{folder / 'spool.json'} lacks run_id or tracking_uri; the run's run.json has both")
     waiting, uri = undelivered(folder), tracking_uri()
-    if kept(uri) != spool["tracking_uri"]:  # else the environment's, which may have a password
-        uri = spool["tracking_uri"]
+    if without_password(uri) != spool["tracking_uri"]:  # else the environment's, which may have a password
+        uri = str(spool["tracking_uri"])
     check_server(uri)
     with answers_expected(uri), impatient_requests(timeout_s=30, retries=2):
         client = mlflow_client(uri)

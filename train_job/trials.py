@@ -8,12 +8,13 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gptcore.errors import RecordError
 from train_job.config import TrainConfig
-from train_job.files import written_whole
+from train_job.files import read_json, written_whole
 from train_job.history import read_history
 from train_job.space import shown
 
@@ -64,9 +65,15 @@ class Trial:
         return min(self.evaluations(), key=lambda row: row["bits_per_byte"], default=none)
 
     def ending(self) -> Ending | None:
-        """How it ended, if it has."""
-        path = self.folder / ENDING
-        return Ending(**json.loads(path.read_text())) if path.exists() else None
+        """How it ended, if it has. Raises RecordError if what was recorded of it is damaged."""
+        path, remedy = self.folder / ENDING, "remove it, and the trial goes on when the sweep does"
+        if not path.exists():
+            return None
+        try:
+            ending = Ending(**read_json(path, remedy))
+            return replace(ending, steps=int(ending.steps), seconds=float(ending.seconds))
+        except (TypeError, ValueError):
+            raise RecordError(f"{path} is damaged; {remedy}") from None
 
     def end(self, ending: Ending) -> None:
         """Records that it has ended: it will not be run again."""

@@ -93,7 +93,7 @@ def converse(chat: Chat) -> int:
             return 0
         except KeyboardInterrupt:
             chat.screen.line()
-            chat.screen.note("Ctrl-D or /quit leaves")
+            chat.screen.note("exit, /quit or Ctrl-D leaves")
             continue
         try:
             with unechoed():

@@ -20,12 +20,12 @@ from serve_app.settings import load_settings
 from tests.deploy.conftest import Store
 from tests.serve_app.running import running
 from tests.system.conftest import ROOT, SMALL, environment
-from train_job.cluster import check_storage, fetch_record, keep_record
 from train_job.config import build_config
 from train_job.corpus import open_corpus, split
 from train_job.history import History
 from train_job.inputs import prepare_inputs, shard_store
 from train_job.shards import TokenSet, prepare
+from train_job.storage import check_storage, fetch_record, keep_record
 
 
 def small_package(folder: Path, seed: int = 0) -> Package:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -22,6 +22,7 @@ from gptcore.tokenizer import (
     read_tokenizer,
     save_tokenizer,
 )
+from tests.chance import examples
 
 Learn = Callable[[int, str], Tokenizer]
 
@@ -32,7 +33,6 @@ TEXT = """ROMEO:  O, she doth teach the torches to burn bright!\r\n\tIt's 1597; 
 # Two regex engines split the text, and each knows the characters of its own Unicode version: keep to old ones.
 characters = st.characters(exclude_categories=("Cs", "Cn", "Co"))
 any_text = st.text(characters) | st.text(st.sampled_from(" \n\t\r\u00a0\u2028'stmdlre019aZé中!?<|>endoftext"))
-relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,9 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return load_tokenizer(request.param)
 
 
+@pytest.mark.hypothesis
 def test_any_text_survives(tokenizer: Tokenizer) -> None:
-    @relaxed
+    @examples(150)
     @given(any_text)
     def check(text: str) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -71,13 +72,14 @@ def test_the_end_of_text_is_the_last_id_and_its_characters_are_plain_text(tokeni
     assert tokenizer.eot not in tokenizer.encode(EOT)
 
 
+@pytest.mark.hypothesis
 def test_transformers_encodes_identically(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_tokenizer(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
     assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot
     assert len(theirs) == tokenizer.vocab_size
 
-    @relaxed
+    @examples(150)
     @given(any_text)
     def check(text: str) -> None:
         assert theirs.encode(text) == tokenizer.encode(text)
@@ -260,5 +262,5 @@ def test_an_empty_or_broken_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="holds no tokenizer"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(TokenizerError, match="not a readable"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is unreadable"):
         read_tokenizer(tmp_path)

@@ -12,7 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptcore.errors import ConfigError, CorpusError
@@ -235,7 +235,6 @@ TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), 
 
 
 @given(texts=TEXTS, fraction=st.floats(0.01, 0.99))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_the_split_loses_and_repeats_nothing(tmp_path, kind, texts, fraction):
     folder = tmp_path / "data"
