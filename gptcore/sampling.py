@@ -25,6 +25,8 @@ to 2^18 tokens sums to less than 2^53, which fp64 holds exactly."""
 CACHED = 2**18
 """Weights that a CPU's second cache holds with room to spare."""
 MOST_LOGPROBS = 20
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
+"""Beyond these, fp32 would make a temperature 0 or infinite; it counts as the nearer of them."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,21 @@ class SamplingParams:
     """How the next token is chosen and when to stop. Raises ConfigError, naming the field, for a value out of range.
 
     In this order, which is that of Hugging Face's transformers: penalties change the logits, `temperature` divides
-    them, `top_k`, `top_p` and `min_p` rule tokens out. (vLLM has min_p before top_k and top_p.) Of tokens that are
-    equally likely, those with smaller ids count as likelier.
+    them, `top_k`, `top_p` and `min_p` rule tokens out. (vLLM has min_p before top_k and top_p.)
+
+    Which of two tokens is likelier, their logits say after the penalties: the greater one's token is, and of equal
+    logits the one with the smaller id. Neither a temperature that makes them all alike nor the rounding of their
+    probabilities changes that. So top_k = 1 is what temperature 0 is, whatever the logits.
     """
 
     max_new_tokens: int = 128
     temperature: float = 1.0
     """0 takes the likeliest token; below 1 is safer, above 1 wilder."""
     top_k: int = 0
-    """Keeps the k likeliest tokens; 0: all."""
+    """Keeps the k likeliest tokens, never more, even if others are as likely; 0: all."""
     top_p: float = 1.0
-    """Keeps the fewest of the likeliest whose probabilities reach p (Holtzman et al. 2020); 1: all."""
+    """Keeps the fewest of the likeliest whose probabilities reach p, of what top_k left (Holtzman et al. 2020); 1:
+    all."""
     seed: int | None = None
     """Without one, each generation draws its own."""
     min_p: float = 0.0
@@ -206,7 +212,9 @@ def weigh(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     """exp(logits / temperature) for logits (R, V), in whole numbers of which each row's largest is ONE."""
     # The largest logit becomes 0 first: with a tiny temperature the quotient would overflow.
     below = logits - logits.amax(dim=-1, keepdim=True)
-    heat = torch.tensor(temperatures, device=logits.device).clamp(1e-30, 1e30)[:, None]  # (R, 1), as fp32 can say
+    heat = torch.tensor(temperatures, device=logits.device).clamp(LEAST_TEMPERATURE, MOST_TEMPERATURE)[
+        :, None
+    ]  # (R, 1)
     return below.div_(heat).exp_().mul_(ONE).round_()
 
 
@@ -228,19 +236,20 @@ def _kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     Nothing is sorted but what may be kept. Of a token that top_p keeps, it and those less likely together hold more
     than 1 - p, and it is the likeliest of them, so it holds more than (1 - p) / V itself.
     """
-    weights = weigh(logits[None], [params.temperature])[0].cpu().numpy()
+    logits = logits.cpu()
+    weights, values = weigh(logits[None], [params.temperature])[0].numpy(), logits.numpy()
     total = weights.sum(dtype=np.float64)
     if 0 < params.top_k < len(weights):
-        ids = greatest(weights, params.top_k)
+        ids = greatest(values, params.top_k)
         total = weights[ids].sum(dtype=np.float64)
     else:
-        least = (1 - params.top_p) * total / len(weights) * (1 - 1e-9)  # rounding must not rule out more
+        least = (1 - params.top_p) * total / len(weights) * (1 - 1e-6)  # rounding must not rule out more
         ids = np.flatnonzero(weights >= least)
     if params.top_p < 1:
         descending = np.sort(weights[ids])[::-1]
         before = descending.cumsum(dtype=np.float64) - descending  # what likelier tokens hold: 0 for the likeliest
-        ids = ids[greatest(weights[ids], int(np.searchsorted(before, params.top_p * total)))]
-    ids = ids[weights[ids] >= max(1, params.min_p * ONE)]
+        ids = ids[greatest(values[ids], int(np.searchsorted(before, params.top_p * total)))]
+    ids = ids[weights[ids] >= np.float64(max(1, params.min_p * ONE))]  # compared in fp64, which rounds neither
     return torch.from_numpy(ids), torch.from_numpy(weights[ids])
 
 

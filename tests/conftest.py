@@ -1,12 +1,53 @@
-"""Fixtures for data that lies beside a checkout: canonical tiny Shakespeare and GPT-2's real vocabulary."""
+"""What holds for all tests, and fixtures for data that lies beside a checkout.
 
+The data are canonical tiny Shakespeare and GPT-2's real vocabulary.
+"""
+
+import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import settings
 
+from tests.chance import forget_the_project
+
+settings.load_profile("same")
+forget_the_project()
+
+for name in [name for name in os.environ if name.startswith(("GPT_", "HF_", "MLFLOW_", "RAY_"))]:
+    del os.environ[name]  # what somebody has set for the work at hand is not what the tests are about
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+for name in ("no_proxy", "NO_PROXY"):  # our own servers are not reached through a proxy
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+LONGEST_FIRST = ("system/test_job.py", "docs/test_commands.py", "system", "docs", "deploy")
+"""Files and folders of tests that take minutes. Among several processes, what begins last should be short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first; the order is the same in every run."""
+
+    def rank(item: pytest.Item) -> int:
+        where = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((n for n, name in enumerate(LONGEST_FIRST) if where.startswith(name)), len(LONGEST_FIRST))
+
+    items.sort(key=rank)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from gptcore import progress
+from gptcore.config import ModelConfig
 from gptcore.progress import duration
+from train_job.config import TrainConfig
 from train_job.loop import Evaluation, Progress
 
 LINE_SECONDS = 5.0
 """Progress lines are at least this far apart where they cannot be rewritten in place."""
+FEW_STEPS = 50
+"""Of a shorter run every progress line is shown: there are a handful."""
 
 
 class Output:
@@ -132,11 +136,12 @@ class Console:
         of = f"/{event.total_steps}" if event.total_steps else ""
         self.live(
             f"step {event.step:>5}{of} | loss {event.loss:.4f} | {event.bits_per_byte:.3f} bits/byte | "
-            f"{event.tokens_per_second / 1000:.1f}k tokens/s | {duration(event.seconds_left)} left"
+            f"{event.tokens_per_second / 1000:.1f}k tokens/s | {duration(event.seconds_left)} left",
+            every=event.total_steps is not None and event.total_steps < FEW_STEPS,
         )
 
-    def live(self, text: str) -> None:
-        """A line that the next one replaces; only where the terminal is wide enough can it be replaced as a whole."""
+    def live(self, text: str, every: bool = False) -> None:
+        """A line that the next one replaces on a terminal; else one every LINE_SECONDS, or `every` one."""
         if text == self._said:
             return
         with self._turn:
@@ -145,13 +150,13 @@ class Console:
             if self._live:
                 self._write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
                 self._open_line = True
-            elif time.monotonic() - self._last >= LINE_SECONDS:
+            elif every or time.monotonic() - self._last >= LINE_SECONDS:
                 self._last = time.monotonic()
                 self._write(text + "\n")
 
-    def evaluation(self, event: Evaluation) -> None:
-        """A line per evaluation."""
-        best = "  best so far" if event.best else "  the parent" if event.step == 0 else ""
+    def evaluation(self, event: Evaluation, untrained: str = "before training") -> None:
+        """A line per evaluation; `untrained` says what the model of step 0 is."""
+        best = "  best so far" if event.best else f"  {untrained}" if event.step == 0 else ""
         self.say(
             f"step {event.step:>5} | validation loss {event.loss:.4f} | {event.bits_per_byte:.4f} bits/byte | "
             f"epoch {event.epoch:.2f}{best}"
@@ -160,7 +165,7 @@ class Console:
     def close(self) -> None:
         """Ends the live line and the log."""
         progress.speak_through(None)
-        with self._turn:
+        with self._turn, contextlib.suppress(OSError):
             if self._open_line:
                 self._write("\n")
             self._log.close()
@@ -171,8 +176,23 @@ class Console:
         progress.heard()
 
     def _keep(self, text: str) -> None:
-        if text and not self._log.closed:
+        if not text or self._log.closed:
+            return
+        try:
             self._log.write(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {text}\n")
+        except OSError as error:  # a full disk: no reason to end a run, and none to keep the next lines from a terminal
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._write(f"warning: {self.path} gets no more lines: {error.strerror}\n")
+
+
+def model_text(config: TrainConfig, shape: ModelConfig, parameters: int) -> str:
+    """What is trained, in a line: the preset's name, or the parent's where a model is fine-tuned."""
+    size = f"{count(parameters)} parameters"
+    rest = f"{shape.family}, {shape.num_layers} layers, {shape.hidden_size} wide, context {shape.context_length}"
+    if config.init_from:
+        return f"fine-tunes {config.init_from} ({size}, {rest})"
+    return f"{config.preset}: {size}, {rest}"
 
 
 def count(number: float) -> str:

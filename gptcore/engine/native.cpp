@@ -432,6 +432,7 @@ class Sampler {
         weights.assign(round_up(V, BLOCK), -INFINITY);
         std::copy(logits, logits + V, weights.begin());
         for (int i = 0; i < how.changes; i++) weights[ids[i]] = values[i];
+        if (how.top_k > 0 || how.top_p < 1) order = weights;
         int likeliest = weigh(how.temperature);
         if (how.temperature == 0) return likeliest;
         if (how.top_k > 0 || how.top_p < 1 || how.min_p > 0) filter(how);
@@ -468,6 +469,7 @@ class Sampler {
     }
 
     // Sets the weights that the filters rule out to 0. Nothing is sorted but the one bucket that a filter's end is in.
+    // Greater weights have greater logits, since no step of weigh() turns an order round; equal ones may differ there.
     void filter(const Draw& how) {
         uint32_t counts[BUCKETS] = {};
         double sums[BUCKETS] = {}, total = 0;
@@ -480,10 +482,21 @@ class Sampler {
         if (how.top_k > 0) total = likeliest(counts, sums, [&](int64_t before, double) { return before < most; }).sum;
         double enough = how.top_p < 1 ? how.top_p * total : INFINITY;
         Kept kept = likeliest(counts, sums, [&](int64_t before, double sum) { return before < most && sum < enough; });
-        float least = std::max(1.0f, (float)std::ceil(how.min_p * ONE));
+        float least = std::max(1.0f, (float)(how.min_p * ONE));
+        if (least < how.min_p * ONE) least = std::nextafter(least, INFINITY);
         if (least > kept.least) kept.least = least, kept.equals = std::numeric_limits<int>::max();
-        for (float& w : weights)
-            if (!(w > kept.least) && !(w == kept.least && kept.equals-- > 0)) w = 0;
+        ties.clear();
+        for (int i = 0; i < (int)weights.size(); i++) {
+            if (weights[i] == kept.least)
+                ties.push_back(i);
+            else if (!(weights[i] > kept.least))
+                weights[i] = 0;
+        }
+        if (kept.equals >= (int)ties.size()) return;
+        std::nth_element(ties.begin(), ties.begin() + kept.equals, ties.end(), [&](int a, int b) {
+            return order[a] > order[b] || (order[a] == order[b] && a < b);
+        });
+        for (size_t i = kept.equals; i < ties.size(); i++) weights[ties[i]] = 0;
     }
 
     struct Kept {
@@ -545,8 +558,9 @@ class Sampler {
         return i;
     }
 
-    std::vector<float> weights, members;
+    std::vector<float> weights, order, members;  // order: the logits, which say what is likelier of equal weights
     std::vector<double> sums;
+    std::vector<int> ties;
 };
 
 // --- the network ---------------------------------------------------------------------------------------------------

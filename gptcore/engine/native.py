@@ -28,7 +28,7 @@ from gptcore.engine.runner import Chunk
 from gptcore.errors import FoundryError
 from gptcore.home import home
 from gptcore.model import GPT, Attention, Block
-from gptcore.sampling import Row, penalties, uniform
+from gptcore.sampling import LEAST_TEMPERATURE, Row, penalties, uniform
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
@@ -126,8 +126,9 @@ class NativeRunner:
         values: list[float] = []
         for i, (draw, row) in enumerate(zip(draws, rows, strict=True)):
             params = row.params
-            draw.temperature = 0.0 if params.greedy else params.temperature
-            draw.top_k, draw.top_p, draw.min_p = params.top_k, params.top_p, params.min_p
+            # 0 means greedy there, so a temperature that fp32 cannot hold must not become it.
+            draw.temperature = 0.0 if params.greedy else max(params.temperature, LEAST_TEMPERATURE)
+            draw.top_k, draw.top_p, draw.min_p = min(params.top_k, logits.size(1)), params.top_p, params.min_p
             draw.point = uniform(row.seed, len(row.tokens))
             if params.penalises:
                 changed, to = penalties(logits[i], row)

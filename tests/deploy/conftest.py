@@ -25,7 +25,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.system.conftest import BIN, ROOT, free_port
+from tests.ports import free_port
+from tests.system.conftest import BIN, ROOT
 
 COMPOSE = ROOT / "mlflow" / "compose.yaml"
 ENV_EXAMPLE = ROOT / "mlflow" / ".env.example"

@@ -23,7 +23,8 @@ import pyarrow
 from pyarrow import parquet
 
 from tests.conftest import SHARED
-from tests.system.conftest import ROOT, Cluster, environment, free_port
+from tests.ports import free_port
+from tests.system.conftest import ROOT, Cluster, environment
 from train_job.pieces import builtin_bytes
 
 STARTERS = (".venv/", "curl ", "ray ", "docker ", "make ", "cat ", "ls ", "echo ", "export ", "mlflow ")

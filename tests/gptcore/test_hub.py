@@ -1,7 +1,6 @@
 """A name leads to a package folder, whoever keeps it, or to one message that says what is wrong."""
 
 import shutil
-import socket
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from gptcore.errors import HubError
 from gptcore.hub import resolve
 from gptcore.package import Package, open_package
+from tests.ports import free_port
 
 
 def test_a_folder_is_itself(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +69,7 @@ def test_a_password_in_the_tracking_uri_is_not_shown_nor_taken_for_a_host(host: 
 
 
 def test_a_server_that_is_away_is_told_within_seconds() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     start = time.monotonic()
     with pytest.raises(HubError, match=rf"http://127.0.0.1:{port} does not answer"):
         resolve("models:/gpt@champion", tracking_uri=f"http://127.0.0.1:{port}")
@@ -119,3 +117,29 @@ def test_an_mlflow_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "MLmodel").write_text("flavors:\n  python_function:\n    loader_module: mlflow.sklearn\n")
     with pytest.raises(HubError, match="not one of ours"):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "flavors: {python_function: {data: ../secret}}",
+        "flavors: {python_function: {data: /etc}}",
+        "flavors: {python_function: {data: data/../../secret}}",
+        "flavors: {python_function: {data: [1]}}",
+        "flavors: {python_function: data}",
+        "flavors: 3",
+        "- 1",
+        "{",
+        "",
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:60],
+)
+def test_an_mlflow_model_leads_to_a_package_inside_itself_or_nowhere(
+    content: str, package: Package, tmp_path: Path
+) -> None:
+    package.path.rename(tmp_path / "secret")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "MLmodel").write_text(content)
+    with pytest.raises(HubError, match="holds no model package"):
+        resolve(str(tmp_path / "model"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -33,6 +33,8 @@ from gptcore.sampling import (
     uniform,
     weigh,
 )
+from tests.chance import examples
+from tests.sampling import PARAMS, VALUES, by_definition
 
 LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
 WORDS = 50257
@@ -91,34 +93,10 @@ def test_the_filters_leave_what_their_definitions_say(params: dict[str, float], 
     assert probs(**params) == pytest.approx(expected, abs=1e-6)
 
 
-def by_definition(logits: torch.Tensor, params: SamplingParams) -> dict[int, int]:
-    """The tokens that the filters leave, and their weights: everything sorted, in whole numbers."""
-    weights = [int(w) for w in weigh(logits[None], [params.temperature])[0].tolist()]
-    order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))[: params.top_k or None]
-    total, before, kept = sum(weights[i] for i in order), 0, {}
-    for i in sorted(order, key=lambda i: (-weights[i], i)):
-        if before < params.top_p * total and weights[i] >= params.min_p * ONE and weights[i]:
-            kept[i] = weights[i]
-        before += weights[i]
-    return dict(sorted(kept.items()))
-
-
-PARAMS = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.1, 0.7, 1.0, 5.0]),
-    top_k=st.sampled_from([0, 0, 2, 5, 30]),
-    top_p=st.sampled_from([1.0, 1.0, 0.999, 0.9, 0.5, 0.01]),
-    min_p=st.sampled_from([0.0, 0.0, 0.05, 0.5]),
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    # Of few values, so that some tokens are equally likely.
-    st.lists(st.floats(-30, 30, width=32) | st.sampled_from([0.0, 1.0, 1.5, 2.0]), min_size=1, max_size=60),
-    PARAMS,
-    st.integers(0, 2**64 - 1),
-)
+@examples(200)
+@given(VALUES, PARAMS, st.integers(0, 2**64 - 1))
+@example([0.0, 0.0, 2.28e-38], SamplingParams(top_k=2), 0)
+@example([0.0, 0.0, 1.4e-45], SamplingParams(top_p=0.5), 0)
 def test_the_filters_and_the_draw_are_what_a_full_sort_and_plain_sums_give(
     values: list[float], params: SamplingParams, seed: int
 ) -> None:
@@ -133,6 +111,38 @@ def test_the_filters_and_the_draw_are_what_a_full_sort_and_plain_sums_give(
     upto = dict(zip(kept, accumulate(kept.values()), strict=True))
     expected_token = next(token for token in kept if upto[token] > share)
     assert next_token(logits, params, seed, position=7) == expected_token
+
+
+@pytest.mark.parametrize(
+    ("values", "params", "expected"),
+    [
+        ([0.0, 0.0, 2.28e-38], {"top_k": 1}, {2}),
+        ([0.0, 0.0, 2.28e-38], {"temperature": 0}, {2}),
+        ([0.0, 0.0, 2.28e-38], {"top_k": 2}, {0, 2}),
+        ([0.0, 0.0, 2.28e-38], {"top_p": 0.3}, {2}),
+        ([0.0, 0.0, 2.28e-38], {"top_p": 0.5}, {0, 2}),
+        ([0.0, 0.0, 1.4e-45], {"top_k": 2}, {0, 2}),
+        ([-0.0, 0.0, 0.0], {"top_k": 2}, {0, 1}),
+        ([1.0, 2.0, 3.0], {"top_k": 2, "temperature": 1e30}, {1, 2}),
+        ([1.0, 2.0, 3.0], {"top_p": 0.5, "temperature": 1e30}, {1, 2}),
+        ([0.0, 0.0, 2.28e-38], {"min_p": 1.0}, {0, 1, 2}),
+    ],
+)
+def test_of_tokens_that_are_equally_likely_those_with_the_greatest_logits_are_kept(
+    values: list[float], params: dict[str, Any], expected: set[int]
+) -> None:
+    logits = torch.tensor(values)
+    assert {*filtered_probs(logits, SamplingParams(**params)).nonzero().flatten().tolist()} == expected
+    drawn = {next_token(logits, SamplingParams(**params), seed, 1) for seed in range(40)}
+    assert drawn == expected
+
+
+def test_min_p_is_not_rounded() -> None:
+    logits = torch.tensor([0.0, math.log(9_000_000 / ONE)])
+    weight = weigh(logits[None], [1.0])[0, 1].item()
+    just_above, exact = (weight + 0.4) / ONE, weight / ONE
+    assert filtered_probs(logits, SamplingParams(min_p=just_above)).count_nonzero() == 1
+    assert filtered_probs(logits, SamplingParams(min_p=exact)).count_nonzero() == 2
 
 
 @pytest.mark.parametrize("spread", [0.3, 4.0], ids=["flat", "peaked"])

@@ -2,13 +2,14 @@
 
 import json
 import pickle
+import random
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiktoken
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -22,6 +23,7 @@ from gptcore.tokenizer import (
     read_tokenizer,
     save_tokenizer,
 )
+from tests.chance import examples
 
 Learn = Callable[[int, str], Tokenizer]
 
@@ -32,7 +34,6 @@ TEXT = """ROMEO:  O, she doth teach the torches to burn bright!\r\n\tIt's 1597; 
 # Two regex engines split the text, and each knows the characters of its own Unicode version: keep to old ones.
 characters = st.characters(exclude_categories=("Cs", "Cn", "Co"))
 any_text = st.text(characters) | st.text(st.sampled_from(" \n\t\r\u00a0\u2028'stmdlre019aZé中!?<|>endoftext"))
-relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,9 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return load_tokenizer(request.param)
 
 
+@pytest.mark.hypothesis
 def test_any_text_survives(tokenizer: Tokenizer) -> None:
-    @relaxed
+    @examples(150)
     @given(any_text)
     def check(text: str) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -71,13 +73,14 @@ def test_the_end_of_text_is_the_last_id_and_its_characters_are_plain_text(tokeni
     assert tokenizer.eot not in tokenizer.encode(EOT)
 
 
+@pytest.mark.hypothesis
 def test_transformers_encodes_identically(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_tokenizer(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
     assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot
     assert len(theirs) == tokenizer.vocab_size
 
-    @relaxed
+    @examples(150)
     @given(any_text)
     def check(text: str) -> None:
         assert theirs.encode(text) == tokenizer.encode(text)
@@ -152,6 +155,40 @@ def test_text_too_small_to_learn_from_says_what_it_can_give(learn: Learn) -> Non
         learn(1000, "to be or not to be")
     size = int(str(caught.value).split("bpe:")[1].split()[0])
     assert learn(size, "to be or not to be").vocab_size == size
+
+
+ENDLESS = {
+    "one letter": "a" * 2_000_000,
+    "bases": "".join(random.Random(1).choices("ACGT", k=200_000)),
+    "digits": "".join(random.Random(2).choices("0123456789", k=200_000)),
+    "marks": "=" * 1_000_000,
+    "ideographs": "".join(random.Random(3).choices("天地玄黄宇宙洪荒日月盈昃", k=100_000)),
+    "emoji": "".join(random.Random(4).choices("🙂🙃😀😁🧑🏽", k=100_000)),
+    "space": " " * 1_000_000 + "a",
+    "lines": "\n" * 1_000_000,
+}
+
+
+@pytest.mark.timeout(60)  # each took minutes, or did not end
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_text_without_a_border_is_learned_from_and_encoded_in_time_that_grows_as_it_does(
+    name: str, tmp_path: Path
+) -> None:
+    text = ENDLESS[name]
+    tokenizer = load_tokenizer("bpe:264", lambda: iter([text]))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    save_tokenizer(tokenizer, tmp_path)
+    part = text[-50_000:]  # longer than what was learned from at once
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(part) == tokenizer.encode(part)
+
+
+def test_an_error_in_the_text_is_raised_and_not_taken_for_its_end() -> None:
+    def texts() -> Iterator[str]:
+        yield "the cat sat on the mat. " * 10
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        load_tokenizer("bpe:260", texts)
 
 
 def test_very_long_white_space_encodes_as_the_whole_would(learned: Tokenizer) -> None:
@@ -260,5 +297,5 @@ def test_an_empty_or_broken_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="holds no tokenizer"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(TokenizerError, match="not a readable"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is unreadable"):
         read_tokenizer(tmp_path)

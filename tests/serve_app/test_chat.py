@@ -20,6 +20,7 @@ import pytest
 from serve_app.chat.client import KEY_VARIABLE
 from serve_app.chat.terminal import harmless
 from serve_app.settings import ServeSettings
+from tests.ports import free_port
 from tests.serve_app.chatting import FIGURES, LONG, SHORT_CONTEXT, Open, Terminal, api, on_screen, piped, speaking
 from tests.serve_app.conftest import MakePackage, TestRegistry
 from tests.serve_app.relay import Relay
@@ -64,7 +65,9 @@ def endless(service: Running) -> socket.socket:
     body = json.dumps({"prompt": "The", "max_new_tokens": LONG, "ignore_eos": True, "stream": True}).encode()
     host, port = service.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=30)
-    connection.sendall(f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+    connection.sendall(
+        f"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+    )
     return connection
 
 
@@ -240,11 +243,27 @@ def test_a_key_is_asked_for_and_typed_unseen(open_chat: Open, package: Any) -> N
 
 def test_ctrl_c_at_a_prompt_says_how_to_leave_and_ctrl_d_leaves(chat: Terminal) -> None:
     chat.process.sendintr()
-    assert "Ctrl-D or /quit leaves" in chat.prompt()
+    assert "exit, /quit or Ctrl-D leaves" in chat.prompt()
     chat.process.sendeof()
     chat.process.expect(pexpect.EOF)
     chat.process.wait()
     assert chat.process.exitstatus == 0
+
+
+@pytest.mark.parametrize("word", ["exit", "QUIT ", ":q", "exit()"])
+def test_a_word_that_leaves_elsewhere_leaves_and_says_how_to_send_it(chat: Terminal, word: str) -> None:
+    chat.process.sendline(word)
+    chat.see(f"to send the word '{re.escape(word.rstrip())}' itself, put a space before it")
+    chat.process.expect(pexpect.EOF)
+    chat.process.wait()
+    assert chat.process.exitstatus == 0
+
+
+def test_such_a_word_behind_a_space_or_in_a_text_is_a_prompt(open_chat: Open, service: Running) -> None:
+    chat = open_chat(service.url, "--max-new-tokens", "3", "--ignore-eos")
+    for line in (" exit", "exit the room"):
+        assert "length reached" in chat.ask(line)
+    assert "exit, quit" in chat.do("/help")
 
 
 def test_what_was_typed_comes_back_with_the_arrow_key_and_is_private(
@@ -336,8 +355,7 @@ def test_a_killed_service_that_is_started_again_goes_on_with_the_conversation(
     open_chat: Open, registry: TestRegistry
 ) -> None:
     first = registry.publish("chatted", seed=0, hidden_size=256, num_layers=4, num_heads=4, context_length=LONG)
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"GPT_MODEL": "models:/chatted@champion", "GPT_TRACKING_URI": registry.uri,
                                 "GPT_POLL_SECONDS": "0.2"}  # fmt: skip
 

@@ -9,18 +9,17 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks, positive_data_acceptance
 
 from gptcore.package import Package
 from serve_app.settings import ServeSettings
+from tests.chance import examples
 from tests.serve_app.running import Running, eventually, running
 
 load_all_checks()
-# The same cases each time: a red test is to be about the change at hand.
-FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 # What the document cannot say is refused, too: a prompt beyond the context, a token id beyond the vocabulary.
 EXCLUDED = [positive_data_acceptance]
 
@@ -43,6 +42,7 @@ def operations(service: Running) -> list[schemathesis.APIOperation]:
     return [result.ok() for result in document.get_all_operations()]
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_no_request_makes_the_service_fail_or_answer_otherwise_than_documented(
     operations: list[schemathesis.APIOperation], mode: GenerationMode
@@ -57,7 +57,7 @@ def attempt(operation: schemathesis.APIOperation, mode: GenerationMode) -> None:
     """Sends cases of the operation; half of those that name a model name the one that is there."""
 
     @given(operation.as_strategy(generation_mode=mode), st.booleans())
-    @FEW
+    @examples(25)
     def send(case: schemathesis.Case, aimed: bool) -> None:
         if aimed and isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = "tiny"

@@ -1,13 +1,13 @@
 """Claims about serve_app.registry, on an embedded MLflow and on a real tracking server."""
 
-import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from gptcore.errors import HubError
-from serve_app.registry import Lineage, Registry, lineage, without_password
+from serve_app.registry import Lineage, Registry, lineage
+from tests.ports import free_port
 from tests.serve_app.conftest import TestRegistry
 
 
@@ -46,8 +46,7 @@ def test_a_missing_database_is_an_error_and_is_not_made(tmp_path: Path):
 
 
 def test_a_server_that_is_away_is_an_error_within_seconds():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     begun = time.monotonic()
     for ask in (
         lambda r: r.version("gpt", "champion"),
@@ -64,8 +63,3 @@ def test_tags_that_are_no_figures_leave_the_rest_of_the_lineage_readable():
     assert lineage({"bits_per_byte": "good", "data": "notes"}) == Lineage(data="notes")
     assert lineage({}) == Lineage()
     assert lineage({"bits_per_byte": 1.25}, run_id="r").bits_per_byte == 1.25
-
-
-def test_a_password_in_the_uri_is_not_shown():
-    assert without_password("https://me:secret@mlflow.example:5000/x") == "https://mlflow.example:5000/x"
-    assert without_password("sqlite:////data/a@b.db") == "sqlite:////data/a@b.db"

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,16 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ports import free_port as free_port  # tests ask for it here too
+from tests.ports import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 TOKEN = secrets.token_hex(32)
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def started(home: Path, **env: str) -> Iterator[Cluster]:
     """Four CPUs' worth of Ray, started as the README says and stopped by its process id."""
-    port, dashboard, agent = free_port(), free_port(), free_port()
+    port, dashboard, agent, client = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:  # socket paths are short
         head = subprocess.Popen(
             [
@@ -63,6 +58,8 @@ def started(home: Path, **env: str) -> Iterator[Cluster]:
                 f"--dashboard-port={dashboard}",
                 f"--dashboard-agent-listen-port={agent}",  # one of its own: submitted jobs are run by the agent
                 f"--temp-dir={scratch}",
+                f"--ray-client-server-port={client}",
+                "--object-store-memory=500000000",  # by default a third of what is free, for each cluster
                 "--disable-usage-stats",
             ],
             cwd=ROOT,
@@ -94,6 +91,13 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "GPT_FOUNDRY"))}
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     return kept | auth | {"GPT_FOUNDRY_HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"} | more
+
+
+def what_now(said: str) -> dict[str, str]:
+    """The last block of commands in what a run printed, or kept in its log, by their names."""
+    names = "serve it|chat|ask it|see runs|its page|all runs|promote|go on"
+    block = said.rpartition("what now")[2]
+    return dict(re.findall(rf"^.*?  ({names}) +(\S.*)$", block, re.MULTILINE))
 
 
 SMALL = [

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from serve_app import haproxy
+from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, make_package, registry_in
-from tests.system.conftest import BIN, SMALL, Cluster, Job, free_port
+from tests.system.conftest import BIN, SMALL, Cluster, Job
 from tests.system.hosts import Host, hosts, start_ray
 from tests.system.serving import BODY, QUICK, START_SECONDS, Load, Service, await_that, said
 from tests.system.tracking import TrackingServer

@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from serve_app import haproxy
+from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
-from tests.system.conftest import Cluster, free_port, started
+from tests.system.conftest import Cluster, started
 from tests.system.serving import BODY, QUICK, Load, Service, await_figures, await_that, family, in_ray, said, served
 
 __all__ = ["make_package"]  # a fixture, used here too

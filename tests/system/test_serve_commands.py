@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
-from tests.system.conftest import BIN, ROOT, Cluster, environment, free_port
+from tests.system.conftest import BIN, ROOT, Cluster, environment
 from tests.system.serving import BODY, QUICK, START_SECONDS, Load, Service, await_that, said, served
 
 __all__ = ["make_package"]  # a fixture, used here too

@@ -7,7 +7,8 @@ import subprocess
 import urllib.request
 from pathlib import Path
 
-from tests.system.conftest import BIN, free_port
+from tests.ports import free_port
+from tests.system.conftest import BIN
 
 
 class TrackingServer:

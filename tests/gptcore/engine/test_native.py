@@ -2,10 +2,12 @@
 
 import platform
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
 from torch import Tensor
 
 from gptcore.config import ModelConfig
@@ -13,7 +15,8 @@ from gptcore.engine import native
 from gptcore.engine.native import NativeRunner, NativeUnavailable
 from gptcore.engine.runner import Chunk
 from gptcore.model import GPT
-from gptcore.sampling import Row, SamplingParams, next_tokens
+from gptcore.sampling import Row, SamplingParams, next_tokens, uniform
+from tests.sampling import PARAMS, VALUES, by_definition
 
 GPT2 = ModelConfig(vocab_size=257, family="gpt2", num_layers=2, num_heads=2, hidden_size=64, context_length=96)
 QWEN3 = ModelConfig(
@@ -135,6 +138,32 @@ def test_tokens_are_drawn_as_sampling_defines_it_in_every_variant(vocab_size: in
     expected = next_tokens(logits, rows)
     assert runner.next_tokens(logits, rows) == expected
     assert [runner.next_tokens(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)] == expected
+
+
+@pytest.fixture(scope="module")
+def sampler() -> NativeRunner:
+    return NativeRunner(random_model(GPT2), 1, torch.float32, 1)
+
+
+@given(VALUES, PARAMS)
+@example([0.0, 0.0, 2.28e-38], SamplingParams(top_k=2))
+@example([0.0, 0.0, 1.4e-45], SamplingParams(top_p=0.5))
+@example([1.0, 2.0, 3.0], SamplingParams(top_k=2, temperature=1e30))
+@example([0.0, 0.0], SamplingParams(temperature=5e-324))
+@example([0.0, 1.0, 2.0], SamplingParams(top_k=2**32 + 1))
+def test_the_kernel_keeps_what_the_definition_keeps(
+    sampler: NativeRunner, values: list[float], params: SamplingParams
+) -> None:
+    logits = torch.tensor(values)
+    kept = by_definition(logits, params)
+    rows = [Row(params, seed, [0], 1) for seed in range(50)]
+    points = [uniform(seed, 1) for seed in range(50)]
+    upto = dict(zip(kept, accumulate(kept.values()), strict=True))
+    near = 1e-6 * sum(kept.values())  # its exponentials and torch's differ in the last bit
+    for token, point in zip(sampler.next_tokens(logits.expand(50, -1), rows), points, strict=True):
+        assert token in kept
+        share = point * sum(kept.values())
+        assert upto[token] - kept[token] - near <= share <= upto[token] + near
 
 
 def test_logits_that_are_no_numbers_give_the_likeliest_of_those_that_are() -> None:

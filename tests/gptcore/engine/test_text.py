@@ -3,11 +3,12 @@
 import random
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gptcore.engine.text import TextStream
 from gptcore.tokenizer import Tokenizer
+from tests.chance import examples
 
 ALPHABET = "abé🧑"
 
@@ -68,7 +69,7 @@ def test_what_may_begin_a_stop_string_is_held_back(
     assert stream(byte_tokenizer, [*text.encode()], stop)[0] == pieces
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(
     st.text(ALPHABET, max_size=40),
     st.lists(st.text(ALPHABET, min_size=1, max_size=6), max_size=4).map(tuple),
