@@ -4,13 +4,28 @@
 ask for; everything about *how* a model is trained lives in `train_job.config`.
 """
 
-import math
+import numbers
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from gptcore.errors import ConfigError, did_you_mean
+from gptcore.errors import ConfigError, did_you_mean, excerpt
 
 FAMILIES = ("qwen3", "gpt2")
+
+WHOLE = {
+    "vocab_size": 2**20,
+    "context_length": 2**24,
+    "hidden_size": 2**16,
+    "num_layers": 2**10,
+    "num_heads": 2**10,
+    "num_kv_heads": 2**10,
+    "head_dim": 2**12,
+    "intermediate_size": 2**18,
+}
+"""The whole numbers of a shape, and the most that each may be: some times more than any published model has."""
+REAL = {"rope_theta": (1.0, 1e12), "norm_eps": (1e-12, 1.0), "dropout": (0.0, 0.999)}
+"""The others, with the least and the most."""
+SWITCHES = ("qkv_bias", "tie_embeddings")
 
 
 def setting(default: Any, help: str, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
@@ -53,13 +68,9 @@ class ModelConfig:
             raise ConfigError(
                 f"family {self.family!r} is not one of {', '.join(FAMILIES)}.{did_you_mean(self.family, FAMILIES)}"
             )
-        for name in ("vocab_size", "context_length", "hidden_size", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("num_kv_heads", "head_dim", "intermediate_size", "rope_theta", "norm_eps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} is {value}; expected more than 0")
+        for f in fields(self):
+            if f.default is not None or getattr(self, f.name) is not None:  # else it is derived below
+                _check(f.name, getattr(self, f.name))
         gpt2 = self.family == "gpt2"
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(
@@ -80,8 +91,6 @@ class ModelConfig:
             )
         if not gpt2 and self.head_size % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embeddings need an even head_dim")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is {self.dropout}; expected at least 0 and less than 1")
 
     def _derive(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
@@ -97,6 +106,22 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Key/value heads."""
         return self.num_kv_heads or 0
+
+
+def _check(name: str, value: Any) -> None:
+    """Raises ConfigError unless `value` is of the type, and within the bounds, that the setting `name` has."""
+    number = not isinstance(value, bool)
+    if name in WHOLE:
+        fits = number and isinstance(value, numbers.Integral) and 1 <= int(value) <= WHOLE[name]
+        expected = f"a whole number from 1 to {WHOLE[name]}"
+    elif name in REAL:
+        least, most = REAL[name]
+        fits = number and isinstance(value, numbers.Real) and bool(least <= value <= most)  # type: ignore[operator]
+        expected = f"a number from {least:g} to {most:g}"
+    else:
+        fits, expected = name not in SWITCHES or isinstance(value, bool), "true or false"
+    if not fits:
+        raise ConfigError(f"{name} is {excerpt(value)}; expected {expected}", param=name)
 
 
 MODEL_PRESETS: dict[str, dict[str, Any]] = {

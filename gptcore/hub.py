@@ -16,9 +16,12 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gptcore.documents import read_text
 from gptcore.errors import HubError, did_you_mean
 from gptcore.home import expanded, home
-from gptcore.package import PICKLE, PICKLES, WEIGHTS, lacking
+from gptcore.package import PICKLE, PICKLES, lacking
+from gptcore.redact import without_password
+from gptcore.weights import WEIGHTS, is_plain
 
 KINDS = (
     "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, hf:ORG/NAME or a URL such as "
@@ -67,11 +70,14 @@ def _package_inside(folder: Path, name: str) -> Path:
         return folder
     import yaml
 
-    flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8")).get("flavors", {})
-    data = flavors.get("python_function", {}).get("data")
-    if not data or not (folder / data / "config.json").is_file():
+    try:
+        data = yaml.safe_load(read_text(folder / "MLmodel", kind=HubError))["flavors"]["python_function"]["data"]
+        inside = all(is_plain(part) for part in data.split("/")) and (folder / data / "config.json").exists()
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
+        inside = False
+    if not inside:
         raise HubError(f"{name!r} is an MLflow model, but not one of ours: it holds no model package")
-    return folder / data
+    return folder / str(data)
 
 
 # --- MLflow ----------------------------------------------------------------------------------------------------
@@ -120,13 +126,8 @@ def _check_reachable(name: str, tracking_uri: str) -> None:
         raise HubError(f"{name!r} is looked up in MLflow, and {shown} does not answer: {error}") from error
 
 
-def without_password(text: str) -> str:
-    """`text` as it may be shown: no URL in it names a user."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
-
-
 def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".") + "."
+    return without_password((str(error) or type(error).__name__).splitlines()[0]).rstrip(".") + "."
 
 
 def _nearest(name: str, tracking_uri: str) -> str:
@@ -155,7 +156,7 @@ def file_system(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:  # its client is not installed; nobody knows the scheme
         extra = EXTRAS.get(url.partition("://")[0]) if isinstance(error, ImportError) else None
         advice = f" The extra {extra} brings it: pip install -e '.[{extra}]'" if extra else ""
-        raise HubError(f"{url!r} cannot be opened: {_reason(error)}{advice}") from error
+        raise HubError(f"{without_password(url)!r} cannot be opened: {_reason(error)}{advice}") from error
     return fs, str(path).rstrip("/")
 
 
@@ -177,9 +178,11 @@ def _fetch(url: str, into: Path) -> Path:
             _copy(fs, [f"{path}/{name}" for name in wanted], folder)
         return folder
     except FileNotFoundError as error:
-        raise HubError(f"there is no model at {url!r}: it has no config.json; expected {KINDS}") from error
+        raise HubError(
+            f"there is no model at {without_password(url)!r}: it has no config.json; expected {KINDS}"
+        ) from error
     except Exception as error:  # each store's client has errors of its own: no network, no key, no right
-        raise HubError(f"the files of {url!r} cannot be fetched: {_reason(error)}") from error
+        raise HubError(f"the files of {without_password(url)!r} cannot be fetched: {_reason(error)}") from error
 
 
 def _copy(fs: Any, files: list[str], folder: Path) -> None:
@@ -272,6 +275,6 @@ def _best_snapshot(folders: list[Path]) -> tuple[Path | None, list[str]]:
 def _snapshots(folder: Path) -> list[Path]:
     """The snapshots that a repository's folder in the cache has: that of `main`, then the others."""
     ref = folder / "refs" / "main"
-    main = ref.read_text().strip() if ref.is_file() else ""
+    main = ref.read_text(errors="replace").strip() if ref.is_file() else ""
     found = [path for path in folder.glob("snapshots/*") if path.is_dir()]
     return sorted(found, key=lambda path: (path.name != main, path.name))

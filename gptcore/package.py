@@ -11,26 +11,37 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gptcore.config import ModelConfig
-from gptcore.errors import PackageError, TokenizerError
+from gptcore.documents import read_json, require_regular
+from gptcore.errors import PackageError, TokenizerError, excerpt
+from gptcore.memory import free_memory, require_memory
 from gptcore.model import GPT, rotary_tables
-from gptcore.published import adopt, empty_model, parse_config, publish, published_config
-from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer
+from gptcore.published import adopt, count_parameters, empty_model, parse_config, publish, published_config
+from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer, tokenizer_files
+from gptcore.weights import (
+    WEIGHTS,
+    copied_bytes,
+    has_head_of_its_own,
+    hold_against,
+    is_plain,
+    read_headers,
+    read_tensors,
+    require_finite,
+    weight_files,
+)
 
 FORMAT_VERSION = 1
-MANIFEST, WEIGHTS, CONFIG = "foundry.json", "model.safetensors", "config.json"
-INDEX = f"{WEIGHTS}.index.json"
-"""Says which file holds which tensor, where the weights are in several."""
+MANIFEST, CONFIG = "foundry.json", "config.json"
 PICKLE = (
     "is a pickle, which can run any code, and is never opened. If you trust it, transformers writes a "
     f"{WEIGHTS} beside it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
@@ -47,18 +58,20 @@ class Package:
     tokenizer: Tokenizer
     info: dict[str, Any] = field(repr=False)
 
+    def memory(self, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+        """What `load_model` allocates, and for how many bytes each. Raises PackageError as it does."""
+        c, places = self.config, hold_against(self.config, read_headers(self.path, self.config.family))
+        positions = 4 * 4 * c.head_size * c.context_length if c.family == "qwen3" else 0  # angles, cos, sin and a copy
+        return {"weights": copied_bytes(c, places, dtype), f"a context of {c.context_length:,} tokens": positions}
+
     def load_model(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
-        """The network in eval mode. Raises PackageError if the weights are unreadable or of another shape."""
-        file = self.path / WEIGHTS
-        try:
-            tensors: dict[str, Tensor] = {}
-            for file in weight_files(self.path):
-                tensors |= load_file(file)
-            model = empty_model(self.config)
-            state = adopt(model, tensors)
-        except (OSError, SafetensorError, PackageError) as error:
-            raise PackageError(f"{file} cannot be used: {error}") from error
-        state = {name: tensor.to(device, dtype).contiguous() for name, tensor in state.items()}
+        """The network in eval mode.
+
+        Raises PackageError if the weights are unreadable, of another shape or no finite numbers, and NoMemory.
+        """
+        require_memory(f"the model in {self.path}", self.memory(dtype), free_memory(torch.device(device)))
+        model = empty_model(self.config)
+        state = adopt(model, self._tensors(device, dtype))
         if self.config.tie_embeddings:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
@@ -67,6 +80,13 @@ class Package:
         if self.config.family == "qwen3":  # positions stay in fp32, whatever the weights are in
             model.cos, model.sin = (table.to(device) for table in rotary_tables(self.config))
         return model.eval()
+
+    def _tensors(self, device: str | torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        places = hold_against(self.config, read_headers(self.path, self.config.family))
+        for name, stored in read_tensors(places):
+            tensor = stored.to(device, dtype)
+            require_finite(name, tensor)  # now, while it is in the caches: no second pass over the files
+            yield name, tensor
 
 
 def save_package(
@@ -121,33 +141,32 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
         raise PackageError(f"there is no package at {folder}: {reason}")
     info = _read_manifest(folder) if (folder / MANIFEST).exists() else {}
     for name, sha256 in info.get("files", {}).items():
-        if not (folder / name).is_file():
-            raise PackageError(f"{folder / name} is missing")
+        require_regular(folder / name)
         if verify and _sha256(folder / name) != sha256:
             raise PackageError(f"{folder / name} was altered or cut short: its sha256 is not the one in {MANIFEST}")
     _check_files_exist(folder)
-    raw = _read_json(folder / CONFIG)
+    if info:
+        _check_listed(folder, info["files"])
     try:
-        config, tokenizer = parse_config(raw), read_tokenizer(folder)
+        config = parse_config(read_json(folder / CONFIG))
     except PackageError as error:
-        raise PackageError(f"{folder / CONFIG}: {error}") from error
+        said = str(error)
+        raise PackageError(said if said.startswith(str(folder)) else f"{folder / CONFIG}: {said}") from error
+    try:
+        tokenizer = read_tokenizer(folder)
     except TokenizerError as error:
         raise PackageError(str(error)) from error
     _check_vocabulary(config, tokenizer, folder)
+    try:
+        found = read_headers(folder, config.family)
+        if has_head_of_its_own(config, found):
+            config = replace(config, tie_embeddings=False)
+        hold_against(config, found)
+    except PackageError as error:
+        raise PackageError(f"{folder / WEIGHTS} cannot be used: {error}") from error
     if info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise PackageError(f"the tokenizer in {folder} is not the one that the model was trained with")
     return Package(folder, config, tokenizer, info)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with a folder's weights: one, or those that its index names. Raises PackageError for a bad index."""
-    if (folder / WEIGHTS).is_file() or not (folder / INDEX).exists():
-        return [folder / WEIGHTS]
-    where = _read_json(folder / INDEX).get("weight_map")
-    names = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
-    if not names or any(not name.endswith(".safetensors") or Path(name).name != name for name in names):
-        raise PackageError(f"{folder / INDEX} is no index: its weight_map is to name .safetensors files beside it")
-    return [folder / name for name in names]
 
 
 def lacking(folder: Path) -> list[str]:
@@ -163,7 +182,7 @@ def describe(package: Package) -> str:
     c, tokenizer = package.config, package.tokenizer
     heads = f"{c.num_heads} heads" + (f" ({c.kv_heads} for keys and values)" if c.kv_heads != c.num_heads else "")
     lines = [
-        f"{c.family}, {empty_model(c).num_parameters() / 1e6:.1f} M parameters: {c.num_layers} layers, {heads}, "
+        f"{c.family}, {count_parameters(c) / 1e6:.1f} M parameters: {c.num_layers} layers, {heads}, "
         f"hidden size {c.hidden_size}, context {c.context_length} tokens",
         f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} tokens",
     ]
@@ -185,28 +204,40 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    info = _read_json(folder / MANIFEST)
-    if info.get("format") != FORMAT_VERSION:
+    info = read_json(folder / MANIFEST)
+    if info.get("format") != FORMAT_VERSION or isinstance(info.get("format"), bool):
         raise PackageError(
-            f"{folder / MANIFEST} has format {info.get('format')!r}; this version reads format {FORMAT_VERSION}"
+            f"{folder / MANIFEST} has format {excerpt(info.get('format'))}; this version reads format {FORMAT_VERSION}"
         )
     files, tokenizer = info.get("files"), info.get("tokenizer")
     if not isinstance(files, dict) or not isinstance(tokenizer, dict) or "fingerprint" not in tokenizer:
         raise PackageError(f"{folder / MANIFEST} is incomplete: it lacks the files' sha256 or the tokenizer's")
+    for name, sha256 in files.items():
+        if not is_plain(name):
+            raise PackageError(
+                f"{folder / MANIFEST} names the file {excerpt(name)}; expected plain names in the folder"
+            )
+        if not isinstance(sha256, str):
+            raise PackageError(f"{folder / MANIFEST} has {excerpt(sha256)} for {name}; expected its sha256")
+    if not isinstance(info.setdefault("training", {}), dict):
+        raise PackageError(f"{folder / MANIFEST} has {excerpt(info['training'])} for training; expected an object")
     return info
 
 
+def _check_listed(folder: Path, files: Mapping[str, Any]) -> None:
+    """Raises PackageError if the manifest is silent about a file that is opened."""
+    for file in (folder / CONFIG, *weight_files(folder), *tokenizer_files(folder)):
+        if file.name not in files:
+            raise PackageError(f"{folder / MANIFEST} is incomplete: it lacks the sha256 of {file.name}")
+
+
 def _check_files_exist(folder: Path) -> None:
-    """Raises PackageError for weights that are not there, or a link that a download which was cut short has left."""
-    for file in (folder / name for name in lacking(folder)):
-        if file.is_symlink():
-            raise PackageError(f"{file} is a link to a file that is not there: fetch it again")
-    for file in weight_files(folder):
-        pickles = [name for name in PICKLES if (folder / name).is_file()]
-        if pickles and file.name == WEIGHTS and not file.is_file():
-            raise PackageError(f"{folder / pickles[0]} {PICKLE}")
-        if not file.is_file():
-            raise PackageError(f"{file} is missing")
+    """Raises PackageError for files that are not there, or a link that a download which was cut short has left."""
+    pickles = [name for name in PICKLES if (folder / name).is_file()]
+    if pickles and [file.name for file in weight_files(folder)] == [WEIGHTS] and not (folder / WEIGHTS).exists():
+        raise PackageError(f"{folder / pickles[0]} {PICKLE}")
+    for file in (*weight_files(folder), *(folder / name for name in lacking(folder))):
+        require_regular(file)
 
 
 def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> None:
@@ -215,18 +246,6 @@ def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -
             f"the vocabulary of {folder} does not match: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
             f"tokens, the model only {config.vocab_size}"
         )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PackageError(f"{file} is missing") from error
-    except (OSError, ValueError) as error:
-        raise PackageError(f"{file} is unreadable: {error}") from error
-    if not isinstance(value, dict):
-        raise PackageError(f"{file} is unreadable: expected a JSON object")
-    return value
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

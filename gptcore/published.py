@@ -5,7 +5,8 @@ Pure translation, both ways and without files: `ModelConfig` <-> config.json's d
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gptcore.config import ModelConfig
-from gptcore.errors import ConfigError, PackageError, did_you_mean
+from gptcore.errors import ConfigError, PackageError, did_you_mean, excerpt
 from gptcore.model import GPT
 
 GPT2_PARTS = {
@@ -42,10 +43,47 @@ UNDERSTOOD: dict[str, dict[str, tuple[Any, ...]]] = {
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "use_sliding_window": (False,),
-        "rope_scaling": (None,),
+        "partial_rotary_factor": (1.0, None),
     },
 }
 """Settings of config.json that change the network, and the values that gptcore.model stands for."""
+
+KEYS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "vocab_size": "vocab_size",
+        "context_length": "n_positions",
+        "hidden_size": "n_embd",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "dropout": "resid_pdrop",
+        "norm_eps": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+        "qkv_bias": "qkv_bias",  # ours: false says that the biases, which the layout has, stay zero
+    },
+    "qwen3": {
+        "vocab_size": "vocab_size",
+        "context_length": "max_position_embeddings",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "intermediate_size": "intermediate_size",
+        "dropout": "attention_dropout",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+        "rope_theta": "rope_theta",
+    },
+}
+"""ModelConfig's fields -> config.json's keys."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"intermediate_size": None, "dropout": 0.1, "norm_eps": 1e-5, "tie_embeddings": True, "qkv_bias": True},
+    "qwen3": {"num_kv_heads": None, "head_dim": 128, "dropout": 0.0, "norm_eps": 1e-6, "tie_embeddings": False},
+}
+"""What transformers takes where config.json is silent; the other keys must be there."""
+ROPE_THETA = 10000.0
 
 
 def empty_model(config: ModelConfig) -> GPT:
@@ -67,6 +105,65 @@ def _shapes(model: GPT) -> dict[str, torch.Size]:
     """Name and shape of each stored tensor, in the model's order; a tied head is stored once, as the embedding."""
     tied = model.config.tie_embeddings
     return {name: t.shape for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Published name and shape of each stored tensor, in the model's order, without making the model."""
+    yield from _around_layers(config, first=True)
+    layer = _gpt2_layer(config) if config.family == "gpt2" else _qwen3_layer(config)
+    for number in range(config.num_layers):
+        for name, shape in layer.items():
+            yield published_name(f"layers.{number}.{name}", config.family), shape
+    yield from _around_layers(config, first=False)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """The network's parameters, tied ones once, without making it."""
+    return sum(prod(shape) for _, shape in tensor_shapes(config))
+
+
+def _around_layers(c: ModelConfig, first: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors before the layers, or those behind them."""
+    C, gpt2 = c.hidden_size, c.family == "gpt2"
+    before: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (c.vocab_size, C)}
+    behind: dict[str, tuple[int, ...]] = {"norm.weight": (C,)}
+    if gpt2:
+        before["embed_positions.weight"] = (c.context_length, C)
+        behind["norm.bias"] = (C,)
+    if not c.tie_embeddings:
+        behind["lm_head.weight"] = (c.vocab_size, C)
+    for name, shape in (before if first else behind).items():
+        yield published_name(name, c.family), shape
+
+
+def _gpt2_layer(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes in one layer as published, (in, out); q_proj stands for the matrix that q, k and v share."""
+    C, M = c.hidden_size, c.intermediate_size or 0
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, width in (("self_attn.q_proj", 3 * C), ("self_attn.o_proj", C), ("mlp.up_proj", M), ("mlp.down_proj", C)):
+        shapes[f"{name}.weight"] = (M if name == "mlp.down_proj" else C, width)
+        shapes[f"{name}.bias"] = (width,)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        shapes |= {f"{name}.weight": (C,), f"{name}.bias": (C,)}
+    return shapes
+
+
+def _qwen3_layer(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes in one layer, (out, in)."""
+    C, M, D = c.hidden_size, c.intermediate_size or 0, c.head_size
+    return {
+        "input_layernorm.weight": (C,),
+        "self_attn.q_proj.weight": (c.num_heads * D, C),
+        "self_attn.k_proj.weight": (c.kv_heads * D, C),
+        "self_attn.v_proj.weight": (c.kv_heads * D, C),
+        "self_attn.o_proj.weight": (C, c.num_heads * D),
+        "self_attn.q_norm.weight": (D,),
+        "self_attn.k_norm.weight": (D,),
+        "post_attention_layernorm.weight": (C,),
+        "mlp.up_proj.weight": (M, C),
+        "mlp.down_proj.weight": (C, M),
+        "mlp.gate_proj.weight": (M, C),
+    }
 
 
 def published_name(name: str, family: str) -> str:
@@ -102,31 +199,13 @@ def publish(model: GPT, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def adopt(model: GPT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's tensors under our names and shapes. Raises PackageError if one is missing or does not fit."""
-    bare = model.config.family == "gpt2" and not any(name.startswith("transformer.") for name in tensors)
-    tensors = {f"transformer.{n}" if bare and n != "lm_head.weight" else n: t for n, t in tensors.items()}
-    embedding, head = published_name("embed_tokens.weight", model.config.family), "lm_head.weight"
-    if (
-        model.config.tie_embeddings and embedding not in tensors and head in tensors
-    ):  # stored once, under the other name
-        tensors[embedding] = tensors[head]
-    shapes = _shapes(model)
+def adopt(model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Hugging Face's tensors, which fit the config, under our names and shapes, contiguous."""
+    groups = _groups(model)
     state: dict[str, Tensor] = {}
-    for published, names in _groups(model).items():
-        if published not in tensors:
-            raise PackageError(f"the tensor {published} is missing.{did_you_mean(published, tensors)}")
-        whole = tensors.pop(published)
-        whole = whole.t() if _is_transposed(published) else whole
-        expected = torch.Size([shapes[names[0]][0] * len(names), *shapes[names[0]][1:]])
-        if whole.shape != expected:
-            raise PackageError(f"{published} has shape {tuple(whole.shape)}, expected {tuple(expected)}")
-        state.update(zip(names, whole.chunk(len(names)), strict=True))
-    # GPT-2 as published carries its causal masks along; a tied head may be stored twice.
-    known = re.compile(r".*\.attn\.(masked_)?bias|lm_head\.weight")
-    strangers = [name for name in tensors if not known.fullmatch(name)]
-    if strangers:
-        raise PackageError(f"config.json has no place for the tensor {strangers[0]}")
+    for published, tensor in tensors:
+        whole, names = tensor.t() if _is_transposed(published) else tensor, groups[published]
+        state.update(zip(names, (part.contiguous() for part in whole.chunk(len(names))), strict=True))
     return state
 
 
@@ -136,95 +215,82 @@ def _is_transposed(published: str) -> bool:
 
 def published_config(c: ModelConfig) -> dict[str, Any]:
     """config.json as `transformers` writes it for this network."""
+    named = {key: getattr(c, field) for field, key in KEYS[c.family].items()}
     if c.family == "gpt2":
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
-            "vocab_size": c.vocab_size,
-            "n_positions": c.context_length,
+            **named,
             "n_ctx": c.context_length,
-            "n_embd": c.hidden_size,
-            "n_layer": c.num_layers,
-            "n_head": c.num_heads,
-            "n_inner": c.intermediate_size,
-            "activation_function": "gelu_new",
-            "resid_pdrop": c.dropout,
             "embd_pdrop": c.dropout,
             "attn_pdrop": c.dropout,
-            "layer_norm_epsilon": c.norm_eps,
-            "tie_word_embeddings": c.tie_embeddings,
-            "qkv_bias": c.qkv_bias,  # ours: false says that the biases, which the layout has, stay zero
+            "activation_function": "gelu_new",
         }
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.context_length,
-        "hidden_size": c.hidden_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.intermediate_size,
+        **named,
         "hidden_act": "silu",
         "attention_bias": False,
-        "attention_dropout": c.dropout,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,  # said twice: transformers 5 reads the second form, everything older the first
+        # said twice: transformers 5 reads this form of rope_theta, everything older the other
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
         "use_sliding_window": False,
-        "tie_word_embeddings": c.tie_embeddings,
     }
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The ModelConfig that config.json describes. Raises PackageError if the network is not one of ours."""
-    family = str(raw.get("model_type"))
-    if family not in UNDERSTOOD:
-        raise PackageError(f"model_type {family!r} is not one of {', '.join(UNDERSTOOD)}")
-    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0)}
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in UNDERSTOOD:
+        raise PackageError(f"model_type {excerpt(family)} is not one of {', '.join(UNDERSTOOD)}")
     for key, values in UNDERSTOOD[family].items():
         if raw.get(key, values[0]) not in values:
-            raise PackageError(f"{key} is {raw[key]!r}; only {values[0]!r} is supported")
-    if rope.get("rope_type", "default") != "default":
-        raise PackageError(f"rope_type is {rope['rope_type']!r}; only 'default' is supported")
+            raise PackageError(f"{key} is {excerpt(raw[key])}; only {values[0]!r} is supported")
+    keys, given = KEYS[family], DEFAULTS[family] | raw_fields(raw, family)
     try:
-        return _gpt2_config(raw) if family == "gpt2" else _qwen3_config(raw, float(rope["rope_theta"]))
-    except KeyError as error:
-        raise PackageError(f"the key {error} is missing") from error
-    except (ConfigError, TypeError, ValueError) as error:
-        raise PackageError(str(error)) from error
+        return ModelConfig(family=family, **given)
+    except ConfigError as error:  # in config.json's words
+        ours = re.compile(rf"\b({'|'.join(keys)})\b")
+        raise PackageError(ours.sub(lambda found: keys[found[1]], str(error))) from error
 
 
-def _gpt2_config(raw: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(
-        family="gpt2",
-        vocab_size=raw["vocab_size"],
-        context_length=raw["n_positions"],
-        hidden_size=raw["n_embd"],
-        num_layers=raw["n_layer"],
-        num_heads=raw["n_head"],
-        intermediate_size=raw.get("n_inner"),
-        dropout=raw.get("resid_pdrop", 0.1),
-        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=raw.get("tie_word_embeddings", True),
-        qkv_bias=raw.get("qkv_bias", True),
-    )
+def raw_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
+    """ModelConfig's fields as config.json has them, unchecked, without those that it may leave out and does."""
+    fields = {field: raw[key] for field, key in KEYS[family].items() if key in raw}
+    if family == "qwen3":
+        _check_layer_types(raw.get("layer_types"))
+        fields["rope_theta"] = _rope_theta(raw)
+    for field, key in KEYS[family].items():
+        default = DEFAULTS[family].get(field, ...)
+        if field not in fields and default is ...:
+            raise PackageError(f"the key {key!r} is missing")
+        if fields.get(field, ...) is None and default is not None and (family, field) != ("qwen3", "head_dim"):
+            raise PackageError(f"{key} is null; expected a value")
+    return fields
 
 
-def _qwen3_config(raw: dict[str, Any], rope_theta: float) -> ModelConfig:
-    return ModelConfig(
-        family="qwen3",
-        vocab_size=raw["vocab_size"],
-        context_length=raw["max_position_embeddings"],
-        hidden_size=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw.get("num_key_value_heads"),
-        head_dim=raw.get("head_dim", 128),
-        intermediate_size=raw["intermediate_size"],
-        dropout=raw.get("attention_dropout", 0.0),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-    )
+def _rope_theta(raw: dict[str, Any]) -> Any:
+    """The base wavelength, from wherever transformers looks for it. Raises PackageError for any scaled variant."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key)
+        if rope is not None and not isinstance(rope, dict):
+            raise PackageError(f"{key} is {excerpt(rope)}; expected an object with rope_type, or null")
+        if not rope:
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise PackageError(f"rope_type is {excerpt(kind)} in {key}; only 'default' is supported")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise PackageError(
+                f"partial_rotary_factor is {excerpt(rope['partial_rotary_factor'])}; only 1.0 is supported"
+            )
+        nested = next((name for name, value in rope.items() if isinstance(value, dict)), None)
+        if nested is not None:
+            raise PackageError(f"{key} has {excerpt(nested)}, one setting per kind of layer; expected one for all")
+    first = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    return first.get("rope_theta", raw.get("rope_theta", ROPE_THETA))
+
+
+def _check_layer_types(kinds: Any) -> None:
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise PackageError(f"layer_types is {excerpt(kinds)}; only 'full_attention' is supported")

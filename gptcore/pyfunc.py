@@ -4,14 +4,36 @@ In: prompts, as MLflow hands them over, and sampling parameters. Out: one contin
 module by name from the logged model's code, so nothing is pickled; the module itself does not need MLflow.
 """
 
-from dataclasses import fields
+import typing
+from dataclasses import dataclass, fields
 from typing import Any
 
 from gptcore.errors import ConfigError, did_you_mean
 from gptcore.package import Package, open_package
 from gptcore.sampling import SamplingParams, generate_text
 
-PARAMS = tuple(field.name for field in fields(SamplingParams))
+
+@dataclass(frozen=True)
+class Param:
+    """A sampling parameter as a model's signature tells it: int, float, bool or str, one or several."""
+
+    name: str
+    type: type
+    several: bool
+    default: Any
+
+
+def _params() -> dict[str, Param]:
+    """The parameters of SamplingParams, whatever it has."""
+    hints, found = typing.get_type_hints(SamplingParams), {}
+    for field in fields(SamplingParams):
+        parts = [part for part in typing.get_args(hints[field.name]) if part not in (type(None), ...)]
+        several = typing.get_origin(hints[field.name]) is tuple
+        found[field.name] = Param(field.name, parts[0] if parts else hints[field.name], several, field.default)
+    return found
+
+
+PARAMS = _params()
 
 
 class TextModel:

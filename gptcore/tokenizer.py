@@ -11,13 +11,14 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
+from gptcore.documents import read_json, read_text
 from gptcore.errors import TokenizerError, did_you_mean
 
 EOT = "<|endoftext|>"
@@ -29,8 +30,15 @@ SMALLEST = 257
 """Every byte and <|endoftext|>."""
 
 DOWNLOAD_SECONDS = 30
+TOKENIZER_BYTES = 1 << 25
+"""The most that a tokenizer's file may have: 32 MiB, three times more than those of 150,000 tokens."""
 LEARN_BYTES = 1 << 27
 """A BPE is learned from the first 128 MiB of text: beyond, the merges hardly change and memory grows."""
+
+BYTES_PER_TOKEN = 25
+"""About how much text a vocabulary is learned from: English of 50 kB gives 2048 tokens."""
+LONGEST_WORD = 512
+"""Bytes. A longer stretch without a border is learned from in parts: the learner takes quadratic time within one."""
 
 CHUNK_CHARS = 1 << 20
 LONG_SPACE = 100_000
@@ -77,6 +85,11 @@ class Tokenizer:
         """The text behind `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def spelling(self, token: int) -> str:
+        """The token as `transformers` and tokenizer.json write it: a printable character for each byte."""
+        shown = _byte_characters()
+        return EOT if token == self.eot else "".join(shown[b] for b in self.decode_bytes([token]))
+
 
 def parse_tokenizer(spec: str) -> int:
     """The vocabulary size that `spec` stands for, <|endoftext|> included. Raises TokenizerError if it is no spec."""
@@ -109,8 +122,9 @@ def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = 
         merges = _learn_merges(train_texts(), size - SMALLEST)
         if len(merges) < size - SMALLEST:
             raise TokenizerError(
-                f"the corpus is too small to learn {size} tokens from; bpe:{SMALLEST + len(merges)} is the largest it "
-                "can give"
+                f"the training text is too small to learn {size} tokens from; bpe:{SMALLEST + len(merges)} is the "
+                f"largest it can give. Use --tokenizer bytes, a smaller bpe:N, or about {BYTES_PER_TOKEN * size:,} "
+                "bytes of text"
             )
         ranks.update((token, 256 + i) for i, token in enumerate(merges))
     return _build(ranks, spec)
@@ -160,27 +174,33 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in `folder` that hold its tokenizer: one, or vocabulary and merges, or none."""
+    whole, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
+    return [whole] if whole.is_file() else parts if all(part.is_file() for part in parts) else []
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in `folder`: tokenizer.json, or GPT-2's vocab.json with merges.txt.
 
     Raises TokenizerError if there is none, or if it is no byte-level BPE split GPT-2's way.
     """
-    whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
-    if not whole.is_file() and not all(part.is_file() for part in parts):
+    files = tokenizer_files(folder)
+    if not files:
         raise TokenizerError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
     try:
-        if whole.is_file():
-            content = json.loads(whole.read_text(encoding="utf-8"))
+        content = read_json(files[0], TOKENIZER_BYTES, TokenizerError)
+        if len(files) == 1:
             _check_gpt2_style(content)
             vocab, merges = dict(content["model"]["vocab"]), content["model"]["merges"]
             specials = {token["content"]: token["id"] for token in content["added_tokens"]}
         else:
-            vocab = json.loads(parts[0].read_text(encoding="utf-8"))
-            lines = parts[1].read_text(encoding="utf-8").split("\n")
+            vocab = content
+            lines = read_text(files[1], TOKENIZER_BYTES, TokenizerError).split("\n")
             merges = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
             specials = {EOT: vocab[EOT]} if EOT in vocab else {}
         return _from_vocab(vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], specials)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise TokenizerError(f"the tokenizer in {folder} is not a readable GPT-2-style BPE: {error}") from error
 
 
@@ -197,6 +217,8 @@ def _check_gpt2_style(content: dict[str, Any]) -> None:
 
 def _from_vocab(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: dict[str, int]) -> Tokenizer:
     """A tokenizer from tokens spelt in GPT-2's byte characters. Raises ValueError if tiktoken cannot stand for it."""
+    if any(type(number) is not int for number in (*vocab.values(), *specials.values())):
+        raise ValueError("some of its ids are no whole numbers")
     if set(specials) != {EOT}:
         raise ValueError(f"its special tokens are {sorted(specials)}, expected only {EOT!r}")
     byte_of = {character: b for b, character in _byte_characters().items()}
@@ -255,19 +277,33 @@ def _gpt2_ranks() -> Ranks:
 
 
 def _learn_merges(texts: Iterator[str], count: int) -> list[bytes]:
-    """Up to `count` merged tokens, most frequent pair first (Sennrich et al. 2016), each pair seen at least twice."""
+    """Up to `count` merged tokens, most frequent pair first (Sennrich et al. 2016), each pair seen at least twice.
+
+    Raises what `texts` raises.
+    """
     from tokenizers import Tokenizer as Learner
     from tokenizers import models, pre_tokenizers, trainers
 
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner = Learner(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(LONGEST_WORD)])
     trainer = trainers.BpeTrainer(
         vocab_size=256 + count,
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learner.train_from_iterator(_chunks(texts), trainer)
+    problems: list[BaseException] = []
+
+    def chunks() -> Iterator[str]:  # the learner takes an error for the end of the text
+        try:
+            yield from _chunks(texts)
+        except BaseException as problem:
+            problems.append(problem)
+
+    learner.train_from_iterator(chunks(), trainer)
+    if problems:
+        raise problems[0]
     byte_of = {character: b for b, character in _byte_characters().items()}
     merges = json.loads(learner.to_str())["model"]["merges"]
     return [bytes(byte_of[c] for c in left + right) for left, right in merges]
@@ -295,6 +331,7 @@ def _last_merge(token: bytes, ranks: Ranks) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
+@cache
 def _byte_characters() -> dict[int, str]:
     """GPT-2's printable character for each byte: itself where it prints, else the next one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -16,9 +17,9 @@ from starlette.middleware.cors import CORSMiddleware
 from serve_app.errors import add_handlers, error_responses
 from serve_app.logs import configure_logging
 from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading
-from serve_app.middleware import ApiKeys, Bodies, Deadline, Failures, Origins, RequestLog
+from serve_app.middleware import ApiKeys, Bodies, Deadline, Failures, Hosts, Origins, RequestLog, is_loopback
 from serve_app.models import Models
-from serve_app.routes import compat, native, openai, ops, playground
+from serve_app.routes import compat, native, openai, ops, playground, tokens
 from serve_app.settings import ServeSettings
 from serve_app.state import AppState
 
@@ -69,12 +70,29 @@ def create_api(
     add_handlers(app)
     # Checked by ApiKeys, before a body is read; here it says in the OpenAPI document what to send.
     documented = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
-    for routes in (native, openai, compat):
-        app.include_router(routes.router(state), responses=error_responses(), dependencies=documented)
-    app.include_router(ops.router(state, documented))
+    for routes in (native, openai, tokens, compat):
+        app.include_router(_answering_head(routes.router(state)), responses=error_responses(), dependencies=documented)
+    app.include_router(_answering_head(ops.router(state, documented)))
     app.include_router(playground.router(state))
     _describe(app)
     return app
+
+
+def _answering_head(routes: APIRouter) -> APIRouter:
+    """`routes`, HEAD answered wherever GET is: the server leaves the body out. The document has GET alone."""
+    for route in list(routes.routes):
+        if isinstance(route, APIRoute) and route.methods == {"GET"}:
+            routes.routes.append(
+                APIRoute(
+                    route.path,
+                    route.endpoint,
+                    methods=["HEAD"],
+                    response_model=route.response_model,
+                    response_class=route.response_class,
+                    include_in_schema=False,
+                )
+            )
+    return routes
 
 
 def _describe(app: FastAPI) -> None:
@@ -118,11 +136,17 @@ def _middleware(settings: ServeSettings, metrics: Metrics, tag_replies: bool) ->
         Middleware(RequestLog, metrics=metrics, tag=tag_replies),
         *([cors] if settings.cors_origins else []),
         Middleware(Failures),
+        *([Middleware(Hosts, allowed=settings.allowed_hosts)] if _asks_for_hosts(settings) else []),
         Middleware(Origins, allowed=settings.cors_origins),
         Middleware(ApiKeys, keys=settings.api_keys),
-        Middleware(Bodies, limit=settings.max_body_bytes, seconds=settings.request_timeout_s),
+        Middleware(Bodies, limit=settings.max_body_bytes, seconds=settings.body_timeout_s),
         Middleware(Deadline, seconds=settings.request_timeout_s),
     ]
+
+
+def _asks_for_hosts(settings: ServeSettings) -> bool:
+    """Whether names are checked: where they were listed, and where being on the machine is all that is asked for."""
+    return bool(settings.allowed_hosts) or (is_loopback(settings.host) and not settings.api_keys)
 
 
 def _gauges(models: Models) -> Iterator[Reading]:

@@ -7,6 +7,7 @@ service's. Routes raise `ApiError`; a stream that has begun sends `error_body` a
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ SHOWN_VALUE = 60
 SHOWN_PATH = 200
 SHOWN_FAULTS = 3
 READ_FAULTS = 16
+FOLDERS = re.compile(r"(?:(?<=:///)|(?<=file://)|(?<![\w.:/~-]))/(?:[^\s/'\",;:()]+/)+")
+"""The folders of an absolute path, in a text or in a URL of a file: those of a URL of a host are left alone."""
 
 
 class ApiError(Exception):
@@ -72,7 +75,7 @@ class ErrorBody(BaseModel):
 STATUSES = {
     400: "The request is malformed or a field is unknown, missing or out of range; `param` names it.",
     401: "No API key, or one that is not known.",
-    403: "A browser asks for a page of an origin that the service does not allow.",
+    403: "A browser asks for a page of an origin that the service does not allow, or by a name that is not its own.",
     404: "No such model or route.",
     405: "The route exists, this method of it does not.",
     408: "The client took too long to send the body.",
@@ -153,11 +156,13 @@ def _no_route(app: FastAPI, request: Request, exc: Exception) -> ApiError:
     assert isinstance(exc, HTTPException)
     path, headers = request.url.path[:SHOWN_PATH], exc.headers or {}
     if exc.status_code == 405:
-        message = f"{request.method} is not a method of {_shown(path)}; it has {headers.get('Allow', 'others')}"
-        return ApiError(405, message, code="method_not_allowed", headers=headers)
+        methods = {*headers.get("Allow", "").split(", ")}  # of the path's first route; that for HEAD is another
+        allowed = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
+        message = f"{request.method} is not a method of {shown(path)}; it has {allowed}"
+        return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
     if exc.status_code == 404:
         near = did_you_mean(path, app.openapi()["paths"])
-        return ApiError(404, f"there is no route {_shown(path)}.{near}", code="route_not_found")
+        return ApiError(404, f"there is no route {shown(path)}.{near}", code="route_not_found")
     return to_api_error(exc)
 
 
@@ -194,12 +199,17 @@ def _describe(fault: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str 
     if fault["type"] == "extra_forbidden":
         inner, near = str(place[-1])[:SHOWN_VALUE], did_you_mean(param, known) if len(place) == 2 else ""
         within = f" in {param}" if len(place) > 2 else ""
-        return f"there is no field {_shown(inner)}{within}.{near}", param, "unknown_parameter"
+        return f"there is no field {shown(inner)}{within}.{near}", param, "unknown_parameter"
     name = param + "".join(f"[{part}]" for part in place[2:] if isinstance(part, int))
     if fault["type"] == "missing":
         within = f" in {name}" if len(place) > 2 else ""
         return f"{place[-1]} is missing{within}", param, "missing_required_parameter"
-    return f"{name} is {_shown(fault.get('input'))}: {_lower(fault['msg'])}", param, "invalid_value"
+    return f"{name} is {shown(fault.get('input'))}: {_lower(fault['msg'])}", param, "invalid_value"
+
+
+def without_folders(text: str) -> str:
+    """`text` without what it tells of this machine's folders: of an absolute path only the last name is left."""
+    return FOLDERS.sub("…/", text)
 
 
 def _lower(message: str) -> str:
@@ -207,7 +217,7 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """`value` as JSON would show it, in ASCII, shortened."""
     if isinstance(value, str):
         value = value[: SHOWN_VALUE + 1]

@@ -109,6 +109,7 @@ class Generation:
                 request_id=f"{self.id}-{index}",
                 prompt=self._prompts[i],
                 params=replace(order.params, seed=choice_seed(self.seed, j)),
+                prompt_only=order.prompt_only,
                 prompt_logprobs=order.echo and order.params.logprobs is not None,
             )
             self._streams.append(served.engine.generate(request, interval))
@@ -123,18 +124,18 @@ class Generation:
             self._timers[index].update(update)
             if update.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                 raise EngineError(f"sequence {update.request_id} ended in {str(update.finish_reason)!r}")
-            if self.order.prompt_only:
-                update = _without_text(update)
             if self.order.echo and self._latest[index] is None:
-                update = replace(update, text=self.echoed(index) + update.text)
+                update = self._led(index, update)
             self._latest[index] = update
             yield index, update
 
-    def echoed(self, index: int) -> str:
-        """The text of the prompt that this sequence continues."""
-        i = index // self.order.n
-        prompt = self.order.prompts[i]
-        return prompt if isinstance(prompt, str) else self.served.package.tokenizer.decode(self._prompts[i])
+    def _led(self, index: int, update: Update) -> Update:
+        """`update` with the prompt's text before its own; the token that stands for no prompt has no text."""
+        prompt, logprobs = self.order.prompts[index // self.order.n], update.prompt_logprobs
+        if not prompt and logprobs:
+            logprobs = (replace(logprobs[0], bytes=()), *logprobs[1:])
+        text = prompt if isinstance(prompt, str) else self.served.package.tokenizer.decode(prompt)
+        return replace(update, text=text + update.text, prompt_logprobs=logprobs)
 
     def usage(self) -> dict[str, Any]:
         """Tokens in and out, once all sequences have ended. A prompt counts once, however often it was continued."""
@@ -155,11 +156,6 @@ class Generation:
             await stream.aclose()
         for timer in self._timers:
             timer.close()
-
-
-def _without_text(update: Update) -> Update:
-    reason = FinishReason.LENGTH if update.finish_reason else None
-    return replace(update, text="", token_ids=(), logprobs=(), generated_tokens=0, finish_reason=reason)
 
 
 async def merged(streams: Sequence[AsyncIterator[Update]]) -> AsyncIterator[tuple[int, Update]]:
@@ -206,6 +202,7 @@ async def generating(state: AppState, request_id: str, order: Order) -> AsyncIte
         order = within_limits(order, served, state.settings)
         prompts = [await _encode(served.package.tokenizer, prompt) for prompt in order.prompts]
         _check_prompts(prompts, state.settings)
+        _check_logprobs(order, prompts, served.package.config.context_length)
         generation = Generation(order, served, prompts)
         try:
             generation.submit(state, since)
@@ -225,13 +222,6 @@ def within_limits(order: Order, served: ServedModel, settings: ServeSettings) ->
         if not order.default_length:
             raise _too_much(order.length_field, f"{order.length_field} is", length, most)
         order = replace(order, params=replace(order.params, max_new_tokens=most))
-    if order.params.logprobs is not None and not order.stream:
-        tokens = served.package.config.context_length
-        tokens = tokens if order.echo else min(tokens, order.params.max_new_tokens)
-        asked = count * tokens * (1 + order.params.logprobs)
-        if asked > MOST_LOGPROBS:
-            what = "the number of log-probabilities, unless streamed, may come to"
-            raise _too_much("logprobs", what, asked, MOST_LOGPROBS)
     return order
 
 
@@ -241,6 +231,19 @@ def _check_prompts(prompts: Sequence[Sequence[int]], settings: ServeSettings) ->
         raise _too_much("prompt", "the prompt's length in tokens is", longest, most)
 
 
+def _check_logprobs(order: Order, prompts: Sequence[Sequence[int]], context: int) -> None:
+    """Raises ApiError if a reply of one piece would have too many."""
+    if order.params.logprobs is None or order.stream:
+        return
+    length = 0 if order.prompt_only else order.params.max_new_tokens
+    lengths = [(len(prompt), min(length, context - len(prompt))) for prompt in prompts]
+    tokens = sum(order.echo * prompt + max(0, generated) for prompt, generated in lengths)
+    asked = order.n * tokens * (1 + order.params.logprobs)
+    if asked > MOST_LOGPROBS:
+        what = "the number of log-probabilities, unless streamed, may come to"
+        raise _too_much("logprobs", what, asked, MOST_LOGPROBS)
+
+
 def _too_much(param: str, what: str, value: int, most: int) -> ApiError:
     return ApiError(400, f"{what} {value}; at most {most} are allowed here", param=param, code="invalid_value")
 
@@ -248,9 +251,12 @@ def _too_much(param: str, what: str, value: int, most: int) -> ApiError:
 async def _encode(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> tuple[int, ...]:
     if not isinstance(prompt, str):
         return tuple(prompt) or (tokenizer.eot,)
-    if len(prompt) < LONG_TEXT:
-        return tuple(tokenizer.encode(prompt))
-    return tuple(await asyncio.to_thread(tokenizer.encode, prompt))
+    return await encoded(tokenizer, prompt) or (tokenizer.eot,)
+
+
+async def encoded(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The token ids of `text`, without holding up the event loop."""
+    return tuple(tokenizer.encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(tokenizer.encode, text))
 
 
 Write = Callable[[Generation, Send], Awaitable[None]]

@@ -7,8 +7,10 @@ package found, verified, loaded and warm. Who asks, and what happens to the vers
 
 import asyncio
 import hashlib
+import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +20,14 @@ from gptcore.engine import EngineSettings
 from gptcore.engine.engine import Engine
 from gptcore.engine.thread import AsyncEngine
 from gptcore.hub import resolve
-from gptcore.package import MANIFEST, Package, open_package, weight_files
-from gptcore.published import empty_model
+from gptcore.package import MANIFEST, Package, open_package
+from gptcore.published import count_parameters
+from gptcore.weights import weight_files
 from serve_app.registry import Lineage, Registry, lineage
 
 SHORT_HASH = 12
+CLOSE_SECONDS = 5.0
+"""How long a load that was given up is waited for; it may hang in somebody else's storage."""
 
 MakeEngine = Callable[[Package, EngineSettings], Engine]
 
@@ -59,6 +64,24 @@ def alias_of(source: str) -> tuple[str, str] | None:
     return (name, alias) if at and source.startswith("models:/") else None
 
 
+class LoadTimeout(TimeoutError):
+    """A load that took longer than it may. Its thread cannot be stopped; it ends by itself once it gets on."""
+
+    def __init__(self, message: str, engine: AsyncEngine) -> None:
+        super().__init__(message)
+        self.engine = engine
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known of a version before it has an engine."""
+
+    package: Package
+    lineage: Lineage
+    parameters: int
+    version: str
+
+
 async def load(
     name: str,
     source: str,
@@ -66,44 +89,55 @@ async def load(
     settings: EngineSettings,
     registry: Registry,
     make_engine: MakeEngine = Engine,
+    seconds: float = math.inf,
 ) -> ServedModel:
     """Finds, verifies, loads and warms the model. `version` is where the alias points, for a source with one.
 
-    Raises HubError if the files cannot be had, PackageError and its like if they are no good, or what the engine
-    raises. Cancelled, it leaves no engine behind.
+    All of it happens in the engine's thread. Raises HubError if the files cannot be had, PackageError and its like if
+    they are no good, LoadTimeout after `seconds`, or what the engine raises. Cancelled, it leaves no engine behind.
     """
     moving = alias_of(source)
     pinned = f"models:/{moving[0]}/{version}" if moving else source
-    with TemporaryDirectory(prefix="gpt-foundry-", ignore_cleanup_errors=True) as downloads:  # until it is in memory
-        package, made_by, parameters = await asyncio.to_thread(_open, pinned, registry, Path(downloads))
-        engine = AsyncEngine(lambda: make_engine(package, settings), name=f"engine {name} {version or ''}".strip())
-        try:
+    found: list[Opened] = []
+
+    def make() -> Engine:
+        with TemporaryDirectory(prefix="gpt-foundry-", ignore_cleanup_errors=True) as downloads:  # until it is mapped
+            found.append(_open(pinned, version, registry, Path(downloads)))
+            return make_engine(found[0].package, settings)
+
+    engine = AsyncEngine(make, name=f"engine {name} {version or ''}".strip())
+    try:
+        async with asyncio.timeout(seconds if seconds < math.inf else None) as limit:
             await engine.start()
-        except BaseException:
-            await engine.close(drain=False)
-            raise
-        version = version or _version_of(pinned, package)
+    except BaseException as error:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await engine.close(drain=False)
+        if limit.expired():
+            raise LoadTimeout(f"the load took longer than load_seconds, which is {seconds:g}", engine) from error
+        raise
     return ServedModel(
         name=name,
         source=source,
-        version=version,
+        version=found[0].version,
         alias=moving[1] if moving else None,
         engine=engine,
-        lineage=made_by,
-        parameters=parameters,
+        lineage=found[0].lineage,
+        parameters=found[0].parameters,
         loaded_at=datetime.now(UTC),
     )
 
 
-def _open(pinned: str, registry: Registry, downloads: Path) -> tuple[Package, Lineage, int]:
+def _open(pinned: str, version: str | None, registry: Registry, downloads: Path) -> Opened:
     package = open_package(resolve(pinned, registry.tracking_uri, downloads), verify=True)
-    found = re.fullmatch(r"models:/([^/@]+)/(\d+)", pinned)
-    if found:
-        made_by = registry.lineage(found[1], found[2])
+    numbered = re.fullmatch(r"models:/([^/@]+)/(\d+)", pinned)
+    if numbered:
+        made_by = registry.lineage(numbered[1], numbered[2])
     else:
         training = package.info.get("training") or {}
-        made_by = lineage(training, run_id=training.get("run_id"))
-    return package, made_by, empty_model(package.config).num_parameters()
+        run_id = training.get("run_id")
+        made_by = lineage(training, run_id=run_id if isinstance(run_id, str) else None)
+    return Opened(package, made_by, count_parameters(package.config), version or _version_of(pinned, package))
 
 
 def _version_of(pinned: str, package: Package) -> str:

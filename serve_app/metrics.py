@@ -13,7 +13,7 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from gptcore.engine import Update
+from gptcore.engine import FinishReason, Update
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -181,8 +181,10 @@ class SequenceTimer:
         """Take in what the engine reported. Several tokens of one update share the time since the one before."""
         now = time.perf_counter()
         tokens = len(update.token_ids)
-        if tokens and self._latest is None:
-            self._first(update, now)
+        if self._latest is None and (tokens or update.finish_reason == FinishReason.LENGTH):
+            self._begun(update)
+            if tokens:  # none, if the prompt was only scored
+                self._record(FIRST_TOKEN, self._labels, now - self._started)
         elif self._latest is not None:
             for _ in range(tokens):
                 self._record(NEXT_TOKEN, self._labels, (now - self._latest) / tokens)
@@ -197,8 +199,7 @@ class SequenceTimer:
         if self._open:
             self._end("abort", time.perf_counter())
 
-    def _first(self, update: Update, now: float) -> None:
-        self._record(FIRST_TOKEN, self._labels, now - self._started)
+    def _begun(self, update: Update) -> None:
         self._record(QUEUE, self._labels, update.queue_seconds)
         self._record(PROMPT_TOKENS, self._labels, update.prompt_tokens)
         if update.cached_tokens:

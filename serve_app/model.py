@@ -11,10 +11,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
+from gptcore.engine.thread import AsyncEngine
 from gptcore.errors import FoundryError, HubError, NoMemory, QueueFull
-from serve_app.errors import ApiError
-from serve_app.loading import MakeEngine, ServedModel, alias_of, load
+from gptcore.redact import without_password
+from serve_app.errors import ApiError, without_folders
+from serve_app.journal import Journal
+from serve_app.loading import LoadTimeout, MakeEngine, ServedModel, alias_of, load
 from serve_app.registry import Registry
 from serve_app.settings import ServeSettings
 
@@ -71,7 +75,7 @@ def refusal(error: Exception, before: Refusal | None, first_wait: float) -> Refu
 
 def reason_of(error: BaseException) -> str:
     """One line for people; the type's name where the message alone would not say much."""
-    text = " ".join(str(error).split())
+    text = without_password(" ".join(str(error).split()))
     return text if isinstance(error, FoundryError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
@@ -86,6 +90,10 @@ class Model:
         self.alias = alias_of(source)
         self.optional = False
         """Whether it is let go once its alias points to nothing."""
+        self.essential = False
+        """Whether the service is nothing without it: then a version of which a replica died is tried again soon."""
+        self.loading: str | None = None
+        """What is being loaded, and since when."""
         self.on_reload: OnReload = lambda name, succeeded: None
         self.current: Held | None = None
         self.error: str | None = None
@@ -95,6 +103,8 @@ class Model:
         self._settings = settings
         self._registry = registry
         self._make_engine = make_engine
+        self._journal = Journal(source, registry.tracking_uri)
+        self._stuck: dict[str, AsyncEngine] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._waiting = 0
         self._tried_at = -math.inf
@@ -135,7 +145,7 @@ class Model:
         if self.current is None:
             raise ApiError(
                 503,
-                f"the model {self.name!r} is not ready: {self.error}",
+                f"the model {self.name!r} is not ready: {without_folders(str(self.error))}",
                 param="model",
                 code="model_not_ready",
                 headers={"retry-after": str(max(1, math.ceil(self._settings.poll_seconds)))},
@@ -170,7 +180,7 @@ class Model:
         try:
             if self.alias is None:
                 if self.current is None:
-                    await self._take_first([PINNED])
+                    await self._take_first([PINNED], alone=self.essential)
                     self._report(self._reason(PINNED))
                 return
             version = await asyncio.to_thread(self._registry.version, *self.alias)
@@ -181,9 +191,13 @@ class Model:
                     self._put(None)
             elif self.current is None:
                 await self._take_first([version])
-                if self.current is None:  # then what was champion before it, as the other replicas still serve
+                if self.current is None:  # then what was served before it, as the other replicas still do
+                    await self._take_first([served] if (served := self._journal.served()) else [])
+                if self.current is None:
                     earlier = await asyncio.to_thread(self._registry.earlier_champions, self.alias[0], version)
                     await self._take_first(earlier)
+                if self.current is None and self.essential:
+                    await self._take_first([version], alone=True)
                 self._report(self._reason(version))
             elif version != self.current.served.version:
                 if self._may_try(version):
@@ -197,10 +211,10 @@ class Model:
         finally:
             self._refreshing, self._tried_at = None, time.monotonic()
 
-    async def _take_first(self, versions: list[str]) -> None:
-        """Loads the first of `versions` that can be loaded."""
+    async def _take_first(self, versions: list[str], alone: bool = False) -> None:
+        """Loads the first of `versions` that can be loaded; `alone`: there is nothing else to serve."""
         for version in versions:
-            if self._may_try(version) and (served := await self._start(version)):
+            if self._may_try(version, alone) and (served := await self._start(version)):
                 self._put(served)
                 return
 
@@ -214,26 +228,45 @@ class Model:
 
     async def _start(self, version: str) -> ServedModel | None:
         """`version` loaded and warm; None if that failed, which is remembered."""
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        self.loading = f"loading version {version} since {since}" if version else f"loading since {since}"
         try:
-            served = await load(
-                self.name,
-                self.source,
-                version or None,
-                self._settings.engine,
-                self._registry,
-                make_engine=self._make_engine,
-            )
+            with self._journal.load(version):
+                served = await load(
+                    self.name,
+                    self.source,
+                    version or None,
+                    self._settings.engine,
+                    self._registry,
+                    make_engine=self._make_engine,
+                    seconds=self._settings.load_seconds,
+                )
         except Exception as error:  # bad files, no memory, a compiler's: the service outlives them all
+            if isinstance(error, LoadTimeout):
+                self._stuck[version] = error.engine
             self.refused[version] = refusal(error, self.refused.get(version), self._settings.poll_seconds)
             return None
+        finally:
+            self.loading = None
+        self._journal.serves(version)
         self.refused.pop(version, None)
         log.info("%s is ready", served.label, extra={"source": served.source, "runner": served.engine.info.runner})
         return served
 
-    def _may_try(self, version: str) -> bool:
-        """Whether `version` was not refused, or long enough ago."""
+    def _may_try(self, version: str, alone: bool = False) -> bool:
+        """Whether `version` was not refused, or long enough ago; nor has killed a replica, or long enough ago."""
         known = self.refused.get(version)
-        return known is None or not known.stands
+        if known is not None and known.stands:
+            return False
+        if version in self._stuck:
+            if self._stuck[version].at_work:  # a second attempt would hang beside it
+                return False
+            del self._stuck[version]
+        deaths = self._journal.deaths(version)
+        if deaths is not None and time.time() < deaths.retry_at(alone):
+            self.refused[version] = Refusal(deaths.reason, self._settings.poll_seconds, -math.inf)
+            return False
+        return True
 
     def _reason(self, version: str) -> str | None:
         """Why `version` was refused, if it was, even if it may be tried again."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from gptcore.engine.engine import Engine
 from gptcore.errors import EngineError, did_you_mean
-from serve_app.errors import ApiError
+from gptcore.redact import without_password
+from serve_app.errors import ApiError, without_folders
 from serve_app.loading import MakeEngine, ServedModel
 from serve_app.model import Model, OnReload
 from serve_app.registry import Registry
@@ -39,6 +40,8 @@ class ModelStatus:
     """Why it is not loaded, or why it does not follow its alias."""
     refused: dict[str, str]
     """Versions that could not be loaded, and why."""
+    loading: str | None = None
+    """What is being loaded, and since when; another version may serve meanwhile."""
     version: str | None = None
     alias: str | None = None
     loaded_at: str | None = None
@@ -80,6 +83,7 @@ class Models:
                 by_source[source] = Model(name, source, settings, registry, make_engine)
         self._models = {name: by_source[source] for name, source in sources.items()}
         self._sources = list(by_source.values())
+        self._models[self.default].essential = True
         named_eager = sources if ALL in settings.eager else settings.eager
         eager = [self.default, *named_eager, *([self._canary_name] if self._canary else [])]
         self._eager = [model for model in self._sources if model in [self._models[name] for name in eager]]
@@ -181,12 +185,13 @@ class Models:
     def _status(self, name: str, model: Model) -> ModelStatus:
         status = ModelStatus(
             name=name,
-            source=model.source,
+            source=without_folders(without_password(model.source)),
             state=model.state,
             default=name == self.default,
             canary_share=self._canary.share if self._canary and name == self._canary_name else None,
-            error=model.error,
-            refused={version: refusal.reason for version, refusal in model.refused.items() if version},
+            error=without_folders(model.error) if model.error else None,
+            refused={v: without_folders(refusal.reason) for v, refusal in model.refused.items() if v},
+            loading=model.loading,
         )
         if model.current is None:
             return status
@@ -207,10 +212,10 @@ class Models:
             run_id=lineage.run_id,
             run_url=lineage.run_url,
             bits_per_byte=lineage.bits_per_byte,
-            data=lineage.data,
+            data=without_folders(lineage.data) if lineage.data else None,
             data_fingerprint=lineage.data_fingerprint,
             git_commit=lineage.git_commit,
-            tags=dict(lineage.tags),
+            tags={name: without_folders(value) for name, value in lineage.tags.items()},
         )
 
 

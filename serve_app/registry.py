@@ -4,6 +4,7 @@ In come registered models' names, out come version numbers and `Lineage`. Every 
 where the server is away, so that `models.py` makes them in threads. MLflow is imported by the first of them.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import HubError
-from gptcore.hub import without_password
+from gptcore.redact import without_password
 
 HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 """Unless the environment says otherwise: MLflow's own defaults keep a thread waiting for minutes."""
 UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow's codes for a model that is not registered, and for an alias that no version has."""
+FACTS = ("data", "data_fingerprint", "git_commit")
+LONGEST_FACT = 1000
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,9 @@ class Registry:
 
 def lineage(known: Mapping[str, Any], **more: Any) -> Lineage:
     """A `Lineage` from tags, or from what a package says of its training; `more` is taken as it is."""
-    facts: dict[str, Any] = {key: str(known[key]) for key in ("data", "data_fingerprint", "git_commit") if key in known}
-    with suppress(KeyError, ValueError, TypeError):  # a tag is text that anybody may write; a package may say null
-        facts["bits_per_byte"] = float(known["bits_per_byte"])
+    facts: dict[str, Any] = {key: str(known[key])[:LONGEST_FACT] for key in FACTS if key in known}
+    # A tag is text that anybody may write; a package may say null, or a number that JSON lacks.
+    with suppress(KeyError, ValueError, TypeError, OverflowError):
+        if math.isfinite(bits := float(known["bits_per_byte"])):
+            facts["bits_per_byte"] = bits
     return Lineage(**facts, **more)

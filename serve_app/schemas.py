@@ -30,10 +30,12 @@ A stream that fails after it began ends with `data: {"error": {"message", "type"
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from gptcore.sampling import SamplingParams
+from gptcore.sampling import MOST_LOGPROBS, SamplingParams
+from gptcore.tokenizer import EOT
 from serve_app.errors import ApiError
+from serve_app.foreign import without_foreign
 from serve_app.parameters import (
     INT32,
     Body,
@@ -47,14 +49,10 @@ from serve_app.parameters import (
     Stop,
     StopTokenIds,
     Temperature,
-    TokenId,
+    TokenIds,
     TopK,
     TopP,
 )
-
-# Fail fast: one fault per list, not one per element of a megabyte.
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
-Text = Annotated[str, Field(min_length=1)]
 
 
 def _kind(value: Any) -> str:
@@ -70,10 +68,10 @@ def _kind(value: Any) -> str:
 
 
 Prompt = Annotated[
-    Annotated[Text, Tag("text")]
-    | Annotated[list[Text], Field(fail_fast=True, min_length=1), Tag("texts")]
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(fail_fast=True), Tag("texts")]
     | Annotated[TokenIds, Tag("ids")]
-    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1), Tag("lists of ids")],
+    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("lists of ids")],
     Discriminator(_kind),
 ]
 Choices = Annotated[
@@ -91,8 +89,23 @@ Echo = Annotated[
 Stream = Annotated[bool, Field(description="Send server-sent events as the text comes, `[DONE]` as the last.")]
 
 
+Logprobs = Annotated[
+    Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None,
+    BeforeValidator(lambda value: None if value is False else value),
+    Field(
+        description="Report each token's log-probability and those of the k likeliest; none or false: do not.",
+        json_schema_extra=lambda schema: schema["anyOf"].append({"const": False}),
+    ),
+]
+
+
 class Sampling(Parameters):
     """How the next token is chosen and when to stop: what every native route takes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_foreign(cls, data: Any) -> Any:
+        return without_foreign(data, cls.model_fields) if isinstance(data, dict) else data
 
     def params(self, logprobs: int | None = None) -> SamplingParams:
         """As the engine takes them."""
@@ -102,30 +115,36 @@ class Sampling(Parameters):
 class GenerateRequest(Sampling):
     """Body of `POST /generate`."""
 
-    prompt: Text = Field(description="The text to continue.")
+    prompt: str = Field(description="The text to continue; an empty one: begin a document.")
     model: str | None = Field(None, description="A model of GET /models; none: the service's first.")
+    max_new_tokens: int = Field(
+        128,
+        ge=0,
+        description="Tokens to generate at most; fewer if the context is full; 0 with echo: the prompt alone. "
+        "The service has a bound.",
+    )
     n: Choices = 1
     echo: Echo = False
-    logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=20,
-        description="Report each token's log-probability and those of the k likeliest; none: do not.",
-    )
+    logprobs: Logprobs = None
     stream: Stream = False
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "GenerateRequest":
+        _check_length("max_new_tokens", self.max_new_tokens, self.echo)
+        return self
 
 
 class PromptRequest(Sampling):
     """Body of `POST /generate/{model}`."""
 
-    prompt: Text = Field(description="The text to continue.")
+    prompt: str = Field(description="The text to continue; an empty one: begin a document.")
     max_new_tokens: int = Field(50, ge=1, description="Tokens to generate at most.")
 
 
 class SentenceRequest(Sampling):
     """Body of `POST /complete-sentence`."""
 
-    text: Text = Field(description="The beginning of a text.")
+    text: str = Field(description="The beginning of a text; an empty one: begin a document.")
     max_new_tokens: int = Field(50, ge=1, description="Tokens to generate at most.")
 
 
@@ -134,29 +153,16 @@ class StreamOptions(Body):
 
     include_usage: bool = Field(False, description="Send one more event with the usage; until then it is null.")
     include_obfuscation: Literal[False] = Field(False, description="Events are not padded.")
-
-
-NEUTRAL: dict[str, Any] = {"suffix": "", "logit_bias": {}}
-"""What clients send of the unsupported that asks for nothing."""
-UNSUPPORTED = {
-    "suffix": "text is continued at its end only",
-    "logit_bias": "the logits cannot be biased token by token; see temperature, the penalties and stop_token_ids",
-    "messages": "this is the completions route and these models have no chat format; send a prompt",
-    "tools": "these models call no tools",
-    "functions": "these models call no functions",
-    "response_format": "the text's form cannot be prescribed",
-    "max_completion_tokens": "it belongs to OpenAI's chat route; here it is max_tokens",
-    "max_new_tokens": "it belongs to POST /generate; here it is max_tokens",
-    "top_logprobs": "it belongs to OpenAI's chat route; here logprobs is the number of alternatives",
-}
-"""Parameters that OpenAI's clients, or ours, know, and why this route does not take them."""
+    continuous_usage_stats: Literal[False] = Field(False, description="The usage comes once, at the end.")
 
 
 class CompletionRequest(Body):
     """Body of `POST /v1/completions`: OpenAI's fields, and after `user` our own."""
 
     model: str = Field(description="A model of GET /v1/models.")
-    prompt: Prompt | None = Field(None, description="Text, token ids, or a list of either; none: begin a document.")
+    prompt: Prompt | None = Field(
+        None, description="Text, token ids, or a list of either; none, or an empty one: begin a document."
+    )
     max_tokens: int = Field(
         16,
         ge=0,
@@ -165,14 +171,9 @@ class CompletionRequest(Body):
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     n: Choices = 1
-    best_of: int | None = Field(None, description="Only the value of n: there is no choosing among candidates.")
+    best_of: int | None = Field(None, description="1, or the value of n: there is no choosing among candidates.")
     echo: Echo = False
-    logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=5,
-        description="Report each token's log-probability and those of the k likeliest; none: do not.",
-    )
+    logprobs: Logprobs = None
     presence_penalty: PresencePenalty = 0.0
     frequency_penalty: FrequencyPenalty = 0.0
     seed: Seed = None
@@ -188,35 +189,28 @@ class CompletionRequest(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, reason in UNSUPPORTED.items():
-            if data.get(name) not in (None, NEUTRAL.get(name)):
-                raise ApiError(400, f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
-        return {name: value for name, value in data.items() if name not in UNSUPPORTED}
+    def _without_foreign(cls, data: Any) -> Any:
+        return without_foreign(data, cls.model_fields) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _fit_together(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != self.n:
-            message = f"best_of is {self.best_of} and n is {self.n}: best_of is supported only where it equals n"
+        if self.best_of not in (None, 1, self.n):
+            message = f"best_of is {self.best_of} and n is {self.n}: best_of is supported only as 1 or the value of n"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
-        if self.stream_options is not None and not self.stream:
-            message = "stream_options needs stream to be true"
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            message = "stream_options has include_usage, which needs stream to be true; else the reply has the usage"
             raise ApiError(400, message, param="stream_options", code="invalid_value")
-        if self.max_tokens == 0 and not self.echo:
-            message = "max_tokens is 0: expected at least 1, or echo to be true"
-            raise ApiError(400, message, param="max_tokens", code="invalid_value")
+        _check_length("max_tokens", self.max_tokens, self.echo)
         return self
 
     def params(self) -> SamplingParams:
-        """As the engine takes them: at least one token, of which a reply to `max_tokens` 0 shows nothing."""
-        return _params(self, max(self.max_tokens, 1), self.logprobs)
+        """As the engine takes them."""
+        return _params(self, self.max_tokens, self.logprobs)
 
     def prompts(self) -> Sequence[str | Sequence[int]]:
         """The prompts, one or several; no ids at all stand for "begin a document"."""
         match self.prompt:
-            case None:
+            case None | []:
                 return [[]]
             case str() as text:
                 return [text]
@@ -226,10 +220,16 @@ class CompletionRequest(Body):
                 return cast(list[str] | list[list[int]], several)
 
 
+def _check_length(name: str, length: int, echo: bool) -> None:
+    if length == 0 and not echo:
+        message = f"{name} is 0: expected at least 1, or echo to be true"
+        raise ApiError(400, message, param=name, code="invalid_value")
+
+
 def _params(body: Sampling | CompletionRequest, length: int, logprobs: int | None) -> SamplingParams:
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return SamplingParams(
-        max_new_tokens=length,
+        max_new_tokens=max(length, 1),  # 0 is the prompt alone, of which the parameters know nothing
         temperature=body.temperature,
         top_k=body.top_k,
         top_p=body.top_p,
@@ -238,7 +238,7 @@ def _params(body: Sampling | CompletionRequest, length: int, logprobs: int | Non
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
-        stop=stop,
+        stop=tuple(text for text in stop if text),
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
@@ -355,7 +355,7 @@ class ModelCard(BaseModel):
     id: str
     object: Literal["model"]
     created: int = Field(description="When it was loaded, in seconds since 1970; 0 if it has not been.")
-    owned_by: str
+    owned_by: str = Field(description="Who serves it: gpt-foundry.")
 
 
 class ModelList(BaseModel):
@@ -363,3 +363,46 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class TokenizeRequest(Body):
+    """Body of `POST /tokenize`, as vLLM has it."""
+
+    prompt: str = Field(description="The text.")
+    model: str | None = Field(None, description="A model of GET /models; none: the service's first.")
+    add_special_tokens: bool = Field(True, description="These tokenizers add none, so it changes nothing.")
+    return_token_strs: bool = Field(False, description="Add the tokens as the tokenizer's vocabulary spells them.")
+
+
+class Tokenized(BaseModel):
+    """Reply of `POST /tokenize`."""
+
+    count: int = Field(description="How many tokens the text has.")
+    max_model_len: int = Field(description="The model's context, in tokens.")
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(Body):
+    """Body of `POST /detokenize`, as vLLM has it."""
+
+    tokens: TokenIds = Field(description="Token ids of the model.")
+    model: str | None = Field(None, description="A model of GET /models; none: the service's first.")
+
+
+class Detokenized(BaseModel):
+    """Reply of `POST /detokenize`."""
+
+    prompt: str = Field(description="The text; bytes that are no UTF-8 become U+FFFD.")
+
+
+class TokenizerInfo(BaseModel):
+    """Reply of `GET /tokenizer_info`; there is no chat template, since the models have no chat format."""
+
+    tokenizer_class: str = "PreTrainedTokenizerFast"
+    bos_token: str = EOT
+    eos_token: str = EOT
+    add_prefix_space: bool = False
+    clean_up_tokenization_spaces: bool = False
+    model_max_length: int = Field(description="The model's context, in tokens.")
+    chat_template: None = None

@@ -9,16 +9,11 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from gptcore.errors import ConfigError
 from train_job.config import TrainConfig
-from train_job.files import written_whole
 from train_job.hardware import WORKER_ENV
-
-RECORD = ("run.json", "config.yaml")
-"""The files of a run's folder that another machine needs to go on with it; the one that counts is last."""
 
 LOCAL_RAY = {
     "RAY_worker_niceness": "0",  # by default Ray's workers, and so training, stand behind everything else (15)
@@ -115,62 +110,6 @@ def resources_per_worker(
     return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
 
 
-def check_storage(url: str) -> None:
-    """Raises ConfigError if Ray cannot keep a run's checkpoints under this URL."""
-    from pyarrow.fs import FileSystem
-
-    try:
-        fs, path = FileSystem.from_uri(url)
-        fs.create_dir(path)  # asks the store; Ray would later, after the run was opened
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(
-            f"storage_path is {url!r}: {error}. Expected a folder or a URL such as file:///FOLDER, s3://BUCKET/FOLDER "
-            "or gs://BUCKET/FOLDER; any other that fsspec knows is written fsspec+SCHEME://FOLDER"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"storage_path {url!r} cannot be reached: {' '.join(str(error).split())}") from None
-
-
-def fetch_record(url: str, run_dir: Path) -> None:
-    """Copies into `run_dir` what a machine has kept of this run under the storage URL, unless it is here already."""
-    from pyarrow.fs import FileSystem, FileType
-
-    try:
-        fs, path = FileSystem.from_uri(url)
-        for name in RECORD:
-            kept = f"{path}/{run_dir.name}/{name}"
-            if not (run_dir / name).exists() and fs.get_file_info(kept).type == FileType.File:
-                with fs.open_input_stream(kept) as source, written_whole(run_dir / name) as copy:
-                    copy.write(source.read())
-    except OSError as error:
-        raise ConfigError(f"storage_path {url!r} cannot be read: {' '.join(str(error).split())}") from None
-
-
-def keep_record(url: str, run_dir: Path) -> None:
-    """Puts beside the run's checkpoints what another machine needs to go on with it."""
-    from pyarrow.fs import FileSystem
-
-    try:
-        fs, path = FileSystem.from_uri(url)
-        fs.create_dir(f"{path}/{run_dir.name}")
-        for name in RECORD:
-            with fs.open_output_stream(f"{path}/{run_dir.name}/{name}") as copy:
-                copy.write((run_dir / name).read_bytes())
-    except OSError as error:
-        raise ConfigError(f"storage_path {url!r} cannot be written: {' '.join(str(error).split())}") from None
-
-
-def drop_checkpoints(config: TrainConfig) -> None:
-    """Removes the checkpoints that the run has left in its storage; its record stays."""
-    from pyarrow.fs import FileSelector, FileSystem
-
-    storage = str(config.storage_path)
-    fs, path = FileSystem.from_uri(storage if "://" in storage else Path(storage).as_uri())
-    for info in fs.get_file_info(FileSelector(f"{path}/{config.name}", allow_not_found=True)):
-        if info.base_name.startswith("checkpoint_") and not info.is_file:
-            fs.delete_dir(info.path)
-
-
 def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> Any:
     """Ray Train's trainer for a Job: its workers, where it keeps checkpoints, how often it tries again."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -190,9 +129,9 @@ def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> A
             storage_path=job.config.storage_path,
             worker_runtime_env={} if job.config.use_gpu else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
             failure_config=FailureConfig(max_failures=job.config.max_failures),
-            # Ray keeps the latest beside the best.
+            # Ray keeps the latest beside the best two: there should be another if one is damaged.
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
+                num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
             ),
         ),
     )

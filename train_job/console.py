@@ -4,16 +4,21 @@ In: events. Out: text on stdout (one line rewritten in place on a terminal, a ne
 so that `ray job logs` stays readable) and `training_YYYYMMDD_HHMMSS.log` in the run's folder.
 """
 
+import contextlib
 import shutil
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
 
+from gptcore.config import ModelConfig
+from train_job.config import TrainConfig
 from train_job.loop import Evaluation, Progress
 
 LINE_SECONDS = 5.0
 """Progress lines are at least this far apart where they cannot be rewritten in place."""
+FEW_STEPS = 50
+"""Of a shorter run every progress line is shown: there are a handful."""
 
 
 class Console:
@@ -39,11 +44,12 @@ class Console:
         of = f"/{event.total_steps}" if event.total_steps else ""
         self.live(
             f"step {event.step:>5}{of} | loss {event.loss:.4f} | {event.bits_per_byte:.3f} bits/byte | "
-            f"{event.tokens_per_second / 1000:.1f}k tokens/s | {duration(event.seconds_left)} left"
+            f"{event.tokens_per_second / 1000:.1f}k tokens/s | {duration(event.seconds_left)} left",
+            every=event.total_steps is not None and event.total_steps < FEW_STEPS,
         )
 
-    def live(self, text: str) -> None:
-        """A line that the next one replaces; only where the terminal is wide enough can it be replaced as a whole."""
+    def live(self, text: str, every: bool = False) -> None:
+        """A line that the next one replaces on a terminal; else one every LINE_SECONDS, or `every` one."""
         if text == self._said:
             return
         self._said = text
@@ -51,13 +57,13 @@ class Console:
         if self._live:
             self._write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
             self._open_line = True
-        elif time.monotonic() - self._last >= LINE_SECONDS:
+        elif every or time.monotonic() - self._last >= LINE_SECONDS:
             self._last = time.monotonic()
             self._write(text + "\n")
 
-    def evaluation(self, event: Evaluation) -> None:
-        """A line per evaluation."""
-        best = "  best so far" if event.best else "  the parent" if event.step == 0 else ""
+    def evaluation(self, event: Evaluation, untrained: str = "before training") -> None:
+        """A line per evaluation; `untrained` says what the model of step 0 is."""
+        best = "  best so far" if event.best else f"  {untrained}" if event.step == 0 else ""
         self.say(
             f"step {event.step:>5} | validation loss {event.loss:.4f} | {event.bits_per_byte:.4f} bits/byte | "
             f"epoch {event.epoch:.2f}{best}"
@@ -67,15 +73,22 @@ class Console:
         """Ends the live line and the log."""
         if self._open_line:
             self._write("\n")
-        self._log.close()
+        with contextlib.suppress(OSError):
+            self._log.close()
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     def _keep(self, text: str) -> None:
-        if text:
+        if not text or self._log.closed:
+            return
+        try:
             self._log.write(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {text}\n")
+        except OSError as error:  # a full disk: no reason to end a run, and none to keep the next lines from a terminal
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._write(f"warning: {self.path} gets no more lines: {error.strerror}\n")
 
 
 def duration(seconds: float) -> str:
@@ -85,6 +98,15 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def model_text(config: TrainConfig, shape: ModelConfig, parameters: int) -> str:
+    """What is trained, in a line: the preset's name, or the parent's where a model is fine-tuned."""
+    size = f"{count(parameters)} parameters"
+    rest = f"{shape.family}, {shape.num_layers} layers, {shape.hidden_size} wide, context {shape.context_length}"
+    if config.init_from:
+        return f"fine-tunes {config.init_from} ({size}, {rest})"
+    return f"{config.preset}: {size}, {rest}"
 
 
 def count(number: float) -> str:

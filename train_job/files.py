@@ -11,6 +11,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import urllib.error
@@ -18,10 +19,10 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
-from gptcore.errors import CorpusError, TrainingError
+from gptcore.errors import CorpusError, RecordError, StorageFull, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,41 @@ SETTLED_SECONDS = 60.0
 
 LONGEST_NAME = 200
 """Bytes in a name that somebody chose; file systems take 255, and what we put before or after it needs some."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+def storage_problem(error: BaseException, place: object) -> TrainingError | None:
+    """The error to show if this is one of the storage at `place`: full, or not to be written to. Else None.
+
+    Libraries say it in their own ways; the number is the same.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (told := re.search(r"(?:os error|errno) (\d+)", str(error))):
+        number = int(told[1])
+    if number in FULL or "No space left on device" in str(error):
+        return StorageFull(f"the disk that holds {place} is full; free some space there")
+    if number in UNWRITABLE:
+        return TrainingError(f"cannot write to {place}: {os.strerror(number)}")
+    return None
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises RecordError, with the remedy, if there is none in it."""
+    try:
+        content = path.read_bytes()
+        found = json.loads(content)
+    except FileNotFoundError:
+        raise RecordError(f"{path} is missing; {remedy}") from None
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
+    except (ValueError, RecursionError):
+        raise RecordError(f"{path} is {'damaged' if content.strip() else 'empty'}; {remedy}") from None
+    if not isinstance(found, dict):
+        raise RecordError(f"{path} is damaged; {remedy}")
+    return found
 
 
 def copy_name(source: str, name: str) -> str:
@@ -56,11 +92,12 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             yield file
         os.replace(draft, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TrainingError(f"the disk that holds {path.parent} is full; free some space there") from error
+        problem = storage_problem(error, path.parent)
+        if isinstance(problem, StorageFull):
+            raise problem from error
         if error.filename is None:  # not about this file's name or folder: whatever the block was reading
             raise
-        raise TrainingError(f"cannot write to {path.parent}: {error.strerror}") from error
+        raise problem or TrainingError(f"cannot write to {path.parent}: {error.strerror}") from error
     finally:
         if draft.is_file():
             draft.unlink()
@@ -105,7 +142,9 @@ def download(url: str, path: Path, refresh: bool = False) -> Path:
     no copy either.
     """
     notes = path.with_name(f"{path.name}.headers")
-    known = json.loads(notes.read_text()) if path.exists() and notes.exists() else {}
+    known = {}
+    with suppress(RecordError):  # without notes, or with damaged ones, the copy is kept as it is
+        known = read_json(notes, "") if path.exists() else {}
     if path.exists() and not (refresh and known):
         return path
     try:

@@ -4,30 +4,47 @@ In: events of the loop, and what MLflow knows of a run that comes from another m
 `figures.loss_curve`. A step that is repeated after a restart is kept once.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from train_job.files import written_whole
+from train_job.files import storage_problem, written_whole
 from train_job.loop import Evaluation, Progress
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a file that another process may be writing, or that is not there yet."""
-    whole = (path.read_text() if path.exists() else "").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    """The rows of a file that another process may be writing, or that is not there yet; damaged lines are left out."""
+    lines = _content(path).rpartition(b"\n")[0].splitlines()
+    return [row for line in lines if (row := _row(line))]
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    """The row that a line holds; None if it holds none."""
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and "step" in row and all(isinstance(value, int | float) for value in row.values()):
+            return row
+    return None
 
 
 class History:
-    """The rows of a file that may hold some already; each row has `step`, `tokens`, `epoch` and a loss."""
+    """The rows of a file that may hold some already; each row has `step`, `tokens`, `epoch` and a loss.
+
+    `damaged` is how many lines were no rows, one aside that a crash tore at the end. All these are taken out.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        whole, newline, torn = (path.read_text() if path.exists() else "").rpartition("\n")
-        if torn:  # by a crash; the next line must not continue it
+        self.path, self.rows = path, read_history(path)
+        whole, _, torn = _content(path).rpartition(b"\n")
+        self.damaged = len(whole.splitlines()) - len(self.rows)
+        if torn or self.damaged:  # the next line must not continue one that is torn
             with written_whole(path) as file:
-                file.write((whole + newline).encode())
-        self.rows = read_history(path)
+                file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
         self._last = {kind: row["step"] for row in self.rows for kind in row if kind.endswith("_loss")}
 
     @property
@@ -36,8 +53,8 @@ class History:
         return int(max(self._last.values(), default=0))
 
     @property
-    def parent_bits_per_byte(self) -> float | None:
-        """What the model that is fine-tuned needed at step 0 on the validation text; None if there is none."""
+    def untrained_bits_per_byte(self) -> float | None:
+        """What the model of step 0 (the parent, in fine-tuning) needed on the validation text; None if unknown."""
         return next((row["bits_per_byte"] for row in self.rows if row["step"] == 0 and "bits_per_byte" in row), None)
 
     def add(self, event: Progress | Evaluation) -> None:
@@ -60,5 +77,8 @@ class History:
             return
         self._last[kind] = row["step"]
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise (storage_problem(error, self.path.parent) or error) from None

@@ -5,14 +5,15 @@ In: a finished, stopped or failed run. Out: files in the run's folder and in MLf
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcore.errors import CheckpointError, FoundryError, TrainingError
+from gptcore.errors import CheckpointError, FoundryError, PackageError, RecordError, StorageFull, TrainingError
 from gptcore.package import Package, open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from train_job import figures, registry, tracking
@@ -20,12 +21,15 @@ from train_job.checkpoint import load_model
 from train_job.config import LIMITS, TrainConfig
 from train_job.console import duration
 from train_job.evaluate import bits_per_byte
-from train_job.files import written_whole
+from train_job.files import read_json, written_whole
 from train_job.hardware import peak_memory_mb
+from train_job.history import History
 from train_job.inputs import cache_dir
+from train_job.record import read_record, tracked_at
 from train_job.spool import Spool
+from train_job.storage import Kept, checkpoints, drop, first_whole, newest
 from train_job.targets import Standing
-from train_job.worker import UNJUDGED
+from train_job.whatnow import Ended, lines
 
 if TYPE_CHECKING:
     from train_job.run import Run
@@ -39,16 +43,31 @@ PATIENCE_SECONDS = 60.0
 def conclude(run: Run) -> int:
     """Registers a finished run's model, or records why there is none; returns the exit code."""
     if run.problem:
-        run.console.say(f"error: {run.problem}")
-        close(run, "FAILED", [run.console.path])
-        return 1 if isinstance(run.problem, TrainingError) else 2
+        return fail(run, run.problem)
     if run.stops.number:
         _deliver(run, [run.console.path])
     run.stops.check()
     return register(run, build(run))
 
 
-def register(run: Run, package: Package) -> int:
+def fail(run: Run, problem: FoundryError) -> int:
+    """Says what the run failed of and records that; returns the exit code: 2 if it is the input, 1 if it is not.
+
+    Once a worker has begun to train, nothing is the input's fault any more.
+    """
+    run.console.say(f"error: {problem}")
+    if isinstance(problem, StorageFull):
+        run.console.say(f"go on with: {run.resume_command()}")
+    what_now(run)
+    try:
+        if run.run_id:
+            close(run, "FAILED", [run.console.path])
+    except (FoundryError, OSError):  # a disk that is full takes no spool either
+        end(run, "FAILED")
+    return 1 if isinstance(problem, TrainingError) or run.began else 2
+
+
+def register(run: Run, package: Package, tell_what_now: bool = True) -> int:
     """Makes the run's package a version and tells the user; returns the exit code."""
     pictures = _figures(run, package)
     run.stops.check()
@@ -69,13 +88,18 @@ def register(run: Run, package: Package) -> int:
     except FoundryError as error:
         run.console.say(f"error: {error}")
         run.console.say(f"the package is whole in {package.path}; register it with: {run.resume_command()}")
+        if tell_what_now:
+            what_now(run)
         close(run, "FAILED", [*pictures, run.console.path])
         return 1
     record = asdict(published) | {"targets": _targets(run), "config": run.config.flat()}
+    record |= {"experiment_id": run.experiment_id}
     if not published.new:
         run.console.say(f"nothing new to register: {_why_nothing_new(run, package)}")
     _tell(run, run.result.return_value or {} if run.result else {})
     show(run.console.say, package, record, run.config)
+    if tell_what_now:
+        what_now(run, record)
     run.stops.check(last=True)
     close(run, "FINISHED", [*pictures, run.run_dir / "config.yaml", run.console.path])
     with written_whole(run.run_dir / OUTCOME) as file:  # last: a run that has it is finished in every respect
@@ -89,31 +113,41 @@ def _why_nothing_new(run: Run, package: Package) -> str:
     return f"step {package.info['training']['step']} is still the best"
 
 
-def chosen(saved: list[tuple[Any, dict[str, Any]]], targets: list[Standing]) -> tuple[Any, dict[str, Any]]:
-    """Of evaluated checkpoints and their metrics the one that becomes the package: that of the lowest validation loss.
+def preferred(found: Iterable[Kept], targets: list[Standing]) -> list[Kept]:
+    """Judged checkpoints by how much each should become the package: the one of the lowest validation loss first.
 
-    Where a training loss was asked for and reached, it is the one that has it: the last.
+    Where a training loss was asked for and reached, the one that has it is first: the last.
     """
     learned = any(standing.target == "target_train_loss" and standing.reached for standing in targets)
-    return min(saved, key=lambda pair: -pair[1]["step"] if learned else pair[1]["val_loss"])
+    judged = [kept for kept in found if kept.loss < math.inf]
+    return sorted(judged, key=lambda kept: (-kept.step if learned else kept.loss, kept.step))
 
 
 def build(run: Run) -> Package:
-    """The chosen checkpoint, as a model package in the run's folder."""
-    kept: list[tuple[Any, dict[str, Any]]] = run.result.best_checkpoints or []
-    saved = [pair for pair in kept if pair[1]["val_loss"] < UNJUDGED]
-    if not saved:
-        raise CheckpointError(f"run {run.config.name} has left no evaluated checkpoint in {run.result.path}")
-    checkpoint, metrics = chosen(saved, _standings(run))
-    inputs, loss = run.inputs, metrics["val_loss"]
+    """The preferred checkpoint that is whole, as a model package in the run's folder; the others are removed then.
+
+    The newest two stay too: the run can go on, even from the one before should the newest be damaged.
+    """
+    found = checkpoints(run.config)
+    choice = first_whole(preferred(found, _standings(run)), load_model, run.console.say)
+    if choice is None:
+        why = next((f": {kept.why}" for kept in found if kept.why), "")
+        where = run.config.storage_path
+        raise CheckpointError(f"run {run.config.name} has left no evaluated checkpoint in {where}{why}")
+    kept, state = choice
+    package = _package(run, state, kept.step, kept.loss)
+    drop(run.config, {kept.name, *(other.name for other in newest(found, 2))}, run.console.say)
+    return package
+
+
+def _package(run: Run, state: dict[str, Any], step: int, loss: float) -> Package:
+    inputs = run.inputs
     bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
-    with checkpoint.as_directory() as folder:
-        state = load_model(Path(folder))
     training = {
         "run": run.config.name,
         "run_id": run.run_id,
-        "step": metrics["step"],
-        "tokens": metrics["step"] * run.config.batch_size * run.config.context,
+        "step": step,
+        "tokens": step * run.config.batch_size * run.config.context,
         "sequence_length": run.config.context,
         "validation_loss": loss,
         "bits_per_byte": bits,
@@ -121,7 +155,7 @@ def build(run: Run) -> Package:
         "data_fingerprint": inputs.train_corpus.fingerprint,
         "validation_fingerprint": inputs.validation_corpus.fingerprint,
         "parent": run.config.init_from,
-        "parent_bits_per_byte": run.history.parent_bits_per_byte,
+        "parent_bits_per_byte": run.history.untrained_bits_per_byte if run.config.init_from else None,
     }
     summary = {k: v for k, v in training.items() if v is not None}
     return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
@@ -193,16 +227,60 @@ def show(say: Callable[[str], None], package: Package, record: dict[str, Any], c
     say("sample    " + prompt + generate_text(package.load_model(), package.tokenizer, prompt, params))
 
 
-def is_finished(run_dir: Path, config: TrainConfig) -> bool:
-    """Whether the run ended with a registered version and nothing new is asked of it."""
-    path = run_dir / OUTCOME
-    return path.exists() and json.loads(path.read_text())["config"] == config.flat()
+def what_now(run: Run, record: Mapping[str, Any] | None = None) -> None:
+    """Says how to go on from where the run is. `record` is what outcome.json has of one that ended well."""
+    for line in lines(ended(run, record)):
+        run.console.say(line)
 
 
-def show_again(run_dir: Path, config: TrainConfig) -> int:
+def ended(run: Run, record: Mapping[str, Any] | None = None) -> Ended:
+    """What there is when the run has ended."""
+    package = run.run_dir / "package"
+    resume = run.resume_command() if run.run_id else ""
+    promoted = True if record is None else record["promoted"]
+    step = History(run.run_dir / "history.jsonl").last_step
+    return Ended(
+        run.uri,
+        run.experiment_id,
+        run.run_id,
+        package if package.exists() else None,
+        version=f"{record['name']} version {record['version']}" if record else "",
+        promote="" if promoted else f"{resume} --promote always",
+        resume=f"{resume} --max-steps {2 * step}" if record and step else resume,
+        prompt=run.config.sample_prompts[0],
+    )
+
+
+def ended_with(run_dir: Path, config: TrainConfig) -> tuple[Package, dict[str, Any]] | None:
+    """A finished run's package and outcome, if nothing new is asked of it; None if there is something to be done.
+
+    If one of both is damaged, the end of the run is made again, and a line says so.
+    """
+    if not (run_dir / OUTCOME).exists():
+        return None
+    try:
+        record = read_json(run_dir / OUTCOME, "the run is registered again")
+        if record.get("config") != config.flat():
+            return None
+        if lacking := {"name", "version", "promoted", "reason"} - record.keys():
+            raise RecordError(f"{run_dir / OUTCOME} lacks {min(lacking)!r}; the run is registered again")
+        return open_package(run_dir / "package"), record
+    except (PackageError, RecordError) as error:
+        print(error)
+        return None
+
+
+def show_again(run: Run, package: Package, record: dict[str, Any]) -> int:
     """What a finished run ended with; nothing is trained or registered."""
-    print(f"run {config.name} is finished; more steps are had with --resume {config.name} --max-steps N")
-    show(print, open_package(run_dir / "package"), json.loads((run_dir / OUTCOME).read_text()), config)
+    print(f"run {run.config.name} is finished")
+    show(print, package, record, run.config)
+    found = None
+    with contextlib.suppress(RecordError):  # it was registered; where it is tracked is not worth an error
+        found = read_record(run.run_dir / "run.json")
+    run.uri, run.run_id = tracked_at(found), found.run_id if found else ""
+    run.experiment_id = record.get("experiment_id", "")
+    for line in lines(ended(run, record)):
+        print(line)
     return 0
 
 
@@ -241,4 +319,4 @@ def end(run: Run, status: str) -> None:
 
 
 def _driver_memory() -> dict[str, float]:
-    return {"peak_mb/driver memory": peak_memory_mb()["memory"]}
+    return {f"{tracking.PEAK} driver memory": peak_memory_mb()["memory"]}

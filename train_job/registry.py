@@ -18,12 +18,15 @@ import gptcore
 from gptcore.errors import ConfigError, FoundryError, HubError, did_you_mean
 from gptcore.hub import resolve
 from gptcore.package import WEIGHTS, Package, describe, open_package
+from gptcore.pyfunc import PARAMS
+from gptcore.redact import without_password
 from train_job.files import locked, sha256
-from train_job.spool import answers_expected, mlflow_client, shown
+from train_job.pages import model_note
+from train_job.spool import answers_expected, mlflow_client
 
 MODES = ("if-better", "always", "never")
 CHAMPION = "champion"
-REQUIREMENTS = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")  # what gptcore needs to predict
+REQUIREMENTS = ("numpy", "psutil", "safetensors", "tiktoken", "tokenizers", "torch")  # what gptcore needs to predict
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ def publish(
         else:
             version = str(earlier.version)
         client.update_model_version(name, version, description=describe(package))
+        if not client.get_registered_model(name).description:
+            client.update_registered_model(name, model_note(name))
         decision = _pass_gate(client, uri, promote, Candidate(name, version, package, bits_per_byte), validation)
         client.set_model_version_tag(name, version, "promoted", str(decision.promote).lower())
         client.set_model_version_tag(name, version, "promotion_reason", decision.reason)
@@ -203,7 +208,9 @@ def pin(model: str, uri: str) -> str:
     try:
         version = mlflow_client(uri).get_model_version_by_alias(name, alias)
     except mlflow.MlflowException as error:
-        raise HubError(f"no model {name!r} with the alias {alias!r} is registered at {shown(uri)}") from error
+        raise HubError(
+            f"no model {name!r} with the alias {alias!r} is registered at {without_password(uri)}"
+        ) from error
     return f"models:/{name}/{version.version}"
 
 
@@ -231,7 +238,7 @@ def _judged(holder: Any, uri: str, validation: Validation) -> Champion:
         package = open_package(resolve(f"models:/{holder.name}/{holder.version}", uri))
         return Champion(str(holder.version), validation.judge(package), judged_here=True)
     except FoundryError as error:
-        return Champion(str(holder.version), None, shown(str(error)))
+        return Champion(str(holder.version), None, without_password(str(error)))
 
 
 def _origin_tags(run: Any) -> dict[str, str]:
@@ -274,12 +281,12 @@ def _signature() -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    types = {int: DataType.long, float: DataType.double, bool: DataType.boolean, str: DataType.string}
     params = [
-        ParamSpec("max_new_tokens", DataType.long, 128),
-        ParamSpec("temperature", DataType.double, 1.0),
-        ParamSpec("top_k", DataType.long, 0),
-        ParamSpec("top_p", DataType.double, 1.0),
-        ParamSpec("seed", DataType.long, None),
+        ParamSpec(param.name, types[param.type], list(param.default), (-1,))
+        if param.several
+        else ParamSpec(param.name, types[param.type], param.default)
+        for param in PARAMS.values()
     ]
     text = Schema([ColSpec(DataType.string)])
     return ModelSignature(Schema([ColSpec(DataType.string, "prompt")]), text, ParamSchema(params))

@@ -1,23 +1,20 @@
 """The job: from a command line to a registered model. Parse, plan, launch, register, say what happened.
 
 Runs alike as `python train_job/run.py`, through `ray job submit -- python train_job/run.py`, and with
-`--working-dir .`. Exit codes: 0 done, 1 training failed, 2 the input was wrong, 130 or 143 stopped by a signal.
+`--working-dir .`. Exit codes: 0 done, 1 training failed (a full disk included), 2 the input was wrong, 130 or 143
+stopped by a signal.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-import json
 import os
-import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,25 +31,27 @@ if os.environ.get("RAY_ADDRESS", "local") not in ("auto", "local") and (Path.hom
     # Ray shows its token by itself only to a cluster that it found by itself; it looks when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
-from gptcore.errors import ConfigError, FoundryError, TrainingError, did_you_mean  # noqa: E402
-from gptcore.home import expanded, home  # noqa: E402
+from gptcore.errors import ConfigError, FoundryError, StorageFull, TrainingError  # noqa: E402
+from gptcore.home import home  # noqa: E402
+from gptcore.redact import without_password  # noqa: E402
+from train_job.begin import begin  # noqa: E402
 from train_job.cluster import (  # noqa: E402
-    check_storage,
-    fetch_record,
-    keep_record,
     ray_cluster,
     resources_per_worker,
     resources_text,
     torch_trainer,
     training_first,
 )
-from train_job.config import TrainConfig, build_config, parse_settings, read_yaml, resume_config, write_yaml  # noqa: E402
-from train_job.console import Console, count  # noqa: E402
-from train_job.files import LONGEST_NAME  # noqa: E402
+from train_job.config import TrainConfig, write_yaml  # noqa: E402
+from train_job.console import Console, model_text  # noqa: E402
+from train_job.files import storage_problem  # noqa: E402
+from train_job.flags import parse_settings  # noqa: E402
 from train_job.history import History  # noqa: E402
 from train_job.loop import Evaluation, Finished, Progress, Started  # noqa: E402
-from train_job.record import begun_with, tracked_at, write_record  # noqa: E402
+from train_job.record import CONFIG, read_record, tracked_at, write_record  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
+from train_job.storage import forget_rays_record, keep_record  # noqa: E402
+from train_job.whatnow import script_command  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
@@ -65,80 +64,30 @@ def main(argv: list[str] | None = None) -> int:
 
     def job() -> int:
         given = parse_settings(sys.argv[1:] if argv is None else argv)
-        config, run_dir = begin(given)
-        return Run(config, run_dir).execute()
+        with begin(given) as (config, run_dir):
+            return Run(config, run_dir).execute()
 
     return answered(job)
 
 
 def answered(job: Callable[[], int]) -> int:
-    """The job's exit code; what is the user's to mend becomes one line, and 2."""
+    """The job's exit code; an error becomes one line, and 2 if it is the input's, 1 if the disk is full."""
     try:
         return job()
-    except FoundryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except (FoundryError, OSError) as error:
+        problem = told(error, home())
+        if problem is None:
             raise
-        print(f"error: cannot write {error.filename or home()}: {error.strerror}", file=sys.stderr)
-        return 2
+        print(f"error: {problem}", file=sys.stderr)
+        return 1 if isinstance(problem, StorageFull) else 2
     except KeyboardInterrupt as stop:  # before anything was begun
         print("stopped", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
-def begin(given: dict[str, Any]) -> tuple[TrainConfig, Path]:
-    """The config and folder of the run that was asked for: a new one, or an earlier one that goes on.
-
-    Raises ConfigError if the name is taken, or if there is no such run to resume.
-    """
-    storage, local = places(given)
-    if given.get("resume"):
-        run_dir = local / str(given["resume"])
-        if "://" in storage:
-            fetch_record(storage, run_dir)
-        if not (run_dir / "config.yaml").exists():
-            known = sorted(p.parent.name for p in local.glob("*/config.yaml"))
-            raise ConfigError(f"no run {given['resume']!r} in {storage}.{did_you_mean(str(given['resume']), known)}")
-        config = resume_config(read_yaml(str(run_dir / "config.yaml")), given)
-        if "storage_path" not in given:
-            return absolute(config, config.storage_path or storage, local), run_dir
-        return absolute(config, storage, local), run_dir
-    config = build_config(given)
-    name = checked_name(config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}")
-    run_dir = local / name
-    if "://" in storage:
-        fetch_record(storage, run_dir)
-    if (run_dir / "config.yaml").exists():
-        raise ConfigError(f"there is a run {name!r} already; go on with --resume {name}, or choose another --name")
-    return absolute(replace(config, name=name), storage, local), run_dir
-
-
-def places(given: dict[str, Any]) -> tuple[str, Path]:
-    """Where checkpoints are kept, a folder or a URL, and the folder of this machine's own records of runs."""
-    storage = str(given.get("storage_path") or home() / "runs")
-    if "://" in storage:
-        check_storage(storage)
-    return storage, home() / "runs" if "://" in storage else expanded(storage).absolute()
-
-
-def checked_name(name: str) -> str:
-    """The name, if a folder can have it; raises ConfigError."""
-    if "/" in name or name.startswith("."):
-        raise ConfigError(f"name is {name!r}; expected one that can be a folder's")
-    if len(name.encode()) > LONGEST_NAME:
-        raise ConfigError(
-            f"name has {len(name.encode())} bytes; expected at most {LONGEST_NAME}, as a folder's may have"
-        )
-    return name
-
-
-def absolute(config: TrainConfig, storage: str, local: Path) -> TrainConfig:
-    """Workers have another folder and another environment than the driver: what they look up is made absolute."""
-    cache = config.cache_dir or str(home() / ".cache")
-    cache = cache if "://" in cache else str(expanded(cache).absolute())
-    return replace(config, storage_path=storage if "://" in storage else str(local), cache_dir=cache)
+def told(error: Exception, place: object) -> FoundryError | None:
+    """The error as it is shown in one line, with `place` if it names none; None if it is not the user's to mend."""
+    return error if isinstance(error, FoundryError) else storage_problem(error, getattr(error, "filename", "") or place)
 
 
 def inputs_of(config: TrainConfig, cluster: Callable[[], Any], begun: Begun | None) -> Inputs:
@@ -186,7 +135,7 @@ class Run:
         self.config, self.run_dir = config, run_dir
         self.title, self.tags = title or config.name, dict(tags or {})
         self.stops = StopSignals(self._stop)
-        self.run_id = ""
+        self.run_id = self.experiment_id = ""
         self.board: Any = None
         self.alone = False  # on a Ray of our own
         self.began: Started | None = None
@@ -199,16 +148,17 @@ class Run:
         from train_job import outcome, tracking
         from train_job.registry import pin
 
-        if outcome.is_finished(self.run_dir, self.config):
-            return outcome.show_again(self.run_dir, self.config)
-        self.uri = tracked_at(self._record)
+        if ended := outcome.ended_with(self.run_dir, self.config):
+            return outcome.show_again(self, *ended)
+        record = read_record(self._record)
+        self.uri = tracked_at(record)
         tracking.check_server(self.uri)
         if self.config.init_from:
             self.config = replace(self.config, init_from=pin(self.config.init_from, self.uri))
         with contextlib.ExitStack() as stack:
             # Wrong input should not have to wait for Ray: it starts when there is much to tokenise, or now.
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
-            self.inputs = inputs_of(self.config, cluster, begun_with(self._record))
+            self.inputs = inputs_of(self.config, cluster, record.text if record else None)
             self.config = self.inputs.config
             tracking.check_user(self.uri)
             ray, self.alone = cluster()
@@ -225,7 +175,13 @@ class Run:
             except KeyboardInterrupt:
                 outcome.end(self, "KILLED")
                 self.console.say(f"stopped; go on with: {self.resume_command()}")
+                outcome.what_now(self)
                 return 128 + self.stops.number
+            except (FoundryError, OSError) as error:
+                if problem := told(error, self.run_dir):
+                    return outcome.fail(self, problem)
+                outcome.end(self, "FAILED")
+                raise
             except BaseException:  # not ours: whatever it is, the run must not be left as running
                 outcome.end(self, "FAILED")
                 raise
@@ -244,7 +200,7 @@ class Run:
         """What goes on with this run."""
         default = self.config.storage_path == str(home() / "runs")
         storage = [] if default else ["--storage-path", str(self.config.storage_path)]
-        return shlex.join(["python", "train_job/run.py", "--resume", str(self.config.name), *storage])
+        return script_command("train_job/run.py", "--resume", str(self.config.name), *storage)
 
     @property
     def _record(self) -> Path:
@@ -253,11 +209,16 @@ class Run:
 
     def open(self) -> None:
         """Opens the MLflow run, or goes on with the one that this folder names."""
+        from gptcore.redact import without_password
         from train_job import tracking
+        from train_job.pages import NOTE
 
         self.history = History(self.run_dir / "history.jsonl")
-        if self._record.exists():
-            self.run_id = json.loads(self._record.read_text())["run_id"]
+        if self.history.damaged:
+            self.console.say(f"{self.history.path}: {self.history.damaged} damaged lines were taken out")
+        record = read_record(self._record)
+        if record:
+            self.run_id = record.run_id
             tracking.resume_run(self.uri, self.run_id)
             points = tracking.losses(self.uri, self.run_id)
             self.history.recall(points, self.config.batch_size * self.config.context, self.inputs.steps_per_epoch)
@@ -265,7 +226,11 @@ class Run:
             inputs = self.inputs
             settings = self.config.flat()
             del settings["name"]  # it is the run's own, and would stand among what differs where runs are compared
-            tags = self.tags | {"tokenizer": inputs.tokenizer.fingerprint}
+            text = f"{inputs.train_corpus.name} ({inputs.train.num_bytes:,} bytes, {inputs.tokenizer.name})"
+            tags = self.tags | {
+                "tokenizer": inputs.tokenizer.fingerprint,
+                NOTE: without_password(f"{self.label}; on {text}"),
+            }
             if self.config.init_from:
                 tags["parent"] = self.config.init_from
             self.run_id = tracking.start_run(
@@ -276,34 +241,39 @@ class Run:
                 tags=tags,
                 experiment=self.config.experiment,
             )
-            write_record(self._record, self.run_id, self.uri, inputs)
-        write_yaml(self.config, self.run_dir / "config.yaml")
+        write_yaml(self.config, self.run_dir / CONFIG)  # before run.json: with it alone, a run can be resumed
+        if not record:
+            write_record(self._record, self.run_id, self.uri, self.inputs)
+        with contextlib.suppress(TrainingError):  # for its address alone, no run ends
+            self.experiment_id = tracking.experiment_of(self.uri, self.run_id)
         if "://" in str(self.config.storage_path):
             keep_record(str(self.config.storage_path), self.run_dir)
 
+    @property
+    def label(self) -> str:
+        """What is trained, in a line."""
+        from gptcore.published import empty_model
+
+        return model_text(self.config, self.inputs.model, empty_model(self.inputs.model).num_parameters())
+
     def introduce(self, nodes: list[dict[str, Any]]) -> None:
         """Says what is about to happen, before the first step."""
-        import torch
-
-        from gptcore.model import GPT
-        from train_job.spool import shown
 
         c, i, say = self.config, self.inputs, self.console.say
-        with torch.device("meta"):
-            parameters = GPT(i.model).num_parameters()
-        shape = f"{i.model.num_layers} layers, {i.model.hidden_size} wide, context {i.model.context_length}"
         low, high = c.workers
         workers = str(low) if low == high else f"{low} to {high}"
-        say(f"model     {c.preset}: {count(parameters)} parameters, {i.model.family}, {shape}")
+        say(f"model     {without_password(self.label)}")
         say(f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes, {i.train.num_tokens:,} tokens by")
         say(f"          {i.tokenizer.name}; {i.validation.num_bytes:,} bytes more are kept for validation")
+        for note in i.notes:
+            say(f"          {note}")
         say(f"workers   {workers}, each with {resources_text(self.resources)}")
         try:
             resources_per_worker(c, nodes, fixed=True)
         except ConfigError as error:
             say(f"waiting   for the cluster to grow: {error}")
         say(f"run       {c.name} ({self.run_id})")
-        say(f"tracking  {shown(self.uri)}")
+        say(f"tracking  {without_password(self.uri)}")
 
     def train(self, ray: Any) -> Iterator[list[Any]]:
         """Runs Ray Train in a thread and yields the workers' news, if only an empty list, every LOOK_SECONDS.
@@ -312,6 +282,7 @@ class Run:
         """
         from train_job.worker import Board, Job, train_worker
 
+        forget_rays_record(self.config)
         inputs, config = self.inputs, self.config
         here = ray.get_runtime_context().get_node_id()
         board = ray.remote(Board).options(num_cpus=0, label_selector={ray._raylet.RAY_NODE_ID_KEY: here}).remote()
@@ -350,7 +321,9 @@ class Run:
         yield ray.get(board.read.remote())
         self.problem = ray.get(board.failed.remote())
         if isinstance(ended[0], Exception):
-            self.problem = self.problem or TrainingError(f"training failed: {reason(ended[0])}")
+            why = reason(ended[0])
+            full = storage_problem(RuntimeError(why), self.config.storage_path)
+            self.problem = self.problem or full or TrainingError(f"training failed: {why}")
         else:
             self.result = ended[0]
 
@@ -369,7 +342,7 @@ class Run:
                 self.console.progress(event)
                 self.history.add(event)
             elif isinstance(event, Evaluation):
-                self.console.evaluation(event)
+                self.console.evaluation(event, "the parent" if self.config.init_from else "before training")
                 self.history.add(event)
             elif isinstance(event, Finished):
                 self.finished = event

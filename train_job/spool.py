@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,25 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import FoundryError, TrainingError
-from train_job.files import written_whole
+from gptcore.redact import without_password
+from train_job.files import storage_problem, written_whole
 
 log = logging.getLogger(__name__)
 
 POINTS_PER_BATCH = 1000  # the most that MLflow takes in one log_batch
 DELIVERY_INTERVAL_S = 5.0  # points are sent in batches this far apart: a request per step would cost training time
 LONGEST_BACKOFF_S = 15.0
+FILE_KEYS = {"artifact", "to", "table"}
 
 _environment = threading.Lock()
-
-
-def shown(text: str) -> str:
-    """`text`, such as a tracking URI or MLflow's word on one, without the users and passwords of its URLs."""
-    return re.sub(r"\b(?!sqlite:|file:)([a-zA-Z][\w+.-]*://)\S*@", r"\1***@", text)
-
-
-def kept(uri: str) -> str:
-    """The tracking URI as it may stand in a file: without user and password, which the environment has to give."""
-    return shown(uri).replace("://***@", "://")
 
 
 def mlflow_client(uri: str) -> Any:
@@ -78,10 +69,10 @@ def answers_expected(uri: str) -> Iterator[None]:
             user = os.environ.get("MLFLOW_TRACKING_USERNAME")
             whom = f"user {user!r} with this password" if user else "requests without a user"
             raise TrainingError(
-                f"MLflow at {shown(uri)} does not accept {whom}; set MLFLOW_TRACKING_USERNAME and "
+                f"MLflow at {without_password(uri)} does not accept {whom}; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD"
             ) from error
-        raise TrainingError(shown(f"MLflow at {uri} refused: {error}")) from error
+        raise TrainingError(without_password(f"MLflow at {uri} refused: {error}")) from error
 
 
 @dataclass
@@ -93,8 +84,12 @@ class _Progress:
 
     @staticmethod
     def read(folder: Path) -> "_Progress | None":
-        path = folder / "delivered.json"
-        return _Progress(**json.loads(path.read_text())) if path.exists() else None
+        """None before the first line is sent, or where what was kept is damaged: then the server is asked again."""
+        try:
+            progress = _Progress(**json.loads((folder / "delivered.json").read_bytes()))
+            return progress if isinstance(progress.offset, int) and isinstance(progress.floor, dict) else None
+        except (FileNotFoundError, TypeError, ValueError):
+            return None
 
     def write(self, folder: Path) -> None:
         with written_whole(folder / "delivered.json") as file:
@@ -102,7 +97,7 @@ class _Progress:
 
 
 def _read_lines(folder: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line of the spool from `offset` on, and where it ends."""
+    """Each whole line of the spool from `offset` on, and where it ends; damaged ones are left out."""
     path = folder / "lines.jsonl"
     if not path.exists():
         return
@@ -112,7 +107,17 @@ def _read_lines(folder: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any],
             if not raw.endswith(b"\n"):  # still being written, or torn by a crash
                 return
             offset += len(raw)
-            yield json.loads(raw), offset
+            if line := _line(raw):
+                yield line, offset
+
+
+def _line(raw: bytes) -> dict[str, Any] | None:
+    """What a line says, if it is one of points or of a file."""
+    with contextlib.suppress(ValueError):
+        line = json.loads(raw)
+        if isinstance(line, dict) and any(keys <= line.keys() for keys in ({"step", "time", "values"}, FILE_KEYS)):
+            return line
+    return None
 
 
 def undelivered(folder: Path) -> int:
@@ -151,7 +156,12 @@ def deliver_batch(folder: Path, run_id: str, client: Any) -> bool:
     except MlflowException as error:
         if error.get_http_status_code() != 400:  # anything but bad input may pass with time
             raise
-        log.warning("MLflow refused %d lines, kept in %s: %s", len(lines), folder / "refused.jsonl", shown(str(error)))
+        log.warning(
+            "MLflow refused %d lines, kept in %s: %s",
+            len(lines),
+            folder / "refused.jsonl",
+            without_password(str(error)),
+        )
         with (folder / "refused.jsonl").open("a") as refused:
             refused.writelines(json.dumps(line) + "\n" for line in lines)
     progress.write(folder)
@@ -194,13 +204,13 @@ class Spool:
 
     A resumed run opens the same folder again, or an empty one. Either way a metric's steps that were spooled, or that
     the server holds, are dropped: repeating the steps since the last checkpoint logs nothing twice.
-    Writing raises TrainingError if the disk is full.
+    Writing raises TrainingError if the disk takes nothing.
     """
 
     def __init__(self, folder: Path, run_id: str, tracking_uri: str) -> None:
         self.folder, self.run_id, self.tracking_uri = Path(folder).absolute(), run_id, tracking_uri
         with written_whole(self.folder / "spool.json") as file:
-            file.write(json.dumps({"run_id": run_id, "tracking_uri": kept(tracking_uri)}).encode())
+            file.write(json.dumps({"run_id": run_id, "tracking_uri": without_password(tracking_uri)}).encode())
         self._last_step: dict[str, int] = {}
         whole = 0
         for line, end in _read_lines(self.folder):
@@ -240,7 +250,8 @@ class Spool:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
-            raise TrainingError(f"cannot write metrics to {self.folder}: {error.strerror}") from error
+            problem = storage_problem(error, self.folder)
+            raise (problem or TrainingError(f"cannot write metrics to {self.folder}: {error.strerror}")) from error
 
     def _deliver(self) -> None:
         pause, away = DELIVERY_INTERVAL_S, False
@@ -252,11 +263,11 @@ class Spool:
                 if closing:
                     return
                 if away:
-                    log.info("MLflow at %s is back; nothing was lost", shown(self.tracking_uri))
+                    log.info("MLflow at %s is back; nothing was lost", without_password(self.tracking_uri))
                 pause, away = DELIVERY_INTERVAL_S, False
             except Exception as error:  # whatever it is, training goes on and the next attempt may succeed
                 if not away:
-                    log.warning("MLflow is away, metrics wait in %s (%s)", self.folder, shown(str(error)))
+                    log.warning("MLflow is away, metrics wait in %s (%s)", self.folder, without_password(str(error)))
                 pause, away = min(2 * pause, LONGEST_BACKOFF_S), True
             if closing:
                 self._abandoned.wait(1.0)

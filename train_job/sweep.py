@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
-import shlex
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,79 +28,37 @@ if Path(sys.path[0]).resolve() == ROOT / "train_job":  # run as a script: our mo
 
 from train_job import run as single  # noqa: E402, I001  # first: it sets the environment that libraries read
 
-from gptcore.errors import ConfigError, TrainingError, did_you_mean  # noqa: E402
+from gptcore.errors import ConfigError, FoundryError, RecordError, TrainingError  # noqa: E402
 from gptcore.home import home  # noqa: E402
 from gptcore.package import open_package  # noqa: E402
-from train_job.cluster import drop_checkpoints, ray_cluster, resources_per_worker, resources_text  # noqa: E402
-from train_job.config import add_flag, build_config, given_settings, read_yaml, settings_parser  # noqa: E402
+from gptcore.redact import without_password  # noqa: E402
+from train_job.begin import absolute  # noqa: E402
+from train_job.begin_sweep import PLAN, begin_sweep  # noqa: E402
+from train_job.cluster import ray_cluster, resources_per_worker, resources_text  # noqa: E402
+from train_job.config import build_config  # noqa: E402
 from train_job.console import Console, duration  # noqa: E402
-from train_job.files import written_whole  # noqa: E402
+from train_job.files import read_json, written_whole  # noqa: E402
 from train_job.history import History, read_history  # noqa: E402
-from train_job.record import begun_with, origins_of, tracked_at, write_record  # noqa: E402
-from train_job.space import FIELDS, FLAGS, HINTS, SweepConfig, build_sweep, described, shown  # noqa: E402
+from train_job.pages import NOTE  # noqa: E402
+from train_job.record import origins_of, read_record, tracked_at, write_record  # noqa: E402
+from train_job.space import SweepConfig, described, shown  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
-from train_job.trials import Ending, Trial, ranked, table, table_text, write_table  # noqa: E402
+from train_job.storage import drop  # noqa: E402
+from train_job.trials import ENDING, Ending, Trial, ranked, table, table_text, write_table  # noqa: E402
+from train_job.whatnow import Ended, lines, script_command  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
 
-PLAN = "sweep.yaml"
-"""In a sweep's folder: what it was told."""
-EXTENSIBLE = {"trials", "concurrency", "keep"}
-"""What of a sweep's own may change when it goes on; of its trials' settings, those of the machine and the registry."""
-MACHINE = frozenset(
-    {"num_workers", "use_gpu", "cpus_per_worker", "micro_batch_size", "max_failures", "device"}
-    | {"register_as", "promote"}
-)
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the sweep; returns the exit code."""
-    return single.answered(lambda: Sweep(*begin(sys.argv[1:] if argv is None else argv)).execute())
 
+    def job() -> int:
+        with begin_sweep(sys.argv[1:] if argv is None else argv) as (config, run_dir):
+            return Sweep(config, run_dir).execute()
 
-def begin(argv: list[str]) -> tuple[SweepConfig, Path]:
-    """The sweep and the folder that were asked for: a new one, or an earlier one that goes on. Raises ConfigError."""
-    parser = settings_parser(
-        "python train_job/sweep.py",
-        "Train many times with settings from ranges, stop the hopeless early, register the best. Settings of run.py "
-        "are every trial's; flags win over the file.",
-    )
-    texts = (f"{name}: {FIELDS[name].metadata['help']}" for name in FIELDS if name not in FLAGS)
-    group = parser.add_argument_group("the sweep's own", f"In the file alone: {' '.join(texts)}")
-    group.add_argument("file", nargs="?", metavar="SWEEP.yaml", help="the settings below, with _ for -")
-    for name in FLAGS:
-        add_flag(group, FIELDS[name], HINTS[name])
-    given = given_settings(parser, argv)
-    file, own = given.pop("file", None), {name: given.pop(name) for name in FLAGS if name in given}
-    if given.get("resume"):
-        return _resumed(given, own, file)
-    if not file:
-        raise ConfigError("no sweep is named; expected a file such as train_job/sweeps/quick.yaml, or --resume NAME")
-    said = read_yaml(file)
-    if isinstance(said.get("base", {}), dict):
-        said["base"] = said.get("base", {}) | given
-    sweep = build_sweep(said | own)
-    base = dict(sweep.base)
-    storage, local = single.places(base)
-    name = single.checked_name(str(base.get("name") or f"{Path(file).stem}-{datetime.now():%Y%m%d-%H%M%S}"))
-    if any((local / name / record).exists() for record in (PLAN, "config.yaml")):
-        raise ConfigError(f"there is a {name!r} already; go on with --resume {name}, or choose another --name")
-    return replace(sweep, base=base | {"name": name, "storage_path": storage}), local / name
-
-
-def _resumed(given: dict[str, Any], own: dict[str, Any], file: str | None) -> tuple[SweepConfig, Path]:
-    name = str(given.pop("resume"))
-    _, local = single.places(given)
-    given.pop("storage_path", None)
-    if not (local / name / PLAN).exists():
-        known = sorted(path.parent.name for path in local.glob(f"*/{PLAN}"))
-        raise ConfigError(f"no sweep {name!r} in {local}.{did_you_mean(name, known)}")
-    if changed := sorted((own.keys() - EXTENSIBLE) | (given.keys() - MACHINE)) or file:
-        what = changed[0] if isinstance(changed, list) else changed
-        raise ConfigError(f"{what} cannot be given to a sweep that goes on; leave it out, or begin a new sweep")
-    saved = read_yaml(str(local / name / PLAN))
-    return build_sweep(saved | own | {"base": saved["base"] | given}), local / name
+    return single.answered(job)
 
 
 class Sweep:
@@ -116,11 +71,12 @@ class Sweep:
         self.trials: list[Trial] = []
         for number, values in enumerate(config.values(), start=1):
             name = f"{self.name}-{number:02}"
-            run = single.absolute(build_config(config.base, values, {"name": name}), storage, run_dir)
+            run = absolute(build_config(config.base, values, {"name": name}), storage, run_dir)
             self.trials.append(Trial(number, values, run, run_dir / name))
         self.stops = StopSignals(self._stop)
-        self.run_id = ""
+        self.run_id = self.experiment_id = ""
         self.board: Any = None
+        self.began = False
         self.told: set[int] = set()
         self.dropped: set[int] = set()
 
@@ -130,7 +86,8 @@ class Sweep:
 
         # A trial is several processes, of which each but one waits: nothing to warn of.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
-        self.uri = tracked_at(self._record)
+        self.record = read_record(self._record)
+        self.uri = tracked_at(self.record)
         tracking.check_server(self.uri)
         with contextlib.ExitStack() as stack:
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
@@ -153,7 +110,14 @@ class Sweep:
             except KeyboardInterrupt:
                 self._end("KILLED")
                 self.console.say(f"stopped; go on with: {self.resume_command()}")
+                self._what_now()
                 return 128 + self.stops.number
+            except (FoundryError, OSError) as error:
+                self._end("FAILED")
+                if not (problem := single.told(error, self.run_dir)):
+                    raise
+                self.console.say(f"error: {problem}")
+                return 1 if isinstance(problem, TrainingError) or self.began else 2
             except BaseException:  # not ours: whatever it is, the run must not be left as running
                 self._end("FAILED")
                 raise
@@ -162,7 +126,7 @@ class Sweep:
         """What goes on with this sweep."""
         default = self.run_dir.parent == home() / "runs"
         storage = [] if default else ["--storage-path", str(self.run_dir.parent)]
-        return shlex.join(["python", "train_job/sweep.py", "--resume", self.name, *storage])
+        return script_command("train_job/sweep.py", "--resume", self.name, *storage)
 
     @property
     def _record(self) -> Path:
@@ -177,19 +141,18 @@ class Sweep:
 
     def _end(self, status: str) -> None:
         """Ends the sweep's MLflow run, and those of trials that have not ended; for where there is one."""
-        for trial in self.trials:
-            if not trial.ending():
-                self._end_run(trial.folder / "run.json", status)
-        self._end_run(self._record, status)
+        for folder in (*(trial.folder for trial in self.trials), self.run_dir):
+            if not (folder / ENDING).exists():
+                self._end_run(folder / "run.json", status)
 
     def _end_run(self, record: Path, status: str) -> None:
         from train_job import tracking
 
-        if record.exists():
-            try:
-                tracking.finish_run(self.uri, json.loads(record.read_text())["run_id"], status)
-            except TrainingError as error:
-                self.console.say(f"warning: the end of {record.parent.name} could not be recorded: {error}")
+        try:
+            if found := read_record(record):
+                tracking.finish_run(self.uri, found.run_id, status)
+        except (RecordError, TrainingError) as error:
+            self.console.say(f"warning: the end of {record.parent.name} could not be recorded: {error}")
 
     def _prepare(self, cluster: Any) -> dict[int, Inputs]:
         """Every trial's inputs. Shards are made here, once for each tokenizer, before any trial begins."""
@@ -199,8 +162,13 @@ class Sweep:
             parent = pin(str(parent), self.uri)
             self.config = replace(self.config, base=self.config.base | {"init_from": parent})
             self.trials = [replace(t, config=replace(t.config, init_from=parent)) for t in self.trials]
-        begun, inputs = begun_with(self._record), {}
-        for trial in self.trials:
+        begun = self.record.text if self.record else None
+        inputs: dict[int, Inputs] = {}
+        for place, trial in enumerate(self.trials):
+            if place:  # all are looked at as often as the first
+                one = inputs[1].config
+                config = replace(trial.config, log_interval=one.log_interval, eval_interval=one.eval_interval)
+                self.trials[place] = trial = replace(trial, config=config)
             inputs[trial.number] = single.inputs_of(trial.config, cluster, begun)
             begun = origins_of(inputs[trial.number])  # all have the text of the first
         return inputs
@@ -221,8 +189,8 @@ class Sweep:
 
         from train_job import tracking
 
-        if self._record.exists():
-            self.run_id = json.loads(self._record.read_text())["run_id"]
+        if self.record:
+            self.run_id = self.record.run_id
             tracking.resume_run(self.uri, self.run_id)
         else:
             inputs = self.inputs[1]
@@ -231,17 +199,20 @@ class Sweep:
                 asdict(self.config) | {"base": {k: v for k, v in self.config.base.items() if k != "storage_path"}},
                 name=self.name,
                 datasets=single.dataset_uses(inputs),
-                tags={"sweep": self.name},
+                tags={
+                    "sweep": self.name,
+                    NOTE: f"A sweep of {len(self.trials)} trials: {described(self.config.search)}",
+                },
                 experiment=inputs.config.experiment,
             )
             write_record(self._record, self.run_id, self.uri, inputs)
+        with contextlib.suppress(TrainingError):  # for its address alone, no sweep ends
+            self.experiment_id = tracking.experiment_of(self.uri, self.run_id)
         with written_whole(self.run_dir / PLAN) as file:
             file.write(yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True).encode())
 
     def _introduce(self, ray: Any) -> None:
         """Says what is about to happen, before the first step."""
-        from train_job.spool import shown as uri_shown
-
         c, i, say = self.config, self.inputs[1], self.console.say
         one = self.trials[0].config
         how = "every combination" if c.grid else f"drawn with seed {c.draw_seed}"
@@ -250,6 +221,8 @@ class Sweep:
         say(
             f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes; {i.validation.num_bytes:,} bytes more judge"
         )
+        for note in i.notes:
+            say(f"          {note}")
         rungs = ", ".join(f"{self.grace_steps * c.reduction**n:.0f}" for n in range(3))
         asha = f"only the best 1/{c.reduction:g} go on after steps {rungs}… (ASHA)"
         say(f"stopping  {asha if c.asha else 'every trial runs to its end'}")
@@ -260,12 +233,12 @@ class Sweep:
         except ConfigError as error:
             say(f"waiting   for the cluster to grow: {error}")
         say(f"run       {self.name} ({self.run_id})")
-        say(f"tracking  {uri_shown(self.uri)}")
+        say(f"tracking  {without_password(self.uri)}")
 
     @property
     def grace_steps(self) -> int:
         """The step from which on ASHA judges."""
-        return self.config.grace_steps or self.trials[0].config.eval_interval
+        return self.config.grace_steps or self.inputs[1].config.eval_interval or 1
 
     def _tune(self, ray: Any, left: list[Trial]) -> None:
         """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
@@ -289,13 +262,15 @@ class Sweep:
         self.told = {trial.number for trial in self.trials if trial not in left}
         thread = threading.Thread(target=fit, daemon=True)
         self.stops.check()
-        self.board = board
+        self.board, self.began = board, True
         thread.start()
         while thread.is_alive():
             self._look()
             thread.join(single.LOOK_SECONDS)
         self.board = None
         self.stops.check()
+        if problem := ray.get(board.failed.remote()):
+            raise problem
         if isinstance(ended[0], Exception):
             raise ended[0]
         for result in ended[0]:
@@ -336,10 +311,7 @@ class Sweep:
         if trial.number not in self.dropped:
             self.dropped.add(trial.number)
             shutil.rmtree(trial.folder / "package", ignore_errors=True)
-            try:
-                drop_checkpoints(trial.config)
-            except OSError as error:  # storage that is away, or that lets nothing be deleted
-                self.console.say(f"warning: checkpoints of {trial.name} are kept: {error}")
+            drop(trial.config, say=self.console.say)
 
     def _conclude(self) -> int:
         """The table, and the best trial's package as a version; returns the exit code."""
@@ -354,9 +326,10 @@ class Sweep:
         tags, code = {}, 1
         if ending.status == "FINISHED":
             self.console.say(f"best      {best.title}")
-            code = outcome.register(self._run_of(best), open_package(best.folder / "package"))
-        if code == 0:
-            version = json.loads((best.folder / outcome.OUTCOME).read_text())
+            code = outcome.register(self._run_of(best), open_package(best.folder / "package"), tell_what_now=False)
+        version = read_json(best.folder / outcome.OUTCOME, "the version is in MLflow") if code == 0 else None
+        self._what_now(best, version)
+        if version:
             tags = {"sweep.best": best.name, "sweep.version": f"{version['name']} {version['version']}"}
         self.stops.late = True
         spool = Spool(self.run_dir / "spool", self.run_id, self.uri)
@@ -373,11 +346,30 @@ class Sweep:
         self._end("FINISHED" if code == 0 else "FAILED")
         return code
 
+    def _what_now(self, best: Trial | None = None, version: Mapping[str, Any] | None = None) -> None:
+        """Says how to go on: with the best trial's model where it is there, and with the sweep where it is not over."""
+        from train_job import outcome
+
+        there = outcome.ended(self._run_of(best), version) if best else None
+        own = Ended(self.uri, self.experiment_id, self.run_id, resume=self.resume_command())
+        if there and version:
+            more = 2 * len(self.trials)
+            try:
+                replace(self.config, trials=more).values()
+                further = "" if self.config.grid else f"{own.resume} --trials {more}"
+            except ConfigError:  # there is no more to try
+                further = ""
+            own = replace(there, run_id=self.run_id, resume=further)
+        for line in lines(own):
+            self.console.say(line)
+
     def _run_of(self, trial: Trial) -> single.Run:
         """The trial as a run that has been trained and waits for its registration."""
         run = single.Run(self.inputs[trial.number].config, trial.folder)
         run.uri, run.inputs, run.stops, run.console = self.uri, self.inputs[trial.number], self.stops, self.console
-        run.run_id = json.loads((trial.folder / "run.json").read_text())["run_id"]
+        record = read_record(trial.folder / "run.json")
+        assert record, "a trial that has ended was begun"
+        run.run_id, run.experiment_id = record.run_id, self.experiment_id
         run.history = History(trial.folder / "history.jsonl")
         return run
 

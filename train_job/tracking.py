@@ -26,22 +26,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptcore.errors import FoundryError, TrainingError
+from gptcore.errors import FoundryError, RecordError, TrainingError
 from gptcore.home import checkout, home
+from gptcore.redact import without_password
+from train_job import pages
+from train_job.files import read_json
 from train_job.spool import (
     Spool,
     answers_expected,
     deliver_batch,
     impatient_requests,
-    kept,
     mlflow_client,
-    shown,
     undelivered,
 )
 
 log = logging.getLogger(__name__)
 
 PARAMS_PER_BATCH = 100  # the most that MLflow takes at once
+PEAK = "system/peak_mb"
+"""How the metrics of peak memory (MiB) begin: MLflow's UI has its charts of system metrics last."""
 DIGEST_LENGTH = 32  # MLflow refuses a dataset digest of more than 36 characters
 
 
@@ -77,15 +80,19 @@ def check_server(uri: str, timeout_s: float = 5.0) -> None:
             port = parts.port or {"mysql": 3306, "mssql": 1433}.get(parts.scheme.partition("+")[0], 5432)
             socket.create_connection((parts.hostname, port), timeout=timeout_s).close()
         elif not parts.scheme.startswith("databricks"):
-            raise TrainingError(f"tracking URI {shown(uri)!r} is of no known kind; expected http(s)://… or sqlite:///…")
+            raise TrainingError(
+                f"tracking URI {without_password(uri)!r} is of no known kind; expected http(s)://… or sqlite:///…"
+            )
     except urllib.error.HTTPError as error:  # it answers: an older server or a gateway without /health will do
         if error.code >= 500:
-            raise TrainingError(f"the tracking server at {shown(uri)} answers {error.code} {error.reason}") from error
+            raise TrainingError(
+                f"the tracking server at {without_password(uri)} answers {error.code} {error.reason}"
+            ) from error
     except (OSError, ValueError) as error:
         # A ValueError is the URL's parser's, which quotes what it stumbled over: it may be part of a password.
         reason = "it is no valid URL" if isinstance(error, ValueError) else getattr(error, "reason", None) or error
         raise TrainingError(
-            f"no tracking server answers at {shown(uri)} ({shown(str(reason))}); "
+            f"no tracking server answers at {without_password(uri)} ({without_password(str(reason))}); "
             "start it, correct MLFLOW_TRACKING_URI, or unset that to use the embedded database"
         ) from error
 
@@ -176,16 +183,38 @@ def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
             client.set_tag(run_id, key, value)
 
 
+def experiment_of(uri: str, run_id: str) -> str:
+    """The id of the run's experiment. Raises TrainingError if the server does not answer or has no such run."""
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=3):
+        return str(mlflow_client(uri).get_run(run_id).info.experiment_id)
+
+
+def experiment_pages(uri: str, ui: str) -> list[tuple[str, str]]:
+    """Each experiment that has runs, and its page on the server, or on the `ui` beside a database; the latest first."""
+    base = without_password(uri).rstrip("/") if urlsplit(uri).scheme in ("http", "https") else ui.rstrip("/")
+    check_server(uri)
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=3):
+        client = mlflow_client(uri)
+        found = client.search_experiments(order_by=["last_update_time DESC"])
+        used = [one for one in found if client.search_runs([one.experiment_id], max_results=1)]
+        return [(one.name, f"{base}/#{pages.experiment_page(one.experiment_id)}") for one in used]
+
+
 def _experiment_id(client: Any, uri: str, name: str) -> str:
+    """The experiment of that name, made if there is none, with the tags that its page wants."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return client.create_experiment(name, artifact_location=artifact_root(uri))
+        experiment = client.get_experiment(client.create_experiment(name, artifact_location=artifact_root(uri)))
     if experiment.lifecycle_stage != "active":
         raise TrainingError(
             f"experiment {name!r} is deleted; choose another one, or bring it back with "
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
         )
-    return experiment.experiment_id
+    found = str(experiment.experiment_id)
+    for key, value in pages.experiment_tags(found, experiment.tags, int(experiment.creation_time or 0)).items():
+        with contextlib.suppress(Exception):  # a user who may add runs need not be one who may edit the experiment
+            client.set_experiment_tag(found, key, value)
+    return found
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -284,7 +313,7 @@ class SystemMetrics:
                 if not self._stopped.is_set():
                     self._spool.metrics(int(time.time() - started / 1000), values)
             except Exception as error:  # a figure about the machine is not worth a run
-                log.debug("no system metrics this time: %s", shown(str(error)))
+                log.debug("no system metrics this time: %s", without_password(str(error)))
 
 
 def _monitors() -> list[Any]:
@@ -307,10 +336,12 @@ def deliver(folder: Path) -> int:
     """
     if not (folder / "spool.json").exists():
         raise TrainingError(f"{folder} is no spool: it has no spool.json; expected the spool folder of a run")
-    spool = json.loads((folder / "spool.json").read_text())
+    spool = read_json(folder / "spool.json", "put there what the run's run.json has: run_id and tracking_uri")
+    if not {"run_id", "tracking_uri"} <= spool.keys():
+        raise RecordError(f"{folder / 'spool.json'} lacks run_id or tracking_uri; the run's run.json has both")
     waiting, uri = undelivered(folder), tracking_uri()
-    if kept(uri) != spool["tracking_uri"]:  # else the environment's, which may have a password
-        uri = spool["tracking_uri"]
+    if without_password(uri) != spool["tracking_uri"]:  # else the environment's, which may have a password
+        uri = str(spool["tracking_uri"])
     check_server(uri)
     with answers_expected(uri), impatient_requests(timeout_s=30, retries=2):
         client = mlflow_client(uri)
@@ -320,10 +351,14 @@ def deliver(folder: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`deliver FOLDER` sends what a run left behind; `uri` says where MLflow is. Returns the exit code."""
+    """`deliver FOLDER` sends what a run left behind; `uri` and `pages` say where MLflow is. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m train_job.tracking", description="Where runs are tracked.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("uri", help="print the tracking URI that runs use")
+    page = commands.add_parser("pages", help="print the addresses of the experiments' pages")
+    page.add_argument(
+        "--ui", default=pages.UI, metavar="URL", help="where MLflow's UI is, for a database (%(default)s)"
+    )
     command = commands.add_parser("deliver", help="send a spool's remaining points and files to MLflow")
     command.add_argument("folder", type=Path, help="the spool's folder")
     asked = parser.parse_args(arguments)
@@ -331,6 +366,9 @@ def main(arguments: list[str] | None = None) -> int:
         if asked.command == "uri":
             check_server(tracking_uri())  # makes the folder of the embedded database
             print(tracking_uri())
+        elif asked.command == "pages":
+            for name, address in experiment_pages(tracking_uri(), asked.ui):
+                print(f"{name}  {address}")
         else:
             print(f"delivered {deliver(asked.folder)} lines; nothing is left")
     except FoundryError as error:

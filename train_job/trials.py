@@ -8,12 +8,13 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gptcore.errors import RecordError
 from train_job.config import TrainConfig
-from train_job.files import written_whole
+from train_job.files import read_json, written_whole
 from train_job.history import read_history
 from train_job.space import shown
 
@@ -55,8 +56,9 @@ class Trial:
         return f"{self.name} {shown(self.values)}"
 
     def evaluations(self) -> list[dict[str, float]]:
-        """Each with its `step` and `bits_per_byte`, until now."""
-        return [row for row in read_history(self.folder / "history.jsonl") if "bits_per_byte" in row]
+        """Each with its `step` and `bits_per_byte`, until now; that of step 0 is none of the trial's."""
+        rows = read_history(self.folder / "history.jsonl")
+        return [row for row in rows if "bits_per_byte" in row and row["step"] > 0]
 
     def best(self) -> dict[str, float]:
         """The evaluation with the fewest bits per byte; infinitely many at step 0 where there is none."""
@@ -64,9 +66,15 @@ class Trial:
         return min(self.evaluations(), key=lambda row: row["bits_per_byte"], default=none)
 
     def ending(self) -> Ending | None:
-        """How it ended, if it has."""
-        path = self.folder / ENDING
-        return Ending(**json.loads(path.read_text())) if path.exists() else None
+        """How it ended, if it has. Raises RecordError if what was recorded of it is damaged."""
+        path, remedy = self.folder / ENDING, "remove it, and the trial goes on when the sweep does"
+        if not path.exists():
+            return None
+        try:
+            ending = Ending(**read_json(path, remedy))
+            return replace(ending, steps=int(ending.steps), seconds=float(ending.seconds))
+        except (TypeError, ValueError):
+            raise RecordError(f"{path} is damaged; {remedy}") from None
 
     def end(self, ending: Ending) -> None:
         """Records that it has ended: it will not be run again."""

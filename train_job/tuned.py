@@ -17,12 +17,13 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from gptcore.errors import FoundryError, TrainingError
+from gptcore.errors import FoundryError, StorageFull, TrainingError
 from train_job import outcome, tracking
+from train_job.config import UNBOUNDED
 from train_job.console import Console
 from train_job.inputs import prepare_inputs
-from train_job.loop import UNBOUNDED, Evaluation, Started
-from train_job.record import begun_with
+from train_job.loop import Evaluation, Started
+from train_job.record import read_record
 from train_job.run import Run
 from train_job.trials import Ending, Trial, ranked
 from train_job.worker import StopFlag
@@ -45,7 +46,7 @@ class TunedTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], plan: Plan) -> None:  # type: ignore[override]  # tune.with_parameters' way
         """Opens the run, or goes on with it, and begins to train."""
-        self.trial, self.stop_asked = plan.trials[config["index"]], StopFlag(plan.board)
+        self.trial, self.board, self.stop_asked = plan.trials[config["index"]], plan.board, StopFlag(plan.board)
         known = self.trial.evaluations()  # of one that goes on: Tune is told again
         self.due = deque({"step": row["step"], "bits_per_byte": row["bits_per_byte"]} for row in known)
         self.last: dict[str, float] = {"step": 0, "bits_per_byte": math.inf}
@@ -57,8 +58,8 @@ class TunedTrial(tune.Trainable):
         if self.stop_asked():
             return
         try:
-            begun = begun_with(self.trial.folder.parent / "run.json")  # the sweep's text
-            run.inputs = prepare_inputs(run.config, refresh=False, begun=begun)
+            sweep = read_record(self.trial.folder.parent / "run.json")  # its text is the trial's
+            run.inputs = prepare_inputs(run.config, refresh=False, begun=sweep.text if sweep else None)
             run.config = run.inputs.config
             run.open()
             run.introduce(ray.nodes())
@@ -122,6 +123,9 @@ class TunedTrial(tune.Trainable):
         steps = run.finished.step if run.finished else run.history.last_step if run.run_id else 0
         if self._interrupted():
             return self._close("KILLED", "")
+        if isinstance(run.problem, StorageFull):  # every trial's problem; once it is mended, this one goes on
+            ray.get([self.board.fail.remote(run.problem), self.board.ask_stop.remote()])
+            return self._close("FAILED", "")
         if run.problem:
             ending = Ending("FAILED", str(run.problem), steps, seconds)
         else:

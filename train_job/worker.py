@@ -6,10 +6,11 @@ checkpoint.
 """
 
 import asyncio
-import errno
 import json
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,22 @@ import torch
 import torch.distributed as dist
 
 from gptcore.config import ModelConfig
-from gptcore.errors import FoundryError, TrainingError
+from gptcore.errors import FoundryError, RecordError, StorageFull, TrainingError
 from gptcore.model import GPT
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.tokenizer import Tokenizer
-from train_job.checkpoint import load_checkpoint, save_checkpoint
+from train_job.checkpoint import Identity, load_checkpoint, save_checkpoint, unsaved
 from train_job.config import TrainConfig
 from train_job.corpus import Corpus
 from train_job.exporter import Exporter
-from train_job.files import written_whole
+from train_job.files import read_json, storage_problem, written_whole
 from train_job.hardware import peak_memory_mb, pick_device
 from train_job.inputs import build_model, cache_dir, shard_store
 from train_job.loop import CheckpointDue, Evaluation, Event, Progress, Trainer
 from train_job.shards import prepare
 from train_job.spool import Spool
-from train_job.tracking import SystemMetrics
+from train_job.storage import Kept, checkpoints, first_whole, superseded
+from train_job.tracking import PEAK, SystemMetrics
 
 STOP_LOOK_SECONDS = 0.1
 UNJUDGED = 1e30
@@ -111,7 +113,10 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
         return {}
     try:
         return _train(job)
-    except FoundryError as problem:
+    except (FoundryError, OSError) as error:
+        problem = error if isinstance(error, FoundryError) else storage_problem(error, job.run_dir)
+        if not isinstance(error, FoundryError) and not isinstance(problem, StorageFull):
+            raise  # it may pass
         ray.get(job.board.fail.remote(problem))
         if ray.train.get_context().get_world_size() > 1:
             raise  # the other ranks may be waiting for this one; Ray ends them, and a restart sees the board
@@ -134,9 +139,7 @@ def _train(job: Job) -> dict[str, float]:
         stop_asked=StopFlag(job.board) if rank == 0 else lambda: False,
     )
     identity = trainer.identity(job.tokenizer.fingerprint)
-    if saved := ray.train.get_checkpoint():
-        with saved.as_directory() as folder:
-            trainer.restore(load_checkpoint(Path(folder), identity))
+    _restore(job, trainer, identity)
     voice = Voice(job, trainer) if rank == 0 else None
     for event in trainer.run():
         if voice:
@@ -153,7 +156,7 @@ def _train(job: Job) -> dict[str, float]:
                     except TrainingError as error:
                         problem = error
                 _raise_together(problem)
-                _report(event, folder if rank == 0 else None)
+                _report(event, folder if rank == 0 else None, config)
     memory = _gather(peak_memory_mb(device))
     if voice:
         voice.close(memory)
@@ -169,28 +172,60 @@ def _gather(figures: dict[str, float]) -> dict[str, float]:
     return {f"worker {n} {name}": value for n, theirs in enumerate(everyone) for name, value in theirs.items()}
 
 
-def _report(event: CheckpointDue, folder: Path | None) -> None:
+def _restore(job: Job, trainer: Trainer, identity: Identity) -> None:
+    """Puts every rank where the newest checkpoint that is whole was taken, if there is any; rank 0 chooses it."""
+    used, problem = None, None
+    if trainer.rank == 0:
+
+        def say(text: str) -> None:
+            ray.get(job.board.post.remote(text))
+
+        try:
+            found = checkpoints(job.config)
+            if choice := first_whole(found, lambda folder: load_checkpoint(folder, identity), say):
+                used, checkpoint = choice
+                trainer.restore(checkpoint)
+                _remove(superseded(found, used), say)
+        except FoundryError as error:
+            problem = error
+    _raise_together(problem)
+    used = _from_rank_0(used)
+    if used and trainer.rank > 0:
+        with used.files() as folder:
+            trainer.restore(load_checkpoint(folder, identity))
+
+
+def _remove(checkpoints: list[Kept], say: Callable[[str], None]) -> None:
+    """Those that an earlier worker has left, unknown to the Ray Train of now."""
+    for kept in checkpoints:
+        try:
+            kept.fs.delete_dir(kept.path)
+        except OSError as error:
+            say(f"warning: {kept.path} is not needed, and cannot be removed: {error}")
+
+
+def _report(event: CheckpointDue, folder: Path | None, config: TrainConfig) -> None:
     """Hands the checkpoint to Ray, which uploads it and lets all ranks go on together."""
     checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
     try:
         # Ray keeps metrics as JSON, which has no infinity.
         ray.train.report({"val_loss": min(event.loss, UNJUDGED), "step": event.step}, checkpoint=checkpoint)
     except OSError as error:
-        if error.errno != errno.ENOSPC and "No space left" not in str(error):
-            raise
-        raise TrainingError(
-            "the run's storage is full: no room for a checkpoint; the last one is whole. "
-            "Free some space, then go on with --resume"
-        ) from None
+        raise (unsaved(error, config.storage_path) or error) from None
+
+
+def _from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+    return value
 
 
 def _raise_together(problem: Exception | None) -> None:
     """Raises rank 0's problem on every rank, so that none waits for one that has left."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        shared = [problem]
-        dist.broadcast_object_list(shared, src=0)
-        problem = shared[0]
-    if problem:
+    if problem := _from_rank_0(problem):
         raise problem
 
 
@@ -229,8 +264,7 @@ class Voice:
         config, model = self.job.config, self.trainer.model
         if not config.sample_tokens:
             return
-        rows = json.loads(self.samples.read_text())["data"] if self.samples.exists() else []
-        rows = [row for row in rows if row[0] < step]
+        rows = [row for row in self._samples() if row[0] < step]
         params = SamplingParams(max_new_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
         rows += [
             [step, prompt, continue_text(model, self.job.tokenizer, prompt, params)] for prompt in config.sample_prompts
@@ -239,9 +273,20 @@ class Voice:
             file.write(json.dumps({"columns": ["step", "prompt", "continuation"], "data": rows}).encode())
         self.spool.artifact(self.samples, table=True)
 
+    def _samples(self) -> list[Any]:
+        """The table's rows until now; none, and a line that says so, if the file is damaged."""
+        if not self.samples.exists():
+            return []
+        with suppress(RecordError, KeyError, TypeError, ValueError):
+            rows = read_json(self.samples, "")["data"]
+            if all(isinstance(step, int) for step, _, _ in rows):
+                return list(rows)
+        self.job.board.post.remote(f"{self.samples} was damaged; its table begins anew")
+        return []
+
     def close(self, memory: dict[str, float]) -> None:
         """Logs the workers' peak memory and waits a while for the server to take the rest."""
-        self.spool.metrics(self.trainer.state.step, {f"peak_mb/{name}": value for name, value in memory.items()})
+        self.spool.metrics(self.trainer.state.step, {f"{PEAK} {name}": value for name, value in memory.items()})
         self.system.stop()
         if left := self.spool.close(SPOOL_PATIENCE_SECONDS):
             ray.get(

@@ -114,9 +114,9 @@ class Engine:
         context, length = self.runner.context_length, len(request.prompt)
         if not length:
             raise ConfigError("the prompt is empty; expected at least one token", param="prompt")
-        if length >= context:
+        if length > (most := context if request.prompt_only else context - 1):
             raise ConfigError(
-                f"the prompt is {length} tokens long; this model's context is {context}, so at most {context - 1} fit",
+                f"the prompt is {length} tokens long; this model's context is {context}, so at most {most} fit",
                 param="prompt",
             )
         for name, ids in (("prompt", request.prompt), ("stop_token_ids", request.params.stop_token_ids)):
@@ -220,8 +220,12 @@ class Engine:
         return Chunk(sequence.slot, start, sequence.tokens[start:end], wanted)
 
     def _postprocess(self, plan: Plan, chunks: list[Chunk], logits: Tensor) -> list[Update]:
-        """Samples for every sequence whose tokens have all been run; the others only got further."""
+        """Samples for every sequence whose tokens have all been run; the others only got further.
+
+        A sequence of the prompt only ends once that has been run.
+        """
         ready: list[Live] = []
+        scored: list[Live] = []
         picked: list[int] = []
         row = 0
         for (sequence, count), chunk in zip(plan.work, chunks, strict=True):
@@ -229,16 +233,21 @@ class Engine:
             if chunk.wanted > 0 and sequence.phase is Phase.PREFILL and sequence.request.prompt_logprobs:
                 self._score_prompt(live, chunk, logits[row : row + chunk.wanted])
             row += chunk.wanted
-            if self._scheduler.advance(sequence, count):
+            if not self._scheduler.advance(sequence, count):
+                continue
+            if sequence.request.prompt_only:
+                scored.append(live)
+            else:
                 ready.append(live)
                 picked.append(row - 1)
+        updates = [self._update(live, "", (), (), FinishReason.LENGTH) for live in scored]
         if not ready:
-            return []
+            return updates
         if len(picked) < row:
             logits = logits[picked]
         choices = sample(logits, [live.row for live in ready], self._vocab_size, self.runner.next_tokens)
         self._generated += len(choices)
-        return [self._follow(live, choice) for live, choice in zip(ready, choices, strict=True)]
+        return updates + [self._follow(live, choice) for live, choice in zip(ready, choices, strict=True)]
 
     def _follow(self, live: Live, choice: Choice) -> Update:
         """The sequence goes on with `choice`, or has ended with it."""

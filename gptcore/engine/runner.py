@@ -10,7 +10,6 @@ S = context_length, W positions that attention looks at, V = vocab_size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -21,8 +20,10 @@ from torch import Tensor
 from gptcore.config import ModelConfig
 from gptcore.engine.settings import EngineSettings
 from gptcore.errors import ConfigError, NoMemory, did_you_mean
+from gptcore.memory import free_memory, require_memory
 from gptcore.model import GPT, Block, rotate
 from gptcore.package import Package
+from gptcore.published import count_parameters
 from gptcore.sampling import Row, next_tokens
 
 MOST_SLOTS = {"cpu": 16, "cuda": 64, "mps": 16}
@@ -32,7 +33,6 @@ SHARE = 0.5
 """Of the memory that is free, so much may go to slots: activations, logits and other processes need some too."""
 PREFILL = {"cpu": 64, "cuda": 256, "mps": 64}
 """Tokens of a prompt that go through the network at once: enough to be bound by arithmetic."""
-CGROUP = Path("/sys/fs/cgroup")
 NARROWEST = 128
 """Attention looks at the first 128 positions, 256 and so on: as few shapes, and so graphs, as waste at most half."""
 
@@ -111,6 +111,7 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
         from gptcore.engine.native import NativeRunner, NativeUnavailable  # which imports this module
 
         try:
+            check_memory(package, device, dtype, torch.float32)
             model = package.load_model()
             slots = count_slots(package.config, settings.slots, device, dtype)
             return NativeRunner(model, slots, dtype, settings.threads)
@@ -118,6 +119,7 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
             if settings.backend == "native":
                 raise ConfigError(f"backend is 'native', but {error}", param="backend") from error
             note = f"not native: {error}"
+    check_memory(package, device, dtype, dtype)
     model = package.load_model(device, dtype)
     slots = count_slots(package.config, settings.slots, device, dtype)
     return TorchRunner(model, slots, min(settings.prefill_tokens, PREFILL[device.type]), settings.compile, note)
@@ -153,6 +155,13 @@ def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.kv_heads * config.head_size * config.context_length * dtype.itemsize
 
 
+def check_memory(package: Package, device: torch.device, dtype: torch.dtype, loaded: torch.dtype) -> None:
+    """Raises NoMemory if the model, loaded as `loaded` and packed as `dtype`, and one slot are more than is free."""
+    packed = {"packed weights": count_parameters(package.config) * dtype.itemsize}
+    slot = {"one slot of keys and values": slot_bytes(package.config, dtype)}
+    require_memory(f"the model in {package.path}", package.memory(loaded) | packed | slot, free_memory(device))
+
+
 def count_slots(config: ModelConfig, asked: int, device: torch.device, dtype: torch.dtype) -> int:
     """`asked` slots, or for 0 as many as SHARE of the free memory holds, up to MOST_SLOTS.
 
@@ -167,21 +176,6 @@ def count_slots(config: ModelConfig, asked: int, device: torch.device, dtype: to
             param="slots",
         )
     return slots
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`; on a CPU, within the limit of a container (cgroup v2) too."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # not needed to predict where MLflow installs what a logged model needs and no more
-
-    free = psutil.virtual_memory().available
-    try:
-        limit, used, stat = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
-        cached = dict(line.split() for line in stat.splitlines())["file"]  # of files, given back when needed
-        return min(free, max(0, int(limit) - int(used) + int(cached)))
-    except (OSError, ValueError, KeyError):  # no cgroup, or "max", which is no limit
-        return free
 
 
 class TorchRunner:

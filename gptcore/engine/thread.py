@@ -166,6 +166,11 @@ class AsyncEngine:
         return self._engine is not None and not self._closing and self._error is None
 
     @property
+    def at_work(self) -> bool:
+        """Whether its thread is there: it may be even if `start` was given up or `close` not waited for."""
+        return self._thread.is_alive()
+
+    @property
     def engine(self) -> Engine:
         """The engine itself, of which other threads than its own may only read. Raises EngineError before `start`."""
         if self._engine is None:
@@ -241,7 +246,8 @@ class AsyncEngine:
             finally:
                 engine.close()
         except BaseException as error:  # whatever it is, whoever waits for an answer is told
-            logger.critical("%s died", self._thread.name, exc_info=error)
+            if self._engine is not None:  # else `start` raises it
+                logger.critical("%s died", self._thread.name, exc_info=error)
             self._error = error
         self._post(self._end)
 

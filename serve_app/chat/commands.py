@@ -22,6 +22,10 @@ NAME_AND_VALUE = re.compile(r"\s*([\w-]*)[ =]?(.*)", re.DOTALL)
 STATES = {"unloaded": "loads on first use", "loading": "loading", "failed": "cannot be used"}
 
 
+LEAVING = ("exit", "quit", "bye", ":q", ":quit", "exit()", "quit()")
+"""Lines that end the chat as /quit does: whoever types one wants to go. Behind a space it is a prompt."""
+
+
 class Leave(Exception):
     """The person wants to go."""
 
@@ -49,6 +53,9 @@ class Chat:
 
     def take(self, line: str) -> None:
         """Does what a line at the terminal asks for. Raises Leave."""
+        if line.rstrip().lower() in LEAVING:
+            self.screen.note(f"left the chat; to send the word {line.rstrip()!r} itself, put a space before it")
+            raise Leave
         if not line.startswith("/"):
             if line.strip():
                 self.prompt(line)
@@ -153,7 +160,7 @@ class Chat:
         self.screen.note(
             "The model continues a text: write its beginning and it goes on; your next line is added to it."
         )
-        self.screen.note("/help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+        self.screen.note("/help shows the commands, Ctrl-C stops an answer, exit or Ctrl-D leaves.")
 
     def _entry(self) -> ModelEntry | None:
         """The listing's entry of the model asked for."""
@@ -325,7 +332,8 @@ class Chat:
             self.screen.line(f"{f'/{name} {command.usage}':{width}}  {command.help}")
         self.screen.line(f"{'/temperature 0.7':{width}}  the same as /set temperature 0.7; so for {', '.join(SHAPES)}")
         self.screen.note(
-            "A line that ends in \\ goes on in the next. A prompt that begins with a slash needs a space before it."
+            "A line that ends in \\ goes on in the next. A prompt that begins with a slash needs a space before it, "
+            f"and so does one that is nothing but {', '.join(LEAVING[:-1])} or {LEAVING[-1]}: these leave."
         )
 
     def leave(self, rest: str) -> None:
@@ -356,7 +364,7 @@ COMMANDS = {
     "model": Command(Chat.choose, "another model; the text stays", "[NAME]"),
     "models": Command(Chat.models, "the models of the service"),
     "key": Command(Chat.key, "asks for an API key, unseen"),
-    "quit": Command(Chat.leave, "ends the chat, as Ctrl-D does"),
+    "quit": Command(Chat.leave, "ends the chat, as exit and Ctrl-D do"),
 }
 SHORT = {"?": "help", "exit": "quit", "bye": "quit", "q": "quit", "continue": "more", "parameters": "settings"}
 

@@ -1,8 +1,7 @@
 """The sampling parameters as a person writes them: text to values, and values to what is shown.
 
 Which there are, their ranges and what they are for comes from `serve_app.parameters`, so the service's commands and
-flags are never behind what it takes. Only what was set is sent: the service's defaults stay its own. The one exception
-is the temperature, which is 0.9 here.
+flags are never behind what it takes. Only what was set is sent: the service's defaults stay its own.
 """
 
 import json
@@ -15,8 +14,6 @@ from pydantic import ValidationError
 from gptcore.errors import ConfigError, did_you_mean
 from serve_app.parameters import Parameters
 
-OWN_DEFAULTS: dict[str, Any] = {"temperature": 0.9}
-"""What differs from the service's defaults: a little livelier suits a conversation."""
 HUGE = 2**31 - 1
 """A bound from here on is no bound that one would name."""
 BOOLEANS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
@@ -56,7 +53,7 @@ class Values:
 
     def body(self) -> dict[str, Any]:
         """The fields of a request."""
-        return OWN_DEFAULTS | self._set
+        return dict(self._set)
 
     def value(self, name: str) -> Any:
         """What holds now."""
@@ -89,7 +86,7 @@ def parameter(name: str) -> str:
 
 def default(name: str) -> Any:
     """The value that holds where none was set."""
-    return OWN_DEFAULTS.get(name, SHAPES[name]["default"])
+    return SHAPES[name]["default"]
 
 
 def about(name: str) -> str:

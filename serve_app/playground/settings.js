@@ -17,7 +17,7 @@ export const CONTROLS = [
   },
   {
     name: "temperature", label: "Temperature", group: "Sampling",
-    min: 0, max: 2, step: 0.05, value: 0.8, help: "Higher is more daring; 0 always takes the likeliest token.",
+    min: 0, max: 2, step: 0.05, value: 1, help: "Higher is more daring; 0 always takes the likeliest token.",
   },
   {
     name: "top_k", label: "Top-k", group: "Sampling",

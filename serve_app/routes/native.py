@@ -32,6 +32,7 @@ def router(state: AppState) -> APIRouter:
             params=body.params(body.logprobs),
             n=body.n,
             echo=body.echo,
+            prompt_only=body.max_new_tokens == 0,
             default_length="max_new_tokens" not in body.model_fields_set,
             stream=body.stream,
         )

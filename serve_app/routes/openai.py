@@ -20,6 +20,8 @@ from serve_app.models import ModelStatus
 from serve_app.schemas import Completion, CompletionRequest, ModelCard, ModelList
 from serve_app.state import AppState
 
+OWNER = "gpt-foundry"
+
 
 def router(state: AppState) -> APIRouter:
     """The routes `/v1/completions`, `/v1/models` and `/v1/models/{model}`."""
@@ -66,7 +68,7 @@ def router(state: AppState) -> APIRouter:
 def _card(status: ModelStatus) -> ModelCard:
     loaded = datetime.fromisoformat(status.loaded_at) if status.loaded_at else None
     created = int(loaded.timestamp()) if loaded else 0
-    return ModelCard(id=status.name, object="model", created=created, owned_by=status.source)
+    return ModelCard(id=status.name, object="model", created=created, owned_by=OWNER)
 
 
 class LegacyLogprobs:
@@ -92,6 +94,8 @@ class LegacyLogprobs:
 
     def _follow(self, content: bytes) -> int:
         """Where the character begins that the token's first byte is of: it may have begun in a token before."""
+        if not content:
+            return self._offset
         first = self._decoder.decode(content[:1])
         begun, _ = self._decoder.getstate()
         start = self._offset + len(first) - (0 if begun else 1)  # more than one: a character before it broke off

@@ -56,7 +56,8 @@ def router(state: AppState, guarded: Sequence[Depends] = ()) -> APIRouter:
         default = models.describe()[0]
         if not models.ready or default.version is None:
             # Why is told at /models, where keys are asked for: it may name folders and hosts.
-            message = f"the model {default.name!r} is not ready: it is {default.state}; GET /models says more"
+            doing = default.loading or default.state
+            message = f"the model {default.name!r} is not ready: it is {doing}; GET /models says more"
             raise ApiError(503, message, code="model_not_ready", headers={"retry-after": "1"})
         return Ready(model=default.name, version=default.version)
 

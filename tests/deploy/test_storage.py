@@ -20,12 +20,12 @@ from serve_app.settings import load_settings
 from tests.deploy.conftest import Store
 from tests.serve_app.running import running
 from tests.system.conftest import ROOT, SMALL, environment
-from train_job.cluster import check_storage, fetch_record, keep_record
 from train_job.config import build_config
 from train_job.corpus import open_corpus, split
 from train_job.history import History
 from train_job.inputs import prepare_inputs, shard_store
 from train_job.shards import TokenSet, prepare
+from train_job.storage import check_storage, fetch_record, keep_record
 
 
 def small_package(folder: Path, seed: int = 0) -> Package:
@@ -229,9 +229,9 @@ def test_a_run_kept_in_a_bucket_goes_on_from_there_on_another_machine(
 
     client = MlflowClient(tracking["MLFLOW_TRACKING_URI"])
     run_id = json.loads((tmp_path / "there" / "runs" / "moved" / "run.json").read_text())["run_id"]
-    assert [point.step for point in client.get_metric_history(run_id, "val/loss")] == [20, 40]
+    assert [point.step for point in client.get_metric_history(run_id, "val/loss")] == [0, 20, 40]
     open_package(tmp_path / "there" / "runs" / "moved" / "package")
     here, there = (History(tmp_path / home / "runs" / "moved" / "history.jsonl") for home in ("here", "there"))
     assert [row["step"] for row in there.rows if "train_loss" in row] == list(range(5, 41, 5))
-    assert [row["step"] for row in there.rows if "val_loss" in row] == [20, 40]
+    assert [row["step"] for row in there.rows if "val_loss" in row] == [0, 20, 40]
     assert all(row in there.rows for row in here.rows), "the loss curve begins where the run began"

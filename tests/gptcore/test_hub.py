@@ -117,3 +117,29 @@ def test_an_mlflow_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "MLmodel").write_text("flavors:\n  python_function:\n    loader_module: mlflow.sklearn\n")
     with pytest.raises(HubError, match="not one of ours"):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "flavors: {python_function: {data: ../secret}}",
+        "flavors: {python_function: {data: /etc}}",
+        "flavors: {python_function: {data: data/../../secret}}",
+        "flavors: {python_function: {data: [1]}}",
+        "flavors: {python_function: data}",
+        "flavors: 3",
+        "- 1",
+        "{",
+        "",
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:60],
+)
+def test_an_mlflow_model_leads_to_a_package_inside_itself_or_nowhere(
+    content: str, package: Package, tmp_path: Path
+) -> None:
+    package.path.rename(tmp_path / "secret")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "MLmodel").write_text(content)
+    with pytest.raises(HubError, match="holds no model package"):
+        resolve(str(tmp_path / "model"))

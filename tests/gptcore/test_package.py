@@ -159,8 +159,11 @@ def test_a_missing_or_unknown_tensor_is_named(package: Package) -> None:
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
-        ({"num_key_value_heads": 3}, "num_kv_heads 3"),
-        ({"num_hidden_layers": "two"}, r"config\.json"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        (
+            {"num_hidden_layers": "two"},
+            r"config\.json: num_hidden_layers is 'two'; expected a whole number",
+        ),
     ],
 )
 def test_a_network_of_another_kind_is_refused(package: Package, changes: dict, message: str) -> None:

@@ -90,7 +90,7 @@ def piped(url: str, *flags: str, given: str | bytes = b"", **environment: str) -
 
 def api(service: Running, prompt: str, **fields: Any) -> str:
     """What the service says itself."""
-    body = {"prompt": prompt, "temperature": 0.9, "ignore_eos": True, **fields}
+    body = {"prompt": prompt, "ignore_eos": True, **fields}
     reply = httpx2.post(f"{service.url}/generate", json=body, timeout=60)
     assert reply.status_code == 200, reply.text
     return reply.json()["choices"][0]["text"]

@@ -60,6 +60,15 @@ class TestRegistry:
         weights.write_bytes(weights.read_bytes()[:-100])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def journal_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where replicas in this process keep what they tell those that come after them."""
+    folder = tmp_path_factory.mktemp("journals")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serve_app.journal.home", lambda: folder)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def make_package(tmp_path_factory: pytest.TempPathFactory) -> MakePackage:
     """Makes packages whose every weight is random, by seed: other seeds, other texts. Shapes may be named."""

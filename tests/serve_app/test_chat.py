@@ -65,7 +65,9 @@ def endless(service: Running) -> socket.socket:
     body = json.dumps({"prompt": "The", "max_new_tokens": LONG, "ignore_eos": True, "stream": True}).encode()
     host, port = service.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=30)
-    connection.sendall(f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+    connection.sendall(
+        f"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+    )
     return connection
 
 
@@ -241,11 +243,27 @@ def test_a_key_is_asked_for_and_typed_unseen(open_chat: Open, package: Any) -> N
 
 def test_ctrl_c_at_a_prompt_says_how_to_leave_and_ctrl_d_leaves(chat: Terminal) -> None:
     chat.process.sendintr()
-    assert "Ctrl-D or /quit leaves" in chat.prompt()
+    assert "exit, /quit or Ctrl-D leaves" in chat.prompt()
     chat.process.sendeof()
     chat.process.expect(pexpect.EOF)
     chat.process.wait()
     assert chat.process.exitstatus == 0
+
+
+@pytest.mark.parametrize("word", ["exit", "QUIT ", ":q", "exit()"])
+def test_a_word_that_leaves_elsewhere_leaves_and_says_how_to_send_it(chat: Terminal, word: str) -> None:
+    chat.process.sendline(word)
+    chat.see(f"to send the word '{re.escape(word.rstrip())}' itself, put a space before it")
+    chat.process.expect(pexpect.EOF)
+    chat.process.wait()
+    assert chat.process.exitstatus == 0
+
+
+def test_such_a_word_behind_a_space_or_in_a_text_is_a_prompt(open_chat: Open, service: Running) -> None:
+    chat = open_chat(service.url, "--max-new-tokens", "3", "--ignore-eos")
+    for line in (" exit", "exit the room"):
+        assert "length reached" in chat.ask(line)
+    assert "exit, quit" in chat.do("/help")
 
 
 def test_what_was_typed_comes_back_with_the_arrow_key_and_is_private(

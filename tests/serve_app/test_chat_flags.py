@@ -79,7 +79,7 @@ def test_every_setting_can_be_set_and_reaches_the_model(chat: Terminal, service:
     assert on_screen(api(service, "The", **OTHER_FIELDS)) in chat.ask("The")
     chat.do("/reset")
     assert "(default " not in chat.do("/settings")
-    assert re.search(r"temperature +0\.9 ", chat.seen)
+    assert re.search(r"temperature +1 ", chat.seen)
 
 
 def test_what_is_wrong_is_said_in_one_line_and_the_chat_goes_on(chat: Terminal) -> None:

@@ -62,7 +62,7 @@ def test_custom_is_the_service_s_own_model_where_none_has_that_name(make_package
         ("/generate/custom", {}, "prompt"),
         ("/generate/custom", {"text": "x"}, "prompt"),
         ("/generate/custom", {"prompt": "x", "stream": True}, "stream"),
-        ("/complete-sentence", {"text": ""}, "text"),
+        ("/complete-sentence", {"text": None}, "text"),
         ("/complete-sentence", {"text": ["x"]}, "text"),
         ("/complete-sentence", {"text": "x", "max_new_tokens": -1}, "max_new_tokens"),
     ],

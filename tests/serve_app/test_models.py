@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import hashlib
 import itertools
+import json
 import math
 import weakref
 from collections.abc import AsyncIterator
@@ -16,6 +18,7 @@ import torch
 from gptcore.engine import EngineSettings, Request
 from gptcore.engine.engine import Engine
 from gptcore.errors import EngineError
+from gptcore.hub import resolve
 from gptcore.package import Package, save_package
 from gptcore.sampling import SamplingParams
 from serve_app.errors import ApiError
@@ -464,3 +467,28 @@ def test_shares_are_even_and_depend_on_the_id_alone():
     assert all(0 <= share < 1 for share in shares)
     for tenth in range(10):
         assert 900 < sum(tenth / 10 <= share < (tenth + 1) / 10 for share in shares) < 1100
+
+
+async def test_a_version_that_lies_is_refused_for_good_and_what_was_served_serves_on(registry: TestRegistry):
+    first = registry.publish("honest", seed=1)
+    async with running(settings(registry.uri, model="models:/honest@champion")) as models:
+        liar = registry.publish("honest", seed=2)
+        folder = resolve(f"models:/honest/{liar}", registry.uri)
+        lies: list[tuple[str, Any]] = [
+            ("max_position_embeddings", 10**9),
+            ("num_hidden_layers", 3_000_000),
+            ("num_attention_heads", "two"),
+        ]
+        for key, value in lies:
+            config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", "foundry.json"))
+            (folder / "config.json").write_text(json.dumps(config | {key: value}))
+            manifest["files"]["config.json"] = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+            (folder / "foundry.json").write_text(json.dumps(manifest))
+            models._models["honest"].refused.clear()
+            await models.poll()
+            known = status(models, "honest")
+            assert (known.state, known.version) == ("ready", first)
+            assert f"config.json: {key} is {value!r}; expected a whole number" in known.refused[liar]
+            assert models._models["honest"].refused[liar].retry_at == math.inf
+            (folder / "config.json").write_text(json.dumps(config))
+        assert (await ask(models))[0] == f"honest@champion v{first}"

@@ -3,13 +3,18 @@
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx2
 import pytest
 
+from gptcore.generate import parse_arguments
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams, generate_text
+from serve_app.chat.values import SHAPES, Values, default
+from serve_app.parameters import Parameters
+from serve_app.schemas import CompletionRequest, GenerateRequest, PromptRequest
 from serve_app.settings import ServeSettings
 from tests.serve_app.running import Running, running
 
@@ -62,9 +67,20 @@ def test_a_reply_says_what_it_is_and_who_made_it(client: httpx2.Client) -> None:
 
 
 def test_the_text_is_what_the_model_says_on_the_command_line(client: httpx2.Client, package: Package) -> None:
-    params = SamplingParams(max_new_tokens=12, temperature=0.8, seed=7)
+    params = SamplingParams(max_new_tokens=12, seed=7)
     expected = generate_text(package.load_model(), package.tokenizer, PROMPT, params)
     assert ask(client)["choices"][0]["text"] == expected
+
+
+def test_what_is_not_said_is_the_same_on_the_command_line_in_each_route_and_in_the_chat() -> None:
+    _, _, on_the_command_line = parse_arguments(["package"])
+    assert on_the_command_line == SamplingParams() == GenerateRequest(prompt="").params()
+    assert {name: default(name) for name in SHAPES} == Parameters().model_dump()
+    assert Values().body() == {}
+    # These two have lengths of their own, as their clients know them.
+    lengths = {"max_new_tokens": SamplingParams().max_new_tokens}
+    for body in (CompletionRequest(model="tiny"), PromptRequest(prompt="")):
+        assert replace(body.params(), **lengths) == SamplingParams()
 
 
 def test_curl_needs_no_content_type(service: Running) -> None:
@@ -93,7 +109,7 @@ def test_a_seed_that_was_drawn_is_told_and_gives_the_same_text_again(client: htt
 def test_defaults_are_the_documented_ones(client: httpx2.Client) -> None:
     schema = client.get("/openapi.json").json()["components"]["schemas"]["GenerateRequest"]["properties"]
     documented = {name: field["default"] for name, field in schema.items() if "default" in field}
-    assert (documented["max_new_tokens"], documented["temperature"]) == (128, 0.8)
+    assert (documented["max_new_tokens"], documented["temperature"]) == (128, 1.0)
     spelled = {name: value for name, value in documented.items() if value is not None and name != "max_new_tokens"}
     assert ask(client, **spelled)["choices"] == ask(client)["choices"]
 
@@ -135,6 +151,15 @@ def test_echo_and_n_are_for_each_choice(client: httpx2.Client) -> None:
     assert [joined(events, index) for index in range(3)] == [choice["text"] for choice in choices]
 
 
+def test_an_empty_prompt_begins_a_document_and_a_full_one_is_scored(client: httpx2.Client) -> None:
+    begun = ask(client, prompt="")
+    assert begun["usage"]["prompt_tokens"] == 1
+    assert ask(client, prompt="", echo=True)["choices"] == begun["choices"]
+    scored = ask(client, prompt="x" * 128, max_new_tokens=0, echo=True, logprobs=0)
+    assert (scored["choices"][0]["text"], scored["usage"]["completion_tokens"]) == ("x" * 128, 0)
+    assert len(scored["choices"][0]["logprobs"]) == 128
+
+
 def test_a_long_prompt_is_answered_like_a_short_one(make_package: Any) -> None:
     package = make_package(context_length=6000)
     with running(ServeSettings(models=(f"long={package.path}",))) as service:
@@ -145,7 +170,6 @@ def test_a_long_prompt_is_answered_like_a_short_one(make_package: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"prompt": ""}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"prompt": 3}, "prompt"),
         ({"prompt": "x" * 128}, "prompt"),
@@ -153,7 +177,7 @@ def test_a_long_prompt_is_answered_like_a_short_one(make_package: Any) -> None:
         ({"max_new_tokens": 10**12}, "max_new_tokens"),
         ({"max_new_tokens": True}, "max_new_tokens"),
         ({"temperature": -0.1}, "temperature"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"top_k": 10**30}, "top_k"),
         ({"top_p": 1.5}, "top_p"),
         ({"min_p": 2}, "min_p"),

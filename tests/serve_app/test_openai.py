@@ -201,6 +201,45 @@ def test_max_tokens_0_with_echo_reports_on_the_prompt_and_generates_nothing(clie
     assert joined(streamed(client, **fields, max_tokens=0)) == PROMPT
 
 
+def test_a_prompt_that_fills_the_context_is_scored_and_one_that_is_longer_is_refused(client: openai.OpenAI) -> None:
+    context = 128
+    fields: dict[str, Any] = dict(model="tiny", max_tokens=0, echo=True, logprobs=1)
+    full, ids = "x" * context, [120] * context
+    for prompt in (full, ids, [full, full], [ids, ids]):
+        scored = client.completions.create(**fields, prompt=prompt)
+        assert set(texts(scored)) == {full}
+        assert all(len(choice.logprobs.token_logprobs) == context for choice in scored.choices)
+        assert scored.usage.completion_tokens == 0
+    assert joined(streamed(client, **fields, prompt=full)) == full
+    assert texts(client.completions.create(**{**fields, "logprobs": None}, prompt=full)) == [full]
+    error = refused(client, **fields, prompt=full + "x")
+    assert (error.param, "so at most 128 fit" in error.message) == ("prompt", True)
+    assert "so at most 127 fit" in refused(client, prompt=full).message  # a token that is generated needs its place
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]]], ids=repr)
+def test_an_empty_prompt_is_the_same_as_none(client: openai.OpenAI, prompt: Any) -> None:
+    absent = client.completions.create(**FIXED, prompt=None, echo=True, logprobs=1)
+    empty = client.completions.create(**FIXED, prompt=prompt, echo=True, logprobs=1)
+    assert empty.choices == absent.choices
+    assert texts(absent) == texts(client.completions.create(**FIXED, prompt=None))  # nothing was sent to be echoed
+    found = absent.choices[0].logprobs
+    assert (found.tokens[0], found.text_offset[:2]) == ("<|endoftext|>", [0, 0])
+    mixed = client.completions.create(**FIXED, prompt=[PROMPT, ""])
+    assert texts(mixed)[1:] == texts(client.completions.create(**FIXED, prompt=None))
+
+
+def test_as_many_alternatives_are_reported_as_elsewhere(client: openai.OpenAI) -> None:
+    found = client.completions.create(**FIXED, prompt=PROMPT, logprobs=20).choices[0].logprobs
+    assert {len(top) for top in found.top_logprobs} == {20}
+
+
+def test_the_reply_counts_the_log_probabilities_of_the_prompts_as_they_are(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = dict(model="tiny", max_tokens=1, echo=True, logprobs=20)
+    assert len(client.completions.create(**fields, prompt=["short"] * 64).choices) == 64  # the context has 128 places
+    assert refused(client, **fields, prompt=["x" * 120] * 64).param == "logprobs"
+
+
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
     text = texts(client.completions.create(**FIXED, prompt=PROMPT, logprobs=0))[0]
     stop = text[5:7]
@@ -238,7 +277,7 @@ def test_null_says_the_same_as_leaving_a_field_out(client: openai.OpenAI) -> Non
         (dict(extra_body={"temprature": 1.0}), "temprature", "unknown_parameter"),
         (dict(temperature=-1), "temperature", "invalid_value"),
         (dict(top_p=0), "top_p", "invalid_value"),
-        (dict(logprobs=6), "logprobs", "invalid_value"),
+        (dict(logprobs=21), "logprobs", "invalid_value"),
         (dict(presence_penalty=2.1), "presence_penalty", "invalid_value"),
         (dict(max_tokens=0), "max_tokens", "invalid_value"),
         (dict(max_tokens=4097), "max_tokens", "invalid_value"),
@@ -246,10 +285,6 @@ def test_null_says_the_same_as_leaving_a_field_out(client: openai.OpenAI) -> Non
         (dict(n=0), "n", "invalid_value"),
         (dict(n=1000), "n", "invalid_value"),
         (dict(stop=["x"] * 17), "stop", "invalid_value"),
-        (dict(stop=""), "stop", "invalid_value"),
-        (dict(prompt=""), "prompt", "invalid_value"),
-        (dict(prompt=[]), "prompt", "invalid_value"),
-        (dict(prompt=["fine", ""]), "prompt", "invalid_value"),
         (dict(prompt=[1, "two"]), "prompt", "invalid_value"),
         (dict(prompt=[400]), "prompt", "invalid_value"),
         (dict(prompt="x" * 128), "prompt", "invalid_value"),
@@ -287,7 +322,7 @@ def test_the_model_must_be_named_and_known(client: openai.OpenAI) -> None:
 
 def test_models_are_listed_and_described(client: openai.OpenAI, package: Package) -> None:
     assert [(model.id, model.object, model.owned_by) for model in client.models.list()] == [
-        ("tiny", "model", str(package.path))
+        ("tiny", "model", "gpt-foundry")
     ]
     assert client.models.retrieve("tiny").created > 1_700_000_000
     with pytest.raises(openai.NotFoundError, match="tiny"):

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gptcore.errors import EngineError
 from gptcore.package import Package
 from serve_app.api import create_api
+from serve_app.errors import without_folders
 from serve_app.models import Models
 from serve_app.settings import ServeSettings
 from tests.serve_app.running import Running, eventually, running
@@ -56,7 +57,7 @@ def test_a_service_whose_model_is_warm_is_alive_and_ready(client: httpx2.Client)
 async def test_before_its_model_is_loaded_a_replica_is_alive_and_not_ready(package: Package) -> None:
     settings = ServeSettings(models=(f"tiny={package.path}",))
     transport = httpx2.ASGITransport(create_api(settings, Models(settings)))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://replica") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert (await client.get("/health")).status_code == 200
         reply = await client.get("/ready")
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_not_ready")
@@ -70,7 +71,7 @@ async def test_a_replica_whose_model_cannot_be_loaded_stays_alive_and_tells_oper
     models = Models(settings)
     await models.start()
     transport = httpx2.ASGITransport(create_api(settings, models))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://replica") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert (await client.get("/health")).status_code == 200
         error = (await client.get("/ready")).json()["error"]
         entry = (await client.get("/models")).json()["models"][0]
@@ -118,6 +119,30 @@ def test_a_model_that_cannot_be_loaded_is_reported_and_the_others_serve(client: 
     assert broken["error"] in reply.json()["error"]["message"]
     assert client.post("/generate", json=BODY).status_code == 200
     assert client.get("/health").status_code == 200
+
+
+def test_no_reply_names_a_folder_of_this_machine(client: httpx2.Client, package: Package) -> None:
+    refused = client.post("/generate", json={**BODY, "model": "broken"})
+    assert refused.status_code == 503
+    replies = [refused, *(client.get(path) for path in ("/models", "/v1/models", "/ready", "/metrics"))]
+    assert not [reply.text for reply in replies if str(package.path.parent) in reply.text]
+    assert client.get("/models").json()["models"][0]["source"] == f"…/{package.path.name}"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/me/models/package: foundry.json is missing", "…/package: foundry.json is missing"),
+        ("no database at sqlite:////home/me/mlflow.db; train", "no database at sqlite:///…/mlflow.db; train"),
+        ("'/data/a/b.bin' and file:///data/a/c", "'…/b.bin' and file://…/c"),
+        ("models:/gpt@champion", "models:/gpt@champion"),
+        ("hf:openai-community/gpt2", "hf:openai-community/gpt2"),
+        ("https://hub.example/a/b s3://bucket/a/b", "https://hub.example/a/b s3://bucket/a/b"),
+        ("GET /models says more; runs/demo/package", "GET /models says more; runs/demo/package"),
+    ],
+)
+def test_of_a_path_only_the_last_name_is_shown(text: str, shown: str) -> None:
+    assert without_folders(text) == shown
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.errors import HubError
-from serve_app.registry import Lineage, Registry, lineage, without_password
+from serve_app.registry import Lineage, Registry, lineage
 from tests.ports import free_port
 from tests.serve_app.conftest import TestRegistry
 
@@ -63,8 +63,3 @@ def test_tags_that_are_no_figures_leave_the_rest_of_the_lineage_readable():
     assert lineage({"bits_per_byte": "good", "data": "notes"}) == Lineage(data="notes")
     assert lineage({}) == Lineage()
     assert lineage({"bits_per_byte": 1.25}, run_id="r").bits_per_byte == 1.25
-
-
-def test_a_password_in_the_uri_is_not_shown():
-    assert without_password("https://me:secret@mlflow.example:5000/x") == "https://mlflow.example:5000/x"
-    assert without_password("sqlite:////data/a@b.db") == "sqlite:////data/a@b.db"

@@ -1,6 +1,7 @@
 """The job as a user runs it: a real cluster, real processes, a real registry."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.hugging_face import publish_gpt2, put_into_cache
-from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment
+from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment, what_now
 from tests.system.serving import await_figures
 from tests.system.tracking import TrackingServer
 from train_job.exporter import FIGURES
@@ -62,7 +63,7 @@ def test_a_finished_run_has_its_curves_artifacts_and_a_registered_version(undist
     client, run = mlflow_client(undisturbed), mlflow_client(undisturbed).get_run(run_id(undisturbed))
     assert run.info.status == "FINISHED"
     assert [step for step, _ in points(undisturbed, "train/loss")] == list(range(5, 61, 5))
-    assert [step for step, _ in points(undisturbed, "val/bits_per_byte")] == [20, 40, 60]
+    assert [step for step, _ in points(undisturbed, "val/bits_per_byte")] == [0, 20, 40, 60]
     expected = "train/bits_per_byte learning_rate grad_norm tokens_per_second tokens_seen epoch val/loss"
     assert set(expected.split()) <= set(run.data.metrics)
     assert run.data.params["hidden_size"] == "64"
@@ -102,6 +103,15 @@ def test_the_registered_version_speaks_through_mlflow_and_through_generate(undis
     said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert said.returncode == 0, said.stderr
     assert said.stdout.strip()
+
+
+def test_a_run_ends_with_what_now_whose_commands_work_as_they_stand(undisturbed: Job) -> None:
+    block = what_now(next(undisturbed.run_dir.glob("training_*.log")).read_text())
+    assert f"/runs/{run_id(undisturbed)}?" in block["its page"]
+    env = environment(undisturbed.run_dir.parents[1])
+    said = subprocess.run(block["ask it"], shell=True, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("The")
 
 
 def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch, undisturbed: Job) -> None:
@@ -230,7 +240,7 @@ def test_a_run_can_keep_its_checkpoints_behind_a_url(launch: Launch, undisturbed
     code, output = launch("behind-a-url", "--resume=behind-a-url", "--max-steps=40").finish()
     assert code == 0, output
     assert "from step 20" in output
-    assert [step for step, _ in points(job, "val/loss")] == [20, 40]
+    assert [step for step, _ in points(job, "val/loss")] == [0, 20, 40]
 
 
 def test_a_finished_run_resumed_without_news_is_shown_again(launch: Launch, undisturbed: Job) -> None:
@@ -302,7 +312,7 @@ def test_fine_tuning_starts_from_the_champion_and_records_its_parent(
     step, bits = points(job, "val/bits_per_byte")[0]
     assert (step, float(version.tags["parent_bits_per_byte"])) == (0, pytest.approx(bits))
     assert f"its parent {version.tags['parent']} needs {bits:.4f} on it" in output
-    assert points(job, "val/loss")[0][1] < points(undisturbed, "val/loss")[0][1], "it did not start from scratch"
+    assert points(job, "val/loss")[0][1] < points(undisturbed, "val/loss")[1][1], "it did not start from scratch"
 
 
 @pytest.mark.slow
@@ -342,16 +352,91 @@ def test_a_loss_that_is_no_number_fails_the_run_without_a_restart(launch: Launch
     assert mlflow_client(job).get_run(run_id(job)).info.status == "FAILED"
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(launch: Launch, undisturbed: Job) -> None:
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def checkpoint_steps(job: Job) -> dict[int, Path]:
+    """The run's checkpoints by their step."""
+    folders = job.run_dir.glob("checkpoint_*/")
+    return {json.loads((folder / "state.json").read_text())["state"]["step"]: folder for folder in folders}
+
+
+def test_a_damaged_run_goes_on_from_the_newest_checkpoint_that_is_whole(launch: Launch, undisturbed: Job) -> None:
     job = launch("damaged")
     code, output = job.finish()
     assert code == 0, output
-    for weights_file in job.run_dir.glob("checkpoint_*/model.safetensors"):
-        weights_file.write_bytes(weights_file.read_bytes()[:-100])
-    again = launch("damaged", "--resume=damaged", "--max-steps=80")
-    code, output = again.finish()
+    kept = checkpoint_steps(job)
+    assert sorted(kept) == [40, 60]
+
+    flip_a_byte(kept[60] / "model.safetensors")
+    orphan = job.run_dir / "checkpoint_of_a_killed_worker"
+    orphan.mkdir()
+    (job.run_dir / "checkpoint_manager_snapshot.json").write_bytes(b"")
+    for name in ("outcome.json", "samples.json"):
+        (job.run_dir / name).write_bytes(b"{")
+    with (job.run_dir / "history.jsonl").open("a") as history:
+        history.write('{"step": 6')
+    shutil.rmtree(job.run_dir / "package")
+    code, output = launch("damaged", "--resume=damaged").finish()
+    assert code == 0, output
+    assert f"stepped over a checkpoint: {kept[60] / 'model.safetensors'} is cut short or altered" in output
+    assert f"{orphan / 'state.json'} is missing" in output
+    assert "resumed   from step 40" in output
+    assert "outcome.json is damaged" in output
+    assert "samples.json was damaged" in output
+    mine, theirs = weights(job), weights(undisturbed)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert sorted(checkpoint_steps(job)) == [40, 60], "the damaged one and the orphan were removed"
+    assert [step for step, _ in points(job, "train/loss")] == list(range(5, 61, 5))
+
+    kept = checkpoint_steps(job)
+    shutil.rmtree(kept[60])
+    (job.run_dir / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [{}]}')
+    code, output = launch("damaged", "--resume=damaged", "--max-steps=80").finish()
+    assert code == 0, output
+    assert "resumed   from step 40" in output
+
+    for folder in checkpoint_steps(job).values():
+        (folder / "optimizer.safetensors").unlink()
+    code, output = launch("damaged", "--resume=damaged", "--max-steps=100").finish()
     assert code == 2, output
-    assert "model.safetensors is missing, cut short or altered" in output
+    assert "error: no checkpoint of this run is whole: " in output
+    assert "optimizer.safetensors is missing" in output
+    assert status(job) == "FAILED"
+
+
+def test_a_disk_that_fills_up_in_mid_run_is_no_wrong_input_and_the_run_has_one_owner(
+    launch: Launch, undisturbed: Job
+) -> None:
+    job = launch("full", "--max-steps=100000", "--schedule=wsd")
+    job.await_line(r"step +20 \| validation")
+    for flags in (["--name=full"], ["--resume=full"]):
+        second = subprocess.run(
+            [sys.executable, "train_job/run.py", *flags],
+            cwd=ROOT,
+            env=environment(job.run_dir.parents[1]),
+            capture_output=True,
+            text=True,
+        )
+        assert second.returncode == 2
+        assert second.stderr.startswith(f"error: 'full' is being run by process {job.process.pid} on ")
+        assert second.stderr.count("\n") == 1
+    history = job.run_dir / "history.jsonl"
+    history.rename(job.run_dir / "aside")
+    history.symlink_to("/dev/full")
+    code, output = job.finish()
+    assert code == 1, output
+    assert f"error: the disk that holds {job.run_dir} is full" in output
+    assert "--resume full" in output
+    assert status(job) == "FAILED"
+
+    (job.run_dir / "aside").rename(history)
+    code, output = launch("full", "--resume=full", "--max-steps=40").finish()
+    assert code == 0, output
+    assert status(job) == "FINISHED"
 
 
 @pytest.mark.slow
@@ -368,7 +453,7 @@ def test_a_tracking_server_that_is_away_for_a_while_costs_no_step_and_no_point(l
         code, output = job.finish()
         assert code == 0, output
         assert [step for step, _ in points(job, "train/loss")] == list(range(5, 201, 5))
-        assert [step for step, _ in points(job, "val/loss")] == list(range(20, 201, 20))
+        assert [step for step, _ in points(job, "val/loss")] == list(range(0, 201, 20))
         assert mlflow_client(job).get_run(run_id(job)).info.status == "FINISHED"
     finally:
         server.kill()

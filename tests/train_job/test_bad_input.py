@@ -12,6 +12,7 @@ from gptcore.model import GPT
 from gptcore.package import save_package
 from gptcore.tokenizer import Tokenizer
 from train_job import run
+from train_job.config import build_config
 
 Refused = Callable[..., str]
 
@@ -184,7 +185,7 @@ def test_a_device_that_is_not_there_is_refused(refused: Refused, text_file: Path
 def test_workers_share_the_cluster_in_whole_cpus_that_fit_on_its_nodes(
     flags: list[str], cpus: list[int], share: int
 ) -> None:
-    config = run.build_config(run.parse_settings(flags))
+    config = build_config(run.parse_settings(flags))
     nodes = [{"Alive": True, "Resources": {"CPU": float(n)}} for n in cpus]
     assert run.resources_per_worker(config, nodes) == {"CPU": share}
 
@@ -198,7 +199,7 @@ def test_workers_share_the_cluster_in_whole_cpus_that_fit_on_its_nodes(
     ],
 )
 def test_more_than_this_machine_has_is_refused_rather_than_waited_for(flags: list[str], words: str) -> None:
-    config = run.build_config(run.parse_settings(flags))
+    config = build_config(run.parse_settings(flags))
     with pytest.raises(run.ConfigError, match=words):
         run.resources_per_worker(config, [{"Alive": True, "Resources": {"CPU": 2.0}}], fixed=True)
 

@@ -1,14 +1,13 @@
-"""What workers get of a cluster, what is left in a run's storage, and a Ray of our own that yields to training."""
+"""What workers get of a cluster, and a Ray of our own that yields to training."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from gptcore.errors import ConfigError
-from train_job.cluster import drop_checkpoints, resources_per_worker
+from train_job.cluster import resources_per_worker
 from train_job.config import build_config
 
 CHILDREN = """
@@ -35,19 +34,3 @@ def test_runs_at_the_same_time_share_the_cluster_and_too_many_are_refused() -> N
     assert [resources_per_worker(config, nodes, runs=n)["CPU"] for n in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(ConfigError, match="with 1 CPUs each for each of 5 at once; there is room for 8"):
         resources_per_worker(config, nodes, fixed=True, runs=5)
-
-
-def test_a_runs_checkpoints_are_dropped_and_its_record_stays(tmp_path: Path) -> None:
-    for storage in (str(tmp_path), tmp_path.as_uri()):
-        for path in (
-            "one/checkpoint_1/x",
-            "one/checkpoint_manager_snapshot.json",
-            "one/package/x",
-            "two/checkpoint_1/x",
-        ):
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).touch()
-        drop_checkpoints(build_config({"name": "one", "storage_path": storage}))
-        drop_checkpoints(build_config({"name": "none", "storage_path": storage}))
-        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-        assert left == {"one/checkpoint_manager_snapshot.json", "one/package/x", "two/checkpoint_1/x"}

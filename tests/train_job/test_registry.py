@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gptcore.config import ModelConfig
 from gptcore.errors import ConfigError, HubError
 from gptcore.model import GPT
 from gptcore.package import Package, open_package, save_package
+from gptcore.sampling import SamplingParams, generate_text
 from gptcore.tokenizer import load_tokenizer
 from tests.ports import free_port
 from train_job import tracking
@@ -92,6 +94,13 @@ def test_the_first_version_becomes_champion_and_predicts(uri: str, run_id: str, 
     texts = model.predict(prompts, params={"max_new_tokens": 5, "seed": 1})
     assert len(texts) == 2
     assert texts == model.predict(prompts, params={"max_new_tokens": 5, "seed": 1})
+    assert {param.name for param in model.metadata.signature.params} == {f.name for f in fields(SamplingParams)}
+    wanted: dict[str, Any] = dict(
+        max_new_tokens=9, seed=1, min_p=0.9, repetition_penalty=1.5, presence_penalty=1.0, ignore_eos=True
+    )
+    wanted |= dict(stop=["q", "zz"], stop_token_ids=[7], logprobs=2)
+    ours = generate_text(package.load_model(), package.tokenizer, "a", SamplingParams(**wanted))
+    assert model.predict(prompts, params=wanted)[0] == ours != texts[0]
     assert model.predict({"prompt": "b"}, params={"max_new_tokens": 5, "seed": 1}) == texts[1:]
     assert all(isinstance(text, str) for text in texts)
 

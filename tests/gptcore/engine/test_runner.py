@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptcore import memory
 from gptcore.config import ModelConfig
 from gptcore.engine import runner as runners
 from gptcore.engine.engine import Engine
@@ -261,13 +262,13 @@ def test_more_slots_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_a_containers_limit_counts(
     limit: str, free: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runners, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
-    assert runners.free_memory(CPU) == 2**40
+    assert memory.free_memory(CPU) == 2**40
     (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text(f"{400 * 2**20}\n")
     (tmp_path / "memory.stat").write_text(f"anon 1\nfile {50 * 2**20}\n")
-    assert runners.free_memory(CPU) == (2**40 if free is None else free)
+    assert memory.free_memory(CPU) == (2**40 if free is None else free)
 
 
 @pytest.mark.parametrize(

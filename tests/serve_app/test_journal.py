@@ -1,0 +1,162 @@
+"""A version that killed a replica is not tried first by the next one; a load has a time limit and is seen at work."""
+
+import asyncio
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from gptcore.engine import EngineSettings
+from gptcore.engine.engine import Engine
+from gptcore.package import Package
+from serve_app import loading
+from serve_app.journal import ALONE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S, Deaths, Journal
+from serve_app.models import Models
+from tests.serve_app.conftest import MakePackage, TestRegistry
+from tests.serve_app.test_models import ask, running, settings, status
+
+ROOT = Path(__file__).resolve().parents[2]
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from serve_app.journal import Journal
+with Journal(sys.argv[1], sys.argv[2], Path(sys.argv[3])).load(sys.argv[4]):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""A replica that is killed while it loads."""
+
+
+def die(folder: Path, source: str, uri: str, version: str) -> None:
+    command = [sys.executable, "-c", DIES, source, uri, str(folder), version]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
+
+
+def test_a_load_that_its_process_did_not_survive_is_a_death_and_no_other_is(tmp_path: Path) -> None:
+    journal = Journal("models:/gpt@champion", "sqlite:///a.db", tmp_path)
+    with pytest.raises(ValueError, match="bad files"), journal.load("7"):
+        raise ValueError("bad files")
+    with journal.load("7"):
+        assert Journal("models:/gpt@champion", "sqlite:///a.db", tmp_path).deaths("7") is None  # it is at work
+    assert journal.deaths("7") is None
+    for count in (1, 2):
+        die(tmp_path, "models:/gpt@champion", "sqlite:///a.db", "7")
+        deaths = journal.deaths("7")
+        assert deaths is not None
+        assert deaths.count == count
+    assert journal.deaths("8") is None
+    assert Journal("models:/gpt@champion", "sqlite:///b.db", tmp_path).deaths("7") is None
+    assert journal.served() is None
+    journal.serves("7")
+    assert (journal.served(), journal.deaths("7")) == ("7", None)
+
+
+def test_each_death_makes_the_next_attempt_later_up_to_a_day(tmp_path: Path) -> None:
+    waits = [Deaths(count, 0.0, tmp_path).retry_at(alone=False) for count in (1, 2, 3, 4, 1000)]
+    assert waits == [FIRST_WAIT_S, 6 * FIRST_WAIT_S, 36 * FIRST_WAIT_S, LONGEST_WAIT_S, LONGEST_WAIT_S]
+    assert Deaths(1, 0.0, tmp_path).retry_at(alone=True) == ALONE_WAIT_S
+
+
+def test_a_disk_that_cannot_be_written_costs_no_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    journal = Journal("models:/gpt@champion", "", tmp_path / "file")
+    with journal.load("7"):
+        pass
+    journal.serves("7")
+    assert (journal.served(), journal.deaths("7")) == (None, None)
+    assert "loads are not recorded" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_version_that_killed_a_replica_is_not_tried_first_by_the_next(
+    registry: TestRegistry, journal_home: Path
+) -> None:
+    source, told = "models:/deadly@champion", settings(registry.uri, model="models:/deadly@champion")
+    good = registry.publish("deadly", seed=1, promote="never")  # not promoted by a gate: only what was served is known
+    registry.point("deadly", good)
+    async with running(told):
+        pass
+    killer = registry.publish("deadly", seed=2)
+    die(journal_home / ".cache" / "loading", source, registry.uri, killer)
+    async with running(told) as models:
+        known = status(models, "deadly")
+        assert (known.state, known.version) == ("ready", good)
+        assert re.match(rf"version {killer} was refused: a replica died in a load of it", known.error or "")
+        await models.poll()
+        assert (await ask(models))[0] == f"deadly@champion v{good}"
+        (noted,) = journal_home.glob(f".cache/loading/*/version-{killer}")
+        assert f"{noted.name} is deleted" in known.refused[killer]
+        shutil.rmtree(noted)
+        await models.poll()
+        assert status(models, "deadly").version == killer
+
+
+@pytest.mark.anyio
+async def test_with_nothing_else_to_serve_it_is_tried_again_soon(
+    package: Package, journal_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = settings(model=f"{package.path}/../{package.path.name}/.")
+    die(journal_home / ".cache" / "loading", told.sources[told.default_model], told.tracking_uri, "")
+    models = Models(told)
+    await models.start()
+    assert "a replica died in a load of it" in (models.describe()[0].error or "")
+    monkeypatch.setattr("serve_app.journal.ALONE_WAIT_S", 0.0)
+    await models.poll()
+    assert models.ready
+    await models.close()
+
+
+@pytest.mark.anyio
+async def test_a_load_is_seen_at_work_and_given_up_after_its_time(
+    registry: TestRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "CLOSE_SECONDS", 0.01)
+    first = registry.publish("endless", seed=1)
+    made, let_go, seen = threading.Event(), threading.Event(), []
+    engines = 0
+
+    def make(package: Package, told: EngineSettings) -> Engine:
+        nonlocal engines
+        engines += 1
+        if engines == 2:
+            made.set()
+            let_go.wait(60)
+        return Engine(package, told)
+
+    # The limit is reached when the test says so: the first load must not be late on a busy machine.
+    told = settings(registry.uri, model="models:/endless@champion", load_seconds=120)
+    async with running(told, make_engine=make) as models:
+        second = registry.publish("endless", seed=2)
+        monkeypatch.setattr(models._models["endless"], "_settings", settings(registry.uri, load_seconds=1.0))
+        polling = asyncio.create_task(models.poll())
+        await asyncio.to_thread(made.wait, 60)
+        seen.append(status(models, "endless"))
+        await polling
+        assert re.match(rf"loading version {second} since \d{{4}}-\d\d-\d\dT", seen[0].loading or "")
+        assert (seen[0].state, seen[0].version) == ("ready", first)
+        known = status(models, "endless")
+        assert (known.version, known.loading) == (first, None)
+        assert "the load took longer than load_seconds, which is 1" in known.refused[second]
+        models._models["endless"].refused.clear()
+        await models.poll()  # not beside the one that hangs
+        assert engines == 2
+        let_go.set()
+        monkeypatch.setattr(models._models["endless"], "_settings", told)
+        async with asyncio.timeout(60):
+            while status(models, "endless").version != second:
+                await models.poll()
+        assert engines == 3
+
+
+@pytest.mark.anyio
+async def test_what_a_package_says_of_its_training_cannot_spoil_the_listing(make_package: MakePackage) -> None:
+    from serve_app.registry import lineage
+
+    said = {"bits_per_byte": float("nan"), "data": "x" * 10**6, "git_commit": ["a"]}
+    found = lineage(said)
+    assert (found.bits_per_byte, len(found.data or ""), found.git_commit) == (None, 1000, "['a']")
+    assert lineage({"bits_per_byte": 10**400}).bits_per_byte is None

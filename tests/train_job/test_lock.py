@@ -1,0 +1,212 @@
+"""A run's folder is one process's at a time, from its first moment on; a process that dies leaves nothing locked."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train_job.test_sweep_input import GOOD
+from train_job import begin, lock, run, sweep
+from train_job.config import build_config, write_yaml
+from train_job.lock import LOCK, Taken, claimed, held, this_process
+
+AT_ONCE = 8
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this machine's runs."""
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))
+    monkeypatch.setattr(run, "ray_cluster", None)
+    return tmp_path / "runs"
+
+
+def begin_run(folder: Path, **settings: Any) -> Path:
+    """What a run leaves that was begun."""
+    folder.mkdir(parents=True)
+    write_yaml(
+        build_config({"name": folder.name, "storage_path": str(folder.parent)}, settings), folder / "config.yaml"
+    )
+    return folder
+
+
+def passed(enter: Callable[[], contextlib.AbstractContextManager[Any]]) -> int:
+    """How many of several that enter in the same moment, again and again, were inside together at most."""
+    inside, most, counting = 0, 0, threading.Lock()
+    together = threading.Barrier(AT_ONCE)
+
+    def one(_: int) -> None:
+        nonlocal inside, most
+        together.wait()
+        with contextlib.suppress(Taken), enter():
+            with counting:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.002)
+            with counting:
+                inside -= 1
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(one, range(10 * AT_ONCE)))
+    return most
+
+
+def test_of_many_that_begin_a_run_in_the_same_moment_one_passes(tmp_path: Path) -> None:
+    assert passed(lambda: held(tmp_path / "twin")) == 1
+    assert not (tmp_path / "twin").exists(), "nothing was begun, so nothing is left"
+
+
+def test_of_many_that_claim_a_run_behind_a_url_in_the_same_moment_one_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock.random, "uniform", lambda low, high: high * 0.01)
+    assert passed(lambda: claimed(tmp_path.as_uri(), "twin", this_process(), {})) <= 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_second_is_refused_in_one_line_that_names_the_first(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(begin_run(runs / "twin")):
+        for flags in (["--name=twin"], ["--resume=twin"]):
+            assert run.main(flags) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: 'twin' is being run by process {os.getpid()} on ")
+            assert said.count("\n") == 1
+    assert run.main(["--name=twin"]) == 2
+    assert "--resume twin" in capsys.readouterr().err, "it is free again, and its name is not"
+
+
+def test_a_name_is_taken_before_anything_else_is_there(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with begin.begin({"name": "twin"}):
+        assert sorted(path.name for path in (runs / "twin").iterdir()) == [LOCK]
+        assert run.main(["--name=twin"]) == 2
+    assert "is being run by process" in capsys.readouterr().err
+    assert not (runs / "twin").exists()
+
+
+def test_default_names_made_in_the_same_second_differ(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Now(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(begin, "datetime", Now)
+    begin_run(runs / "quick-20260102-030405")
+    with begin.begin({}) as (one, _), begin.begin({}) as (two, folder):
+        assert (one.name, two.name) == ("quick-20260102-030405-2", "quick-20260102-030405-3")
+        assert folder == runs / "quick-20260102-030405-3"
+
+
+def test_a_sweep_and_its_trials_have_one_owner(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rates.yaml").write_text(GOOD)
+    trial = begin_run(runs / "rates" / "rates-01")
+    (runs / "rates" / "sweep.yaml").write_text(f"base: {{name: rates, storage_path: {runs}}}\n{GOOD}")
+    with held(runs / "rates"):
+        assert sweep.main([str(tmp_path / "rates.yaml"), "--name=rates"]) == 2
+        assert sweep.main(["--resume=rates"]) == 2
+        assert run.main(["--name=rates"]) == 2
+        assert run.main(["--resume=rates-01", f"--storage-path={runs / 'rates'}"]) == 2
+    with held(trial):
+        assert sweep.main(["--resume=rates"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" by ")[0] for line in said] == ["error: 'rates' is being run"] * 5
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from train_job.begin import begin
+with begin({"name": "killed", "storage_path": sys.argv[1]}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holder(storage: str, home: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that has begun the run `killed`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, storage],
+        env=os.environ | {"GPT_FOUNDRY_HOME": str(home)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_a_killed_process_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: bool) -> None:
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path / "home"))
+    storage = (tmp_path / "kept").as_uri() if url else str(tmp_path / "kept")
+    given = {"name": "killed", "storage_path": storage}
+    with holder(storage, tmp_path / "home") as process:
+        with pytest.raises(Taken, match=f"process {process.pid} on "), begin.begin(given):
+            pass
+        process.kill()
+        process.wait()
+        with begin.begin(given):
+            pass
+
+
+def test_another_home_is_kept_from_a_run_behind_a_url_until_its_claim_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = (tmp_path / "kept").as_uri()
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path / "there"))
+    with holder(storage, tmp_path / "here") as process:
+        with pytest.raises(Taken, match=f"process {process.pid} on "):
+            begin.begin({"name": "killed", "storage_path": storage}).__enter__()
+        assert not (tmp_path / "there" / "runs" / "killed").exists()
+        process.kill()
+        process.wait()
+    [claim] = (tmp_path / "kept").iterdir()
+    with pytest.raises(Taken), begin.begin({"name": "killed", "storage_path": storage}):
+        pass
+    long_ago = time.time() - lock.STALE_SECONDS - 60
+    os.utime(claim, (long_ago, long_ago))
+    with begin.begin({"name": "killed", "storage_path": storage}):
+        assert not claim.exists()
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_claim_is_renewed_and_one_that_was_taken_over_ends_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(lock.os, "kill", lambda pid, number: ended.set())
+    us = this_process()
+    with claimed(tmp_path.as_uri(), "one", us, {}):
+        path = tmp_path / f".one.claim-{us['claim']}.json"
+        first, deadline = json.loads(path.read_text())["renewed"], time.monotonic() + 10
+        while lock._parsed(path.read_bytes()).get("renewed", first) == first:
+            assert time.monotonic() < deadline
+        path.unlink()
+        assert ended.wait(10)
+
+
+def test_a_file_system_without_locks_is_claimed_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(lock.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    with held(tmp_path / "one"):
+        with pytest.raises(Taken), held(tmp_path / "one"):
+            pass
+        assert list(tmp_path.glob(".one.claim-*"))
+    with held(tmp_path / "one"):
+        pass

@@ -1,0 +1,284 @@
+"""What a run's folder says of it may be damaged: that is refused by name, or mended where nothing is lost."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gptcore.errors import ConfigError, FoundryError, RecordError, StorageFull, TrainingError
+from tests.train_job.test_lock import begin_run
+from tests.train_job.test_sweep_input import GOOD
+from train_job import outcome, run, sweep, tracking
+from train_job.begin import begin
+from train_job.config import build_config
+from train_job.console import Console
+from train_job.files import storage_problem, written_whole
+from train_job.history import History, read_history
+from train_job.run import answered
+from train_job.spool import Spool, _Progress, undelivered
+from train_job.trials import ENDING, Ending, Trial
+
+RECORD = {"run_id": "a" * 32, "tracking_uri": "sqlite:///x.db", "text": {"notes.txt": [["s3://b/notes.txt", "1"]]}}
+DAMAGED = {
+    "empty": b"",
+    "a line of nothing": b"\n",
+    "cut": json.dumps(RECORD).encode()[:-30],
+    "garbage": b"\x00\xff\xfe\x9c" * 20,
+    "a list": b"[]",
+    "null": b"null",
+    "too deep": b"[" * 100_000,
+    "no run_id": json.dumps({"tracking_uri": "sqlite:///x.db"}).encode(),
+    "no tracking_uri": json.dumps({"run_id": "a"}).encode(),
+    "a number": json.dumps(RECORD | {"run_id": 7}).encode(),
+    "texts that are none": json.dumps(RECORD | {"text": {"notes.txt": 3}}).encode(),
+    "text that is a list": json.dumps(RECORD | {"text": [1]}).encode(),
+}
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that was begun here."""
+    monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(run, "ray_cluster", None)
+    return begin_run(tmp_path / "runs" / "mine")
+
+
+@pytest.fixture
+def refused(mine: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Resumes the run, which is refused and left as it was; returns the one line."""
+
+    def call(main: Callable[[list[str]], int] = run.main) -> str:
+        before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file() and path.name != ".lock"}
+        assert main(["--resume=mine"]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ")
+        assert (said.err + said.out).count("\n") == 1
+        assert {path: path.read_bytes() for path in before} == before
+        return said.err
+
+    return call
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_run_json_is_one_line(mine: Path, refused: Callable[..., str], damage: str) -> None:
+    (mine / "run.json").write_bytes(DAMAGED[damage])
+    said = refused()
+    assert str(mine / "run.json") in said
+    assert "Put a copy back" in said
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"\x00\xff" * 9,
+        b"data: [",
+        b"- 1\n",
+        b"data: 2026-99-99\n",
+        b"preset: quick\n",
+        "half",
+        "without batch_size",
+        "with a word for a number",
+        "missing",
+    ],
+)
+def test_a_damaged_config_yaml_is_one_line(mine: Path, refused: Callable[..., str], damage: bytes | str) -> None:
+    (mine / "run.json").write_text(json.dumps(RECORD))
+    path = mine / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    [at] = [number for number, line in enumerate(lines) if line.startswith("batch_size:")]
+    if damage == "missing":
+        path.unlink()
+    elif damage == "half":
+        path.write_text("".join(lines[: len(lines) // 2]))
+    elif damage == "without batch_size":
+        path.write_text("".join(lines[:at] + lines[at + 1 :]))
+    elif damage == "with a word for a number":
+        path.write_text("".join([*lines[:at], "batch_size: many\n", *lines[at + 1 :]]))
+    else:
+        assert isinstance(damage, bytes)
+        path.write_bytes(damage)
+    said = refused()
+    assert "batch_size" in said if "batch_size" in str(damage) or "word" in str(damage) else str(path) in said
+
+
+def test_a_whole_config_is_resumed_as_it_was(mine: Path) -> None:
+    with begin({"resume": "mine"}) as (config, folder):
+        assert folder == mine
+        assert config.flat() == build_config({"name": "mine", "storage_path": str(mine.parent)}).flat() | {
+            "cache_dir": config.cache_dir
+        }
+
+
+def test_what_a_run_left_without_a_config_is_not_taken_over_by_a_new_one(mine: Path) -> None:
+    for left in ("run.json", "checkpoint_1"):
+        folder = mine.parent / f"of-{left}"
+        (folder / left).mkdir(parents=True)
+        with pytest.raises(ConfigError, match="there is a run"), begin({"name": folder.name}):
+            pass
+
+
+@pytest.mark.parametrize(
+    "text", ["", "trials: 2\n", GOOD, f"base: {{}}\n{GOOD}", f"base: 3\n{GOOD}", "\x00", "base: ["]
+)
+def test_a_damaged_plan_of_a_sweep_is_one_line(mine: Path, refused: Callable[..., str], text: str) -> None:
+    (mine / "sweep.yaml").write_text(text)
+    assert str(mine / "sweep.yaml") in refused(sweep.main)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"status": "FINISHED"}', '{"status": "FAILED", "why": "", "steps": "x", "seconds": 1}']
+)
+def test_a_damaged_end_of_a_trial_is_named(mine: Path, content: str) -> None:
+    trial = Trial(1, {}, build_config({"name": "mine"}), mine)
+    (mine / ENDING).write_text(content)
+    with pytest.raises(RecordError, match=rf"{ENDING}.*remove it"):
+        trial.ending()
+    trial.end(Ending("FINISHED", "ASHA", 3, 1.0))
+    assert trial.ending() == Ending("FINISHED", "ASHA", 3, 1.0)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "same config"])
+def test_a_damaged_outcome_is_made_again_and_that_is_said(
+    mine: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    config = build_config({"name": "mine"})
+    assert outcome.ended_with(mine, config) is None
+    assert capsys.readouterr().out == ""
+    (mine / "outcome.json").write_text(json.dumps({"config": config.flat()}) if content == "same config" else content)
+    assert outcome.ended_with(mine, config) is None
+    assert ("outcome.json" in capsys.readouterr().out) == (content != "{}"), "{} is of another config"
+
+
+def test_damaged_lines_of_the_history_are_taken_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    good = [{"step": step, "tokens": step, "epoch": 1.0, "train_loss": 2.0} for step in (1, 2, 3)]
+    one, two, three = (json.dumps(row).encode() + b"\n" for row in good)
+    path.write_bytes(one + b"\x00\xff\n" + two + b"[]\n" + b'{"step": "x"}\n' + three + b'{"step": 4, "tok')
+    assert read_history(path) == good
+    history = History(path)
+    assert (history.rows, history.damaged) == (good, 3)
+    assert path.read_bytes() == one + two + three
+    assert History(path).damaged == 0
+
+
+def test_a_damaged_spool_is_delivered_but_for_what_is_damaged(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    run_id = client.create_run(client.create_experiment("spool")).info.run_id
+    folder = tmp_path / "spool"
+    point = {"time": 1, "values": {"loss": 1.0}}
+    lines = [json.dumps({"step": step, **point}) for step in (1, 2, 3)]
+    folder.mkdir()
+    (folder / "lines.jsonl").write_text("\n".join([lines[0], "{}", "\x00", lines[1], '["x"]', lines[2]]) + "\n")
+    for content in ("", "[]", "{}x", '{"offset": "1"}'):
+        (folder / "delivered.json").write_text(content)
+        assert _Progress.read(folder) is None
+    (folder / "spool.json").write_text("")
+    with pytest.raises(RecordError, match=r"spool\.json is empty"):
+        tracking.deliver(folder)
+    spool = Spool(folder, run_id, uri)
+    spool.metrics(4, {"loss": 1.0})
+    assert spool.close(60) == 0
+    assert [point.step for point in client.get_metric_history(run_id, "loss")] == [1, 2, 3, 4]
+    assert undelivered(folder) == 0
+
+
+# --- Storage that takes no more ---------------------------------------------------------------------------------
+
+
+def raises(error: BaseException) -> Callable[[], int]:
+    def job() -> int:
+        raise error
+
+    return job
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "the disk that holds /data/x is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/data/x"), 1, "the disk that holds /data/x is full"),
+        (StorageFull("the disk that holds /data is full"), 1, "the disk that holds /data is full"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data/x"),
+            2,
+            "cannot write to /data/x: Permission denied",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "cannot write to /x: Read-only file system"),
+        (ConfigError("batch_size is 0"), 2, "batch_size is 0"),
+    ],
+)
+def test_a_full_disk_is_no_wrong_input(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
+    assert answered(raises(error)) == code
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {said}")
+    assert told.count("\n") == 1
+
+
+def test_other_errors_of_the_system_are_not_hidden() -> None:
+    with pytest.raises(FileNotFoundError):
+        answered(raises(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")))
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError("[errno 28] No space left on device"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("I/O error: Disk quota exceeded (os error 122)"), True),
+        (RuntimeError("Permission denied (os error 13)"), False),
+        (RuntimeError("something else"), None),
+    ],
+)
+def test_a_full_disk_is_known_in_every_librarys_words(error: Exception, full: bool | None) -> None:
+    problem = storage_problem(error, "/data")
+    assert (problem and isinstance(problem, StorageFull)) == full
+
+
+def test_a_device_that_is_full_ends_the_history_with_the_error_to_show(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.jsonl")
+    history.path.symlink_to("/dev/full")
+    with pytest.raises(StorageFull, match=str(tmp_path)):
+        history._keep("train_loss", {"step": 1, "train_loss": 1.0})
+    with pytest.raises(TrainingError, match="cannot write"), written_whole(Path("/proc/nothing/x")) as file:
+        file.write(b"x")
+
+
+def test_a_log_that_takes_no_more_costs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(tmp_path)
+    console._log.close()
+    console._log = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    for text in ("one", "two"):
+        console.say(text)
+    console.close()
+    said = capsys.readouterr().out
+    assert [said.count(text) for text in ("one\n", "two\n", "gets no more lines: No space left on device")] == [1, 1, 1]
+
+
+def ended(problem: FoundryError, began: bool) -> int:
+    """The exit code of a run that failed so."""
+    said: list[str] = []
+    stand: Any = SimpleNamespace(
+        console=SimpleNamespace(say=said.append), run_id="", began=began, resume_command=lambda: "--resume mine"
+    )
+    code = outcome.fail(stand, problem)
+    assert said[0] == f"error: {problem}"
+    assert ("go on with: --resume mine" in said) == isinstance(problem, StorageFull)
+    return code
+
+
+def test_once_a_worker_trains_nothing_is_the_inputs_fault() -> None:
+    assert ended(ConfigError("x"), began=False) == 2
+    assert ended(RecordError("x"), began=True) == 1
+    assert ended(TrainingError("x"), began=False) == 1
+    assert ended(StorageFull("x"), began=True) == 1

@@ -1,0 +1,168 @@
+"""A run goes on from the newest checkpoint that is whole, and ends with the best; what nothing needs is removed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptcore.errors import CheckpointError, DamagedCheckpoint
+from train_job.checkpoint import Identity, TrainState, load_checkpoint, save_checkpoint
+from train_job.config import TrainConfig, build_config
+from train_job.storage import RAYS_RECORD, Kept, checkpoints, drop, first_whole, forget_rays_record, newest, superseded
+
+IDENTITY = Identity(model="m" * 64, tokenizer="t" * 64, data="d" * 64)
+
+
+@pytest.fixture(params=["folder", "url", "fsspec"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> TrainConfig:
+    """A run's, kept in a folder or behind a URL."""
+    storage = {"folder": str(tmp_path), "url": tmp_path.as_uri(), "fsspec": f"fsspec+{tmp_path.as_uri()}"}
+    return build_config({"name": "one", "storage_path": storage[request.param]})
+
+
+def save(folder: Path, step: int, loss: float | None) -> Path:
+    """A checkpoint of this step; one without a loss was not judged."""
+    state = TrainState(step=step, last_evaluated=step if loss else 0, last_loss=loss or float("inf"))
+    path = folder / "one" / f"checkpoint_2026-01-01_{step:06}"
+    save_checkpoint(path, state, IDENTITY, {"w": torch.full((3,), float(step))}, {"m": torch.ones(2)})
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> list[Path]:
+    """Four: of steps 20 to 80, of which the second is the best and the last was not judged."""
+    return [save(tmp_path, step, loss) for step, loss in ((20, 3.0), (40, 2.0), (60, 2.5), (80, None))]
+
+
+def gone_on_from(config: TrainConfig) -> tuple[int, float, list[str]]:
+    """(step of the checkpoint that a run goes on from, its weight, what is said of those before)."""
+    said: list[str] = []
+    choice = first_whole(checkpoints(config), lambda folder: load_checkpoint(folder, IDENTITY), said.append)
+    assert choice
+    kept, loaded = choice
+    assert kept.step == loaded.state.step
+    return kept.step, float(loaded.model["w"][0]), said
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_what_it_stepped_over(
+    config: TrainConfig, saved: list[Path], name: str, damage: Callable[[Path], None]
+) -> None:
+    assert gone_on_from(config) == (80, 80.0, [])
+    damage(saved[-1] / name)
+    step, weight, said = gone_on_from(config)
+    assert (step, weight) == (60, 60.0)
+    [line] = said
+    assert line.startswith("stepped over a checkpoint: ")
+    assert str(saved[-1] / name) in line
+
+
+def test_a_step_that_was_altered_in_state_json_is_noticed(config: TrainConfig, saved: list[Path]) -> None:
+    state = saved[-1] / "state.json"
+    state.write_text(state.read_text().replace('"step": 80', '"step": 90'))
+    step, _, [line] = gone_on_from(config)
+    assert step == 60
+    assert "it was altered" in line
+
+
+def test_folders_that_are_gone_empty_or_half_there_are_stepped_over(config: TrainConfig, saved: list[Path]) -> None:
+    shutil.rmtree(saved[-1])
+    assert gone_on_from(config)[0] == 60
+    (saved[0].parent / "checkpoint_2027-01-01").mkdir()
+    (saved[2] / "model.safetensors").unlink()
+    step, _, said = gone_on_from(config)
+    assert step == 40
+    assert len(said) == 2
+
+
+def test_without_a_whole_checkpoint_the_newest_ones_damage_is_named(config: TrainConfig, saved: list[Path]) -> None:
+    for path in saved:
+        cut(path / "model.safetensors")
+    with pytest.raises(DamagedCheckpoint, match=r"no checkpoint of this run is whole: .*000080/model\.safetensors"):
+        gone_on_from(config)
+
+
+def test_a_run_without_checkpoints_begins_at_its_beginning(config: TrainConfig) -> None:
+    assert first_whole(checkpoints(config), lambda folder: 1) is None
+
+
+def test_a_checkpoint_of_another_run_is_no_damage(config: TrainConfig, saved: list[Path]) -> None:
+    other = Identity(model="x" * 64, tokenizer="t" * 64, data="d" * 64)
+    with pytest.raises(CheckpointError, match="of another model") as caught:
+        first_whole(checkpoints(config), lambda folder: load_checkpoint(folder, other))
+    assert not isinstance(caught.value, DamagedCheckpoint)
+
+
+def test_a_checkpoint_of_an_earlier_version_without_a_sum_of_its_own_is_read(
+    config: TrainConfig, saved: list[Path]
+) -> None:
+    state = saved[-1] / "state.json"
+    record = json.loads(state.read_text())
+    del record["sha256"], record["state"]["last_loss"]
+    state.write_text(json.dumps(record))
+    assert gone_on_from(config)[0] == 80
+
+
+def test_what_is_superseded_is_neither_the_used_one_nor_that_before_nor_the_best_nor_newer(
+    config: TrainConfig, saved: list[Path]
+) -> None:
+    found = checkpoints(config)
+    by_step: dict[int, Kept] = {kept.step: kept for kept in found}
+    assert [kept.step for kept in superseded(found, by_step[80])] == [20]
+    assert [kept.step for kept in superseded(found, by_step[60])] == [20]
+    assert [kept.step for kept in superseded(found, by_step[40])] == []
+
+
+def test_of_a_step_that_was_repeated_the_last_is_the_newest(
+    config: TrainConfig, saved: list[Path], tmp_path: Path
+) -> None:
+    again = saved[-1].with_name("checkpoint_2026-01-02")
+    saved[-1].rename(again)
+    save(tmp_path, 80, None)
+    (tmp_path / "one" / "checkpoint_of_a_killed_worker").mkdir()
+    assert [kept.name for kept in newest(checkpoints(config), 2)] == [again.name, saved[2].name]
+
+
+def test_what_nothing_needs_is_removed_and_all_else_stays(
+    config: TrainConfig, saved: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "one" / "checkpoint_of_a_killed_worker").mkdir()
+    (tmp_path / "one" / "package").mkdir()
+    (tmp_path / "two" / "checkpoint_1").mkdir(parents=True)
+    (tmp_path / "one" / RAYS_RECORD).touch()
+    drop(config, {saved[1].name, saved[3].name})
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted(
+        [saved[1].name, saved[3].name, "package", RAYS_RECORD]
+    )
+    drop(config)
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [RAYS_RECORD, "package"]
+    assert (tmp_path / "two" / "checkpoint_1").exists()
+    drop(build_config({"name": "none", "storage_path": config.storage_path}))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{not json", b'{"checkpoint_results": []}', "a folder"])
+def test_rays_own_record_is_forgotten_whatever_is_in_it(
+    config: TrainConfig, tmp_path: Path, content: bytes | str | None
+) -> None:
+    (tmp_path / "one").mkdir()
+    path = tmp_path / "one" / RAYS_RECORD
+    if content == "a folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    forget_rays_record(config)
+    assert not path.exists()
