@@ -65,9 +65,11 @@ THEIRS = (
     Variable("MLFLOW_TRACKING_PASSWORD", "The password of that user."),
     Variable("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "`false`: MLflow opens no pickled model.", "`true`"),
     Variable(
-        "RAY_ADDRESS", "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of one's own.", "what runs here"
+        "RAY_ADDRESS",
+        "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of one's own.",
+        "what `ray start` began here",
     ),
-    Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` for a cluster elsewhere"),
+    Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` where that file is"),
     Variable("RAY_AUTH_TOKEN", "The cluster's token itself.", "what is in the file"),
     Variable("RAY_AUTH_TOKEN_PATH", "The file with the token.", "`~/.ray/auth_token`"),
     Variable(
