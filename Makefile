@@ -20,7 +20,7 @@ demo: .venv/installed ## text in, a model trained, promoted and answering over H
 test: .venv/installed-dev ## every fast test
 	@$(PYTEST) -m "not slow"
 
-test-slow: .venv/installed-dev ## the tests that take minutes each
+test-slow: .venv/installed-clients ## the tests that take minutes each
 	@$(PYTEST) -m slow
 
 fuzz: .venv/installed-dev ## the property tests with thousands of examples each, drawn by chance; SEED=N draws them again
@@ -55,7 +55,7 @@ ui: .venv/installed ## MLflow's UI on loopback: PORT=5000
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"
 
 constraints: .venv/installed-dev ## write constraints.txt anew from what is installed
-	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,dev,gcs,gpu,hub,notebook,s3]'
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,clients,dev,gcs,gpu,hub,notebook,s3]'
 	@$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## remove what training and tests wrote; the environment stays
@@ -65,6 +65,10 @@ clean: ## remove what training and tests wrote; the environment stays
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing the pinned dependencies into .venv (once; minutes)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-clients: .venv/installed-dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

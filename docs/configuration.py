@@ -78,6 +78,7 @@ THEIRS = (
     Variable("RAY_health_check_period_ms", "Of a cluster: how often its machines are asked.", "Ray's own"),
     Variable("RAY_health_check_timeout_ms", "Of a cluster: how long such an answer may take.", "Ray's own"),
     Variable("RAY_metrics_report_interval_ms", "How often Ray passes figures on to Prometheus.", "`10000`"),
+    Variable("RAY_DEDUP_LOGS_SKIP_REGEX", "Lines of Ray's that are not printed.", "what misleads"),
     Variable("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", "How long HAProxy waits for an answer.", "for ever"),
     Variable(SWITCH, "What is in front of the replicas: `1` HAProxy, `0` Ray's own proxy.", "`1` where HAProxy is"),
     Variable("HF_HOME", "Hugging Face's folder, for `hf:` models.", "`~/.cache/huggingface`"),
@@ -88,7 +89,10 @@ THEIRS = (
 SET = (
     Variable("RAY_USAGE_STATS_ENABLED", "Ray reports nothing home.", "`0`"),
     Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "Seconds between Ray Train's looks at its workers.", "`0.5`"),
-    Variable("RAY_SERVE_*", "HAProxy's own files and ports, for one service among others on a machine.", "free ones"),
+    Variable(
+        "RAY_SERVE_*",
+        "How the front of a service starts and answers, its own files and ports; `python -m serve_app.haproxy`.",
+    ),
     Variable("MLFLOW_CONFIGURE_LOGGING", "MLflow's INFO lines, which would stand between ours.", "`false`"),
     Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "Its progress bar.", "`false`"),
     Variable("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "It prints addresses with their passwords.", "`true`"),

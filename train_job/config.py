@@ -29,10 +29,14 @@ class TrainConfig:
 
     preset: str = setting("quick", "Named starting point for the model and its recipe.")
     # Text
-    data: str = setting("builtin", "builtin, shakespeare, or a file, folder, glob or URL (text, jsonl, parquet).")
+    data: str = setting("builtin", "builtin, shakespeare, or a file, folder, glob or URL (text, jsonl, csv, parquet).")
     val_data: str | None = setting(None, "Validation corpus; default: the end of the training corpus.")
     val_fraction: float = setting(0.1, "Share of the corpus kept for validation, taken from its end.", "0..1")
-    text_column: str = setting("text", "Column with the text in jsonl and parquet files.")
+    text_column: str = setting("text", "Column with the text in json, jsonl, csv, tsv and parquet files.")
+    document_separator: str | None = setting(
+        None,
+        "Characters that end a document, such as <|endoftext|>, and are no text; default: all characters are text.",
+    )
     tokenizer: str = setting("bpe:2048", "gpt2, bpe:N (learned from the training split, N tokens) or bytes.")
     cache_dir: str | None = setting(
         None, "Where token shards and downloads are kept: a folder, or a URL to share shards; default: .cache at home."
@@ -126,6 +130,8 @@ class TrainConfig:
         for name in ("val_fraction", "cooldown_fraction", "min_lr_fraction", "beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected between 0 and 1")
+        if self.document_separator == "":
+            raise ConfigError("document_separator is empty; expected characters such as <|endoftext|>, or leave it out")
         if not self.sample_prompts:
             raise ConfigError("sample_prompts is empty; give one, or turn samples off with sample_tokens 0")
         for f in fields(self):

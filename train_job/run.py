@@ -265,6 +265,8 @@ class Run:
         say(f"model     {without_password(self.label)}")
         say(f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes, {i.train.num_tokens:,} tokens by")
         say(f"          {i.tokenizer.name}; {i.validation.num_bytes:,} bytes more are kept for validation")
+        for note in i.notes:
+            say(f"          {note}")
         say(f"workers   {workers}, each with {resources_text(self.resources)}")
         try:
             resources_per_worker(c, nodes, fixed=True)

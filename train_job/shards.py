@@ -237,7 +237,7 @@ def documents(job: Job) -> Iterator[tuple[str, bool]]:
     """The job's texts in order, each with whether its document ends there."""
     for piece, after in zip(job.pieces, [*job.pieces[1:], None], strict=True):
         closes = job.closes if after is None else not piece.continues_in(after)
-        yield from ((text, closes or piece.kind != "text") for text in piece.documents())
+        yield from ((text, closes or ends) for text, ends in piece.parts())
 
 
 def blocks(text: str) -> Iterator[str]:

@@ -221,6 +221,8 @@ class Sweep:
         say(
             f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes; {i.validation.num_bytes:,} bytes more judge"
         )
+        for note in i.notes:
+            say(f"          {note}")
         rungs = ", ".join(f"{self.grace_steps * c.reduction**n:.0f}" for n in range(3))
         asha = f"only the best 1/{c.reduction:g} go on after steps {rungs}… (ASHA)"
         say(f"stopping  {asha if c.asha else 'every trial runs to its end'}")
