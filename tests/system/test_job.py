@@ -67,6 +67,11 @@ def test_a_finished_run_has_its_curves_artifacts_and_a_registered_version(undist
     assert [step for step, _ in points(undisturbed, "val/bits_per_byte")] == [0, 20, 40, 60]
     expected = "train/bits_per_byte learning_rate grad_norm tokens_per_second tokens_seen epoch val/loss"
     assert set(expected.split()) <= set(run.data.metrics)
+    memory = {name for name in run.data.metrics if "peak_mb" in name}
+    assert memory == {f"system/peak_mb {whose} memory" for whose in ("driver", "worker 0")}, (
+        "shown last, as the system's"
+    )
+    assert run.data.tags["mlflow.note.content"].startswith("quick: ")
     assert run.data.params["hidden_size"] == "64"
     assert "hardware.cpu" in run.data.tags
     assert {i.dataset.name for i in run.inputs.dataset_inputs}
