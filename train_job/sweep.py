@@ -242,6 +242,7 @@ class Sweep:
 
     def _tune(self, ray: Any, left: list[Trial]) -> None:
         """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
+        from train_job.failures import why
         from train_job.tuned import Plan, tuner
         from train_job.worker import Board
 
@@ -276,8 +277,8 @@ class Sweep:
         for result in ended[0]:
             trial = self.trials[result.config["index"]]
             if not trial.ending():  # its actor could not tell
-                why = single.reason(result.error) if result.error else "it was lost"
-                trial.end(Ending("FAILED", why, int(trial.best()["step"]), 0.0))
+                reason = why(result.error) if result.error else "it was lost"
+                trial.end(Ending("FAILED", reason, int(trial.best()["step"]), 0.0))
                 self._end_run(trial.folder / "run.json", "FAILED")
         self._look()
 

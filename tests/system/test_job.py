@@ -1,6 +1,7 @@
 """The job as a user runs it: a real cluster, real processes, a real registry."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,11 @@ def test_a_finished_run_has_its_curves_artifacts_and_a_registered_version(undist
     assert [step for step, _ in points(undisturbed, "val/bits_per_byte")] == [0, 20, 40, 60]
     expected = "train/bits_per_byte learning_rate grad_norm tokens_per_second tokens_seen epoch val/loss"
     assert set(expected.split()) <= set(run.data.metrics)
+    memory = {name for name in run.data.metrics if "peak_mb" in name}
+    assert memory == {f"system/peak_mb {whose} memory" for whose in ("driver", "worker 0")}, (
+        "shown last, as the system's"
+    )
+    assert run.data.tags["mlflow.note.content"].startswith("quick: ")
     assert run.data.params["hidden_size"] == "64"
     assert "hardware.cpu" in run.data.tags
     assert {i.dataset.name for i in run.inputs.dataset_inputs}
@@ -124,9 +130,27 @@ def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch
         worker.send_signal(signal.SIGKILL)
     code, output = job.finish()
     assert code == 0, output
+    assert re.search(r"^restarted from step \d+ with 1 worker: worker 0 lost its process", output, re.MULTILINE), output
+    assert "(raylet)" not in output, "Ray's own words"
     mine, theirs = weights(job), weights(undisturbed)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert [step for step, _ in points(job, "train/loss")] == list(range(5, 61, 5)), "a step was lost or logged twice"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_run_whose_output_has_lost_its_reader_is_stopped_as_any_other(launch: Launch, number: signal.Signals) -> None:
+    """As `... | tee log` at Ctrl-C, which ends tee too, and as a terminal that is closed."""
+    name = f"unread-{number.name.lower()}"
+    job = launch(name, "--max-steps=100000")
+    job.await_line(r"step +20 \| validation")
+    assert job.process.stdout
+    job.process.stdout.close()
+    job.process.send_signal(number)
+    assert job.process.wait(120) == 128 + number
+    assert status(job) == "KILLED"
+    [log] = job.run_dir.glob("training_*.log")
+    assert "stopping: saving a checkpoint" in log.read_text()
+    assert log.read_text().splitlines()[-1].endswith(f"stopped; go on with: python train_job/run.py --resume {name}")
 
 
 def test_two_workers_see_the_same_batches_and_agree_on_the_loss(launch: Launch, undisturbed: Job) -> None:
