@@ -93,6 +93,13 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return kept | auth | {"GPT_FOUNDRY_HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"} | more
 
 
+def what_now(said: str) -> dict[str, str]:
+    """The last block of commands in what a run printed, or kept in its log, by their names."""
+    names = "serve it|chat|ask it|see runs|its page|all runs|promote|go on"
+    block = said.rpartition("what now")[2]
+    return dict(re.findall(rf"^.*?  ({names}) +(\S.*)$", block, re.MULTILINE))
+
+
 SMALL = [
     "--tokenizer=bytes",
     "--num-layers=2",
