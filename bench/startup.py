@@ -162,7 +162,7 @@ def serve(home: Path, package: Path) -> Marks:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = environment(home) | {"GPT_MODEL": str(package), "GPT_PORT": str(port)}
-    log, command = home / "serve.log", [BIN / "serve", "run", "serve_app:app"]
+    log, command = home / "serve.log", [str(BIN / "serve"), "run", "serve_app:app"]
     begun = time.time()
     with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output) as it:
         marks: Marks = [(FIRST, 0.0)]

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptcore.errors import CorpusError
+from tests.chance import examples
 from train_job import pieces, records
 from train_job.corpus import Corpus, open_corpus, split
 
@@ -129,7 +130,7 @@ some_texts = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\
 
 
 @given(texts=some_texts, fraction=st.floats(0.01, 0.99), indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@examples(60)
 @pytest.mark.parametrize("name", ["a.json", "lines.json", "a.csv"])
 def test_wherever_it_is_parted_nothing_is_lost_or_repeated(
     tmp_path: Path, name: str, texts: list[str], fraction: float, indent: int | None, ascii_only: bool
