@@ -199,7 +199,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), WRONG)
+@pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=[name for name, *_ in WRONG])
 def test_a_wrong_record_is_named_by_its_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(CorpusError, match=message):
@@ -306,7 +306,7 @@ NOT_TEXT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), NOT_TEXT)
+@pytest.mark.parametrize(("name", "content", "message"), NOT_TEXT, ids=[name for name, *_ in NOT_TEXT])
 def test_what_is_no_text_is_named_by_what_it_is_with_what_to_do(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
