@@ -165,11 +165,9 @@ class Console:
     def close(self) -> None:
         """Ends the live line and the log."""
         progress.speak_through(None)
-        with self._turn:
+        with self._turn, contextlib.suppress(OSError):
             if self._open_line:
                 self._write("\n")
-            with contextlib.suppress(OSError):
-                self._log.close()
             self._log.close()
 
     def _write(self, text: str) -> None:

@@ -196,7 +196,7 @@ class Run:
                     self.console.say(f"stopped; go on with: {self.resume_command()}")
                     outcome.what_now(self)
                     return 128 + self.stops.number
-                if isinstance(error, FoundryError | OSError) and (problem := told(error, self.run_dir)):
+                if isinstance(error, (FoundryError, OSError)) and (problem := told(error, self.run_dir)):
                     return outcome.fail(self, problem)
                 outcome.end(self, "FAILED")  # whatever it is, the run must not be left as running
                 raise
@@ -295,7 +295,7 @@ class Run:
 
         So the caller's thread can show progress and hear signals. In the end there is a `result` or a `problem`.
         """
-        from train_job.failures import why
+        from train_job.failures import last_line, why
         from train_job.worker import Board, Job, train_worker
 
         forget_rays_record(self.config)
@@ -337,10 +337,9 @@ class Run:
         self.board = None
         if isinstance(ended[0], Exception):
             said = self.failure.why if self.failure else why(ended[0])
-            full = storage_problem(RuntimeError(said), self.config.storage_path)
-            self.problem = (
-                self.problem or full or TrainingError(f"training failed: {said}; go on with: {self._next_try(said)}")
-            )
+            full = storage_problem(RuntimeError(last_line(ended[0])), self.config.storage_path)
+            lost = TrainingError(f"training failed: {said}; go on with: {self._next_try(said)}")
+            self.problem = self.problem or full or lost
         else:
             self.result = ended[0]
 
@@ -368,7 +367,7 @@ class Run:
             f"waiting for Ray to start {workers_text(*self.config.workers)}, with {resources_text(self.resources)} each"
         )
 
-    def _restarted(self, event: Started) -> str:
+    def restarted(self, event: Started) -> str:
         """What Ray did, why, and from where the run goes on."""
         from train_job.failures import SMALLER
 
@@ -401,7 +400,7 @@ class Run:
                 if self.alone:
                     training_first()
                 if self.began:
-                    self.console.say(self._restarted(event))
+                    self.console.say(self.restarted(event))
                 elif event.step:
                     self.console.say(f"resumed   from step {event.step}")
                 self.began, self.failure = self.began or event, None

@@ -157,25 +157,25 @@ def _train(job: Job) -> dict[str, float]:
                 voice.tell(event)
             if isinstance(event, CheckpointDue):
                 with doing(f"saving a checkpoint of step {event.step}"):
-                    _save(trainer, identity, event, rank, config)
+                    _save(trainer, identity, event, config)
     memory = _gather(peak_memory_mb(device))
     if voice:
         voice.close(memory)
     return memory
 
 
-def _save(trainer: Trainer, identity: Identity, event: CheckpointDue, rank: int, config: TrainConfig) -> None:
+def _save(trainer: Trainer, identity: Identity, event: CheckpointDue, config: TrainConfig) -> None:
     """Writes the state on rank 0, and has Ray keep it; raises its problem on every rank."""
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
         folder = Path(scratch) / "checkpoint"
         problem = None
-        if rank == 0:
+        if trainer.rank == 0:
             try:
                 save_checkpoint(folder, trainer.state, identity, trainer.tensors(), trainer.optimizers.tensors())
             except TrainingError as error:
                 problem = error
         _raise_together(problem)
-        _report(event, folder if rank == 0 else None, config)
+        _report(event, folder if trainer.rank == 0 else None, config)
 
 
 def _gather(figures: dict[str, float]) -> dict[str, float]:
