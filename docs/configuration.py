@@ -50,6 +50,7 @@ OURS = (
     Variable("NO_COLOR", "`serve_app.chat`: plain text, as where `TERM` is `dumb`."),
     Variable("TERM", "What the terminal can do."),
     Variable("XDG_STATE_HOME", "`serve_app.chat`: where what was typed is kept.", "`~/.local/state`"),
+    Variable("PATH", "Where HAProxy is looked for, if Ray brings none.", "the system's"),
     Variable("CXX", "The C++ compiler that builds the engine's kernel.", "the first of c++, g++, clang++"),
     Variable("PYTHON", "make: the Python that `.venv` is made with.", "`python3.11`"),
     Variable("PORT", "`make ui`, `make serve`, `make chat`: the port.", "`5000`, `8000`"),

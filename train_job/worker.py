@@ -200,7 +200,8 @@ def _restore(job: Job, trainer: Trainer, identity: Identity) -> None:
             if choice := first_whole(found, lambda folder: load_checkpoint(folder, identity), say):
                 used, checkpoint = choice
                 trainer.restore(checkpoint)
-                _remove(superseded(found, used), say)
+                if not ray.train.get_checkpoint():  # of those that it was given, Ray removes what it does not need
+                    _remove(superseded(found, used), say)
         except FoundryError as error:
             problem = error
     _raise_together(problem)

@@ -20,7 +20,7 @@ needs_chromium = pytest.mark.skipif(chromium_path() is None, reason="no chromium
 LONG, KEY = 4000, "key-of-the-playgrounds-test"
 LOOPBACK = ("http://127.0.0.1:", "about:blank")
 BROKEN_WORDS = """() => [...document.querySelectorAll(".lineage :is(dt, dd)")].flatMap((cell) =>
-  [...cell.childNodes].flatMap((node) => [...node.textContent.matchAll(/[\\w.-]+/g)].filter((word) => {
+  [...cell.childNodes].flatMap((node) => [...node.textContent.matchAll(/[\\w.]+/g)].filter((word) => {
     if (node.nodeType !== Node.TEXT_NODE) return false;
     const range = document.createRange();
     range.setStart(node, word.index);

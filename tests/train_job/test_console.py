@@ -1,12 +1,16 @@
 """Claims about what a person sees of a run while it goes on."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from train_job.console import Console
+from gptcore.config import model_preset
+from train_job.config import build_config
+from train_job.console import FEW_STEPS, Console, model_text
+from train_job.loop import Evaluation, Progress
 
 
 def test_a_live_line_is_no_wider_than_the_terminal_and_whole_in_the_log(
@@ -73,3 +77,40 @@ print("said after", file=sys.stderr)
 def test_log_lines_of_rays_core_do_not_reach_the_terminal_and_all_else_does():
     shown = subprocess.run([sys.executable, "-c", NOISE], capture_output=True, text=True, check=True).stderr
     assert shown.splitlines() == ["said meanwhile", "something that matters", "said after"]
+
+
+def progress(step: int, total: int | None) -> Progress:
+    return Progress(step, step, 0.1, 3.0, 1.5, 1.0, 1e-3, 1000.0, None, 1.0, total)
+
+
+@pytest.mark.parametrize(("total", "shown"), [(FEW_STEPS - 1, 5), (FEW_STEPS, 1), (None, 1)])
+def test_a_run_of_a_few_steps_shows_every_progress_line_and_a_longer_one_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int | None, shown: int
+):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    console = Console(tmp_path)
+    for step in range(1, 6):
+        console.progress(progress(step, total))
+    said = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    console.close()
+    assert len(said.splitlines()) == shown
+
+
+def test_the_point_before_training_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    console = Console(tmp_path)
+    first = Evaluation(0, 0, 0.0, 7.6, 3.2, False, 0.1, 0.0)
+    console.evaluation(first)
+    console.evaluation(first, "the parent")
+    console.close()
+    untrained, parent = capsys.readouterr().out.splitlines()
+    assert untrained.endswith("  before training")
+    assert parent.endswith("  the parent")
+
+
+def test_a_model_that_is_fine_tuned_is_labelled_by_its_parent():
+    shape = model_preset("quick", 2048)
+    assert model_text(build_config({}), shape, 4_262_656).startswith("quick: 4.3M parameters, qwen3, 4 layers")
+    child = build_config({"init_from": "models:/gpt/3", "max_steps": 5})
+    assert model_text(child, shape, 4_262_656) == (
+        "fine-tunes models:/gpt/3 (4.3M parameters, qwen3, 4 layers, 256 wide, context 256)"
+    )

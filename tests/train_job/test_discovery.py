@@ -23,8 +23,8 @@ def silent() -> Iterator[str]:
 
 
 @pytest.fixture
-def raylet(tmp_path: Path, silent: str) -> Iterator[str]:
-    """A process that looks as a node of Ray does, of a cluster whose head is silent."""
+def raylet(tmp_path: Path, silent: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A process that looks as a node of Ray does, of a cluster whose head is silent. No other is seen."""
     flags = [f"--gcs-address={silent}", f"--temp_dir={tmp_path}"]
     code = "print('up', flush=True); input()"
     process = subprocess.Popen(
@@ -32,6 +32,10 @@ def raylet(tmp_path: Path, silent: str) -> Iterator[str]:
     )
     assert process.stdout
     assert process.stdout.readline() == b"up\n"
+    seen = discovery.psutil.process_iter
+    monkeypatch.setattr(
+        discovery.psutil, "process_iter", lambda attrs: (one for one in seen(attrs) if one.pid == process.pid)
+    )
     yield silent
     process.communicate(b"\n")
 

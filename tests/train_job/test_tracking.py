@@ -133,6 +133,7 @@ def test_a_package_is_published_through_a_server_and_read_back_from_it(
         published = publish(server.uri, run_id, package, validation, name="remote")
     assert (published.version, published.promoted) == ("2", False)
     assert "no better" in published.reason
+    assert "models:/remote@champion" in client(server.uri).get_registered_model("remote").description
     champion = open_package(resolve("models:/remote@champion", server.uri))
     assert champion.info == package.info
     mlflow.set_tracking_uri(None)
