@@ -1,5 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Everything else is `make help`.
-PYTHON ?= python3.11
+PYTHON ?= python3.11 python3.12 python3.13 python3
+# The first of these that is there and new enough makes the environment.
+FITS := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 # Half of a test on a cluster is waiting, so three at once are what two cores can do.
 WORKERS ?= 3
@@ -62,7 +64,9 @@ clean: ## remove what training and tests wrote; the environment stays
 	rm -rf runs .cache mlflow/mlflow.db* mlflow/artifacts .pytest_cache .mypy_cache .ruff_cache
 
 .venv/installed: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || { for p in $(PYTHON); do $$p -c '$(FITS)' 2>/dev/null && break; p=; done; \
+	  test -n "$$p" || { echo "error: none of $(PYTHON) is Python 3.11 or newer with venv; install one" \
+	  "(Debian: apt install python3.11-venv), or name it: make PYTHON=/path/to/python3" >&2; exit 2; }; $$p -m venv .venv; }
 	@echo "installing the pinned dependencies into .venv (once; minutes)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@

@@ -50,6 +50,7 @@ OURS = (
     Variable("NO_COLOR", "`serve_app.chat`: plain text, as where `TERM` is `dumb`."),
     Variable("TERM", "What the terminal can do."),
     Variable("XDG_STATE_HOME", "`serve_app.chat`: where what was typed is kept.", "`~/.local/state`"),
+    Variable("PATH", "Where HAProxy is looked for, if Ray brings none.", "the system's"),
     Variable("CXX", "The C++ compiler that builds the engine's kernel.", "the first of c++, g++, clang++"),
     Variable("PYTHON", "make: the Python that `.venv` is made with.", "`python3.11`"),
     Variable("PORT", "`make ui`, `make serve`, `make chat`: the port.", "`5000`, `8000`"),
@@ -65,9 +66,11 @@ THEIRS = (
     Variable("MLFLOW_TRACKING_PASSWORD", "The password of that user."),
     Variable("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "`false`: MLflow opens no pickled model.", "`true`"),
     Variable(
-        "RAY_ADDRESS", "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of one's own.", "what runs here"
+        "RAY_ADDRESS",
+        "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of one's own.",
+        "what `ray start` began here",
     ),
-    Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` for a cluster elsewhere"),
+    Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` where that file is"),
     Variable("RAY_AUTH_TOKEN", "The cluster's token itself.", "what is in the file"),
     Variable("RAY_AUTH_TOKEN_PATH", "The file with the token.", "`~/.ray/auth_token`"),
     Variable(

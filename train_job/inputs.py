@@ -19,6 +19,7 @@ from gptcore.home import expanded, home
 from gptcore.hub import resolve
 from gptcore.model import GPT
 from gptcore.package import Package, open_package
+from gptcore.progress import doing
 from gptcore.tokenizer import (
     BYTES_PER_TOKEN,
     Tokenizer,
@@ -93,7 +94,8 @@ def prepare_inputs(
 
     def opened(data: str) -> Corpus:
         origins = (begun or {}).get(data, ())
-        return open_corpus(data, config.text_column, cache, refresh, origins, config.document_separator or "")
+        with doing(f"reading {data}"):
+            return open_corpus(data, config.text_column, cache, refresh, origins, config.document_separator or "")
 
     corpus = opened(config.data)
     if config.val_data:
@@ -180,7 +182,8 @@ def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
     key = hashlib.sha256(f"{config.tokenizer} {train.fingerprint}".encode()).hexdigest()[:32]
     folder = cache_dir(config) / "tokenizers" / key
     if not (folder / "tokenizer.json").exists():
-        learned = load_tokenizer(config.tokenizer, train.documents)
+        with doing(f"learning the tokenizer {config.tokenizer}"):
+            learned = load_tokenizer(config.tokenizer, train.documents)
         with tempfile.TemporaryDirectory() as scratch:
             save_tokenizer(learned, Path(scratch))
             for file in Path(scratch).iterdir():  # written whole: another run may be learning the same

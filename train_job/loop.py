@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gptcore.errors import TrainingError
 from gptcore.model import GPT
+from gptcore.progress import doing
 from train_job.batches import Batches
 from train_job.checkpoint import Checkpoint, Identity, TrainState
 from train_job.config import UNBOUNDED, TrainConfig
@@ -33,9 +34,10 @@ from train_job.targets import Standing, standings
 
 @dataclass(frozen=True)
 class Started:
-    """The first event: the workers are there, and this many steps were done before."""
+    """The first event: the workers are there, so many of them, and this many steps were done before."""
 
     step: int
+    workers: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Trainer:
         logged_step, logged_seconds, sums = state.step, 0.0, 0.0
         self.began = time.perf_counter() - state.elapsed
         look_every = 1 if self.device.type == "cpu" else self.log_every  # looking waits for the device
-        yield Started(state.step)
+        yield Started(state.step, self.world_size)
         if state.step == 0:
             yield self.evaluate(untrained=True)
         reason = self._reached()
@@ -207,7 +209,7 @@ class Trainer:
         """
         state, start = self.state, time.perf_counter()
         micro = self.config.micro_batch_size or math.ceil(self.config.batch_size / self.world_size)
-        with self._autocast():
+        with self._autocast(), doing(f"evaluating step {state.step} on the validation text"):
             nats = validation_nats(self.model, self.validation, self.config.context, micro, self.rank, self.world_size)
         nats = self._all_reduce(nats)
         loss = float(nats) / (self.validation.num_tokens - 1)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import CheckpointError, FoundryError, PackageError, RecordError, StorageFull, TrainingError
 from gptcore.package import Package, open_package, save_package
+from gptcore.progress import doing
+from gptcore.redact import without_password
 from gptcore.sampling import SamplingParams, generate_text
 from train_job import figures, registry, tracking
 from train_job.checkpoint import load_model
@@ -158,7 +160,8 @@ def _package(run: Run, state: dict[str, Any], step: int, loss: float) -> Package
         "parent_bits_per_byte": run.history.untrained_bits_per_byte if run.config.init_from else None,
     }
     summary = {k: v for k, v in training.items() if v is not None}
-    return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
+    with doing("making the package"):
+        return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
 
 
 def _standings(run: Run) -> list[Standing]:
@@ -200,8 +203,9 @@ def _target_text(target: dict[str, Any]) -> str:
 def _figures(run: Run, package: Package) -> list[Path]:
     """The loss curve, and what temperature and the decoding strategies do to the model's own next-token odds."""
     folder = run.run_dir / "figures"
-    odds = figures.draw_odds(package, run.config.sample_prompts[0], folder)
-    figures.loss_curve(run.history.rows, folder / "loss_curve.png")
+    with doing("drawing figures"):
+        odds = figures.draw_odds(package, run.config.sample_prompts[0], folder)
+        figures.loss_curve(run.history.rows, folder / "loss_curve.png")
     return [folder / "loss_curve.png", *odds]
 
 
@@ -301,7 +305,9 @@ def deliver(spool: Spool, files: list[Path], say: Callable[[str], None]) -> None
     """Waits a while until MLflow has every point and these files; says what a missing server kept from it."""
     for file in files:
         spool.artifact(file, "figures" if file.suffix == ".png" else None, table=file.suffix == ".json")
-    if left := spool.close(PATIENCE_SECONDS):
+    with doing(f"bringing points and files to MLflow at {without_password(spool.tracking_uri)}"):
+        left = spool.close(PATIENCE_SECONDS)
+    if left:
         say(
             f"the tracking server is away: {left} lines wait; deliver them with "
             f"python -m train_job.tracking deliver {spool.folder}"
@@ -313,7 +319,8 @@ def end(run: Run, status: str) -> None:
     if not run.run_id:
         return
     try:
-        tracking.finish_run(run.uri, run.run_id, status)
+        with doing(f"recording the run's end at {without_password(run.uri)}"):
+            tracking.finish_run(run.uri, run.run_id, status)
     except TrainingError as error:
         run.console.say(f"warning: the run's end could not be recorded: {error}")
 

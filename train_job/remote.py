@@ -20,6 +20,7 @@ from typing import Any
 
 from gptcore.errors import CorpusError, FoundryError, did_you_mean
 from gptcore.hub import file_system
+from gptcore.progress import at, doing
 from train_job.files import DOWNLOAD_TIMEOUT, copy_name, locked, written_whole
 from train_job.formats import bare, unpacked
 
@@ -96,8 +97,9 @@ def copies(origins: Sequence[Origin], cache_dir: Path) -> list[Path]:
     paths, given_up = [origin.copy_in(cache_dir) for origin in origins], threading.Event()
     with ThreadPoolExecutor(FETCHERS) as pool:
         try:
-            for _ in pool.map(lambda origin, path: fetch(origin, path, given_up=given_up), origins, paths):
-                pass
+            with doing(f"fetching {len(origins)} objects such as {origins[0].url}" if origins else "nothing"):
+                for n, _ in enumerate(pool.map(lambda o, path: fetch(o, path, given_up=given_up), origins, paths)):
+                    at(n + 1, len(origins))
         except BaseException:
             given_up.set()  # or whoever stops us would have to wait for the others
             raise

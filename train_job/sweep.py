@@ -31,6 +31,7 @@ from train_job import run as single  # noqa: E402, I001  # first: it sets the en
 from gptcore.errors import ConfigError, FoundryError, RecordError, TrainingError  # noqa: E402
 from gptcore.home import home  # noqa: E402
 from gptcore.package import open_package  # noqa: E402
+from gptcore.progress import doing  # noqa: E402
 from gptcore.redact import without_password  # noqa: E402
 from train_job.begin import absolute  # noqa: E402
 from train_job.begin_sweep import PLAN, begin_sweep  # noqa: E402
@@ -91,7 +92,8 @@ class Sweep:
         tracking.check_server(self.uri)
         with contextlib.ExitStack() as stack:
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
-            self.inputs = self._prepare(cluster)
+            with doing("preparing the text"):
+                self.inputs = self._prepare(cluster)
             tracking.check_user(self.uri)
             left = [trial for trial in self.trials if not trial.ending()]
             if left:
@@ -101,26 +103,27 @@ class Sweep:
             stack.callback(self.console.close)
             stack.enter_context(self.stops)
             try:
-                self._open()
+                with doing("opening the sweep in MLflow"):
+                    self._open()
                 if left:
                     self._introduce(ray)
                     self._tune(ray, left)
                 self.stops.check()
-                return self._conclude()
-            except KeyboardInterrupt:
-                self._end("KILLED")
-                self.console.say(f"stopped; go on with: {self.resume_command()}")
-                self._what_now()
-                return 128 + self.stops.number
-            except (FoundryError, OSError) as error:
-                self._end("FAILED")
-                if not (problem := single.told(error, self.run_dir)):
+                with doing("finishing the sweep"):
+                    return self._conclude()
+            except BaseException as error:
+                # A signal to all of our process group ends Ray too, and then anything may be raised.
+                if isinstance(error, KeyboardInterrupt) or self.stops.number:
+                    self._end("KILLED")
+                    self.console.say(f"stopped; go on with: {self.resume_command()}")
+                    self._what_now()
+                    return 128 + self.stops.number
+                self._end("FAILED")  # whatever it is, the run must not be left as running
+                problem = single.told(error, self.run_dir) if isinstance(error, (FoundryError, OSError)) else None
+                if not problem:
                     raise
                 self.console.say(f"error: {problem}")
                 return 1 if isinstance(problem, TrainingError) or self.began else 2
-            except BaseException:  # not ours: whatever it is, the run must not be left as running
-                self._end("FAILED")
-                raise
 
     def resume_command(self) -> str:
         """What goes on with this sweep."""
@@ -242,6 +245,7 @@ class Sweep:
 
     def _tune(self, ray: Any, left: list[Trial]) -> None:
         """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
+        from train_job.failures import why
         from train_job.tuned import Plan, tuner
         from train_job.worker import Board
 
@@ -264,9 +268,10 @@ class Sweep:
         self.stops.check()
         self.board, self.began = board, True
         thread.start()
-        while thread.is_alive():
-            self._look()
-            thread.join(single.LOOK_SECONDS)
+        with doing(lambda: "waiting for news of the trials: " + " | ".join(self._live(ranked(self.trials)))):
+            while thread.is_alive():
+                self._look()
+                thread.join(single.LOOK_SECONDS)
         self.board = None
         self.stops.check()
         if problem := ray.get(board.failed.remote()):
@@ -276,13 +281,17 @@ class Sweep:
         for result in ended[0]:
             trial = self.trials[result.config["index"]]
             if not trial.ending():  # its actor could not tell
-                why = single.reason(result.error) if result.error else "it was lost"
-                trial.end(Ending("FAILED", why, int(trial.best()["step"]), 0.0))
+                reason = why(result.error) if result.error else "it was lost"
+                trial.end(Ending("FAILED", reason, int(trial.best()["step"]), 0.0))
                 self._end_run(trial.folder / "run.json", "FAILED")
         self._look()
 
     def _look(self) -> None:
         """Tells of trials that have ended, and on the live line of those that run; drops what is not to be kept."""
+        import ray
+
+        for line in ray.get(self.board.read.remote()) if self.board else ():
+            self.console.say(line)
         ended = ranked(self.trials)
         for trial, ending in sorted(ended, key=lambda pair: pair[0].number):
             if trial.number not in self.told:

@@ -89,6 +89,9 @@ class TunedTrial(tune.Trainable):
         self._finish()
 
     def _hear(self, news: list[Any]) -> None:
+        for event in news:
+            if isinstance(event, Started) and self.run.began:
+                self.board.post.remote(f"{self.trial.name}  {self.run.restarted(event)}")
         self.run.show(news)
         for event in news:
             if isinstance(event, Started):

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ports import free_port as free_port  # tests ask for it here too
 from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]

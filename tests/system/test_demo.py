@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from serve_app.demo import await_ready
-from tests.system.conftest import ROOT, environment, free_port, what_now
+from tests.ports import free_port
+from tests.system.conftest import ROOT, environment, what_now
 
 
 @pytest.mark.slow

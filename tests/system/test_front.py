@@ -19,8 +19,9 @@ import psutil
 import pytest
 
 from serve_app import haproxy
+from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
-from tests.system.conftest import Cluster, free_port, started
+from tests.system.conftest import Cluster, started
 from tests.system.serving import BODY, QUICK, Service, await_that, family, said, served, title
 
 __all__ = ["make_package"]  # a fixture, used here too

@@ -1,7 +1,7 @@
 """The job as a user runs it: a real cluster, real processes, a real registry."""
 
 import json
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -129,9 +129,27 @@ def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch
         worker.send_signal(signal.SIGKILL)
     code, output = job.finish()
     assert code == 0, output
+    assert re.search(r"^restarted from step \d+ with 1 worker: worker 0 lost its process", output, re.MULTILINE), output
+    assert "(raylet)" not in output, "Ray's own words"
     mine, theirs = weights(job), weights(undisturbed)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert [step for step, _ in points(job, "train/loss")] == list(range(5, 61, 5)), "a step was lost or logged twice"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_run_whose_output_has_lost_its_reader_is_stopped_as_any_other(launch: Launch, number: signal.Signals) -> None:
+    """As `... | tee log` at Ctrl-C, which ends tee too, and as a terminal that is closed."""
+    name = f"unread-{number.name.lower()}"
+    job = launch(name, "--max-steps=100000")
+    job.await_line(r"step +20 \| validation")
+    assert job.process.stdout
+    job.process.stdout.close()
+    job.process.send_signal(number)
+    assert job.process.wait(120) == 128 + number
+    assert status(job) == "KILLED"
+    [log] = job.run_dir.glob("training_*.log")
+    assert "stopping: saving a checkpoint" in log.read_text()
+    assert log.read_text().splitlines()[-1].endswith(f"stopped; go on with: python train_job/run.py --resume {name}")
 
 
 def test_two_workers_see_the_same_batches_and_agree_on_the_loss(launch: Launch, undisturbed: Job) -> None:
@@ -369,79 +387,54 @@ def checkpoint_steps(job: Job) -> dict[int, Path]:
     return {json.loads((folder / "state.json").read_text())["state"]["step"]: folder for folder in folders}
 
 
-def test_a_damaged_run_goes_on_from_the_newest_checkpoint_that_is_whole(launch: Launch, undisturbed: Job) -> None:
-    job = launch("damaged")
-    code, output = job.finish()
-    assert code == 0, output
-    kept = checkpoint_steps(job)
-    assert sorted(kept) == [40, 60]
-
-    flip_a_byte(kept[60] / "model.safetensors")
-    orphan = job.run_dir / "checkpoint_of_a_killed_worker"
-    orphan.mkdir()
-    (job.run_dir / "checkpoint_manager_snapshot.json").write_bytes(b"")
-    for name in ("outcome.json", "samples.json"):
-        (job.run_dir / name).write_bytes(b"{")
-    with (job.run_dir / "history.jsonl").open("a") as history:
-        history.write('{"step": 6')
-    shutil.rmtree(job.run_dir / "package")
-    code, output = launch("damaged", "--resume=damaged").finish()
-    assert code == 0, output
-    assert f"stepped over a checkpoint: {kept[60] / 'model.safetensors'} is cut short or altered" in output
-    assert f"{orphan / 'state.json'} is missing" in output
-    assert "resumed   from step 40" in output
-    assert "outcome.json is damaged" in output
-    assert "samples.json was damaged" in output
-    mine, theirs = weights(job), weights(undisturbed)
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert sorted(checkpoint_steps(job)) == [40, 60], "the damaged one and the orphan were removed"
-    assert [step for step, _ in points(job, "train/loss")] == list(range(5, 61, 5))
-
-    kept = checkpoint_steps(job)
-    shutil.rmtree(kept[60])
-    (job.run_dir / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [{}]}')
-    code, output = launch("damaged", "--resume=damaged", "--max-steps=80").finish()
-    assert code == 0, output
-    assert "resumed   from step 40" in output
-
-    for folder in checkpoint_steps(job).values():
-        (folder / "optimizer.safetensors").unlink()
-    code, output = launch("damaged", "--resume=damaged", "--max-steps=100").finish()
-    assert code == 2, output
-    assert "error: no checkpoint of this run is whole: " in output
-    assert "optimizer.safetensors is missing" in output
-    assert status(job) == "FAILED"
-
-
-def test_a_disk_that_fills_up_in_mid_run_is_no_wrong_input_and_the_run_has_one_owner(
-    launch: Launch, undisturbed: Job
-) -> None:
-    job = launch("full", "--max-steps=100000", "--schedule=wsd")
-    job.await_line(r"step +20 \| validation")
-    for flags in (["--name=full"], ["--resume=full"]):
-        second = subprocess.run(
-            [sys.executable, "train_job/run.py", *flags],
-            cwd=ROOT,
-            env=environment(job.run_dir.parents[1]),
-            capture_output=True,
-            text=True,
-        )
+def test_a_full_disk_and_damage_are_outlived_and_the_run_has_one_owner(launch: Launch, cluster: Cluster) -> None:
+    job = launch("damaged", "--max-steps=100000", "--schedule=wsd")
+    job.await_line(r"step +60 \| validation")
+    for flags in (["--name=damaged"], ["--resume=damaged"]):
+        command = [sys.executable, "train_job/run.py", *flags]
+        second = subprocess.run(command, cwd=ROOT, env=environment(cluster.home), capture_output=True, text=True)
         assert second.returncode == 2
-        assert second.stderr.startswith(f"error: 'full' is being run by process {job.process.pid} on ")
+        assert second.stderr.startswith(f"error: 'damaged' is being run by process {job.process.pid} on ")
         assert second.stderr.count("\n") == 1
+
     history = job.run_dir / "history.jsonl"
     history.rename(job.run_dir / "aside")
     history.symlink_to("/dev/full")
     code, output = job.finish()
     assert code == 1, output
     assert f"error: the disk that holds {job.run_dir} is full" in output
-    assert "--resume full" in output
+    assert "--resume damaged" in output
     assert status(job) == "FAILED"
-
     (job.run_dir / "aside").rename(history)
-    code, output = launch("full", "--resume=full", "--max-steps=40").finish()
+
+    kept = checkpoint_steps(job)
+    before, newest = sorted(kept)[-2:]
+    flip_a_byte(kept[newest] / "model.safetensors")
+    orphan = job.run_dir / "checkpoint_of_a_killed_worker"
+    orphan.mkdir()
+    (job.run_dir / "checkpoint_manager_snapshot.json").write_bytes(b"")  # Ray writes it in place
+    (job.run_dir / "samples.json").write_bytes(b"{")
+    with history.open("a") as file:
+        file.write('{"step": 6')
+    code, output = launch("damaged", "--resume=damaged", f"--max-steps={newest + 40}").finish()
     assert code == 0, output
+    assert f"stepped over a checkpoint: {kept[newest] / 'model.safetensors'} is cut short or altered" in output
+    assert f"{orphan / 'state.json'} is missing" in output
+    assert f"resumed   from step {before}" in output
+    assert "samples.json was damaged" in output
     assert status(job) == "FINISHED"
+    left = list(job.run_dir.glob("checkpoint_*/"))
+    assert len(left) <= 3, "what nothing lists was removed"
+    assert not {orphan, kept[newest]} & set(left), output
+    assert len(checkpoint_steps(job)) == len(left)
+
+    for folder in left:
+        (folder / "optimizer.safetensors").unlink()
+    code, output = launch("damaged", "--resume=damaged", f"--max-steps={newest + 60}").finish()
+    assert code == 2, output
+    assert "error: no checkpoint of this run is whole: " in output
+    assert "optimizer.safetensors is missing" in output
+    assert status(job) == "FAILED"
 
 
 @pytest.mark.slow

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptcore.errors import CorpusError
+from tests.chance import examples
 from train_job import pieces, records
 from train_job.corpus import Corpus, open_corpus, split
 
@@ -129,7 +130,7 @@ some_texts = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\
 
 
 @given(texts=some_texts, fraction=st.floats(0.01, 0.99), indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@examples(60)
 @pytest.mark.parametrize("name", ["a.json", "lines.json", "a.csv"])
 def test_wherever_it_is_parted_nothing_is_lost_or_repeated(
     tmp_path: Path, name: str, texts: list[str], fraction: float, indent: int | None, ascii_only: bool
@@ -198,7 +199,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), WRONG)
+@pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=[name for name, *_ in WRONG])
 def test_a_wrong_record_is_named_by_its_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(CorpusError, match=message):
@@ -305,7 +306,7 @@ NOT_TEXT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), NOT_TEXT)
+@pytest.mark.parametrize(("name", "content", "message"), NOT_TEXT, ids=[name for name, *_ in NOT_TEXT])
 def test_what_is_no_text_is_named_by_what_it_is_with_what_to_do(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
