@@ -47,6 +47,14 @@ ENV PATH=/opt/venv/bin:$PATH \
     GPT_HOST=0.0.0.0 \
     MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false \
     RAY_USAGE_STATS_ENABLED=0
+# What `python -m serve_app.haproxy` prints but for the switch: how the front of a service answers while it comes back.
+ENV RAY_SERVE_HAPROXY_BINARY_PATH=/opt/venv/bin/gpt-foundry-front \
+    RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER=1s \
+    RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE=1 \
+    RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S=60 \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.unavailable:middleware \
+    RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=0.5 \
+    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60
 USER foundry
 EXPOSE 8000
 HEALTHCHECK --start-period=5m --interval=30s --timeout=10s CMD ["/app/deploy/entrypoint.sh", "health"]

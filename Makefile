@@ -1,5 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Everything else is `make help`.
-PYTHON ?= python3.11
+PYTHON ?= python3.11 python3.12 python3.13 python3
+# The first of these that is there and new enough makes the environment.
+FITS := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 # Half of a test on a cluster is waiting, so three at once are what two cores can do.
 WORKERS ?= 3
@@ -9,7 +11,7 @@ PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKER
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz check format docs pictures ui clean constraints
+.PHONY: help demo serve chat ui test test-slow fuzz check format docs pictures clean constraints
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,7 +22,7 @@ demo: .venv/installed ## text in, a model trained, promoted and answering over H
 test: .venv/installed-dev ## every fast test
 	@$(PYTEST) -m "not slow"
 
-test-slow: .venv/installed-dev ## the tests that take minutes each
+test-slow: .venv/installed-clients ## the tests that take minutes each
 	@$(PYTEST) -m slow
 
 fuzz: .venv/installed-dev ## the property tests with thousands of examples each, drawn by chance; SEED=N draws them again
@@ -44,20 +46,33 @@ pictures: .venv/installed-dev ## make the pictures and the tour's outputs anew (
 	@$(BIN)/python -m docs.pictures.mlflow
 	@$(BIN)/python -m docs.tour
 
-ui: .venv/installed ## MLflow's UI on loopback, port 5000
+serve: .venv/installed ## serve a model on loopback: MODEL=models:/gpt@champion PORT=8000
+	@$(if $(PORT),GPT_PORT="$$PORT") $(BIN)/serve run serve_app:build_app $(if $(MODEL),"model=$$MODEL")
+
+chat: .venv/installed ## chat with what `make serve` serves: PORT=8000 MODEL=one of its names
+	@$(BIN)/python -m serve_app.chat --url "http://127.0.0.1:$${PORT:-$${GPT_PORT:-8000}}"$(if $(MODEL), --model "$$MODEL")
+
+ui: .venv/installed ## MLflow's UI on loopback: PORT=5000
+	@$(BIN)/python -m train_job.tracking pages --ui http://127.0.0.1:$${PORT:-5000}
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"
 
 constraints: .venv/installed-dev ## write constraints.txt anew from what is installed
-	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,dev,gcs,gpu,hub,notebook,s3]'
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,clients,dev,gcs,gpu,hub,notebook,s3]'
 	@$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## remove what training and tests wrote; the environment stays
 	rm -rf runs .cache mlflow/mlflow.db* mlflow/artifacts .pytest_cache .mypy_cache .ruff_cache
 
 .venv/installed: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || { for p in $(PYTHON); do $$p -c '$(FITS)' 2>/dev/null && break; p=; done; \
+	  test -n "$$p" || { echo "error: none of $(PYTHON) is Python 3.11 or newer with venv; install one" \
+	  "(Debian: apt install python3.11-venv), or name it: make PYTHON=/path/to/python3" >&2; exit 2; }; $$p -m venv .venv; }
 	@echo "installing the pinned dependencies into .venv (once; minutes)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-clients: .venv/installed-dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

@@ -7,8 +7,6 @@ below. Out: the page, written anew. A test fails while it is not what would be w
 code reads is not listed.
 """
 
-import inspect
-import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -16,7 +14,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gptcore.config import MODEL_FIELDS, MODEL_PRESETS, ModelConfig
+from gptcore.config import MODEL_PRESETS, ModelConfig
 from gptcore.published import empty_model
 from gptcore.tokenizer import parse_tokenizer
 from serve_app import settings as service
@@ -25,6 +23,7 @@ from serve_app.registry import HTTP_PATIENCE
 from train_job.cluster import LOCAL_RAY
 from train_job.config import LIMITS, PRESETS, RESUMABLE, TrainConfig, build_config
 from train_job.figures import short_count
+from train_job.flags import groups
 from train_job.hardware import WORKER_ENV
 from train_job.inputs import VOCAB_MULTIPLE
 
@@ -51,9 +50,13 @@ OURS = (
     Variable("NO_COLOR", "`serve_app.chat`: plain text, as where `TERM` is `dumb`."),
     Variable("TERM", "What the terminal can do."),
     Variable("XDG_STATE_HOME", "`serve_app.chat`: where what was typed is kept.", "`~/.local/state`"),
+    Variable("PATH", "Where HAProxy is looked for, if Ray brings none.", "the system's"),
     Variable("CXX", "The C++ compiler that builds the engine's kernel.", "the first of c++, g++, clang++"),
     Variable("PYTHON", "make: the Python that `.venv` is made with.", "`python3.11`"),
-    Variable("PORT", "`make ui`: the port of MLflow's UI.", "`5000`"),
+    Variable("PORT", "`make ui`, `make serve`, `make chat`: the port.", "`5000`, `8000`"),
+    Variable(
+        "MODEL", "`make serve`: the model, a folder or a name as `model` below takes it.", "`models:/gpt@champion`"
+    ),
 )
 THEIRS = (
     Variable(
@@ -63,16 +66,22 @@ THEIRS = (
     Variable("MLFLOW_TRACKING_PASSWORD", "The password of that user."),
     Variable("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "`false`: MLflow opens no pickled model.", "`true`"),
     Variable(
-        "RAY_ADDRESS", "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of one's own.", "what runs here"
+        "RAY_ADDRESS",
+        "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of one's own.",
+        "what `ray start` began here",
     ),
-    Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` for a cluster elsewhere"),
+    Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` where that file is"),
     Variable("RAY_AUTH_TOKEN", "The cluster's token itself.", "what is in the file"),
     Variable("RAY_AUTH_TOKEN_PATH", "The file with the token.", "`~/.ray/auth_token`"),
+    Variable(
+        "RAY_JOB_CONFIG_JSON_ENV_VAR", "Set by Ray in a job: commands that are printed then say on which machine."
+    ),
     Variable("RAY_API_SERVER_ADDRESS", "`ray job`: the dashboard that takes the job.", "what runs here"),
     Variable("RAY_JOB_STOP_WAIT_TIME_S", "Of a cluster: how long a job that is stopped may take to save.", "`3`"),
     Variable("RAY_health_check_period_ms", "Of a cluster: how often its machines are asked.", "Ray's own"),
     Variable("RAY_health_check_timeout_ms", "Of a cluster: how long such an answer may take.", "Ray's own"),
     Variable("RAY_metrics_report_interval_ms", "How often Ray passes figures on to Prometheus.", "`10000`"),
+    Variable("RAY_DEDUP_LOGS_SKIP_REGEX", "Lines of Ray's that are not printed.", "what misleads"),
     Variable("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", "How long HAProxy waits for an answer.", "for ever"),
     Variable(SWITCH, "What is in front of the replicas: `1` HAProxy, `0` Ray's own proxy.", "`1` where HAProxy is"),
     Variable("HF_HOME", "Hugging Face's folder, for `hf:` models.", "`~/.cache/huggingface`"),
@@ -83,7 +92,10 @@ THEIRS = (
 SET = (
     Variable("RAY_USAGE_STATS_ENABLED", "Ray reports nothing home.", "`0`"),
     Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "Seconds between Ray Train's looks at its workers.", "`0.5`"),
-    Variable("RAY_SERVE_*", "HAProxy's own files and ports, for one service among others on a machine.", "free ones"),
+    Variable(
+        "RAY_SERVE_*",
+        "How the front of a service starts and answers, its own files and ports; `python -m serve_app.haproxy`.",
+    ),
     Variable("MLFLOW_CONFIGURE_LOGGING", "MLflow's INFO lines, which would stand between ours.", "`false`"),
     Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "Its progress bar.", "`false`"),
     Variable("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "It prints addresses with their passwords.", "`true`"),
@@ -133,34 +145,16 @@ Ours:"""
 ENVIRONMENT_THEIRS = "Of the libraries, and read or spoken of here too:"
 ENVIRONMENT_SET = "Set for the libraries, unless they are set already:"
 
-MODEL_GROUP = "Shape of the model"
-
 
 def markdown() -> str:
     """The whole page."""
     parts = [INTRODUCTION, TRAINING]
-    for title, group in training_groups():
+    for title, group in groups():
         parts += [f"### {title}", training_table(group)]
     parts += [THE_PRESETS, preset_table(), THE_SERVICE, service.markdown()]
     parts += [ENVIRONMENT, variable_table(OURS, "Otherwise"), ENVIRONMENT_THEIRS, variable_table(THEIRS, "Otherwise")]
     parts += [ENVIRONMENT_SET, variable_table(SET, "Value")]
     return "\n\n".join(parts) + "\n"
-
-
-def training_groups() -> list[tuple[str, list[Field[Any]]]]:
-    """Training's settings under the headings that TrainConfig's source has as comments, the model's among them."""
-    by_name = {f.name: f for f in fields(TrainConfig)}
-    groups: list[tuple[str, list[Field[Any]]]] = [("Where to begin", [])]
-    for line in inspect.getsource(TrainConfig).splitlines():
-        if heading := re.fullmatch(r" {4}# (.+)", line):
-            groups.append((heading[1], []))
-        elif (name := re.match(r" {4}(\w+): ", line)) and name[1] in by_name:
-            groups[-1][1].append(by_name[name[1]])
-    for i, (_, group) in enumerate(groups):
-        if by_name["model"] in group:
-            others = [f for f in group if f.name != "model"]
-            groups[i] = (MODEL_GROUP, [*others, *MODEL_FIELDS])
-    return groups
 
 
 def training_table(group: Iterable[Field[Any]]) -> str:

@@ -2,3 +2,7 @@
 
 Knows torch, numpy, tiktoken, tokenizers and safetensors; never Ray, MLflow or FastAPI.
 """
+
+from gptcore import interpreter
+
+interpreter.check()

@@ -5,10 +5,16 @@ prints such an error as one line and exits with code 2; a service answers with a
 """
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
+MOST_SLIPS = 4
+"""Letters that a long name may be away from what was meant; a name of four letters may be one away."""
+_MARKS = re.compile(r"[-_ :]")
+_DIGIT = re.compile(r"\d")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
@@ -74,9 +80,45 @@ class QueueFull(FoundryError):
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the known name nearest to `value`, or an empty string."""
-    near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """`" Did you mean 'x'?"` for the known name that `value` is a slip of, or an empty string."""
+    slips = {name: cost for name in known if name != value and (cost := _slip(value, name)) is not None}
+    return f" Did you mean {min(slips, key=slips.__getitem__)!r}?" if slips else ""
+
+
+def _slip(value: str, name: str) -> int | None:
+    """How many letters were lost, added or (two for one) mistaken on the way from `name` to `value`; None if too many.
+
+    Case and the marks between words do not count, nor does a suffix that both have: `a.txt` is not near `b.txt`.
+    Numbers that differ count as one letter. A name of which `value` is the beginning, or a contraction as bf16 is of
+    bfloat16, comes behind those that are a letter or two away.
+    """
+    wrong, right = PurePath(value.casefold()), PurePath(name.casefold())
+    common = right.suffix if wrong.suffix == right.suffix else ""
+    a, b = (_MARKS.sub("", text.casefold().removesuffix(common)) for text in (value, name))
+    allowed = min((max(len(a), len(b)) - 1) // 2, MOST_SLIPS)
+    if a == b:
+        return 0
+    if 2 < len(a) == len(b) <= 4 and _swapped(a, b):
+        return 1
+    if abs(len(a) - len(b)) <= allowed:
+        renumbered = len(a) == len(b) and _DIGIT.findall(a) != _DIGIT.findall(b)
+        alike = difflib.SequenceMatcher(None, _DIGIT.sub("0", a), _DIGIT.sub("0", b), autojunk=False).ratio()
+        cost = round((len(a) + len(b)) * (1 - alike)) + renumbered
+        if cost <= allowed:
+            return cost
+    shortened = len(a) >= 4 and (b.startswith(a) or _contracted(a, b))
+    return len(b) - len(a) + MOST_SLIPS if shortened else None
+
+
+def _contracted(a: str, b: str) -> bool:
+    """Whether `a` is `b` with at most half of its letters left out, none at its ends."""
+    letters = iter(b)
+    return (a[0], a[-1]) == (b[:1], b[-1:]) and 2 * len(a) >= len(b) and all(letter in letters for letter in a)
+
+
+def _swapped(a: str, b: str) -> bool:
+    """Whether `a` is `b` with two neighbours in each other's place."""
+    return any(a == b[:n] + b[n + 1] + b[n] + b[n + 2 :] for n in range(len(b) - 1))
 
 
 def excerpt(value: Any) -> str:

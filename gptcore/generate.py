@@ -18,6 +18,13 @@ from gptcore.hub import KINDS, resolve
 from gptcore.package import open_package
 from gptcore.sampling import SamplingParams, stream_text
 
+DESCRIPTION = """Continue a text.
+
+examples:
+  python -m gptcore.generate runs/demo/package --prompt "The"
+  python -m gptcore.generate models:/gpt@champion --prompt "The" --temperature 0.7 --seed 1
+  python -m gptcore.generate hf:openai-community/gpt2 --prompt "Once upon a time" --greedy"""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with our kind of error: one line, and the nearest flag for one that does not exist."""
@@ -30,7 +37,13 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams]:
     """Model name, prompt and sampling parameters. Raises ConfigError."""
     default = SamplingParams()  # POST /generate and the chat have the same defaults
-    parser = Parser(prog="python -m gptcore.generate", description="Continue a text.", allow_abbrev=False)
+    parser = Parser(
+        prog="python -m gptcore.generate",
+        usage="%(prog)s PACKAGE_OR_URI [--prompt TEXT] [--FLAG VALUE ...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("model", metavar="PACKAGE_OR_URI", help=KINDS)
     parser.add_argument("--prompt", default="", help="text to continue; none: begin a document")
     parser.add_argument(

@@ -20,6 +20,7 @@ from gptcore.documents import read_text
 from gptcore.errors import HubError, did_you_mean
 from gptcore.home import expanded, home
 from gptcore.package import PICKLE, PICKLES, lacking
+from gptcore.progress import doing
 from gptcore.redact import without_password
 from gptcore.weights import WEIGHTS, is_plain
 
@@ -47,6 +48,11 @@ def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None
     database. What is fetched goes `into` that folder; by default what a tracking server sends goes to a temporary one
     that stays, and what a URL leads to is kept in the cache. Raises HubError if the name leads nowhere.
     """
+    with doing(f"looking for the model {without_password(name)}"):
+        return _resolved(name, tracking_uri, into)
+
+
+def _resolved(name: str, tracking_uri: str | None, into: Path | None) -> Path:
     if name.startswith(("models:/", "runs:/")):
         return _package_inside(_download(name, tracking_uri or _tracking_uri(), into), name)
     if name.startswith("hf:"):

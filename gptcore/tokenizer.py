@@ -35,6 +35,11 @@ TOKENIZER_BYTES = 1 << 25
 LEARN_BYTES = 1 << 27
 """A BPE is learned from the first 128 MiB of text: beyond, the merges hardly change and memory grows."""
 
+BYTES_PER_TOKEN = 25
+"""About how much text a vocabulary is learned from: English of 50 kB gives 2048 tokens."""
+LONGEST_WORD = 512
+"""Bytes. A longer stretch without a border is learned from in parts: the learner takes quadratic time within one."""
+
 CHUNK_CHARS = 1 << 20
 LONG_SPACE = 100_000
 SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
@@ -117,8 +122,9 @@ def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = 
         merges = _learn_merges(train_texts(), size - SMALLEST)
         if len(merges) < size - SMALLEST:
             raise TokenizerError(
-                f"the corpus is too small to learn {size} tokens from; bpe:{SMALLEST + len(merges)} is the largest it "
-                "can give"
+                f"the training text is too small to learn {size} tokens from; bpe:{SMALLEST + len(merges)} is the "
+                f"largest it can give. Use --tokenizer bytes, a smaller bpe:N, or about {BYTES_PER_TOKEN * size:,} "
+                "bytes of text"
             )
         ranks.update((token, 256 + i) for i, token in enumerate(merges))
     return _build(ranks, spec)
@@ -271,19 +277,33 @@ def _gpt2_ranks() -> Ranks:
 
 
 def _learn_merges(texts: Iterator[str], count: int) -> list[bytes]:
-    """Up to `count` merged tokens, most frequent pair first (Sennrich et al. 2016), each pair seen at least twice."""
+    """Up to `count` merged tokens, most frequent pair first (Sennrich et al. 2016), each pair seen at least twice.
+
+    Raises what `texts` raises.
+    """
     from tokenizers import Tokenizer as Learner
     from tokenizers import models, pre_tokenizers, trainers
 
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner = Learner(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(LONGEST_WORD)])
     trainer = trainers.BpeTrainer(
         vocab_size=256 + count,
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learner.train_from_iterator(_chunks(texts), trainer)
+    problems: list[BaseException] = []
+
+    def chunks() -> Iterator[str]:  # the learner takes an error for the end of the text
+        try:
+            yield from _chunks(texts)
+        except BaseException as problem:
+            problems.append(problem)
+
+    learner.train_from_iterator(chunks(), trainer)
+    if problems:
+        raise problems[0]
     byte_of = {character: b for b, character in _byte_characters().items()}
     merges = json.loads(learner.to_str())["model"]["merges"]
     return [bytes(byte_of[c] for c in left + right) for left, right in merges]

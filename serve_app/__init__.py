@@ -6,6 +6,8 @@ Ray is imported by neither this package nor its modules but `service.py`, which 
 
 from typing import Any
 
+import gptcore  # noqa: F401  # which looks at the Python that runs
+
 
 def build_app(args: dict[str, str]) -> Any:
     """The application for `serve run` and Serve configs; `args` are settings by name, above the environment's."""

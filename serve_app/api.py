@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from serve_app.errors import add_handlers, error_responses
 from serve_app.logs import configure_logging
 from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading
-from serve_app.middleware import ApiKeys, Bodies, Deadline, Failures, Origins, RequestLog
+from serve_app.middleware import ApiKeys, Bodies, Deadline, Failures, Hosts, Origins, RequestLog, is_loopback
 from serve_app.models import Models
 from serve_app.routes import compat, native, openai, ops, playground, tokens
 from serve_app.settings import ServeSettings
@@ -136,11 +136,17 @@ def _middleware(settings: ServeSettings, metrics: Metrics, tag_replies: bool) ->
         Middleware(RequestLog, metrics=metrics, tag=tag_replies),
         *([cors] if settings.cors_origins else []),
         Middleware(Failures),
+        *([Middleware(Hosts, allowed=settings.allowed_hosts)] if _asks_for_hosts(settings) else []),
         Middleware(Origins, allowed=settings.cors_origins),
         Middleware(ApiKeys, keys=settings.api_keys),
-        Middleware(Bodies, limit=settings.max_body_bytes, seconds=settings.request_timeout_s),
+        Middleware(Bodies, limit=settings.max_body_bytes, seconds=settings.body_timeout_s),
         Middleware(Deadline, seconds=settings.request_timeout_s),
     ]
+
+
+def _asks_for_hosts(settings: ServeSettings) -> bool:
+    """Whether names are checked: where they were listed, and where being on the machine is all that is asked for."""
+    return bool(settings.allowed_hosts) or (is_loopback(settings.host) and not settings.api_keys)
 
 
 def _gauges(models: Models) -> Iterator[Reading]:

@@ -23,7 +23,10 @@ from serve_app.settings import load_settings
 
 PROMPT = "The"
 REQUEST = {"prompt": PROMPT, "max_new_tokens": 60, "temperature": 0.8, "stream": True}
-START_SECONDS = 180
+START_SECONDS = 600
+"""On a busy machine; two idle cores take a quarter of a minute."""
+WORD_SECONDS = 5.0
+"""Between words about a service that is not ready."""
 STOP_SECONDS = 60
 
 
@@ -77,8 +80,12 @@ def running(output: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 def await_ready(url: str, process: subprocess.Popen[bytes], seconds: float = START_SECONDS) -> str | None:
     """Waits until the service answers with a warm model; else says why it never will."""
-    deadline = time.monotonic() + seconds
+    begun = said = time.monotonic()
+    deadline = begun + seconds
     while not is_ready(url):
+        if time.monotonic() - said >= WORD_SECONDS:
+            said = time.monotonic()
+            print(f"          {said - begun:.0f} s", flush=True)
         if process.poll() is not None:
             return "the service ended while it started; its output is above"
         if time.monotonic() > deadline:

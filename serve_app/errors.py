@@ -75,7 +75,7 @@ class ErrorBody(BaseModel):
 STATUSES = {
     400: "The request is malformed or a field is unknown, missing or out of range; `param` names it.",
     401: "No API key, or one that is not known.",
-    403: "A browser asks for a page of an origin that the service does not allow.",
+    403: "A browser asks for a page of an origin that the service does not allow, or by a name that is not its own.",
     404: "No such model or route.",
     405: "The route exists, this method of it does not.",
     408: "The client took too long to send the body.",

@@ -106,4 +106,4 @@ class Journal:
             log.warning("what is served is not recorded in %s: %s", self._folder, error.strerror)
 
     def _attempts(self, version: str) -> Path:
-        return self._folder / f"version {quote(version, safe='')}".strip()
+        return self._folder / f"version-{quote(version, safe='')}"

@@ -1,13 +1,14 @@
 """What holds for every request, whatever its route: its id, its log line, its limits, and the form of its failure.
 
 In comes an ASGI app, out comes one wrapped. Each layer is plain ASGI and passes messages on as they come, so that a
-stream is never held back. From the outside in: `RequestLog`, CORS if asked for, `Failures`, `Origins`, `ApiKeys`,
-`Bodies`, `Deadline`. The inner layers raise; `Failures` answers.
+stream is never held back. From the outside in: `RequestLog`, CORS if asked for, `Failures`, `Hosts`, `Origins`,
+`ApiKeys`, `Bodies`, `Deadline`. The inner layers raise; `Failures` answers.
 """
 
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import math
@@ -37,6 +38,8 @@ QUIET_PATHS = ("/health", "/ready", "/metrics")
 """Asked every few seconds by machines: logged at debug level while all is well."""
 LAST_EVENT_SECONDS = 5.0
 """How long the last event of a stream that failed may take to leave; then the connection is cut."""
+MOST_BODIES = 64
+"""Whole bodies' worth of memory for bodies that are on their way."""
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -136,6 +139,46 @@ class Failures:
                 raise  # the server cuts the connection: what was sent so far must not pass for the whole
 
 
+class Hosts:
+    """Refuses a request that addresses the service by a name that is neither loopback's nor among `allowed`.
+
+    A page whose own name is made to point to 127.0.0.1 (DNS rebinding) is of the service's origin, as browsers see it;
+    only the name tells. A request without a Host header is from no browser, and passes.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self.app = app
+        self.allowed = frozenset(name.lower() for name in allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "*" not in self.allowed:
+            for given in Headers(scope=scope).getlist("host"):
+                name = host_of(given)
+                if name and name not in self.allowed and not is_loopback(name):
+                    raise ApiError(
+                        403,
+                        f"{name[:SHOWN_ORIGIN]!r} is no name of this service; GPT_ALLOWED_HOSTS says which it has",
+                        code="host_not_allowed",
+                    )
+        await self.app(scope, receive, send)
+
+
+def host_of(header: str) -> str:
+    """The name or address in a Host header, in lower case, without port, brackets and the root's dot."""
+    name = header.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] or name
+    return name.removesuffix(".")
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name or address always means the machine itself."""
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 class Origins:
     """Refuses what a browser sends for a page of another origin, unless that is among `allowed` or "*" is.
 
@@ -201,23 +244,31 @@ def _digest(key: bytes) -> bytes:
 class Bodies:
     """Reads a request's body whole, within `limit` bytes and `seconds`, and lets through none but sound JSON.
 
-    The body is taken for JSON whatever its content-type says, since `curl -d` calls it a form.
+    Bodies that are on their way take no place in the engines' queue, and together no more memory than `MOST_BODIES`
+    whole ones: beyond that, the one that has taken longest is given up. The body is taken for JSON whatever its
+    content-type says, since `curl -d` calls it a form.
     """
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
         self.app = app
         self.limit = limit
         self.seconds = seconds
+        self.coming: dict[asyncio.Timeout, int] = {}  # bytes so far, the oldest body first
+        self.bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        timer = asyncio.timeout(self.seconds)
         try:
-            async with asyncio.timeout(self.seconds):
-                body = await self._read(scope, receive)
+            async with timer:
+                body = await self._read(scope, receive, timer)
         except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {self.seconds:g} s", code="timeout") from None
+            why = f"the body did not arrive within {self.seconds:g} s, or too many others are as slow"
+            raise ApiError(408, why, code="timeout") from None
+        finally:
+            self.bytes -= self.coming.pop(timer, 0)
         if body is None:
             return
         if body:
@@ -230,7 +281,7 @@ class Bodies:
 
         await self.app(scope, replay, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _read(self, scope: Scope, receive: Receive, timer: asyncio.Timeout) -> bytes | None:
         """The body, or None if the client left before it was whole."""
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared[:20]) > self.limit:
@@ -246,7 +297,15 @@ class Bodies:
                 raise self._too_large()
             parts.append(part)
             more = message.get("more_body", False)
+            self._hold(timer, len(part))
         return b"".join(parts)
+
+    def _hold(self, timer: asyncio.Timeout, size: int) -> None:
+        """Counts bytes of an unfinished body; gives up the oldest body if all together are too much."""
+        self.coming[timer] = self.coming.get(timer, 0) + size
+        self.bytes += size
+        if self.bytes > MOST_BODIES * self.limit:
+            next(iter(self.coming)).reschedule(0)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.limit} bytes, the most accepted", code="body_too_large")

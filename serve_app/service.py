@@ -21,12 +21,14 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import metrics as ray_metrics
+from ray.serve._private import api, client
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
 from gptcore.errors import ConfigError
 from gptcore.home import home
-from serve_app import haproxy
+from serve_app import haproxy, quiet
 from serve_app.api import create_api
 from serve_app.errors import RETRY_AFTER_SECONDS
 from serve_app.metrics import METRICS, Metric, Metrics
@@ -36,12 +38,15 @@ from serve_app.settings import ServeSettings, load_settings
 log = logging.getLogger(__name__)
 
 NAME = "gpt"
-SPARE_REQUESTS = 100
-"""Probes, scrapes and pages that a replica answers while its engines are full."""
+SPARE_REQUESTS = 10_000
+"""Of a replica whose engines are full: probes, pages, and requests whose bodies are on their way."""
 GAUGE_SECONDS = 5.0
-HEALTH_SECONDS = 5.0
+HEALTH_SECONDS = 1.0
+"""Between looks at a replica, and so how long one that is dead may go unnoticed."""
 SURGE_PERCENT = 25
 """Replicas beside those there are while others replace them, rounded up: none leaves before its successor is ready."""
+START_SECONDS = 600
+"""For which `serve run` waits for a front on a busy machine; Ray's 60 s cannot be set otherwise."""
 LOOK_BACK_S = 15.0
 """Of the autoscaler. Replicas report every 10 s, and one report is to be in it at all times."""
 
@@ -50,7 +55,7 @@ class Service:
     """A replica: the models, and the app in front of them."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        settings = replace(settings, threads=settings.threads or threads_of(settings))
+        settings = replace(settings, threads=settings.threads or threads_of(settings), host=_host())
         self.models = Models(settings)
         self.metrics = Metrics(RaySink())
         self.api = create_api(settings, self.models, self.metrics, tag_replies=False)
@@ -108,7 +113,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         address = command.params.get("address") or os.environ.get("RAY_ADDRESS")
         _check_address(settings, address)
         if address in (None, "", "auto", "local"):  # else that Ray has its own environment
-            haproxy.prefer()
+            haproxy.prefer(body_seconds=settings.body_timeout_s)
         _listen(settings, command.params)
     return build(settings)
 
@@ -178,16 +183,28 @@ def _is_serve(address: str) -> bool:
 
 
 def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> None:
-    """Starts Serve on the address that was asked for, unless that is Ray's own choice. `flags` are `serve run`'s."""
-    wanted = HTTPOptions(host=settings.host, port=settings.port)
-    if (wanted.host, wanted.port) == (HTTPOptions().host, HTTPOptions().port) or ray.is_initialized():
+    """Starts Serve on the address that was asked for, saying no more than it must. `flags` are `serve run`'s."""
+    quiet.hush()
+    if ray.is_initialized():
         return
+    wanted = HTTPOptions(host=settings.host, port=settings.port)
     if any(flags.get(name) for name in ("runtime_env", "runtime_env_json", "working_dir")):
+        if (wanted.host, wanted.port) == (HTTPOptions().host, HTTPOptions().port):
+            return  # Ray's own choice, too
         raise click.ClickException(
             "host and port do not go with a runtime environment; put both into a config, as deploy/serve.yaml has them"
         )
+    for module in (api, client):
+        vars(module)["HTTP_PROXY_TIMEOUT"] = START_SECONDS
     ray.init(address=flags.get("address"), namespace="serve")
-    serve.start(http_options=wanted)
+    serve.start(http_options=wanted, logging_config=quiet.SERVE_LOGGING)
+
+
+def _host() -> str:
+    """Where Serve listens, as seen from a replica: its config may say otherwise than the settings do."""
+    connected = _get_global_client()
+    assert connected is not None  # it raises where there is no Serve
+    return str(connected.http_config.host)
 
 
 def _ray_metric(metric: Metric) -> Any:

@@ -19,6 +19,7 @@ from gptcore.config import setting
 from gptcore.engine.settings import CHOICES, EngineSettings
 from gptcore.errors import ConfigError, did_you_mean
 from gptcore.home import expanded, home
+from serve_app.haproxy import BODY_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +74,19 @@ class ServeSettings:
         repr=False,
         metadata={"help": "Keys, comma-separated, of which a request must bear one. Default: none is asked for."},
     )
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "Names, besides loopback's, by which requests may address the service (their Host header, without the port), "
+        "or *. Default: any, but on loopback without keys only loopback's, since any page could ask otherwise.",
+    )
     cors_origins: tuple[str, ...] = setting((), "Origins whose pages may call the service, or *. Default: none.")
     max_prompt_tokens: int = setting(0, "Longest prompt; 0: what the model's context holds.", "tokens")
     max_new_tokens: int = setting(4096, "Most tokens that a request may ask for.", "tokens")
     max_sequences: int = setting(64, "Most sequences that a request may ask for: its prompts times n.", "sequences")
     max_body_bytes: int = setting(1_000_000, "Largest body of a request.", "bytes")
+    body_timeout_s: float = setting(
+        BODY_SECONDS, "Longest time in which the body of a request may arrive; then it is answered 408.", "seconds"
+    )
     request_timeout_s: float = setting(
         300.0, "Longest time that a request may take, its wait and its stream included.", "seconds"
     )
@@ -220,7 +229,7 @@ class ServeSettings:
 LEAST = dict.fromkeys(
     ("max_new_tokens", "max_sequences", "max_body_bytes", "max_queue", "prefill_tokens", "max_replicas"), 1
 )
-POSITIVE = ("load_seconds", "poll_seconds", "request_timeout_s", "target_ongoing_requests")
+POSITIVE = ("load_seconds", "poll_seconds", "body_timeout_s", "request_timeout_s", "target_ongoing_requests")
 
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(ServeSettings)}
 _HINTS = typing.get_type_hints(ServeSettings)

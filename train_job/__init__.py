@@ -2,3 +2,5 @@
 
 `run`, `worker` and `ray_data` know Ray; `tracking`, `spool` and `registry` know MLflow; the loop needs torch alone.
 """
+
+import gptcore  # noqa: F401  # which looks at the Python that runs

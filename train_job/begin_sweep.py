@@ -11,10 +11,16 @@ from typing import Any
 
 from gptcore.errors import ConfigError, RecordError, did_you_mean
 from train_job.begin import begun, new_folder, places
-from train_job.config import add_flag, given_settings, read_yaml, settings_parser
+from train_job.config import read_yaml
+from train_job.flags import add_flag, given_settings, settings_parser
 from train_job.lock import claimed, held
 from train_job.space import FIELDS, FLAGS, HINTS, SweepConfig, build_sweep
 
+EXAMPLES = {
+    "train_job/sweeps/quick.yaml": "the sweep that comes along, on text that Python brings along",
+    "train_job/sweeps/quick.yaml --data notes.txt --trials 16": "more of it, on your own text",
+    "--resume NAME": "go on with a sweep that was stopped",
+}
 PLAN = "sweep.yaml"
 """In a sweep's folder: what it was told."""
 EXTENSIBLE = {"trials", "concurrency", "keep"}
@@ -35,6 +41,7 @@ def begin_sweep(argv: list[str]) -> Iterator[tuple[SweepConfig, Path]]:
         "python train_job/sweep.py",
         "Train many times with settings from ranges, stop the hopeless early, register the best. Settings of run.py "
         "are every trial's; flags win over the file.",
+        EXAMPLES,
     )
     texts = (f"{name}: {FIELDS[name].metadata['help']}" for name in FIELDS if name not in FLAGS)
     group = parser.add_argument_group("the sweep's own", f"In the file alone: {' '.join(texts)}")

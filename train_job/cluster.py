@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from gptcore.errors import ConfigError
+from gptcore.progress import doing
 from train_job.config import TrainConfig
+from train_job.console import without_log_lines
+from train_job.discovery import OWN, cluster_address
 from train_job.hardware import WORKER_ENV
 
 LOCAL_RAY = {
@@ -33,20 +36,21 @@ def ray_cluster() -> Iterator[tuple[Any, bool]]:
     """Ray, connected, and whether it was started for this run: else it is what RAY_ADDRESS names or what runs here."""
     import ray
 
-    named = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
-    alone = named == "local"
-    if not alone:
-        try:
-            _connect(ray, address=named or "auto", **quiet)
-        except ConnectionError:
-            if named:
-                raise ConfigError(f"RAY_ADDRESS is {named!r}, but no Ray cluster answers there") from None
-            alone = True
+    address = cluster_address(os.environ.get("RAY_ADDRESS"))
+    alone = address is None
     if alone:
         for name, value in LOCAL_RAY.items():
             os.environ.setdefault(name, value)
-        _connect(ray, address="local", include_dashboard=False, **quiet)
+        with doing("starting a Ray of this job's own"):
+            _connect(ray, address="local", include_dashboard=False, **quiet)
+    else:
+        with doing(f"joining the Ray cluster at {address}"):
+            try:
+                _connect(ray, address=address, **quiet)
+            except (ConnectionError, RuntimeError) as error:
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ConfigError(f"the Ray cluster at {address} cannot be joined ({why}); {OWN}") from None
     try:
         yield ray, alone
     finally:
@@ -74,8 +78,10 @@ def training_first() -> None:
 def _connect(ray: Any, **options: Any) -> None:
     """ray.init, with SIGTERM left to whom it was: Ray would have it exit with its own number from here on."""
     before = signal.getsignal(signal.SIGTERM)
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what raylets report: `failures` says it
     try:
-        ray.init(**options)
+        with without_log_lines():
+            ray.init(**options)
     except SystemExit as left:
         if left.code != signal.SIGTERM:
             raise
@@ -115,6 +121,8 @@ def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> A
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from train_job.failures import Restarts
+
     low, high = job.config.workers
     return TorchTrainer(
         train_worker,
@@ -128,6 +136,7 @@ def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> A
             name=job.config.name,
             storage_path=job.config.storage_path,
             worker_runtime_env={} if job.config.use_gpu else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
+            callbacks=[Restarts(job.board)],  # type: ignore[list-item]  # it wants Tune's
             failure_config=FailureConfig(max_failures=job.config.max_failures),
             # Ray keeps the latest beside the best two: there should be another if one is damaged.
             checkpoint_config=CheckpointConfig(
@@ -140,3 +149,9 @@ def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> A
 def resources_text(resources: dict[str, float]) -> str:
     """Such as "2 CPUs, 1 GPU"."""
     return ", ".join(f"{n:g} {kind}{'s' if n != 1 else ''}" for kind, n in resources.items())
+
+
+def workers_text(low: int, high: int | None = None) -> str:
+    """Such as "1 worker" or "2 to 4 workers"."""
+    many = f"{low} to {high}" if high and high != low else str(low)
+    return f"{many} worker{'' if many == '1' else 's'}"

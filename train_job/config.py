@@ -4,11 +4,10 @@ In: a preset's name, a YAML file, command-line flags; later ones win. Out: a `Tr
 choices stand beside its default and are the only description there is: `--help` and the docs are made from them.
 """
 
-import argparse
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,10 @@ from gptcore.errors import ConfigError, did_you_mean
 from train_job.files import written_whole
 
 SCHEDULES = ("wsd", "linear", "cosine")
+LOG_INTERVAL, EVAL_INTERVAL = 10, 100
+"""Steps, where neither the user nor the preset says otherwise and the run is long enough."""
+UNBOUNDED = 2**40
+"""More steps than any run takes."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,14 @@ class TrainConfig:
 
     preset: str = setting("quick", "Named starting point for the model and its recipe.")
     # Text
-    data: str = setting("builtin", "builtin, shakespeare, or a file, folder, glob or URL (text, jsonl, parquet).")
+    data: str = setting("builtin", "builtin, shakespeare, or a file, folder, glob or URL (text, jsonl, csv, parquet).")
     val_data: str | None = setting(None, "Validation corpus; default: the end of the training corpus.")
     val_fraction: float = setting(0.1, "Share of the corpus kept for validation, taken from its end.", "0..1")
-    text_column: str = setting("text", "Column with the text in jsonl and parquet files.")
+    text_column: str = setting("text", "Column with the text in json, jsonl, csv, tsv and parquet files.")
+    document_separator: str | None = setting(
+        None,
+        "Characters that end a document, such as <|endoftext|>, and are no text; default: all characters are text.",
+    )
     tokenizer: str = setting("bpe:2048", "gpt2, bpe:N (learned from the training split, N tokens) or bytes.")
     cache_dir: str | None = setting(
         None, "Where token shards and downloads are kept: a folder, or a URL to share shards; default: .cache at home."
@@ -70,8 +77,14 @@ class TrainConfig:
     )
     patience: int | None = setting(None, "Stop after this many evaluations without a better one.", "evaluations")
     # Looking at it
-    log_interval: int = setting(10, "Steps between logged metrics.", "steps")
-    eval_interval: int = setting(100, "Steps between evaluations on the whole validation split.", "steps")
+    log_interval: int | None = setting(
+        None, "Steps between logged metrics; default: 10, fewer in a short run.", "steps"
+    )
+    eval_interval: int | None = setting(
+        None,
+        "Steps between evaluations on the whole validation split; default: the preset's or 100, fewer in a short run.",
+        "steps",
+    )
     checkpoint_interval: int | None = setting(None, "Steps between checkpoints; default: eval_interval.", "steps")
     sample_prompts: tuple[str, ...] = setting(("The",), "Prompts continued at every evaluation.")
     sample_tokens: int = setting(48, "Length of those samples; 0 turns them off.", "tokens")
@@ -117,6 +130,8 @@ class TrainConfig:
         for name in ("val_fraction", "cooldown_fraction", "min_lr_fraction", "beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected between 0 and 1")
+        if self.document_separator == "":
+            raise ConfigError("document_separator is empty; expected characters such as <|endoftext|>, or leave it out")
         if not self.sample_prompts:
             raise ConfigError("sample_prompts is empty; give one, or turn samples off with sample_tokens 0")
         for f in fields(self):
@@ -155,6 +170,24 @@ class TrainConfig:
     def planned_limits(self) -> list[str]:
         """Names of the limits that are known in steps before the run starts."""
         return [name for name in ("max_steps", "max_epochs", "max_tokens") if getattr(self, name) is not None]
+
+    def planned_steps(self, steps_per_epoch: float) -> tuple[int, str]:
+        """(steps until the first limit that can be counted in steps, its name); UNBOUNDED where there is none."""
+        limits = {"max_steps": self.max_steps}
+        if self.max_epochs is not None:
+            limits["max_epochs"] = math.ceil(self.max_epochs * steps_per_epoch)
+        if self.max_tokens is not None:
+            limits["max_tokens"] = math.ceil(self.max_tokens / (self.batch_size * self.context))
+        known = {name: steps for name, steps in limits.items() if steps is not None}
+        limit = min(known, key=known.__getitem__) if known else "max_minutes"
+        return known.get(limit, UNBOUNDED), limit
+
+    def intervals(self, total_steps: int) -> tuple[int, int]:
+        """(steps between logs, between evaluations): as given, else what shows a run of so many steps as it goes."""
+        log, judge = LOG_INTERVAL, PRESETS[self.preset].get("eval_interval", EVAL_INTERVAL)
+        log = log if total_steps >= 5 * log else max(1, total_steps // 5)
+        judge = judge if total_steps >= 2 * judge else math.ceil(total_steps / 4)
+        return self.log_interval or log, self.eval_interval or judge
 
     def flat(self) -> dict[str, Any]:
         """Every setting under its own name, the model's among them: for YAML files and MLflow's parameters."""
@@ -227,7 +260,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _TRAIN_FIELDS = {f.name: f for f in fields(TrainConfig) if f.name != "model"}
 _FIELDS = _TRAIN_FIELDS | {f.name: f for f in MODEL_FIELDS}
-_HINTS = typing.get_type_hints(ModelConfig) | typing.get_type_hints(TrainConfig)
+HINTS = typing.get_type_hints(ModelConfig) | typing.get_type_hints(TrainConfig)
 
 
 def build_config(*layers: Mapping[str, Any]) -> TrainConfig:
@@ -251,49 +284,9 @@ def build_config(*layers: Mapping[str, Any]) -> TrainConfig:
     recipe, shape = dict(PRESETS[preset]), dict(MODEL_PRESETS[preset])
     if given.keys() & LIMITS:  # a user's limit replaces the recipe's
         recipe = {k: v for k, v in recipe.items() if k not in LIMITS}
+    recipe.pop("eval_interval", None)  # `intervals` knows it, and what there is when the run is too short for it
     values = recipe | {k: v for k, v in given.items() if k in _TRAIN_FIELDS}
     return TrainConfig(model=shape | {k: v for k, v in given.items() if k not in _TRAIN_FIELDS}, **values)
-
-
-def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
-    """The settings that a command line gives, its --config file's below its flags, for `build_config`.
-
-    Raises ConfigError; `--help` prints and exits 0.
-    """
-    parser = settings_parser(
-        "python train_job/run.py",
-        "Train a GPT on text and register it. Flags win over --config, which wins over --preset.",
-    )
-    return given_settings(parser, argv)
-
-
-def settings_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A command line with a flag for every setting."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings as YAML, under the names below with _ for -")
-    for name, f in _FIELDS.items():
-        add_flag(parser, f, _HINTS[name])
-    return parser
-
-
-def add_flag(parser: argparse._ActionsContainer, f: Any, hint: Any) -> None:
-    """A dataclass field as a flag, with its own help."""
-    flag, text = "--" + f.name.replace("_", "-"), _help_text(f)
-    if hint is bool:
-        parser.add_argument(flag, help=text, default=None, action=argparse.BooleanOptionalAction)
-    else:
-        nargs = "+" if typing.get_origin(hint) is tuple else None
-        parser.add_argument(flag, help=text, metavar=_metavar(f, hint), nargs=nargs)
-
-
-def given_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """What the command line gives, its --config file's below its flags. Raises ConfigError for an unknown flag."""
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigError(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], known)}")
-    flags = {k: v for k, v in vars(namespace).items() if v is not None and k != "config"}
-    return (read_yaml(namespace.config) if namespace.config else {}) | flags
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -336,24 +329,7 @@ def resume_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainCo
     return build_config(old, {k: v for k, v in given.items() if k in RESUMABLE - {"resume", "name"}})
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message)
-
-
-def _help_text(f: Any) -> str:
-    default = f.default if not isinstance(f.default, tuple) else " ".join(map(repr, f.default))
-    notes = [f.metadata["unit"]] if f.metadata["unit"] else []
-    notes += [f"default: {default}"] if default is not None else []
-    return (f.metadata["help"] + (f" [{'; '.join(notes)}]" if notes else "")).replace("%", "%%")
-
-
-def _metavar(f: Any, hint: Any) -> str:
-    choices = f.metadata["choices"]
-    return "{" + ",".join(choices) + "}" if choices else {int: "INT", float: "FLOAT"}.get(_bare(hint)[0], "TEXT")
-
-
-def _bare(hint: Any) -> tuple[Any, bool]:
+def bare(hint: Any) -> tuple[Any, bool]:
     """A field's type without `| None`, and whether None is allowed."""
     if not isinstance(hint, types.UnionType):
         return hint, False
@@ -370,18 +346,18 @@ def setting_type(name: str) -> Any:
     """The type of the setting's values, None aside. Raises ConfigError if there is no such setting."""
     if name not in _FIELDS:
         raise ConfigError(f"there is no setting {name!r}.{did_you_mean(str(name), _FIELDS)}")
-    return _bare(_HINTS[name])[0]
+    return bare(HINTS[name])[0]
 
 
 def setting_value(name: str, value: Any) -> Any:
     """`value` as the setting's type. Raises ConfigError if it is none, or if there is no such setting."""
     setting_type(name)
-    return convert(_FIELDS[name], _HINTS[name], value)
+    return convert(_FIELDS[name], HINTS[name], value)
 
 
 def convert(f: Any, hint: Any, value: Any) -> Any:
     """`value` (a flag's string or YAML's own type) as the field's type. Raises ConfigError if it is none."""
-    wanted, optional = _bare(hint)
+    wanted, optional = bare(hint)
     if value is None and optional:
         return None
     if typing.get_origin(wanted) is tuple:

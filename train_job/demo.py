@@ -10,9 +10,7 @@ from gptcore.home import home
 from train_job.run import main
 
 NEXT = """
-next      make ui                                        compare runs in MLflow, on http://127.0.0.1:5000
-          .venv/bin/python -m gptcore.generate models:/gpt@champion --prompt "The"
-          .venv/bin/python train_job/run.py --data FILE  train on a text of your own
+next      .venv/bin/python train_job/run.py --data FILE  train on a text of your own
           .venv/bin/python train_job/run.py --help       every setting, with its unit and default"""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptcore import progress
 from gptcore.model import GPT
 from gptcore.package import Package
 from train_job.batches import validation_batches
@@ -25,8 +26,10 @@ def validation_nats(
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    done, share = 0, (tokens.num_tokens - 1) / world_size
     for x, y in validation_batches(tokens, context_length, batch_size, rank, world_size):  # (b, T) each
         total += model(x.to(device), y.to(device))
+        progress.at(done := done + x.numel(), share)
     model.train(training)
     return total
 

@@ -116,34 +116,39 @@ def temperature_effect(
     top: int = 12,
     prompt: str = "",
 ) -> None:
-    """Draws the probabilities of the `top` likeliest next tokens at each temperature, from logits (V,)."""
+    """Draws the probabilities of the `top` likeliest next tokens at each temperature, from logits (V,).
+
+    On a logarithmic axis, so that a weak model's thousandths are seen beside a strong one's certainties.
+    """
     logits = logits.detach().cpu()[: tokenizer.vocab_size]
     top = min(top, len(logits))
-    likeliest = logits.float().topk(top).indices
+    likeliest = _likeliest(logits, top)
     width = 0.8 / len(temperatures)
     with _figure(path, (8.5, 4.5)) as axes:
         for i, temperature in enumerate(temperatures):
             probabilities = filtered_probs(logits, SamplingParams(temperature=temperature))[likeliest]
             places = [j + (i - (len(temperatures) - 1) / 2) * width for j in range(top)]
             colour = COLOURS[i % len(COLOURS)]
-            label = f"temperature {temperature:g}: these {top} hold {100 * float(probabilities.sum()):.0f}%"
+            label = f"temperature {temperature:g}: these {top} hold {percent(float(probabilities.sum()))}"
             axes.bar(places, probabilities.tolist(), width, color=colour, label=label)
+        _odds_axes([axes], len(logits))
         labels = [_label(tokenizer, int(token)) for token in likeliest]
         axes.set_xticks(range(top), labels, rotation=45, ha="right", rotation_mode="anchor")
         after = f" after {_shortened(prompt)!r}" if prompt else ""
         axes.set(ylabel="probability", title=f"The likeliest next tokens{after}")
         axes.grid(visible=False, axis="x")
-        axes.legend()
+        axes.legend(loc="upper right")
 
 
 def decoding_strategies(logits: Tensor, tokenizer: Tokenizer, path: Path, top: int = 12, prompt: str = "") -> None:
     """Draws which of the `top` likeliest next tokens each strategy keeps, and with what odds, from logits (V,).
 
     The model's own odds stand behind. A title says how many of all tokens are kept, and what odds they had together.
+    The axis is logarithmic, as `temperature_effect`'s.
     """
     logits = logits.detach().cpu()[: tokenizer.vocab_size]
     top = min(top, len(logits))
-    likeliest = logits.float().topk(top).indices
+    likeliest = _likeliest(logits, top)
     own = filtered_probs(logits, SamplingParams())
     with _sheet(path, (10, 6.2)) as figure:
         panels = figure.subplots(2, 2, sharex=True, sharey=True)
@@ -152,10 +157,12 @@ def decoding_strategies(logits: Tensor, tokenizer: Tokenizer, path: Path, top: i
             count = int((kept > 0).sum())
             axes.bar(range(top), own[likeliest].tolist(), 0.8, color=FAINT, label="the model's own")
             axes.bar(range(top), kept[likeliest].tolist(), 0.5, color=colour, label="what is drawn from")
-            held = 100 * float(own[kept > 0].sum())
-            axes.set_title(f"{name}: {count} of {len(logits):,} kept, which held {held:.0f}%", fontsize=10)
+            held = percent(float(own[kept > 0].sum()))
+            axes.set_title(f"{name}: {count:,} of {len(logits):,} kept, which held {held}", fontsize=10)
             axes.grid(visible=False, axis="x")
-            axes.legend(loc="upper right")
+        _odds_axes(list(panels.flat), len(logits))
+        for axes in panels.flat:
+            axes.legend(loc="upper right", fontsize=8)
         for axes in panels[:, 0]:
             axes.set_ylabel("probability")
         labels = [_label(tokenizer, int(token)) for token in likeliest]
@@ -179,6 +186,32 @@ def draw_odds(package: Package, prompt: str, folder: Path) -> list[Path]:
     temperature_effect(logits, package.tokenizer, temperature, prompt=prompt)
     decoding_strategies(logits, package.tokenizer, strategies, prompt=prompt)
     return [temperature, strategies]
+
+
+def _likeliest(logits: Tensor, top: int) -> Tensor:
+    """Ids of the `top` likeliest tokens; of those that are as likely, the lower ids first, as the sampler has it."""
+    return logits.float().sort(descending=True, stable=True).indices[:top]
+
+
+def percent(share: float) -> str:
+    """0.4213 as "42%", 0.0042 as "0.42%": two digits that say something, and what is next to nothing as that."""
+    if share < 0.0001:
+        return "<0.01%" if share > 0 else "0%"
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
+def _odds_axes(panels: Sequence[Any], tokens: int) -> None:
+    """One logarithmic axis for the odds of `tokens` tokens; a line where all are as likely, and room for a legend."""
+    alike = 1 / tokens
+    heights = [bar.get_height() for axes in panels for bars in axes.containers for bar in bars]
+    low, high = alike / 10, max([*heights, alike])
+    for axes in panels:
+        line = f"all {tokens:,} as likely: {percent(alike)}"
+        axes.axhline(alike, color=INK, linewidth=0.8, linestyle=":", label=line)
+        axes.set_yscale("log")
+        axes.set_ylim(low, high * (high / low) ** 0.45)
+        axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
 
 
 def short_count(value: float) -> str:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -23,10 +22,12 @@ from typing import IO, Any
 from uuid import uuid4
 
 from gptcore.errors import CorpusError, RecordError, StorageFull, TrainingError
+from gptcore.progress import at, doing
 
 log = logging.getLogger(__name__)
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
+BLOCK_BYTES = 2**20
 DRAFT = ".draft-"
 SETTLED_SECONDS = 60.0
 """A draft written to within this time is left alone, lock or not: its writer may be about to lock or rename it."""
@@ -149,10 +150,13 @@ def download(url: str, path: Path, refresh: bool = False) -> Path:
         return path
     try:
         request = urllib.request.Request(url, headers=known)
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as answer:
+        with doing(f"downloading {url}"), urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as answer:
             with written_whole(path) as file:
-                shutil.copyfileobj(answer, file)
-                expected = int(answer.headers.get("Content-Length") or file.tell())
+                expected = int(answer.headers.get("Content-Length") or 0)
+                while block := answer.read(BLOCK_BYTES):
+                    file.write(block)
+                    at(file.tell(), expected)
+                expected = expected or file.tell()
                 if file.tell() != expected:
                     raise OSError(f"{file.tell()} of {expected} bytes came")
             conditions = {"If-None-Match": answer.headers["ETag"], "If-Modified-Since": answer.headers["Last-Modified"]}

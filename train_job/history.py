@@ -53,8 +53,8 @@ class History:
         return int(max(self._last.values(), default=0))
 
     @property
-    def parent_bits_per_byte(self) -> float | None:
-        """What the model that is fine-tuned needed at step 0 on the validation text; None if there is none."""
+    def untrained_bits_per_byte(self) -> float | None:
+        """What the model of step 0 (the parent, in fine-tuning) needed on the validation text; None if unknown."""
         return next((row["bits_per_byte"] for row in self.rows if row["step"] == 0 and "bits_per_byte" in row), None)
 
     def add(self, event: Progress | Evaluation) -> None:

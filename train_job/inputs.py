@@ -6,7 +6,7 @@ or pinned, so a worker on another machine, or a resumed run, comes to the same.
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,25 @@ from typing import Any
 import torch
 
 from gptcore.config import ModelConfig
-from gptcore.errors import ConfigError
+from gptcore.errors import ConfigError, CorpusError
 from gptcore.home import expanded, home
 from gptcore.hub import resolve
 from gptcore.model import GPT
 from gptcore.package import Package, open_package
-from gptcore.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer, read_tokenizer, save_tokenizer
+from gptcore.progress import doing
+from gptcore.tokenizer import (
+    BYTES_PER_TOKEN,
+    Tokenizer,
+    load_tokenizer,
+    parse_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+)
 from train_job.batches import Batches
 from train_job.config import TrainConfig
 from train_job.corpus import Corpus, open_corpus, split
 from train_job.files import sweep, written_whole
+from train_job.folders import told
 from train_job.hardware import pick_device
 from train_job.remote import Origin
 from train_job.shards import TokenSet, prepare
@@ -47,6 +56,7 @@ class Inputs:
     model: ModelConfig
     steps_per_epoch: float
     parent: Package | None = None
+    notes: tuple[str, ...] = ()  # what whoever asked for the run should know of its text
 
 
 def cache_dir(config: TrainConfig) -> Path:
@@ -83,7 +93,9 @@ def prepare_inputs(
         sweep(cache / kind)
 
     def opened(data: str) -> Corpus:
-        return open_corpus(data, config.text_column, cache, refresh, (begun or {}).get(data, ()))
+        origins = (begun or {}).get(data, ())
+        with doing(f"reading {data}"):
+            return open_corpus(data, config.text_column, cache, refresh, origins, config.document_separator or "")
 
     corpus = opened(config.data)
     if config.val_data:
@@ -91,6 +103,8 @@ def prepare_inputs(
     else:
         train, validation = split(corpus, config.val_fraction)
     parent = open_package(resolve(config.init_from)) if config.init_from else None
+    if not parent:
+        check_size(config, train)
     tokenizer = parent.tokenizer if parent else _tokenizer(config, train)
     shape = _child_shape(config, parent.config) if parent else config.model_config(padded(tokenizer.vocab_size))
     if parent and config.sequence_length is None:
@@ -106,7 +120,41 @@ def prepare_inputs(
     tokens, judge = (prepare(corpus, tokenizer, cache, mapper, store) for corpus in (train, validation))
     # Raises if the text is too short.
     batches = Batches(tokens, config.context, config.batch_size, config.seed, config.stride)
-    return Inputs(config, tokenizer, train, validation, tokens, judge, shape, batches.steps_per_epoch, parent)
+    log, every = config.intervals(config.planned_steps(batches.steps_per_epoch)[0])
+    config = replace(config, log_interval=log, eval_interval=every)
+    notes = tuple(notes_on(config, (train, validation), look=refresh))
+    return Inputs(config, tokenizer, train, validation, tokens, judge, shape, batches.steps_per_epoch, parent, notes)
+
+
+def notes_on(config: TrainConfig, corpora: Sequence[Corpus], look: bool) -> Iterator[str]:
+    """What was left out of the text, and which setting has no use for it; `look` reads it for the separator."""
+    names = " and ".join(dict.fromkeys(corpus.name for corpus in corpora))
+    for name, left_out in {corpus.name: corpus.left_out for corpus in corpora}.items():
+        if left_out:
+            yield f"left out of {name}: {told(left_out)}"
+    pieces = [piece for corpus in corpora for piece in corpus.pieces]
+    if config.text_column != TrainConfig.text_column and not any(piece.column for piece in pieces):
+        yield f"text_column {config.text_column!r} has no use: {names} has no columns"
+    separator = config.document_separator
+    if separator and look and not any(separator in text for piece in pieces for text in piece.texts()):
+        yield f"document_separator {separator!r} has no use: it stands nowhere in {names}"
+
+
+def check_size(config: TrainConfig, train: Corpus) -> None:
+    """Raises CorpusError if the training split cannot fill one sequence, whatever the tokenizer."""
+    size, most = 0, 1  # a tokenizer gives at most a token for each byte, and there is one around each document
+    for text in train.documents():
+        size, most = size + len(text.encode()), most + len(text.encode()) + 1
+        if most > config.context:
+            return
+    flag = "--sequence-length" if config.sequence_length else "--context-length"
+    wanted = max(config.context, BYTES_PER_TOKEN * parse_tokenizer(config.tokenizer) if ":" in config.tokenizer else 0)
+    whole = wanted if config.val_data else round(wanted / (1 - config.val_fraction))
+    raise CorpusError(
+        f"{train.name} is too small to train on: {size} bytes are left for training, at most {most} tokens, "
+        f"and a training sequence has {config.context} + 1. {config.tokenizer} wants about {whole:,} bytes of text; "
+        f"this much would do with {flag} {most - 1} --tokenizer bytes; a smaller --val-fraction leaves a little more"
+    )
 
 
 def check_context(config: TrainConfig, shape: ModelConfig) -> None:
@@ -134,7 +182,8 @@ def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
     key = hashlib.sha256(f"{config.tokenizer} {train.fingerprint}".encode()).hexdigest()[:32]
     folder = cache_dir(config) / "tokenizers" / key
     if not (folder / "tokenizer.json").exists():
-        learned = load_tokenizer(config.tokenizer, train.documents)
+        with doing(f"learning the tokenizer {config.tokenizer}"):
+            learned = load_tokenizer(config.tokenizer, train.documents)
         with tempfile.TemporaryDirectory() as scratch:
             save_tokenizer(learned, Path(scratch))
             for file in Path(scratch).iterdir():  # written whole: another run may be learning the same

@@ -21,24 +21,23 @@ from torch import Tensor, nn
 
 from gptcore.errors import TrainingError
 from gptcore.model import GPT
+from gptcore.progress import doing
 from train_job.batches import Batches
 from train_job.checkpoint import Checkpoint, Identity, TrainState
-from train_job.config import TrainConfig
+from train_job.config import UNBOUNDED, TrainConfig
 from train_job.evaluate import validation_nats
 from train_job.hardware import peak_flops, pick_dtype
 from train_job.optimizer import Optimizers, learning_rate_factor
 from train_job.shards import TokenSet
 from train_job.targets import Standing, standings
 
-UNBOUNDED = 2**40
-"""More steps than any run takes."""
-
 
 @dataclass(frozen=True)
 class Started:
-    """The first event: the workers are there, and this many steps were done before."""
+    """The first event: the workers are there, so many of them, and this many steps were done before."""
 
     step: int
+    workers: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The whole validation split under the weights of this step; step 0 is the model that is fine-tuned."""
+    """The whole validation split under the weights of this step; step 0 is the model before training."""
 
     step: int
     tokens: int
@@ -123,7 +122,9 @@ class Trainer:
             self.model.compile()
         self.runner: Any = wrap(self.model)
         self.dtype = pick_dtype(config, device)
-        self.total_steps, self.limit = self._plan()
+        self.total_steps, self.limit = config.planned_steps(self.batches.steps_per_epoch)
+        self.log_every, self.judge_every = config.intervals(self.total_steps)
+        self.save_every = config.checkpoint_interval or self.judge_every
         self.state = TrainState()
         self.trained_seconds, self.began = 0.0, time.perf_counter()
 
@@ -152,15 +153,15 @@ class Trainer:
 
     def run(self) -> Iterator[Event]:
         """Trains until a limit is met. Raises TrainingError, on every rank, when a loss stops being a number."""
-        config, state = self.config, self.state
+        state = self.state
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         logged_step, logged_seconds, sums = state.step, 0.0, 0.0
         self.began = time.perf_counter() - state.elapsed
-        look_every = 1 if self.device.type == "cpu" else config.log_interval  # looking waits for the device
-        yield Started(state.step)
-        if config.init_from and state.step == 0:
-            yield self.evaluate(of_parent=True)
+        look_every = 1 if self.device.type == "cpu" else self.log_every  # looking waits for the device
+        yield Started(state.step, self.world_size)
+        if state.step == 0:
+            yield self.evaluate(untrained=True)
         reason = self._reached()
         if self._unjudged(reason):  # a stop came before it
             reason = yield from self._keep(reason)
@@ -179,7 +180,7 @@ class Trainer:
             state.elapsed = time.perf_counter() - self.began
             self.trained_seconds += time.perf_counter() - clock
             reason = self.limit if state.step >= self.total_steps else asked
-            if reason or state.step % config.log_interval == 0:
+            if reason or state.step % self.log_every == 0:
                 mean, steps = sums / (state.step - logged_step), state.step - logged_step
                 state.best_train_loss = min(state.best_train_loss, mean)
                 yield self._progress(mean, norm_now, steps, self.trained_seconds - logged_seconds)
@@ -196,26 +197,26 @@ class Trainer:
             state.elapsed = time.perf_counter() - self.began
             yield evaluation
             reason, loss = reason or self._goal(), evaluation.loss
-        every = self.config.checkpoint_interval or self.config.eval_interval
-        if reason or loss < math.inf or state.step % every == 0:
+        if reason or loss < math.inf or state.step % self.save_every == 0:
             yield CheckpointDue(state.step, loss)
         return reason
 
-    def evaluate(self, of_parent: bool = False) -> Evaluation:
-        """The whole validation split, every rank a share of it; remembers the best, unless it is the parent's figure.
+    def evaluate(self, untrained: bool = False) -> Evaluation:
+        """The whole validation split, every rank a share of it; remembers the best, unless nothing was trained yet.
 
-        The parent is there to compare with: neither is it kept, nor is it what patience and targets look at.
+        That figure, the parent's or of random weights, is there to compare with: the model of step 0 is neither kept,
+        nor is it what patience and targets look at.
         """
         state, start = self.state, time.perf_counter()
         micro = self.config.micro_batch_size or math.ceil(self.config.batch_size / self.world_size)
-        with self._autocast():
+        with self._autocast(), doing(f"evaluating step {state.step} on the validation text"):
             nats = validation_nats(self.model, self.validation, self.config.context, micro, self.rank, self.world_size)
         nats = self._all_reduce(nats)
         loss = float(nats) / (self.validation.num_tokens - 1)
         if not math.isfinite(loss):
             raise diverged(f"validation loss is {loss}", state.step)
-        best = loss < state.best_loss and not of_parent
-        if not of_parent:
+        best = loss < state.best_loss and not untrained
+        if not untrained:
             state.last_evaluated, state.last_loss = state.step, loss
             state.since_best = 0 if best else state.since_best + 1
         if best:
@@ -260,21 +261,8 @@ class Trainer:
 
     # --- between steps ------------------------------------------------------------------------------------------
 
-    def _plan(self) -> tuple[int, str]:
-        """(steps until the first limit that can be counted in steps, its name)."""
-        c = self.config
-        limits = {"max_steps": c.max_steps}
-        if c.max_epochs is not None:
-            limits["max_epochs"] = math.ceil(c.max_epochs * self.batches.steps_per_epoch)
-        if c.max_tokens is not None:
-            limits["max_tokens"] = math.ceil(c.max_tokens / self.tokens_per_step)
-        known = {name: steps for name, steps in limits.items() if steps is not None}
-        limit = min(known, key=known.__getitem__) if known else "max_minutes"
-        return known.get(limit, UNBOUNDED), limit
-
     def _due(self, step: int) -> bool:
-        c = self.config
-        intervals = (c.log_interval, c.eval_interval, c.checkpoint_interval or c.eval_interval)
+        intervals = (self.log_every, self.judge_every, self.save_every)
         return step >= self.total_steps or any(step % interval == 0 for interval in intervals)
 
     def _look(self, losses: list[Tensor], norms: list[Tensor], elapsed: float) -> tuple[list[float], float, str]:
@@ -324,7 +312,7 @@ class Trainer:
     def _unjudged(self, reason: str) -> bool:
         """Whether this step's weights are to be judged and were not: at intervals, and where a limit ends the run."""
         step = self.state.step
-        due = bool(reason) or step % self.config.eval_interval == 0
+        due = bool(reason) or step % self.judge_every == 0
         return due and reason != "stopped" and self.state.last_evaluated != step
 
     def _reached(self) -> str:

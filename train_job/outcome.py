@@ -5,15 +5,18 @@ In: a finished, stopped or failed run. Out: files in the run's folder and in MLf
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import CheckpointError, FoundryError, PackageError, RecordError, StorageFull, TrainingError
 from gptcore.package import Package, open_package, save_package
+from gptcore.progress import doing
+from gptcore.redact import without_password
 from gptcore.sampling import SamplingParams, generate_text
 from train_job import figures, registry, tracking
 from train_job.checkpoint import load_model
@@ -22,10 +25,13 @@ from train_job.console import duration
 from train_job.evaluate import bits_per_byte
 from train_job.files import read_json, written_whole
 from train_job.hardware import peak_memory_mb
+from train_job.history import History
 from train_job.inputs import cache_dir
+from train_job.record import read_record, tracked_at
 from train_job.spool import Spool
 from train_job.storage import Kept, checkpoints, drop_all_but, first_whole
 from train_job.targets import Standing
+from train_job.whatnow import Ended, lines
 
 if TYPE_CHECKING:
     from train_job.run import Run
@@ -54,6 +60,7 @@ def fail(run: Run, problem: FoundryError) -> int:
     run.console.say(f"error: {problem}")
     if isinstance(problem, StorageFull):
         run.console.say(f"go on with: {run.resume_command()}")
+    what_now(run)
     try:
         if run.run_id:
             close(run, "FAILED", [run.console.path])
@@ -62,7 +69,7 @@ def fail(run: Run, problem: FoundryError) -> int:
     return 1 if isinstance(problem, TrainingError) or run.began else 2
 
 
-def register(run: Run, package: Package) -> int:
+def register(run: Run, package: Package, tell_what_now: bool = True) -> int:
     """Makes the run's package a version and tells the user; returns the exit code."""
     pictures = _figures(run, package)
     run.stops.check()
@@ -83,13 +90,18 @@ def register(run: Run, package: Package) -> int:
     except FoundryError as error:
         run.console.say(f"error: {error}")
         run.console.say(f"the package is whole in {package.path}; register it with: {run.resume_command()}")
+        if tell_what_now:
+            what_now(run)
         close(run, "FAILED", [*pictures, run.console.path])
         return 1
     record = asdict(published) | {"targets": _targets(run), "config": run.config.flat()}
+    record |= {"experiment_id": run.experiment_id}
     if not published.new:
         run.console.say(f"nothing new to register: {_why_nothing_new(run, package)}")
     _tell(run, run.result.return_value or {} if run.result else {})
     show(run.console.say, package, record, run.config)
+    if tell_what_now:
+        what_now(run, record)
     run.stops.check(last=True)
     close(run, "FINISHED", [*pictures, run.run_dir / "config.yaml", run.console.path])
     with written_whole(run.run_dir / OUTCOME) as file:  # last: a run that has it is finished in every respect
@@ -142,10 +154,11 @@ def _package(run: Run, state: dict[str, Any], step: int, loss: float) -> Package
         "data_fingerprint": inputs.train_corpus.fingerprint,
         "validation_fingerprint": inputs.validation_corpus.fingerprint,
         "parent": run.config.init_from,
-        "parent_bits_per_byte": run.history.parent_bits_per_byte,
+        "parent_bits_per_byte": run.history.untrained_bits_per_byte if run.config.init_from else None,
     }
     summary = {k: v for k, v in training.items() if v is not None}
-    return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
+    with doing("making the package"):
+        return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
 
 
 def _standings(run: Run) -> list[Standing]:
@@ -187,8 +200,9 @@ def _target_text(target: dict[str, Any]) -> str:
 def _figures(run: Run, package: Package) -> list[Path]:
     """The loss curve, and what temperature and the decoding strategies do to the model's own next-token odds."""
     folder = run.run_dir / "figures"
-    odds = figures.draw_odds(package, run.config.sample_prompts[0], folder)
-    figures.loss_curve(run.history.rows, folder / "loss_curve.png")
+    with doing("drawing figures"):
+        odds = figures.draw_odds(package, run.config.sample_prompts[0], folder)
+        figures.loss_curve(run.history.rows, folder / "loss_curve.png")
     return [folder / "loss_curve.png", *odds]
 
 
@@ -214,6 +228,30 @@ def show(say: Callable[[str], None], package: Package, record: dict[str, Any], c
     say("sample    " + prompt + generate_text(package.load_model(), package.tokenizer, prompt, params))
 
 
+def what_now(run: Run, record: Mapping[str, Any] | None = None) -> None:
+    """Says how to go on from where the run is. `record` is what outcome.json has of one that ended well."""
+    for line in lines(ended(run, record)):
+        run.console.say(line)
+
+
+def ended(run: Run, record: Mapping[str, Any] | None = None) -> Ended:
+    """What there is when the run has ended."""
+    package = run.run_dir / "package"
+    resume = run.resume_command() if run.run_id else ""
+    promoted = True if record is None else record["promoted"]
+    step = History(run.run_dir / "history.jsonl").last_step
+    return Ended(
+        run.uri,
+        run.experiment_id,
+        run.run_id,
+        package if package.exists() else None,
+        version=f"{record['name']} version {record['version']}" if record else "",
+        promote="" if promoted else f"{resume} --promote always",
+        resume=f"{resume} --max-steps {2 * step}" if record and step else resume,
+        prompt=run.config.sample_prompts[0],
+    )
+
+
 def ended_with(run_dir: Path, config: TrainConfig) -> tuple[Package, dict[str, Any]] | None:
     """A finished run's package and outcome, if nothing new is asked of it; None if there is something to be done.
 
@@ -233,10 +271,17 @@ def ended_with(run_dir: Path, config: TrainConfig) -> tuple[Package, dict[str, A
         return None
 
 
-def show_again(package: Package, record: dict[str, Any], config: TrainConfig) -> int:
+def show_again(run: Run, package: Package, record: dict[str, Any]) -> int:
     """What a finished run ended with; nothing is trained or registered."""
-    print(f"run {config.name} is finished; more steps are had with --resume {config.name} --max-steps N")
-    show(print, package, record, config)
+    print(f"run {run.config.name} is finished")
+    show(print, package, record, run.config)
+    found = None
+    with contextlib.suppress(RecordError):  # it was registered; where it is tracked is not worth an error
+        found = read_record(run.run_dir / "run.json")
+    run.uri, run.run_id = tracked_at(found), found.run_id if found else ""
+    run.experiment_id = record.get("experiment_id", "")
+    for line in lines(ended(run, record)):
+        print(line)
     return 0
 
 
@@ -257,7 +302,9 @@ def deliver(spool: Spool, files: list[Path], say: Callable[[str], None]) -> None
     """Waits a while until MLflow has every point and these files; says what a missing server kept from it."""
     for file in files:
         spool.artifact(file, "figures" if file.suffix == ".png" else None, table=file.suffix == ".json")
-    if left := spool.close(PATIENCE_SECONDS):
+    with doing(f"bringing points and files to MLflow at {without_password(spool.tracking_uri)}"):
+        left = spool.close(PATIENCE_SECONDS)
+    if left:
         say(
             f"the tracking server is away: {left} lines wait; deliver them with "
             f"python -m train_job.tracking deliver {spool.folder}"
@@ -269,10 +316,11 @@ def end(run: Run, status: str) -> None:
     if not run.run_id:
         return
     try:
-        tracking.finish_run(run.uri, run.run_id, status)
+        with doing(f"recording the run's end at {without_password(run.uri)}"):
+            tracking.finish_run(run.uri, run.run_id, status)
     except TrainingError as error:
         run.console.say(f"warning: the run's end could not be recorded: {error}")
 
 
 def _driver_memory() -> dict[str, float]:
-    return {"peak_mb/driver memory": peak_memory_mb()["memory"]}
+    return {f"{tracking.PEAK} driver memory": peak_memory_mb()["memory"]}

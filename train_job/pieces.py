@@ -1,23 +1,24 @@
 """A piece of text: a stretch of one source, small enough to tokenise as one task of many.
 
-Each kind of source (plain text, JSON lines, Parquet, the built-in text) has three skills here: `scan_…` cuts a file
-into pieces, `read_…` gives a piece's documents, `cut_piece` parts a piece in two. Pieces come in and documents go
-out; nothing of a file stays in memory.
+Each kind of source (plain text, what `records` reads, the built-in text) has three skills here: `scan` cuts a file into
+pieces, a reader gives a piece's documents, `cut_piece` parts a piece in two. Pieces come in and documents go out;
+nothing of a file stays in memory.
 """
 
+import codecs
 import hashlib
-import json
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
-from typing import Any
 
-from gptcore.errors import CorpusError, did_you_mean
+from gptcore.errors import CorpusError
+from train_job import records
 from train_job.files import sha256
+from train_job.formats import wrong_text
 from train_job.remote import Origin, fetch
 
 PIECE_BYTES = 32 * 2**20
@@ -25,40 +26,62 @@ PIECE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one source: bytes [start, end) of a text, of JSON lines or of a built-in text, rows of Parquet.
+    """A stretch of one source: bytes [start, end) of a file or of a built-in text, rows of Parquet.
 
     `digest` is the whole source's SHA-256, so (digest, kind, start, end, column) says which text this is wherever
     it lies. `num_bytes` is its size as the split counts it: bytes, for Parquet those of the text column alone. If the
-    source is a copy, `origin` says of what.
+    source is a copy, `origin` says of what; `name` is what messages call it. Where the characters `separator` stand, if
+    there are any, a document ends.
     """
 
     path: str
-    kind: str  # "text" | "jsonl" | "parquet" | "literal"
+    kind: str  # "text" | "jsonl" | "json" | "csv" | "tsv" | "parquet" | "literal"
     start: int
     end: int
     column: str
     digest: str
     num_bytes: int
     origin: Origin | None = None
+    name: str = ""
+    separator: str = ""
 
     @property
-    def identity(self) -> tuple[str, str, int, int, str]:
-        """What decides the piece's text."""
-        return self.digest, self.kind, self.start, self.end, self.column
+    def identity(self) -> tuple[str | int, ...]:
+        """What decides the piece's documents."""
+        text = self.digest, self.kind, self.start, self.end, self.column
+        return (*text, self.separator) if self.separator else text
 
-    def documents(self) -> Iterator[str]:
-        """The piece's documents in order, empty ones left out; of a text file, its part of the one document.
+    @property
+    def label(self) -> str:
+        """What messages call the source."""
+        return self.origin.url if self.origin else self.name or self.path
+
+    def texts(self) -> Iterator[str]:
+        """What the source's form takes for documents, in order; of a text file, the piece's part of the one document.
 
         A copy that this machine lacks is fetched. Raises CorpusError for a line or row that is not text.
         """
         if self.origin:
             fetch(self.origin, Path(self.path), self.digest)
         try:
-            yield from (text for text in READERS[self.kind](self) if text)
+            yield from READERS[self.kind](self)
         except OSError as error:
-            raise CorpusError(f"cannot read {self.path}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:  # Parquet's writers may put any bytes into a text column
-            raise CorpusError(f"{self.path}: column {self.column!r} has a row that is not UTF-8: {error}") from None
+            raise CorpusError(f"cannot read {self.label}: {error.strerror or error}") from error
+
+    def parts(self) -> Iterator[tuple[str, bool]]:
+        """The piece's documents in order, empty ones left out, each with whether it ends here.
+
+        Only the last part of a piece of a text file may not: the next piece may go on with it.
+        """
+        for text in self.texts():
+            *ended, last = text.split(self.separator) if self.separator else [text]
+            yield from ((document, True) for document in ended if document)
+            if last:
+                yield last, self.kind != "text"
+
+    def documents(self) -> Iterator[str]:
+        """The texts of `parts`."""
+        return (text for text, _ in self.parts())
 
     def continues_in(self, other: "Piece") -> bool:
         """Whether `other` goes on with the document that this piece ends with."""
@@ -74,7 +97,24 @@ class Scan:
     sizes: list[int]
 
 
-def scan_text(path: Path, kind: str) -> Scan:
+def scan(path: Path, kind: str, column: str = "", separator: str = "", label: str = "") -> Scan:
+    """Reads a file once, some kinds twice. Raises CorpusError, naming the place, if it is not of its kind."""
+    label = label or str(path)
+    if kind == "parquet":
+        borders, sizes = records.scan_parquet(path, column, label, PIECE_BYTES)
+        return Scan(sha256(path), borders, sizes)
+    found = scan_text(path, "jsonl" if kind == "jsonl" else "text", separator if kind == "text" else "", label)
+    start = found.borders[0]
+    if kind == "json":
+        borders = records.scan_json(path, start, column, label, PIECE_BYTES)
+    elif kind in ("csv", "tsv"):
+        borders = records.scan_csv(path, start, kind, column, label, PIECE_BYTES)
+    else:
+        return found
+    return Scan(found.digest, borders, [end - start for start, end in pairwise(borders)])
+
+
+def scan_text(path: Path, kind: str, separator: str, label: str) -> Scan:
     """Reads a text or jsonl file once. Raises CorpusError naming the first byte that is not UTF-8 text."""
     hasher, borders, rest = hashlib.sha256(), [0], b""
     with open(path, "rb") as file:
@@ -83,21 +123,35 @@ def scan_text(path: Path, kind: str) -> Scan:
             hasher.update(data)
             if 0 in data:
                 at = file.tell() - len(data) + data.index(0)
-                raise CorpusError(f"{path} is binary, not text: byte {at} is NUL. Convert it to UTF-8 or leave it out")
+                raise wrong_text(
+                    path.name,
+                    f"{label} is binary, not text: byte {at} is NUL. Convert it to UTF-8 or leave it out",
+                    "binary",
+                )
+            if borders == [0] and not rest and kind == "text" and data.startswith(codecs.BOM_UTF8):
+                borders, data = [len(codecs.BOM_UTF8)], data[len(codecs.BOM_UTF8) :]  # a mark, and no text
             block = rest + data
-            cut = last_border(block, kind) if file.tell() < size else len(block)
-            decode(block[:cut], path, borders[-1])
+            cut = last_border(block, kind, separator) if file.tell() < size else len(block)
+            decode(block[:cut], label, borders[-1], path.name)
             borders += [borders[-1] + cut] if cut else []
             rest = block[cut:]
     return Scan(hasher.hexdigest(), borders, [end - start for start, end in pairwise(borders)])
 
 
-def last_border(block: bytes, kind: str) -> int:
+def last_border(block: bytes, kind: str, separator: str = "") -> int:
     """Where to end a piece that begins with `block`: behind its last line; 0 if that is not in sight.
 
     A text's line should end in a visible character and the next begin with one: GPT-2's split pattern always parts
-    its tokens there, so pieces have the tokens of the whole.
+    its tokens there, so pieces have the tokens of the whole. A piece ends behind a separator rather, and never within
+    one or before it.
     """
+    if separator:
+        ended = len(block) - len(block.split(separator.encode())[-1])  # as the text's split finds them: from the left
+        if ended:
+            return ended
+        block = block[: -len(separator.encode())]
+        if not block:
+            return 0
     newline = block.rfind(b"\n") + 1
     if kind == "jsonl":
         return newline
@@ -113,19 +167,22 @@ def character_border(data: bytes, position: int) -> int:
     return position - back
 
 
-def decode(data: bytes, path: Path | str, offset: int) -> str:
+def decode(data: bytes, label: str, offset: int, name: str) -> str:
     """Text from bytes found at `offset` of the file. Raises CorpusError naming the first wrong byte."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path} is not UTF-8 text: byte {offset + error.start} is 0x{data[error.start]:02x}. "
-            "Convert it to UTF-8 or leave it out"
+        raise wrong_text(
+            name,
+            f"{label} is not UTF-8 text: byte {offset + error.start} is 0x{data[error.start]:02x}. "
+            "Convert it to UTF-8 or leave it out",
+            "not UTF-8 text",
         ) from None
 
 
 def read_text(piece: Piece) -> Iterator[str]:
-    yield decode(read_bytes(piece.path, piece.start, piece.end), piece.path, piece.start)
+    data = read_bytes(piece.path, piece.start, piece.end)
+    yield decode(data, piece.label, piece.start, Path(piece.path).name)
 
 
 def read_bytes(path: str, start: int, end: int) -> bytes:
@@ -135,103 +192,6 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
     if len(data) < end - start:
         raise CorpusError(f"{path} has become shorter since it was opened; run again")
     return data
-
-
-def read_jsonl(piece: Piece) -> Iterator[str]:
-    position = piece.start
-    with open(piece.path, "rb") as file:
-        file.seek(position)
-        for line in file:
-            if position >= piece.end:
-                return
-            try:
-                yield text_field(line, piece.column)
-            except ValueError as error:
-                raise CorpusError(f"{piece.path}, line {line_number(piece.path, position)}: {error}") from None
-            position += len(line)
-
-
-def line_number(path: str, position: int) -> int:
-    """Which line, from 1, begins at byte `position`."""
-    with open(path, "rb") as file:
-        chunks = iter(lambda: file.read(min(2**20, position - file.tell())), b"")
-        return 1 + sum(chunk.count(b"\n") for chunk in chunks)
-
-
-def text_field(line: bytes, column: str) -> str:
-    """The field `column` of a line of JSON; an empty line and null are empty text. Raises ValueError."""
-    if not line.strip():
-        return ""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected an object with a field {column!r}, found {type(record).__name__}")
-    if column not in record:
-        raise ValueError(f"no field {column!r}; there are {', '.join(record) or 'none'}.{did_you_mean(column, record)}")
-    text = record[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(f"field {column!r} is {type(text).__name__}, expected text")
-    text.encode()  # half of a surrogate pair is a ValueError here, and no text
-    return text
-
-
-def open_parquet(path: str | Path, column: str) -> Any:
-    """The file as a pyarrow ParquetFile with a text column of that name. Raises CorpusError."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise CorpusError(f"reading {path} needs pyarrow, which is not installed: pip install pyarrow") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise CorpusError(f"{path} is not a whole Parquet file: {error}") from None
-    names = file.schema_arrow.names
-    if column not in names:
-        raise CorpusError(f"{path} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}")
-    kind = file.schema_arrow.field(column).type
-    if not any(word in str(kind) for word in ("string", "utf8")) or pyarrow.types.is_nested(kind):
-        raise CorpusError(f"{path}: column {column!r} holds {kind}, expected text")
-    return file
-
-
-def scan_parquet(path: Path, column: str) -> Scan:
-    """Reads a Parquet file's text column once, for the sizes of its row groups; pieces are whole row groups."""
-    file = open_parquet(path, column)
-    borders, sizes = [0], [0]
-    for group in range(file.num_row_groups):
-        lengths = row_bytes(file, column, [group])
-        if sizes[-1] and sizes[-1] + sum(lengths) > PIECE_BYTES:
-            borders.append(borders[-1])
-            sizes.append(0)
-        sizes[-1] += sum(lengths)
-        borders[-1] += len(lengths)
-    return Scan(sha256(path), [0, *borders], sizes)
-
-
-def row_bytes(file: Any, column: str, groups: list[int]) -> list[int]:
-    """UTF-8 bytes of each row's text; null has none."""
-    import pyarrow
-    from pyarrow import compute
-
-    texts = file.read_row_groups(groups, columns=[column]).column(0).cast(pyarrow.large_string())
-    return compute.fill_null(compute.binary_length(texts), 0).to_pylist()
-
-
-def read_parquet(piece: Piece) -> Iterator[str]:
-    file = open_parquet(piece.path, piece.column)
-    first = 0  # row of the group at hand
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if first < piece.end and first + rows > piece.start:
-            batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=[piece.column])
-            texts = (text.as_py() or "" for batch in batches for text in batch.column(0))
-            yield from islice(texts, max(piece.start - first, 0), piece.end - first)
-        first += rows
 
 
 def builtin_documents() -> list[str]:
@@ -265,10 +225,22 @@ def read_literal(piece: Piece) -> Iterator[str]:
         first += len(data)
 
 
+def read_records(piece: Piece) -> Iterator[str]:
+    read = {"jsonl": records.read_jsonl, "json": records.read_json, "parquet": records.read_parquet}[piece.kind]
+    return read(piece.path, piece.start, piece.end, piece.column, piece.label)
+
+
+def read_csv(piece: Piece) -> Iterator[str]:
+    return records.read_csv(piece.path, piece.start, piece.end, piece.kind, piece.column, piece.label)
+
+
 READERS: dict[str, Callable[[Piece], Iterator[str]]] = {
     "text": read_text,
-    "jsonl": read_jsonl,
-    "parquet": read_parquet,
+    "jsonl": read_records,
+    "json": read_records,
+    "csv": read_csv,
+    "tsv": read_csv,
+    "parquet": read_records,
     "literal": read_literal,
 }
 
@@ -278,19 +250,31 @@ def cut_piece(piece: Piece, offset: int) -> tuple[Piece, Piece]:
     if offset in (0, piece.num_bytes):
         border, size = (piece.end, offset) if offset else (piece.start, 0)
     elif piece.kind == "parquet":
-        file = open_parquet(piece.path, piece.column)
-        ends = list(
-            accumulate(row_bytes(file, piece.column, list(range(file.num_row_groups)))[piece.start : piece.end])
-        )
+        file = records.open_parquet(piece.path, piece.column, piece.label)
+        lengths = records.row_bytes(file, piece.column, list(range(file.num_row_groups)), piece.label)
+        ends = list(accumulate(lengths[piece.start : piece.end]))
         rows = bisect_right(ends, offset)
         border, size = piece.start + rows, ends[rows - 1] if rows else 0
     else:
-        data = (
-            builtin_bytes()[piece.start : piece.end]
-            if piece.kind == "literal"
-            else read_bytes(piece.path, piece.start, piece.end)
-        )
-        size = data.rfind(b"\n", 0, offset) + 1 if piece.kind == "jsonl" else character_border(data, offset)
-        border = piece.start + size
+        border = byte_border(piece, offset)
+        size = border - piece.start
     left = replace(piece, end=border, num_bytes=size)
     return left, replace(piece, start=border, num_bytes=piece.num_bytes - size)
+
+
+def byte_border(piece: Piece, offset: int) -> int:
+    """The byte that begins the record, or the character, that the piece's byte `offset` is in."""
+    start, end = piece.start, piece.start + offset
+    if piece.kind in ("json", "csv", "tsv"):
+        starts = records.record_starts(piece.path, start, piece.kind, piece.column, piece.label)
+        return max((byte for byte in takewhile(lambda byte: byte <= end, starts)), default=start)
+    whole = piece.kind == "literal"
+    data = builtin_bytes()[start : piece.end] if whole else read_bytes(piece.path, start, piece.end)
+    if piece.kind == "jsonl":
+        return start + data.rfind(b"\n", 0, offset) + 1
+    border, mark = character_border(data, offset), piece.separator.encode()
+    if mark:
+        near = data[: border + len(mark) - 1]
+        ended = len(near) - len(near.split(mark)[-1])
+        border = ended - len(mark) if ended > border else border  # within one: it goes to the right
+    return start + border

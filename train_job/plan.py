@@ -5,19 +5,18 @@ cost, and from how many GPUs on communication is what a step waits for. `train_j
 docs/scaling.md explains them. Nothing is trained; `--gpu here` measures this machine for a few seconds.
 """
 
-import argparse
 import json
 import math
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 from gptcore.engine.runner import MOST_SLOTS, SHARE
 from gptcore.errors import ConfigError, FoundryError
-from train_job.config import TrainConfig, build_config, parse_settings
-from train_job.console import count
+from train_job.config import TrainConfig, build_config
+from train_job.console import count, model_text
 from train_job.costs import (
     Memory,
     Serving,
@@ -31,7 +30,13 @@ from train_job.costs import (
     work_of,
 )
 from train_job.devices import Device, Rates, assumed_rates, find_device
+from train_job.flags import Help, Parser, parse_settings, told
 
+EXAMPLES = {
+    "--gpu here": "the preset quick on this machine, measured",
+    "--preset foundry-124m --gpus 8 --gpu h200": "a full-sized model on rented GPUs",
+    "--preset foundry-124m --gpu l4 --load 200": "and the replicas that answer 200 requests a second",
+}
 FAILURE_GPU_HOURS = 50_700
 """GPU-hours between interruptions: 419 in 54 days of 16,384 H100s (Llama 3, Dubey et al. 2024)."""
 
@@ -99,9 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> tuple[Asked, dict[str, Any]]:
     """(what is asked about, the settings of the run). Raises ConfigError."""
-    parser = _Parser(
-        prog="python -m train_job.plan",
-        description="Memory, speed, time and cost of a run. Takes every setting of train_job/run.py as well.",
+    command = "python -m train_job.plan"
+    parser = Parser(
+        prog=command,
+        usage=f"{command} [--gpu NAME] [--gpus N] [--load N] [--SETTING VALUE ...]",
+        description="Memory, speed, time and cost of a run. Takes every setting of train_job/run.py as well.\n\n"
+        + told(command, EXAMPLES),
+        formatter_class=Help,
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, metavar="INT", help="GPUs that train together [default: num_workers]")
@@ -120,11 +129,6 @@ def parse(argv: Sequence[str]) -> tuple[Asked, dict[str, Any]]:
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} is {value}; expected more than 0, and finite")
     return Asked(**vars(known)), parse_settings(rest)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
@@ -219,8 +223,7 @@ def serve_plan(asked: Asked, work: Work, device: Device, rates: Rates) -> Servin
 def show_training(config: TrainConfig, work: Work, device: Device, rates: Rates, plan: Plan) -> None:
     """The run on the GPUs asked for, then on fewer and more."""
     model, micro = work.model, micro_batch(config, plan.workers)
-    shape = f"{model.num_layers} layers, {model.hidden_size} wide, context {model.context_length}"
-    print(f"model     {config.preset}: {count(work.parameters)} parameters, {model.family}, {shape}")
+    print(f"model     {model_text(config, model, work.parameters)}")
     print(f"device    {f'{plan.workers} x ' if plan.mfu else ''}{device.name}; rates {rates.source}")
     share = math.ceil(config.batch_size / plan.workers)
     print(f"step      {config.batch_size} sequences of {work.length:,} tokens; {share} a worker, {micro} at a time")

@@ -5,6 +5,7 @@ reference model are timed; other shapes follow from the sums in `costs`. Knows t
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ from train_job.costs import LOGIT_BYTES, block_bytes, work_of
 from train_job.devices import Device, Rates, device_called
 from train_job.hardware import WORKER_ENV, pick_device, pick_dtype
 
-REPEATS = 9
+REPEATS, FEW_REPEATS = 9, 3
 TRAINED = {
     "cpu": ModelConfig(vocab_size=4096, context_length=256, hidden_size=384, num_layers=1, num_heads=3),
     "cuda": ModelConfig(vocab_size=50304, context_length=1024, hidden_size=768, num_layers=1, num_heads=12),
@@ -60,11 +61,19 @@ def here(family: str) -> tuple[Device, Rates]:
     return Device(**device), Rates(**rates)
 
 
-def measure(family: str) -> tuple[Device, Rates]:
+def training_here(family: str) -> tuple[Device, Rates]:
+    """What this machine trains on and its rates of training, decoding left out, in fewer repeats.
+
+    Raises ConfigError if it cannot be measured.
+    """
+    return here(f"{family}:training")
+
+
+def measure(family: str, serving: bool = True) -> tuple[Device, Rates]:
     """The same in this process. A GPU that the data sheets list has their peak and links, and the memory it has."""
     device = pick_device(TrainConfig(max_steps=1))
-    training = measure_training(device, family)
-    decode = measure_decoding(family)
+    training = measure_training(device, family, REPEATS if serving else FEW_REPEATS)
+    decode = measure_decoding(family) if serving else (math.nan, math.nan, math.nan)
     rates = Rates(*training, *decode, source="measured here")
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
@@ -73,7 +82,7 @@ def measure(family: str) -> tuple[Device, Rates]:
     return Device(device.type, training[0], psutil.virtual_memory().total, training[1], 1.0, 1.0, 1), rates
 
 
-def measure_training(device: torch.device, family: str) -> tuple[float, float, float]:
+def measure_training(device: torch.device, family: str, repeats: int = REPEATS) -> tuple[float, float, float]:
     """(FLOP/s in matrix products, bytes/s number by number, bytes/s in the loss), forward and backward."""
     shape = of_family(TRAINED["cuda" if device.type == "cuda" else "cpu"], family)
     dtype = pick_dtype(TrainConfig(max_steps=1), device)
@@ -87,7 +96,7 @@ def measure_training(device: torch.device, family: str) -> tuple[float, float, f
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss().backward()
 
-        return _median_seconds(once, device)
+        return _median_seconds(once, device, repeats)
 
     linear = nn.Linear(C, 4 * C, bias=False).to(device)
     few, many = (GPT(replace(shape, num_layers=layers)).to(device) for layers in LAYERS)
@@ -104,9 +113,9 @@ def measure_training(device: torch.device, family: str) -> tuple[float, float, f
     )
 
 
-def _median_seconds(once: Callable[[], None], device: torch.device) -> float:
+def _median_seconds(once: Callable[[], None], device: torch.device, repeats: int) -> float:
     times = []
-    for _ in range(REPEATS + 2):  # two to warm up
+    for _ in range(repeats + 2):  # two to warm up
         start = time.perf_counter()
         once()
         if device.type != "cpu":
@@ -164,4 +173,5 @@ def decode_times(package: Package, batch: int, prompt_tokens: int, new_tokens: i
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(part) for part in measure(sys.argv[1])]))
+    family, _, only = sys.argv[1].partition(":")
+    print(json.dumps([asdict(part) for part in measure(family, serving=not only)]))

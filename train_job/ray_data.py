@@ -12,6 +12,7 @@ import ray.data
 from ray import cloudpickle
 
 from gptcore.errors import FoundryError
+from gptcore.progress import at
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,7 +31,10 @@ def ray_map(fn: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]
     rows = [{"index": index, "item": cloudpickle.dumps(item)} for index, item in enumerate(items)]
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan and timing are not the user's news
-    done = ray.data.from_items(rows, override_num_blocks=len(rows) or None).map(call).take_all()
+    done: list[dict[str, Any]] = []
+    for row in ray.data.from_items(rows, override_num_blocks=len(rows) or None).map(call).iter_rows():
+        done.append(row)
+        at(len(done), len(rows))
     outcomes = [cloudpickle.loads(row["outcome"]) for row in sorted(done, key=lambda row: row["index"])]
     for outcome in outcomes:
         if isinstance(outcome, FoundryError):

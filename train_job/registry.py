@@ -18,9 +18,11 @@ import gptcore
 from gptcore.errors import ConfigError, FoundryError, HubError, did_you_mean
 from gptcore.hub import resolve
 from gptcore.package import WEIGHTS, Package, describe, open_package
+from gptcore.progress import doing
 from gptcore.pyfunc import PARAMS
 from gptcore.redact import without_password
 from train_job.files import locked, sha256
+from train_job.pages import model_note
 from train_job.spool import answers_expected, mlflow_client
 
 MODES = ("if-better", "always", "never")
@@ -139,10 +141,13 @@ def publish(
                 "weights_sha256": weights,
                 **_origin_tags(run),
             }
-            version = _register(run, package, name, tags, step)
+            with doing(f"registering the package as a version of {name}"):
+                version = _register(run, package, name, tags, step)
         else:
             version = str(earlier.version)
         client.update_model_version(name, version, description=describe(package))
+        if not client.get_registered_model(name).description:
+            client.update_registered_model(name, model_note(name))
         decision = _pass_gate(client, uri, promote, Candidate(name, version, package, bits_per_byte), validation)
         client.set_model_version_tag(name, version, "promoted", str(decision.promote).lower())
         client.set_model_version_tag(name, version, "promotion_reason", decision.reason)
@@ -176,7 +181,9 @@ def _pass_gate(client: Any, uri: str, mode: str, candidate: Candidate, validatio
         champion = _judged(holder, uri, validation) if holder is not None and mode == "if-better" else None
         # A champion judged here is compared with what the same judge says of the newcomer.
         here = champion is not None and champion.judged_here
-        decision = decide(mode, validation.judge(candidate.package) if here else candidate.bits_per_byte, champion)
+        with doing("judging the new model in the same way"):
+            ours = validation.judge(candidate.package) if here else candidate.bits_per_byte
+        decision = decide(mode, ours, champion)
         if not decision.promote:
             return decision
         with _turn(uri):
@@ -233,7 +240,9 @@ def _judged(holder: Any, uri: str, validation: Validation) -> Champion:
         return Champion(str(holder.version), float(holder.tags["bits_per_byte"]))
     try:
         package = open_package(resolve(f"models:/{holder.name}/{holder.version}", uri))
-        return Champion(str(holder.version), validation.judge(package), judged_here=True)
+        what = f"the champion, {holder.name} version {holder.version}, on this run's validation text"
+        with doing(f"judging {what}", at_once=True):
+            return Champion(str(holder.version), validation.judge(package), judged_here=True)
     except FoundryError as error:
         return Champion(str(holder.version), None, without_password(str(error)))
 

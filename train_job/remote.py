@@ -1,18 +1,16 @@
 """Text behind a URL that fsspec knows, such as s3://BUCKET/FOLDER: what is there, and a copy of each object.
 
-In: the URL of an object, of a folder or a glob. Out: files in the cache, unpacked if they were gzipped; from there on
+In: the URL of an object, of a folder or a glob. Out: files in the cache, unpacked if they were packed; from there on
 they are files like any other. A copy is named after the object and the state that the store had it in: a changed one is
 fetched anew beside it, and a run that goes on finds the text that it began with. A machine that lacks a copy fetches
 it when it has to read it.
 """
 
 import glob
-import gzip
 import hashlib
 import re
 import threading
 import urllib.request
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,7 +20,9 @@ from typing import Any
 
 from gptcore.errors import CorpusError, FoundryError, did_you_mean
 from gptcore.hub import file_system
+from gptcore.progress import at, doing
 from train_job.files import DOWNLOAD_TIMEOUT, copy_name, locked, written_whole
+from train_job.formats import bare, unpacked
 
 BLOCK_BYTES = 8 * 2**20
 FETCHERS = 8
@@ -41,7 +41,7 @@ class Origin:
 
     def copy_in(self, cache_dir: Path) -> Path:
         """Where the copy is kept. It ends as the object's name does, so that its kind is known."""
-        name = PurePosixPath(self.url).name.removesuffix(".gz")
+        name = bare(PurePosixPath(self.url).name)
         return cache_dir.absolute() / "downloads" / copy_name(repr((self.url, self.state)), name)
 
 
@@ -97,8 +97,9 @@ def copies(origins: Sequence[Origin], cache_dir: Path) -> list[Path]:
     paths, given_up = [origin.copy_in(cache_dir) for origin in origins], threading.Event()
     with ThreadPoolExecutor(FETCHERS) as pool:
         try:
-            for _ in pool.map(lambda origin, path: fetch(origin, path, given_up=given_up), origins, paths):
-                pass
+            with doing(f"fetching {len(origins)} objects such as {origins[0].url}" if origins else "nothing"):
+                for n, _ in enumerate(pool.map(lambda o, path: fetch(o, path, given_up=given_up), origins, paths)):
+                    at(n + 1, len(origins))
         except BaseException:
             given_up.set()  # or whoever stops us would have to wait for the others
             raise
@@ -129,13 +130,9 @@ def fetch(origin: Origin, path: Path, digest: str = "", given_up: threading.Even
 
 @contextmanager
 def _opened(origin: Origin) -> Iterator[Any]:
-    """The object's content, unpacked if it is gzipped."""
-    with _raw(origin) as raw:
-        if not origin.url.endswith(".gz"):
-            yield raw
-            return
-        with gzip.open(raw) as unpacked:
-            yield unpacked
+    """The object's content, unpacked if it is packed."""
+    with _raw(origin) as raw, unpacked(raw, origin.url) as content:
+        yield content
 
 
 def _raw(origin: Origin) -> Any:
@@ -162,8 +159,6 @@ def answers(url: str) -> Iterator[None]:
         yield
     except FoundryError:
         raise
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise CorpusError(f"{url} is not a whole gzip file: {error}") from error
     except FileNotFoundError as error:
         raise CorpusError(f"there is nothing at {url!r}: {_reason(error)}") from error
     except Exception as error:  # each client has errors of its own: no network, no key, no right

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -28,12 +28,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # its INFO lines would stand between ours
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for this poll, 2 s by default
-if os.environ.get("RAY_ADDRESS", "local") not in ("auto", "local") and (Path.home() / ".ray" / "auth_token").exists():
+if (Path.home() / ".ray" / "auth_token").exists():
     # Ray shows its token by itself only to a cluster that it found by itself; it looks when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 from gptcore.errors import ConfigError, FoundryError, StorageFull, TrainingError  # noqa: E402
 from gptcore.home import home  # noqa: E402
+from gptcore.progress import FIRST_SECONDS, doing  # noqa: E402
 from gptcore.redact import without_password  # noqa: E402
 from train_job.begin import begin  # noqa: E402
 from train_job.cluster import (  # noqa: E402
@@ -42,17 +43,21 @@ from train_job.cluster import (  # noqa: E402
     resources_text,
     torch_trainer,
     training_first,
+    workers_text,
 )
-from train_job.config import TrainConfig, parse_settings, write_yaml  # noqa: E402
-from train_job.console import Console, count  # noqa: E402
+from train_job.config import TrainConfig, write_yaml  # noqa: E402
+from train_job.console import Console, lasting_output, model_text  # noqa: E402
 from train_job.files import storage_problem  # noqa: E402
+from train_job.flags import parse_settings  # noqa: E402
 from train_job.history import History  # noqa: E402
 from train_job.loop import Evaluation, Finished, Progress, Started  # noqa: E402
 from train_job.record import CONFIG, read_record, tracked_at, write_record  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
 from train_job.storage import forget_rays_record, keep_record  # noqa: E402
+from train_job.whatnow import script_command  # noqa: E402
 
 if TYPE_CHECKING:
+    from train_job.failures import Failure
     from train_job.inputs import Inputs
     from train_job.record import Begun
     from train_job.tracking import DatasetUse
@@ -71,6 +76,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def answered(job: Callable[[], int]) -> int:
     """The job's exit code; an error becomes one line, and 2 if it is the input's, 1 if the disk is full."""
+    with lasting_output(), doing("getting ready"):
+        return _answered(job)
+
+
+def _answered(job: Callable[[], int]) -> int:
     try:
         return job()
     except (FoundryError, OSError) as error:
@@ -118,6 +128,10 @@ def dataset_uses(inputs: Inputs) -> list[DatasetUse]:
     ]
 
 
+NEWS_SECONDS = 45.0
+"""Of silence before the driver wonders at workers that train: by then they have told what they are doing."""
+LOST_SECONDS = 10.0
+"""For Ray Train to notice what it has lost."""
 LOOK_SECONDS = 1.0
 """How often the driver looks for news; on a small machine every look costs the worker a little."""
 
@@ -134,10 +148,11 @@ class Run:
         self.config, self.run_dir = config, run_dir
         self.title, self.tags = title or config.name, dict(tags or {})
         self.stops = StopSignals(self._stop)
-        self.run_id = ""
+        self.run_id = self.experiment_id = ""
         self.board: Any = None
         self.alone = False  # on a Ray of our own
         self.began: Started | None = None
+        self.failure: Failure | None = None  # of workers that Ray has not started again yet
         self.finished: Finished | None = None
         self.result: Any = None
         self.problem: FoundryError | None = None
@@ -148,7 +163,7 @@ class Run:
         from train_job.registry import pin
 
         if ended := outcome.ended_with(self.run_dir, self.config):
-            return outcome.show_again(*ended, self.config)
+            return outcome.show_again(self, *ended)
         record = read_record(self._record)
         self.uri = tracked_at(record)
         tracking.check_server(self.uri)
@@ -157,7 +172,8 @@ class Run:
         with contextlib.ExitStack() as stack:
             # Wrong input should not have to wait for Ray: it starts when there is much to tokenise, or now.
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
-            self.inputs = inputs_of(self.config, cluster, record.text if record else None)
+            with doing("preparing the text"):
+                self.inputs = inputs_of(self.config, cluster, record.text if record else None)
             self.config = self.inputs.config
             tracking.check_user(self.uri)
             ray, self.alone = cluster()
@@ -166,22 +182,23 @@ class Run:
             stack.callback(self.console.close)
             stack.enter_context(self.stops)
             try:
-                self.open()
+                with doing("opening the run in MLflow"):
+                    self.open()
                 self.introduce(ray.nodes())
                 for news in self.train(ray):
                     self.show(news)
-                return outcome.conclude(self)
-            except KeyboardInterrupt:
-                outcome.end(self, "KILLED")
-                self.console.say(f"stopped; go on with: {self.resume_command()}")
-                return 128 + self.stops.number
-            except (FoundryError, OSError) as error:
-                if problem := told(error, self.run_dir):
+                with doing("finishing the run"):
+                    return outcome.conclude(self)
+            except BaseException as error:
+                # A signal to all of our process group ends Ray too, and then anything may be raised.
+                if isinstance(error, KeyboardInterrupt) or self.stops.number:
+                    outcome.end(self, "KILLED")
+                    self.console.say(f"stopped; go on with: {self.resume_command()}")
+                    outcome.what_now(self)
+                    return 128 + self.stops.number
+                if isinstance(error, (FoundryError, OSError)) and (problem := told(error, self.run_dir)):
                     return outcome.fail(self, problem)
-                outcome.end(self, "FAILED")
-                raise
-            except BaseException:  # not ours: whatever it is, the run must not be left as running
-                outcome.end(self, "FAILED")
+                outcome.end(self, "FAILED")  # whatever it is, the run must not be left as running
                 raise
 
     def _stop(self) -> None:
@@ -198,7 +215,7 @@ class Run:
         """What goes on with this run."""
         default = self.config.storage_path == str(home() / "runs")
         storage = [] if default else ["--storage-path", str(self.config.storage_path)]
-        return shlex.join(["python", "train_job/run.py", "--resume", str(self.config.name), *storage])
+        return script_command("train_job/run.py", "--resume", str(self.config.name), *storage)
 
     @property
     def _record(self) -> Path:
@@ -207,7 +224,9 @@ class Run:
 
     def open(self) -> None:
         """Opens the MLflow run, or goes on with the one that this folder names."""
+        from gptcore.redact import without_password
         from train_job import tracking
+        from train_job.pages import NOTE
 
         self.history = History(self.run_dir / "history.jsonl")
         if self.history.damaged:
@@ -222,7 +241,11 @@ class Run:
             inputs = self.inputs
             settings = self.config.flat()
             del settings["name"]  # it is the run's own, and would stand among what differs where runs are compared
-            tags = self.tags | {"tokenizer": inputs.tokenizer.fingerprint}
+            text = f"{inputs.train_corpus.name} ({inputs.train.num_bytes:,} bytes, {inputs.tokenizer.name})"
+            tags = self.tags | {
+                "tokenizer": inputs.tokenizer.fingerprint,
+                NOTE: without_password(f"{self.label}; on {text}"),
+            }
             if self.config.init_from:
                 tags["parent"] = self.config.init_from
             self.run_id = tracking.start_run(
@@ -236,24 +259,29 @@ class Run:
         write_yaml(self.config, self.run_dir / CONFIG)  # before run.json: with it alone, a run can be resumed
         if not record:
             write_record(self._record, self.run_id, self.uri, self.inputs)
+        with contextlib.suppress(TrainingError):  # for its address alone, no run ends
+            self.experiment_id = tracking.experiment_of(self.uri, self.run_id)
         if "://" in str(self.config.storage_path):
             keep_record(str(self.config.storage_path), self.run_dir)
 
+    @property
+    def label(self) -> str:
+        """What is trained, in a line."""
+        from gptcore.published import empty_model
+
+        return model_text(self.config, self.inputs.model, empty_model(self.inputs.model).num_parameters())
+
     def introduce(self, nodes: list[dict[str, Any]]) -> None:
         """Says what is about to happen, before the first step."""
-        import torch
-
-        from gptcore.model import GPT
 
         c, i, say = self.config, self.inputs, self.console.say
-        with torch.device("meta"):
-            parameters = GPT(i.model).num_parameters()
-        shape = f"{i.model.num_layers} layers, {i.model.hidden_size} wide, context {i.model.context_length}"
         low, high = c.workers
         workers = str(low) if low == high else f"{low} to {high}"
-        say(f"model     {c.preset}: {count(parameters)} parameters, {i.model.family}, {shape}")
+        say(f"model     {without_password(self.label)}")
         say(f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes, {i.train.num_tokens:,} tokens by")
         say(f"          {i.tokenizer.name}; {i.validation.num_bytes:,} bytes more are kept for validation")
+        for note in i.notes:
+            say(f"          {note}")
         say(f"workers   {workers}, each with {resources_text(self.resources)}")
         try:
             resources_per_worker(c, nodes, fixed=True)
@@ -267,6 +295,7 @@ class Run:
 
         So the caller's thread can show progress and hear signals. In the end there is a `result` or a `problem`.
         """
+        from train_job.failures import last_line, why
         from train_job.worker import Board, Job, train_worker
 
         forget_rays_record(self.config)
@@ -299,45 +328,90 @@ class Run:
         self.stops.check()
         self.board = board
         thread.start()
-        while thread.is_alive():
-            yield ray.get(board.read.remote())
-            if not self.began:
-                self.stops.check()  # workers may be long in coming, and have nothing to save
-            thread.join(LOOK_SECONDS)
+        try:
+            yield from self._follow(ray, board, thread)
+            self.problem = ray.get(board.failed.remote())
+        except ray.exceptions.RayError as error:  # the board is gone, and so is more: what Ray says of it comes first
+            thread.join(LOST_SECONDS)
+            ended = ended or [error]
         self.board = None
-        yield ray.get(board.read.remote())
-        self.problem = ray.get(board.failed.remote())
         if isinstance(ended[0], Exception):
-            why = reason(ended[0])
-            full = storage_problem(RuntimeError(why), self.config.storage_path)
-            self.problem = self.problem or full or TrainingError(f"training failed: {why}")
+            said = self.failure.why if self.failure else why(ended[0])
+            full = storage_problem(RuntimeError(last_line(ended[0])), self.config.storage_path)
+            lost = TrainingError(f"training failed: {said}; go on with: {self._next_try(said)}")
+            self.problem = self.problem or full or lost
         else:
             self.result = ended[0]
 
+    def _follow(self, ray: Any, board: Any, thread: threading.Thread) -> Iterator[list[Any]]:
+        """The news while the thread runs, and what is left then."""
+        training = False
+        with doing(self._awaited) as wait:
+            while thread.is_alive():
+                yield ray.get(board.read.remote())
+                before, training = training, bool(self.began and not self.failure)
+                if training != before:
+                    wait.due = NEWS_SECONDS if training else FIRST_SECONDS
+                if not self.began:
+                    self.stops.check()  # workers may be long in coming, and have nothing to save
+                thread.join(LOOK_SECONDS)
+        yield ray.get(board.read.remote())
+
+    def _awaited(self) -> str:
+        """What the driver waits for while workers are in hand."""
+        if self.failure:
+            return f"waiting for Ray to start the workers again: {self.failure.why}"
+        if self.began:
+            return "waiting for news of the workers"
+        return (
+            f"waiting for Ray to start {workers_text(*self.config.workers)}, with {resources_text(self.resources)} each"
+        )
+
+    def restarted(self, event: Started) -> str:
+        """What Ray did, why, and from where the run goes on."""
+        from train_job.failures import SMALLER
+
+        why = self.failure.why if self.failure else "Ray has changed the number of workers"
+        said = f"restarted from step {event.step} with {workers_text(event.workers)}: {why}"
+        if SMALLER in why:
+            said += f". If that goes on, stop the run and use: {self._next_try(why)}"
+        return said
+
+    def _next_try(self, why: str) -> str:
+        """What goes on with a run that failed so, with half the memory for activations if that was what it lacked."""
+        from train_job.failures import SMALLER
+
+        config = self.config
+        if SMALLER not in why:
+            return self.resume_command()
+        micro = config.micro_batch_size or math.ceil(config.batch_size / config.workers[1])
+        return f"{self.resume_command()} --micro-batch-size {max(1, micro // 2)}"
+
     def show(self, news: list[Any]) -> None:
         """Tells the user, and keeps what the loss curve is drawn from."""
+        from train_job.failures import Failure
+
         for event in news:
             if isinstance(event, str):
                 self.console.say(event)
+            elif isinstance(event, Failure):
+                self.failure = event
             elif isinstance(event, Started):
-                self.began = self.began or event
                 if self.alone:
                     training_first()
-                if event.step:
+                if self.began:
+                    self.console.say(self.restarted(event))
+                elif event.step:
                     self.console.say(f"resumed   from step {event.step}")
+                self.began, self.failure = self.began or event, None
             elif isinstance(event, Progress):
                 self.console.progress(event)
                 self.history.add(event)
             elif isinstance(event, Evaluation):
-                self.console.evaluation(event)
+                self.console.evaluation(event, "the parent" if self.config.init_from else "before training")
                 self.history.add(event)
             elif isinstance(event, Finished):
                 self.finished = event
-
-
-def reason(error: Exception) -> str:
-    """The last line of what Ray Train reports: the exception that a worker died of."""
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
 if __name__ == "__main__":

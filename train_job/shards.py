@@ -24,6 +24,7 @@ import numpy as np
 
 from gptcore.errors import CorpusError, FoundryError
 from gptcore.hub import file_system
+from gptcore.progress import at, doing
 from gptcore.tokenizer import Tokenizer
 from train_job.corpus import Corpus, Piece
 from train_job.files import written_whole
@@ -132,8 +133,9 @@ def prepare(
             for job, path in zip(jobs, paths, strict=True)
             if read_shard(path) is None and not (store and fetch_shard(path, store))
         ]
-        for _ in (run if len(missing) > 1 else map)(write, missing):
-            pass
+        with doing(f"tokenising {corpus.name}"):
+            for done, _ in enumerate((run if len(missing) > 1 else map)(write, missing), start=1):
+                at(done, len(missing))
     shards = [read_shard(path) for path in paths]
     if None in shards:
         raise CorpusError(f"token shard {paths[shards.index(None)]} was removed as soon as it was written; run again")
@@ -237,7 +239,7 @@ def documents(job: Job) -> Iterator[tuple[str, bool]]:
     """The job's texts in order, each with whether its document ends there."""
     for piece, after in zip(job.pieces, [*job.pieces[1:], None], strict=True):
         closes = job.closes if after is None else not piece.continues_in(after)
-        yield from ((text, closes or piece.kind != "text") for text in piece.documents())
+        yield from ((text, closes or ends) for text, ends in piece.parts())
 
 
 def blocks(text: str) -> Iterator[str]:

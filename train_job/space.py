@@ -17,7 +17,7 @@ from gptcore.errors import ConfigError, did_you_mean
 from train_job.config import LIMITS, RESUMABLE, build_config, convert, setting_type, setting_value
 
 RANGES = ("uniform", "log_uniform")
-TEXT = frozenset({"data", "val_data", "val_fraction", "text_column"})
+TEXT = frozenset({"data", "val_data", "val_fraction", "text_column", "document_separator"})
 """All trials read the same text and are judged on the same bytes."""
 FIXED = RESUMABLE - LIMITS | TEXT | {"init_from"}
 """Settings that are the same for all trials: text, parent, and those that do not decide what a step is."""

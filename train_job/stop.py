@@ -1,4 +1,4 @@
-"""What Ctrl-C and `ray job stop` do to the driver once it has begun something: SIGINT and SIGTERM.
+"""What Ctrl-C, `ray job stop` and a terminal that closes do to the driver once it has begun something: their signals.
 
 In: signals. Out: a call at once, in a thread, and a KeyboardInterrupt where the driver asks for it. Nothing is
 interrupted anywhere else: libraries lose or mistake an exception that comes from nowhere, and files and records would
@@ -10,6 +10,8 @@ import signal
 import threading
 from collections.abc import Callable
 from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
@@ -24,7 +26,9 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Of nohup's processes SIGHUP is ignored, and so it stays.
+        heard = [n for n in SIGNALS if n is not signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,8 +43,10 @@ class StopSignals:
             raise KeyboardInterrupt(self.number)
 
     def _hear(self, number: int, frame: Any) -> None:
-        if self._came:
+        if self._came and number != signal.SIGHUP:  # that one, shell and kernel may both send
             os._exit(128 + number)
+        if self._came:
+            return
         self._came = True
         if not self.late:
             self.number = number

@@ -13,12 +13,11 @@ import contextlib
 import functools
 import math
 import os
-import shlex
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from train_job import run as single  # noqa: E402, I001  # first: it sets the en
 from gptcore.errors import ConfigError, FoundryError, RecordError, TrainingError  # noqa: E402
 from gptcore.home import home  # noqa: E402
 from gptcore.package import open_package  # noqa: E402
+from gptcore.progress import doing  # noqa: E402
 from gptcore.redact import without_password  # noqa: E402
 from train_job.begin import absolute  # noqa: E402
 from train_job.begin_sweep import PLAN, begin_sweep  # noqa: E402
@@ -40,11 +40,13 @@ from train_job.config import build_config  # noqa: E402
 from train_job.console import Console, duration  # noqa: E402
 from train_job.files import read_json, written_whole  # noqa: E402
 from train_job.history import History, read_history  # noqa: E402
+from train_job.pages import NOTE  # noqa: E402
 from train_job.record import origins_of, read_record, tracked_at, write_record  # noqa: E402
 from train_job.space import SweepConfig, described, shown  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
 from train_job.storage import drop  # noqa: E402
 from train_job.trials import ENDING, Ending, Trial, ranked, table, table_text, write_table  # noqa: E402
+from train_job.whatnow import Ended, lines, script_command  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.inputs import Inputs
@@ -73,7 +75,7 @@ class Sweep:
             run = absolute(build_config(config.base, values, {"name": name}), storage, run_dir)
             self.trials.append(Trial(number, values, run, run_dir / name))
         self.stops = StopSignals(self._stop)
-        self.run_id = ""
+        self.run_id = self.experiment_id = ""
         self.board: Any = None
         self.began = False
         self.told: set[int] = set()
@@ -90,7 +92,8 @@ class Sweep:
         tracking.check_server(self.uri)
         with contextlib.ExitStack() as stack:
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
-            self.inputs = self._prepare(cluster)
+            with doing("preparing the text"):
+                self.inputs = self._prepare(cluster)
             tracking.check_user(self.uri)
             left = [trial for trial in self.trials if not trial.ending()]
             if left:
@@ -100,31 +103,33 @@ class Sweep:
             stack.callback(self.console.close)
             stack.enter_context(self.stops)
             try:
-                self._open()
+                with doing("opening the sweep in MLflow"):
+                    self._open()
                 if left:
                     self._introduce(ray)
                     self._tune(ray, left)
                 self.stops.check()
-                return self._conclude()
-            except KeyboardInterrupt:
-                self._end("KILLED")
-                self.console.say(f"stopped; go on with: {self.resume_command()}")
-                return 128 + self.stops.number
-            except (FoundryError, OSError) as error:
-                self._end("FAILED")
-                if not (problem := single.told(error, self.run_dir)):
+                with doing("finishing the sweep"):
+                    return self._conclude()
+            except BaseException as error:
+                # A signal to all of our process group ends Ray too, and then anything may be raised.
+                if isinstance(error, KeyboardInterrupt) or self.stops.number:
+                    self._end("KILLED")
+                    self.console.say(f"stopped; go on with: {self.resume_command()}")
+                    self._what_now()
+                    return 128 + self.stops.number
+                self._end("FAILED")  # whatever it is, the run must not be left as running
+                problem = single.told(error, self.run_dir) if isinstance(error, (FoundryError, OSError)) else None
+                if not problem:
                     raise
                 self.console.say(f"error: {problem}")
                 return 1 if isinstance(problem, TrainingError) or self.began else 2
-            except BaseException:  # not ours: whatever it is, the run must not be left as running
-                self._end("FAILED")
-                raise
 
     def resume_command(self) -> str:
         """What goes on with this sweep."""
         default = self.run_dir.parent == home() / "runs"
         storage = [] if default else ["--storage-path", str(self.run_dir.parent)]
-        return shlex.join(["python", "train_job/sweep.py", "--resume", self.name, *storage])
+        return script_command("train_job/sweep.py", "--resume", self.name, *storage)
 
     @property
     def _record(self) -> Path:
@@ -160,8 +165,13 @@ class Sweep:
             parent = pin(str(parent), self.uri)
             self.config = replace(self.config, base=self.config.base | {"init_from": parent})
             self.trials = [replace(t, config=replace(t.config, init_from=parent)) for t in self.trials]
-        begun, inputs = self.record.text if self.record else None, {}
-        for trial in self.trials:
+        begun = self.record.text if self.record else None
+        inputs: dict[int, Inputs] = {}
+        for place, trial in enumerate(self.trials):
+            if place:  # all are looked at as often as the first
+                one = inputs[1].config
+                config = replace(trial.config, log_interval=one.log_interval, eval_interval=one.eval_interval)
+                self.trials[place] = trial = replace(trial, config=config)
             inputs[trial.number] = single.inputs_of(trial.config, cluster, begun)
             begun = origins_of(inputs[trial.number])  # all have the text of the first
         return inputs
@@ -192,10 +202,15 @@ class Sweep:
                 asdict(self.config) | {"base": {k: v for k, v in self.config.base.items() if k != "storage_path"}},
                 name=self.name,
                 datasets=single.dataset_uses(inputs),
-                tags={"sweep": self.name},
+                tags={
+                    "sweep": self.name,
+                    NOTE: f"A sweep of {len(self.trials)} trials: {described(self.config.search)}",
+                },
                 experiment=inputs.config.experiment,
             )
             write_record(self._record, self.run_id, self.uri, inputs)
+        with contextlib.suppress(TrainingError):  # for its address alone, no sweep ends
+            self.experiment_id = tracking.experiment_of(self.uri, self.run_id)
         with written_whole(self.run_dir / PLAN) as file:
             file.write(yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True).encode())
 
@@ -209,6 +224,8 @@ class Sweep:
         say(
             f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes; {i.validation.num_bytes:,} bytes more judge"
         )
+        for note in i.notes:
+            say(f"          {note}")
         rungs = ", ".join(f"{self.grace_steps * c.reduction**n:.0f}" for n in range(3))
         asha = f"only the best 1/{c.reduction:g} go on after steps {rungs}… (ASHA)"
         say(f"stopping  {asha if c.asha else 'every trial runs to its end'}")
@@ -224,10 +241,11 @@ class Sweep:
     @property
     def grace_steps(self) -> int:
         """The step from which on ASHA judges."""
-        return self.config.grace_steps or self.trials[0].config.eval_interval
+        return self.config.grace_steps or self.inputs[1].config.eval_interval or 1
 
     def _tune(self, ray: Any, left: list[Trial]) -> None:
         """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
+        from train_job.failures import why
         from train_job.tuned import Plan, tuner
         from train_job.worker import Board
 
@@ -250,9 +268,10 @@ class Sweep:
         self.stops.check()
         self.board, self.began = board, True
         thread.start()
-        while thread.is_alive():
-            self._look()
-            thread.join(single.LOOK_SECONDS)
+        with doing(lambda: "waiting for news of the trials: " + " | ".join(self._live(ranked(self.trials)))):
+            while thread.is_alive():
+                self._look()
+                thread.join(single.LOOK_SECONDS)
         self.board = None
         self.stops.check()
         if problem := ray.get(board.failed.remote()):
@@ -262,13 +281,17 @@ class Sweep:
         for result in ended[0]:
             trial = self.trials[result.config["index"]]
             if not trial.ending():  # its actor could not tell
-                why = single.reason(result.error) if result.error else "it was lost"
-                trial.end(Ending("FAILED", why, int(trial.best()["step"]), 0.0))
+                reason = why(result.error) if result.error else "it was lost"
+                trial.end(Ending("FAILED", reason, int(trial.best()["step"]), 0.0))
                 self._end_run(trial.folder / "run.json", "FAILED")
         self._look()
 
     def _look(self) -> None:
         """Tells of trials that have ended, and on the live line of those that run; drops what is not to be kept."""
+        import ray
+
+        for line in ray.get(self.board.read.remote()) if self.board else ():
+            self.console.say(line)
         ended = ranked(self.trials)
         for trial, ending in sorted(ended, key=lambda pair: pair[0].number):
             if trial.number not in self.told:
@@ -312,9 +335,10 @@ class Sweep:
         tags, code = {}, 1
         if ending.status == "FINISHED":
             self.console.say(f"best      {best.title}")
-            code = outcome.register(self._run_of(best), open_package(best.folder / "package"))
-        if code == 0:
-            version = read_json(best.folder / outcome.OUTCOME, "the version is in MLflow")
+            code = outcome.register(self._run_of(best), open_package(best.folder / "package"), tell_what_now=False)
+        version = read_json(best.folder / outcome.OUTCOME, "the version is in MLflow") if code == 0 else None
+        self._what_now(best, version)
+        if version:
             tags = {"sweep.best": best.name, "sweep.version": f"{version['name']} {version['version']}"}
         self.stops.late = True
         spool = Spool(self.run_dir / "spool", self.run_id, self.uri)
@@ -331,13 +355,30 @@ class Sweep:
         self._end("FINISHED" if code == 0 else "FAILED")
         return code
 
+    def _what_now(self, best: Trial | None = None, version: Mapping[str, Any] | None = None) -> None:
+        """Says how to go on: with the best trial's model where it is there, and with the sweep where it is not over."""
+        from train_job import outcome
+
+        there = outcome.ended(self._run_of(best), version) if best else None
+        own = Ended(self.uri, self.experiment_id, self.run_id, resume=self.resume_command())
+        if there and version:
+            more = 2 * len(self.trials)
+            try:
+                replace(self.config, trials=more).values()
+                further = "" if self.config.grid else f"{own.resume} --trials {more}"
+            except ConfigError:  # there is no more to try
+                further = ""
+            own = replace(there, run_id=self.run_id, resume=further)
+        for line in lines(own):
+            self.console.say(line)
+
     def _run_of(self, trial: Trial) -> single.Run:
         """The trial as a run that has been trained and waits for its registration."""
         run = single.Run(self.inputs[trial.number].config, trial.folder)
         run.uri, run.inputs, run.stops, run.console = self.uri, self.inputs[trial.number], self.stops, self.console
         record = read_record(trial.folder / "run.json")
         assert record, "a trial that has ended was begun"
-        run.run_id = record.run_id
+        run.run_id, run.experiment_id = record.run_id, self.experiment_id
         run.history = History(trial.folder / "history.jsonl")
         return run
 

@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 from gptcore.errors import FoundryError, RecordError, TrainingError
 from gptcore.home import checkout, home
 from gptcore.redact import without_password
+from train_job import pages
 from train_job.files import read_json
 from train_job.spool import (
     Spool,
@@ -42,6 +43,8 @@ from train_job.spool import (
 log = logging.getLogger(__name__)
 
 PARAMS_PER_BATCH = 100  # the most that MLflow takes at once
+PEAK = "system/peak_mb"
+"""How the metrics of peak memory (MiB) begin: MLflow's UI has its charts of system metrics last."""
 DIGEST_LENGTH = 32  # MLflow refuses a dataset digest of more than 36 characters
 
 
@@ -180,16 +183,38 @@ def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
             client.set_tag(run_id, key, value)
 
 
+def experiment_of(uri: str, run_id: str) -> str:
+    """The id of the run's experiment. Raises TrainingError if the server does not answer or has no such run."""
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=3):
+        return str(mlflow_client(uri).get_run(run_id).info.experiment_id)
+
+
+def experiment_pages(uri: str, ui: str) -> list[tuple[str, str]]:
+    """Each experiment that has runs, and its page on the server, or on the `ui` beside a database; the latest first."""
+    base = without_password(uri).rstrip("/") if urlsplit(uri).scheme in ("http", "https") else ui.rstrip("/")
+    check_server(uri)
+    with answers_expected(uri), impatient_requests(timeout_s=30, retries=3):
+        client = mlflow_client(uri)
+        found = client.search_experiments(order_by=["last_update_time DESC"])
+        used = [one for one in found if client.search_runs([one.experiment_id], max_results=1)]
+        return [(one.name, f"{base}/#{pages.experiment_page(one.experiment_id)}") for one in used]
+
+
 def _experiment_id(client: Any, uri: str, name: str) -> str:
+    """The experiment of that name, made if there is none, with the tags that its page wants."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return client.create_experiment(name, artifact_location=artifact_root(uri))
+        experiment = client.get_experiment(client.create_experiment(name, artifact_location=artifact_root(uri)))
     if experiment.lifecycle_stage != "active":
         raise TrainingError(
             f"experiment {name!r} is deleted; choose another one, or bring it back with "
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
         )
-    return experiment.experiment_id
+    found = str(experiment.experiment_id)
+    for key, value in pages.experiment_tags(found, experiment.tags, int(experiment.creation_time or 0)).items():
+        with contextlib.suppress(Exception):  # a user who may add runs need not be one who may edit the experiment
+            client.set_experiment_tag(found, key, value)
+    return found
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -326,10 +351,14 @@ def deliver(folder: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`deliver FOLDER` sends what a run left behind; `uri` says where MLflow is. Returns the exit code."""
+    """`deliver FOLDER` sends what a run left behind; `uri` and `pages` say where MLflow is. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m train_job.tracking", description="Where runs are tracked.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("uri", help="print the tracking URI that runs use")
+    page = commands.add_parser("pages", help="print the addresses of the experiments' pages")
+    page.add_argument(
+        "--ui", default=pages.UI, metavar="URL", help="where MLflow's UI is, for a database (%(default)s)"
+    )
     command = commands.add_parser("deliver", help="send a spool's remaining points and files to MLflow")
     command.add_argument("folder", type=Path, help="the spool's folder")
     asked = parser.parse_args(arguments)
@@ -337,6 +366,9 @@ def main(arguments: list[str] | None = None) -> int:
         if asked.command == "uri":
             check_server(tracking_uri())  # makes the folder of the embedded database
             print(tracking_uri())
+        elif asked.command == "pages":
+            for name, address in experiment_pages(tracking_uri(), asked.ui):
+                print(f"{name}  {address}")
         else:
             print(f"delivered {deliver(asked.folder)} lines; nothing is left")
     except FoundryError as error:

@@ -56,8 +56,9 @@ class Trial:
         return f"{self.name} {shown(self.values)}"
 
     def evaluations(self) -> list[dict[str, float]]:
-        """Each with its `step` and `bits_per_byte`, until now."""
-        return [row for row in read_history(self.folder / "history.jsonl") if "bits_per_byte" in row]
+        """Each with its `step` and `bits_per_byte`, until now; that of step 0 is none of the trial's."""
+        rows = read_history(self.folder / "history.jsonl")
+        return [row for row in rows if "bits_per_byte" in row and row["step"] > 0]
 
     def best(self) -> dict[str, float]:
         """The evaluation with the fewest bits per byte; infinitely many at step 0 where there is none."""

@@ -19,9 +19,10 @@ from ray.tune.schedulers import ASHAScheduler
 
 from gptcore.errors import FoundryError, StorageFull, TrainingError
 from train_job import outcome, tracking
+from train_job.config import UNBOUNDED
 from train_job.console import Console
 from train_job.inputs import prepare_inputs
-from train_job.loop import UNBOUNDED, Evaluation, Started
+from train_job.loop import Evaluation, Started
 from train_job.record import read_record
 from train_job.run import Run
 from train_job.trials import Ending, Trial, ranked
@@ -88,6 +89,9 @@ class TunedTrial(tune.Trainable):
         self._finish()
 
     def _hear(self, news: list[Any]) -> None:
+        for event in news:
+            if isinstance(event, Started) and self.run.began:
+                self.board.post.remote(f"{self.trial.name}  {self.run.restarted(event)}")
         self.run.show(news)
         for event in news:
             if isinstance(event, Started):

@@ -21,9 +21,11 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from gptcore import progress
 from gptcore.config import ModelConfig
 from gptcore.errors import FoundryError, RecordError, StorageFull, TrainingError
 from gptcore.model import GPT
+from gptcore.progress import doing
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.tokenizer import Tokenizer
 from train_job.checkpoint import Identity, load_checkpoint, save_checkpoint, unsaved
@@ -37,7 +39,7 @@ from train_job.loop import CheckpointDue, Evaluation, Event, Progress, Trainer
 from train_job.shards import prepare
 from train_job.spool import Spool
 from train_job.storage import Kept, checkpoints, first_whole, superseded
-from train_job.tracking import SystemMetrics
+from train_job.tracking import PEAK, SystemMetrics
 
 STOP_LOOK_SECONDS = 0.1
 UNJUDGED = 1e30
@@ -109,6 +111,9 @@ class StopFlag:
 def train_worker(settings: dict[str, Job]) -> dict[str, float]:
     """One rank of one run; returns every rank's peak memory in MiB. A FoundryError ends the run without restarts."""
     job = settings["job"]
+    # One of them speaks, through the driver.
+    spoken: Any = job.board.post.remote if ray.train.get_context().get_world_rank() == 0 else len
+    progress.speak_through(spoken)
     if ray.get(job.board.failed.remote()):
         return {}
     try:
@@ -127,11 +132,15 @@ def _train(job: Job) -> dict[str, float]:
     config, rank = job.config, ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device() if config.use_gpu else pick_device(config)
     initial = ray.get(job.initial) if job.initial is not None else None
+    with doing("preparing the worker: model and text"):
+        model = build_model(config, job.model, initial)
+        train = prepare(job.train, job.tokenizer, cache_dir(config), store=shard_store(config))
+        validation = prepare(job.validation, job.tokenizer, cache_dir(config), store=shard_store(config))
     trainer = Trainer(
         config,
-        build_model(config, job.model, initial),
-        prepare(job.train, job.tokenizer, cache_dir(config), store=shard_store(config)),
-        prepare(job.validation, job.tokenizer, cache_dir(config), store=shard_store(config)),
+        model,
+        train,
+        validation,
         device,
         wrap=lambda model: ray.train.torch.prepare_model(
             model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False}
@@ -141,26 +150,32 @@ def _train(job: Job) -> dict[str, float]:
     identity = trainer.identity(job.tokenizer.fingerprint)
     _restore(job, trainer, identity)
     voice = Voice(job, trainer) if rank == 0 else None
-    for event in trainer.run():
-        if voice:
-            voice.tell(event)
-        if isinstance(event, CheckpointDue):
-            with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
-                folder = Path(scratch) / "checkpoint"
-                problem = None
-                if rank == 0:
-                    try:
-                        save_checkpoint(
-                            folder, trainer.state, identity, trainer.tensors(), trainer.optimizers.tensors()
-                        )
-                    except TrainingError as error:
-                        problem = error
-                _raise_together(problem)
-                _report(event, folder if rank == 0 else None, config)
+    with doing(lambda: f"training: {trainer.state.step} steps are done"):
+        for event in trainer.run():
+            progress.heard()
+            if voice:
+                voice.tell(event)
+            if isinstance(event, CheckpointDue):
+                with doing(f"saving a checkpoint of step {event.step}"):
+                    _save(trainer, identity, event, config)
     memory = _gather(peak_memory_mb(device))
     if voice:
         voice.close(memory)
     return memory
+
+
+def _save(trainer: Trainer, identity: Identity, event: CheckpointDue, config: TrainConfig) -> None:
+    """Writes the state on rank 0, and has Ray keep it; raises its problem on every rank."""
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
+        folder = Path(scratch) / "checkpoint"
+        problem = None
+        if trainer.rank == 0:
+            try:
+                save_checkpoint(folder, trainer.state, identity, trainer.tensors(), trainer.optimizers.tensors())
+            except TrainingError as error:
+                problem = error
+        _raise_together(problem)
+        _report(event, folder if trainer.rank == 0 else None, config)
 
 
 def _gather(figures: dict[str, float]) -> dict[str, float]:
@@ -287,7 +302,7 @@ class Voice:
 
     def close(self, memory: dict[str, float]) -> None:
         """Logs the workers' peak memory and waits a while for the server to take the rest."""
-        self.spool.metrics(self.trainer.state.step, {f"peak_mb/{name}": value for name, value in memory.items()})
+        self.spool.metrics(self.trainer.state.step, {f"{PEAK} {name}": value for name, value in memory.items()})
         self.system.stop()
         if left := self.spool.close(SPOOL_PATIENCE_SECONDS):
             ray.get(

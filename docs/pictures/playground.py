@@ -53,6 +53,7 @@ def screenshot(url: str, prompt: str, setup: dict[str, str], size: tuple[int, in
         )
         page = context.new_page()
         open_page(page, url, prompt=prompt, **setup)
+        page.get_by_label("Tint by probability").check()
         run(page)
         readable = page.locator(".pane .token", has_text=re.compile(r"\w")).all()
         max(readable, key=right_edge).hover()  # there its card hides the least

@@ -20,6 +20,13 @@ from serve_app.chat.values import SHAPES, Values, about, default, expected, read
 
 URL = "http://127.0.0.1:8000"
 PIPED_PATIENCE_SECONDS = 60.0
+DESCRIPTION = """A chat with the models of a running service. Piped lines are answered one by one.
+
+examples:
+  python -m serve_app.chat
+  python -m serve_app.chat --url http://127.0.0.1:8001 --temperature 0.7
+  python -m serve_app.chat --prompt "Once upon a time" --max-new-tokens 50
+  python -m serve_app.chat < prompts.txt"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +43,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Values]:
     """The flags, and the sampling parameters among them. Raises ConfigError."""
     parser = Parser(
         prog="python -m serve_app.chat",
-        description="A chat with the models of a running service. Piped lines are answered one by one.",
+        usage="%(prog)s [--url URL] [--model NAME] [--FLAG VALUE ...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"{KEY_VARIABLE} in the environment is the API key.",
         allow_abbrev=False,
     )

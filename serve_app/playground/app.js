@@ -9,7 +9,7 @@ import { Card } from "./tokens.js";
 const find = (id) => document.getElementById(id);
 const card = new Card(find("card"));
 const settings = new Settings(find("controls"), remember);
-const roomy = matchMedia("(min-width: 60rem)").matches; // else settings and lineage are folded
+const roomy = matchMedia("(min-width: 60rem)").matches; // else settings are folded
 let models = []; // the entries of GET /models
 let remembering = 0; // the timer of `remember`
 const hooks = { models: () => models, changed, said, copy, further, kept, refused, stale: load };
@@ -44,7 +44,6 @@ function restore() {
   settings.restore(params);
   panes[0].choose(params.get("model") ?? "");
   panes[1].choose(params.get("compare") ?? "");
-  unfold();
   arrange();
 }
 
@@ -67,12 +66,8 @@ async function load() {
   if (pane) problem({ message: `There is no model “${pane.wanted}” here; “${pane.model}” is chosen instead.` });
 }
 
-// Opens what there is room for.
-function unfold() {
-  for (const pane of panes) pane.find(".lineage").open = roomy && !find("compare").checked;
-}
-
 function arrange() {
+  find("examples").hidden = find("prompt").value !== ""; // nothing that was typed is written over
   const two = find("compare").checked;
   if (two && !panes[1].element.isConnected) find("panes").append(panes[1].element); // again would take the focus away
   if (!two) {
@@ -109,7 +104,7 @@ function stop() {
 
 function further(text) {
   find("prompt").value += text;
-  remember();
+  changed();
   find("ask").requestSubmit();
 }
 
@@ -161,12 +156,18 @@ find("ask").addEventListener("submit", (event) => {
   run();
 });
 find("stop").addEventListener("click", stop);
-find("prompt").addEventListener("input", remember);
-find("compare").addEventListener("change", () => {
-  unfold();
+find("prompt").addEventListener("input", changed);
+find("examples").addEventListener("click", (event) => {
+  if (event.target.localName !== "button") return;
+  find("prompt").value = event.target.textContent;
   changed();
+  find("ask").requestSubmit();
 });
-find("tint").addEventListener("change", () => find("panes").classList.toggle("tinted", find("tint").checked));
+find("compare").addEventListener("change", changed);
+find("tint").addEventListener("change", () => {
+  find("panes").classList.toggle("tinted", find("tint").checked);
+  find("scale").hidden = !find("tint").checked;
+});
 find("share").addEventListener("click", async () => {
   writeAddress();
   await copy(location.href);

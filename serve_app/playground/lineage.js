@@ -32,13 +32,21 @@ export function lineage(entry) {
     ["Canary", entry.canary_share && `${100 * entry.canary_share}% of the default model's requests`],
     ["Problem", entry.error],
   ];
-  return rows.filter(([, value]) => value).map(([name, value]) => cell("div", cell("dt", name), cell("dd", value)));
+  return rows
+    .filter(([, value]) => value)
+    .map(([name, value]) => cell("div", cell("dt", name), cell("dd", ...breakable(value))));
 }
 
 function cell(kind, ...content) {
   const element = document.createElement(kind);
   element.append(...content);
   return element;
+}
+
+// A path or address may be broken in two behind a slash, so that no word in it has to be.
+function breakable(value) {
+  if (typeof value !== "string") return [value];
+  return value.split(/(?<=\/)/).flatMap((part) => [part, document.createElement("wbr")]);
 }
 
 // The beginning of a long hexadecimal name; the whole of it where one points at it.

@@ -249,9 +249,9 @@ def test_a_run_kept_in_a_bucket_goes_on_from_there_on_another_machine(
 
     client = MlflowClient(tracking["MLFLOW_TRACKING_URI"])
     run_id = json.loads((tmp_path / "there" / "runs" / "moved" / "run.json").read_text())["run_id"]
-    assert [point.step for point in client.get_metric_history(run_id, "val/loss")] == [20, 40]
+    assert [point.step for point in client.get_metric_history(run_id, "val/loss")] == [0, 20, 40]
     open_package(tmp_path / "there" / "runs" / "moved" / "package")
     here, there = (History(tmp_path / home / "runs" / "moved" / "history.jsonl") for home in ("here", "there"))
     assert [row["step"] for row in there.rows if "train_loss" in row] == list(range(5, 41, 5))
-    assert [row["step"] for row in there.rows if "val_loss" in row] == [20, 40]
+    assert [row["step"] for row in there.rows if "val_loss" in row] == [0, 20, 40]
     assert all(row in there.rows for row in here.rows), "the loss curve begins where the run began"

@@ -2,8 +2,9 @@
 
 import json
 import pickle
+import random
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,40 @@ def test_text_too_small_to_learn_from_says_what_it_can_give(learn: Learn) -> Non
         learn(1000, "to be or not to be")
     size = int(str(caught.value).split("bpe:")[1].split()[0])
     assert learn(size, "to be or not to be").vocab_size == size
+
+
+ENDLESS = {
+    "one letter": "a" * 2_000_000,
+    "bases": "".join(random.Random(1).choices("ACGT", k=200_000)),
+    "digits": "".join(random.Random(2).choices("0123456789", k=200_000)),
+    "marks": "=" * 1_000_000,
+    "ideographs": "".join(random.Random(3).choices("天地玄黄宇宙洪荒日月盈昃", k=100_000)),
+    "emoji": "".join(random.Random(4).choices("🙂🙃😀😁🧑🏽", k=100_000)),
+    "space": " " * 1_000_000 + "a",
+    "lines": "\n" * 1_000_000,
+}
+
+
+@pytest.mark.timeout(60)  # each took minutes, or did not end
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_text_without_a_border_is_learned_from_and_encoded_in_time_that_grows_as_it_does(
+    name: str, tmp_path: Path
+) -> None:
+    text = ENDLESS[name]
+    tokenizer = load_tokenizer("bpe:264", lambda: iter([text]))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    save_tokenizer(tokenizer, tmp_path)
+    part = text[-50_000:]  # longer than what was learned from at once
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(part) == tokenizer.encode(part)
+
+
+def test_an_error_in_the_text_is_raised_and_not_taken_for_its_end() -> None:
+    def texts() -> Iterator[str]:
+        yield "the cat sat on the mat. " * 10
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        load_tokenizer("bpe:260", texts)
 
 
 def test_very_long_white_space_encodes_as_the_whole_would(learned: Tokenizer) -> None:

@@ -97,7 +97,7 @@ async def test_a_proxy_that_tags_replies_is_left_to_do_so(package: Package) -> N
     settings = ServeSettings(models=(f"tiny={package.path}",))
     for tag_replies in (True, False):
         app = create_api(settings, Models(settings), tag_replies=tag_replies)
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://replica") as client:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
             assert ("x-request-id" in (await client.get("/health")).headers) == tag_replies
 
 

@@ -65,7 +65,9 @@ def endless(service: Running) -> socket.socket:
     body = json.dumps({"prompt": "The", "max_new_tokens": LONG, "ignore_eos": True, "stream": True}).encode()
     host, port = service.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=30)
-    connection.sendall(f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+    connection.sendall(
+        f"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+    )
     return connection
 
 

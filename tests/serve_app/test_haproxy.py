@@ -1,6 +1,7 @@
 """Claims about which front a Ray of our own gets."""
 
 import importlib.util
+import re
 import stat
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def test_haproxy_is_preferred_with_files_and_ports_of_its_own():
     haproxy.prefer(other)
     assert one[haproxy.SWITCH] == other[haproxy.SWITCH] == "1"
     differ = {name for name in one if one[name] != other[name]}
-    assert {name for name in one if name.endswith(("_PORT", "_PATH", "_FILE", "_LOC", "_BASE"))} == differ
+    own = {name for name in one if name.endswith(("_PORT", "_PATH", "_FILE", "_LOC", "_BASE"))} - {haproxy.BINARY}
+    assert own - {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"} == differ
     folder = Path(one["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
@@ -31,7 +33,7 @@ def test_haproxy_is_preferred_with_files_and_ports_of_its_own():
 def test_a_user_who_says_no_gets_rays_own_proxy(said: str):
     environment = {haproxy.SWITCH: said}
     haproxy.prefer(environment)
-    assert environment == {haproxy.SWITCH: said}
+    assert environment == {haproxy.SWITCH: said} | haproxy.FRONT
 
 
 def test_a_users_settings_stay():
@@ -40,9 +42,30 @@ def test_a_users_settings_stay():
     assert environment["RAY_SERVE_HAPROXY_STATS_PORT"] == "8404"
 
 
-def test_without_haproxy_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+def test_without_haproxy_rays_own_proxy_is_told_how_to_answer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
     environment: dict[str, str] = {}
     haproxy.prefer(environment)
-    assert environment == {}
+    assert environment == haproxy.FRONT
+
+
+def test_haproxy_is_told_how_long_a_body_may_take():
+    environment: dict[str, str] = {}
+    haproxy.prefer(environment, body_seconds=2.5)
+    assert environment[haproxy.BODY_TIMEOUT] == "2.5"
+    text = "frontend http_frontend\n    bind *:1\n"
+    assert "timeout http-request 2500ms" in haproxy.amended(text, Path("s"), Path("u"), environment)
+
+
+def test_the_image_has_what_nodes_with_haproxy_are_to_find():
+    dockerfile = (Path(__file__).parents[2] / "Dockerfile").read_text()
+    set_there = dict(re.findall(r"(RAY_SERVE_\w+)=([^\s\\]+)", dockerfile))
+    wanted = haproxy.of_nodes() | {haproxy.BINARY: f"/opt/venv/bin/{haproxy.KEEPER}"}
+    assert set_there == {name: value for name, value in wanted.items() if name != haproxy.SWITCH}
+
+
+def test_a_port_for_later_is_none_that_the_system_hands_out():
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert haproxy.PORTS.stop <= min(lowest, 30_000)  # from 30000 on, Ray's replicas choose
+    assert haproxy.free_port() in haproxy.PORTS

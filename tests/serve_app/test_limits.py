@@ -6,7 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from typing import Any
 
 import httpx2
@@ -14,12 +14,12 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.errors import ApiError
-from serve_app.middleware import Failures
+from serve_app.middleware import Bodies, Failures
 from serve_app.settings import ServeSettings
 from tests.serve_app.conftest import MakePackage
 from tests.serve_app.running import Running, eventually, running
 
-LIMIT, SECONDS = 4000, 1.0
+LIMIT, SECONDS, BODY_SECONDS = 4000, 1.0, 0.5
 SLOTS, QUEUE = 1, 1
 LONG = 20_000
 """Tokens that take this model much longer than a request may."""
@@ -39,6 +39,7 @@ def service(make_package: MakePackage) -> Iterator[Running]:
         max_new_tokens=LONG,
         max_body_bytes=LIMIT,
         request_timeout_s=SECONDS,
+        body_timeout_s=BODY_SECONDS,
     )
     with running(settings) as service:
         yield service
@@ -82,7 +83,7 @@ def unread(service: Running, body: dict[str, Any]) -> AbstractContextManager[soc
     host, port = service.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=30)
     connection.sendall(
-        f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
+        f"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
     )
     return closing(connection)
 
@@ -126,7 +127,7 @@ def test_a_body_without_a_length_is_counted_as_it_comes(client: httpx2.Client) -
 def test_an_endless_body_is_refused_as_soon_as_it_is_too_large(
     client: httpx2.Client, connection: socket.socket
 ) -> None:
-    connection.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+    connection.sendall(b"POST /generate HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
     for _ in range(LIMIT // 1000 + 1):
         connection.sendall(b"3e8\r\n" + b" " * 1000 + b"\r\n")
     assert reply_on(connection)[0] == 413
@@ -134,20 +135,89 @@ def test_an_endless_body_is_refused_as_soon_as_it_is_too_large(
 
 
 def test_a_length_too_large_is_refused_before_the_body_comes(client: httpx2.Client, connection: socket.socket) -> None:
-    connection.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 10000000\r\n\r\n")
+    connection.sendall(b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10000000\r\n\r\n")
     assert reply_on(connection)[0] == 413
     assert_unharmed(client)
 
 
 def test_a_body_that_does_not_come_is_408(client: httpx2.Client, connection: socket.socket) -> None:
-    connection.sendall(b'POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"prompt":')
+    connection.sendall(b'POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"prompt":')
     status, error = reply_on(connection)
     assert (status, error["code"]) == (408, "timeout")
     assert_unharmed(client)
 
 
+def test_a_body_that_trickles_is_408_when_its_time_is_up(client: httpx2.Client, connection: socket.socket) -> None:
+    begun = time.monotonic()
+    connection.sendall(b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n")
+    connection.settimeout(0.05)
+    received = b""
+    while not received:
+        connection.sendall(b" ")
+        with suppress(TimeoutError):
+            received = connection.recv(65536)
+        assert time.monotonic() - begun < 20
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert_unharmed(client)
+
+
+def test_three_hundred_half_sent_bodies_cost_nobody_else_a_place(client: httpx2.Client, service: Running) -> None:
+    host, port = service.url.removeprefix("http://").split(":")
+    half = b'POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"prompt":'
+    with ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(closing(socket.create_connection((host, int(port)), timeout=30))).sendall(half)
+        for _ in range(10):
+            assert client.post("/generate", json=BODY).status_code == 200
+        assert service.leases == 0
+    assert_unharmed(client)
+
+
+@pytest.mark.anyio
+async def test_unfinished_bodies_share_their_memory_and_the_oldest_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.middleware.MOST_BODIES", 2)
+    reached: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        reached.append(scope["path"])
+
+    bodies, started = Bodies(app, limit=10, seconds=60), asyncio.Event()
+
+    async def half_sent(path: str) -> None:
+        messages = [{"type": "http.request", "body": b" " * 9, "more_body": True}]
+
+        async def receive() -> Message:
+            if not messages:
+                started.set()
+                await asyncio.Event().wait()
+            return messages.pop()
+
+        await bodies({"type": "http", "path": path, "headers": []}, receive, send)
+
+    async def send(message: Message) -> None:
+        pass
+
+    async def whole() -> Message:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    tasks = []
+    for path in ("/1", "/2", "/3"):
+        started.clear()
+        tasks.append(asyncio.create_task(half_sent(path)))
+        await asyncio.wait_for(started.wait(), 10)
+    with pytest.raises(ApiError, match="as slow"):
+        await asyncio.wait_for(tasks[0], 10)
+    await bodies({"type": "http", "path": "/whole", "headers": []}, whole, send)
+    assert reached == ["/whole"]
+    assert not tasks[1].done()
+    for task in tasks[1:]:
+        task.cancel()
+    await asyncio.gather(*tasks[1:], return_exceptions=True)
+    assert bodies.bytes == 0
+
+
 def test_who_leaves_before_the_body_is_whole_harms_nobody(client: httpx2.Client, connection: socket.socket) -> None:
-    connection.sendall(b'POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"prompt":')
+    connection.sendall(b'POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"prompt":')
     connection.close()
     assert_unharmed(client)
 

@@ -57,7 +57,7 @@ def test_a_service_whose_model_is_warm_is_alive_and_ready(client: httpx2.Client)
 async def test_before_its_model_is_loaded_a_replica_is_alive_and_not_ready(package: Package) -> None:
     settings = ServeSettings(models=(f"tiny={package.path}",))
     transport = httpx2.ASGITransport(create_api(settings, Models(settings)))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://replica") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert (await client.get("/health")).status_code == 200
         reply = await client.get("/ready")
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_not_ready")
@@ -71,7 +71,7 @@ async def test_a_replica_whose_model_cannot_be_loaded_stays_alive_and_tells_oper
     models = Models(settings)
     await models.start()
     transport = httpx2.ASGITransport(create_api(settings, models))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://replica") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert (await client.get("/health")).status_code == 200
         error = (await client.get("/ready")).json()["error"]
         entry = (await client.get("/models")).json()["models"][0]

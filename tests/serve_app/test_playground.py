@@ -19,6 +19,15 @@ from tests.serve_app.running import Running, eventually, running
 needs_chromium = pytest.mark.skipif(chromium_path() is None, reason="no chromium on PATH: apt-get install chromium")
 LONG, KEY = 4000, "key-of-the-playgrounds-test"
 LOOPBACK = ("http://127.0.0.1:", "about:blank")
+BROKEN_WORDS = """() => [...document.querySelectorAll(".lineage :is(dt, dd)")].flatMap((cell) =>
+  [...cell.childNodes].flatMap((node) => [...node.textContent.matchAll(/[\\w.]+/g)].filter((word) => {
+    if (node.nodeType !== Node.TEXT_NODE) return false;
+    const range = document.createRange();
+    range.setStart(node, word.index);
+    range.setEnd(node, word.index + word[0].length);
+    return range.getClientRects().length > 1;
+  }).map(String)))"""
+"""Words of the lineage that are on more than one line."""
 MARKUP = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
 
@@ -216,14 +225,54 @@ def test_tokens_can_be_walked_with_the_arrow_keys(page: Page, service: str) -> N
 
 
 @needs_chromium
-def test_tint_is_warmer_for_less_likely_tokens_and_can_be_turned_off(page: Page, service: str) -> None:
+def test_tokens_are_tinted_once_that_is_asked_for_the_warmer_the_less_likely(page: Page, service: str) -> None:
     answer_with(page, event("sure", b"sure", logprob=-0.01), event("odd", b"odd", reason="length", logprob=-9.0))
     open_page(page, service, prompt="The")
     run(page)
     sure, odd = page.locator(".token").all()
-    assert background(sure) != background(odd)
-    page.get_by_label("Tint by probability").uncheck()
     assert background(sure) == background(odd)
+    expect(page.locator("#scale")).to_be_hidden()
+    page.get_by_label("Tint by probability").check()
+    assert background(sure) != background(odd)
+    expect(page.locator("#scale")).to_be_visible()
+
+
+@needs_chromium
+def test_an_empty_prompt_offers_examples_that_run_and_what_is_typed_is_not_written_over(
+    page: Page, service: str
+) -> None:
+    open_page(page, service, max_new_tokens=8, ignore_eos="true")
+    examples = page.locator("#examples")
+    expect(examples.get_by_role("button")).to_have_count(5)
+    examples.get_by_role("button", name="Once upon a time").click()
+    ended(page)
+    expect(page.locator(".given")).to_have_text("Once upon a time")
+    assert text_of(page)
+    expect(examples).to_be_hidden()
+    page.get_by_label("Prompt").fill("")
+    expect(examples).to_be_visible()
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 360])
+def test_where_a_model_comes_from_is_folded_and_breaks_no_word(
+    new_page: Callable[..., Page], service: str, width: int
+) -> None:
+    page = new_page(viewport={"width": width, "height": 840})
+    words = ["quick brown foxes", "a-name-of-thirty-characters.txt", "/a/path/of/some/length/to/a/package"]
+
+    def named(route: Route) -> None:
+        listing = route.fetch().json()
+        source, data = words[2], f"{words[0]} {words[1]}"
+        route.fulfill(json={"models": [entry | {"source": source, "data": data} for entry in listing["models"]]})
+
+    page.route("**/models", named)
+    open_page(page, service, prompt="The")
+    lineage = page.locator(".lineage")
+    expect(lineage.locator("dl")).to_be_hidden()
+    page.get_by_text("Where this model comes from").click()
+    expect(lineage.locator("dl")).to_be_visible()
+    assert page.evaluate(BROKEN_WORDS) == []
 
 
 @needs_chromium
@@ -250,6 +299,7 @@ def test_lineage_leads_from_the_answer_to_its_run(page: Page, service: str) -> N
 
     page.route("**/models", with_run_url)
     open_page(page, service, prompt="The")
+    page.get_by_text("Where this model comes from").click()
     lineage = page.locator(".lineage dl")
     for name, value in LINEAGE.items():
         expect(lineage.locator("div", has=page.locator("dt", has_text=name)).locator("dd")).to_have_text(value)

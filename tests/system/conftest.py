@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ports import free_port as free_port  # tests ask for it here too
 from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +90,13 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "GPT_FOUNDRY"))}
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     return kept | auth | {"GPT_FOUNDRY_HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"} | more
+
+
+def what_now(said: str) -> dict[str, str]:
+    """The last block of commands in what a run printed, or kept in its log, by their names."""
+    names = "serve it|chat|ask it|see runs|its page|all runs|promote|go on"
+    block = said.rpartition("what now")[2]
+    return dict(re.findall(rf"^.*?  ({names}) +(\S.*)$", block, re.MULTILINE))
 
 
 SMALL = [

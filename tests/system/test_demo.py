@@ -1,17 +1,21 @@
 """`make demo`, but for the install: what a newcomer sees first."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import ROOT, environment
+from serve_app.demo import await_ready
+from tests.ports import free_port
+from tests.system.conftest import ROOT, environment, what_now
 
 
 @pytest.mark.slow
 def test_the_demo_registers_and_promotes_a_model_and_reuses_it(tmp_path: Path) -> None:
-    env = environment(tmp_path, RAY_ADDRESS="local")
+    port = free_port()
+    env = environment(tmp_path, RAY_ADDRESS="local", GPT_PORT=str(port))
     command = [sys.executable, "-m", "train_job.demo"]
     first = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -21,3 +25,18 @@ def test_the_demo_registers_and_promotes_a_model_and_reuses_it(tmp_path: Path) -
     assert again.returncode == 0
     assert "run demo is finished" in again.stdout
     assert "gpt version 1" in again.stdout
+    assert what_now(again.stdout) == what_now(first.stdout)
+    serve_and_chat(what_now(again.stdout), env, port)
+
+
+def serve_and_chat(block: dict[str, str], env: dict[str, str], port: int) -> None:
+    """Both commands as they stand, in a shell."""
+    service = subprocess.Popen(f"exec {block['serve it']}", shell=True, cwd=ROOT, env=env, process_group=0)
+    try:
+        assert await_ready(f"http://127.0.0.1:{port}", service) is None
+        chat = f"echo The | {block['chat']}"
+        said = subprocess.run(chat, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        assert (said.returncode, bool(said.stdout.strip())) == (0, True), said.stderr
+    finally:
+        service.send_signal(signal.SIGINT)
+        service.wait(60)

@@ -1,6 +1,7 @@
 """The job as a user runs it: a real cluster, real processes, a real registry."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.hugging_face import publish_gpt2, put_into_cache
-from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment
+from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment, what_now
 from tests.system.serving import await_figures
 from tests.system.tracking import TrackingServer
 from train_job.exporter import FIGURES
@@ -62,9 +63,14 @@ def test_a_finished_run_has_its_curves_artifacts_and_a_registered_version(undist
     client, run = mlflow_client(undisturbed), mlflow_client(undisturbed).get_run(run_id(undisturbed))
     assert run.info.status == "FINISHED"
     assert [step for step, _ in points(undisturbed, "train/loss")] == list(range(5, 61, 5))
-    assert [step for step, _ in points(undisturbed, "val/bits_per_byte")] == [20, 40, 60]
+    assert [step for step, _ in points(undisturbed, "val/bits_per_byte")] == [0, 20, 40, 60]
     expected = "train/bits_per_byte learning_rate grad_norm tokens_per_second tokens_seen epoch val/loss"
     assert set(expected.split()) <= set(run.data.metrics)
+    memory = {name for name in run.data.metrics if "peak_mb" in name}
+    assert memory == {f"system/peak_mb {whose} memory" for whose in ("driver", "worker 0")}, (
+        "shown last, as the system's"
+    )
+    assert run.data.tags["mlflow.note.content"].startswith("quick: ")
     assert run.data.params["hidden_size"] == "64"
     assert "hardware.cpu" in run.data.tags
     assert {i.dataset.name for i in run.inputs.dataset_inputs}
@@ -104,6 +110,15 @@ def test_the_registered_version_speaks_through_mlflow_and_through_generate(undis
     assert said.stdout.strip()
 
 
+def test_a_run_ends_with_what_now_whose_commands_work_as_they_stand(undisturbed: Job) -> None:
+    block = what_now(next(undisturbed.run_dir.glob("training_*.log")).read_text())
+    assert f"/runs/{run_id(undisturbed)}?" in block["its page"]
+    env = environment(undisturbed.run_dir.parents[1])
+    said = subprocess.run(block["ask it"], shell=True, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("The")
+
+
 def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch, undisturbed: Job) -> None:
     job = launch("killed-worker")
     job.await_line(r"step +20 \| validation")
@@ -114,9 +129,28 @@ def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch
         worker.send_signal(signal.SIGKILL)
     code, output = job.finish()
     assert code == 0, output
+    assert re.search(r"^restarted from step \d+ with 1 worker: worker 0 lost its process", output, re.MULTILINE), output
+    assert "(raylet)" not in output, "Ray's own words"
     mine, theirs = weights(job), weights(undisturbed)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert [step for step, _ in points(job, "train/loss")] == list(range(5, 61, 5)), "a step was lost or logged twice"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_run_whose_output_has_lost_its_reader_is_stopped_as_any_other(launch: Launch, number: signal.Signals) -> None:
+    """As `... | tee log` at Ctrl-C, which ends tee too, and as a terminal that is closed."""
+    name = f"unread-{number.name.lower()}"
+    job = launch(name, "--max-steps=100000")
+    job.await_line(r"step +20 \| validation")
+    assert job.process.stdout
+    job.process.stdout.close()
+    job.process.send_signal(number)
+    assert job.process.wait(120) == 128 + number
+    assert status(job) == "KILLED"
+    [log] = job.run_dir.glob("training_*.log")
+    assert "stopping: saving a checkpoint" in log.read_text()
+    closing = rf"  stopped; go on with: .*train_job/run\.py --resume {name}$"
+    assert re.search(closing, log.read_text(), re.MULTILINE), log.read_text()[-2000:]
 
 
 def test_two_workers_see_the_same_batches_and_agree_on_the_loss(launch: Launch, undisturbed: Job) -> None:
@@ -230,7 +264,7 @@ def test_a_run_can_keep_its_checkpoints_behind_a_url(launch: Launch, undisturbed
     code, output = launch("behind-a-url", "--resume=behind-a-url", "--max-steps=40").finish()
     assert code == 0, output
     assert "from step 20" in output
-    assert [step for step, _ in points(job, "val/loss")] == [20, 40]
+    assert [step for step, _ in points(job, "val/loss")] == [0, 20, 40]
 
 
 def test_a_finished_run_resumed_without_news_is_shown_again(launch: Launch, undisturbed: Job) -> None:
@@ -302,7 +336,7 @@ def test_fine_tuning_starts_from_the_champion_and_records_its_parent(
     step, bits = points(job, "val/bits_per_byte")[0]
     assert (step, float(version.tags["parent_bits_per_byte"])) == (0, pytest.approx(bits))
     assert f"its parent {version.tags['parent']} needs {bits:.4f} on it" in output
-    assert points(job, "val/loss")[0][1] < points(undisturbed, "val/loss")[0][1], "it did not start from scratch"
+    assert points(job, "val/loss")[0][1] < points(undisturbed, "val/loss")[1][1], "it did not start from scratch"
 
 
 @pytest.mark.slow
@@ -418,7 +452,7 @@ def test_a_tracking_server_that_is_away_for_a_while_costs_no_step_and_no_point(l
         code, output = job.finish()
         assert code == 0, output
         assert [step for step, _ in points(job, "train/loss")] == list(range(5, 201, 5))
-        assert [step for step, _ in points(job, "val/loss")] == list(range(20, 201, 20))
+        assert [step for step, _ in points(job, "val/loss")] == list(range(0, 201, 20))
         assert mlflow_client(job).get_run(run_id(job)).info.status == "FINISHED"
     finally:
         server.kill()

@@ -1,12 +1,19 @@
 """What a user may say, and what is answered when it makes no sense."""
 
+import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gptcore.config import MODEL_PRESETS
 from gptcore.errors import ConfigError
-from train_job.config import PRESETS, build_config, parse_settings, resume_config, write_yaml
+from train_job import presets
+from train_job.config import PRESETS, build_config, resume_config, write_yaml
+from train_job.console import count
+from train_job.devices import assumed_rates, find_device
+from train_job.flags import EXAMPLES, WIDEST, groups, parse_settings
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -90,6 +97,46 @@ def test_help_lists_every_field_with_its_unit_and_default(capsys: pytest.Capture
         assert flag in text
     assert "[steps; default: 20]" in text
     assert "[tokens; default: 256]" in text
+
+
+def test_help_begins_with_examples_and_presets_and_has_no_long_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= WIDEST
+    first_flags = text.index("--val-fraction")
+    assert text.index("examples:") < text.index("presets:") < first_flags
+    for name in PRESETS:
+        assert f"\n  {name} " in text[:first_flags]
+    for title, _ in groups():
+        assert f"\n{title}:\n" in text
+    examples = re.findall(r"^  python train_job/run.py ?(.*?)(?:  # .*)?$", text, re.MULTILINE)
+    assert len(examples) == len(EXAMPLES)
+    for arguments in examples:
+        if "--presets" not in arguments:
+            build_config(parse_settings(shlex.split(arguments)))
+
+
+def test_the_notes_on_presets_name_each_with_its_size() -> None:
+    assert presets.NOTES.keys() == PRESETS.keys()
+    for name, note in presets.NOTES.items():
+        assert note.startswith(f"{count(presets._work(name)[1].parameters)} parameters"), name
+
+
+def test_the_table_of_presets_has_shape_memory_and_time_here() -> None:
+    device = find_device("h100")
+    head, titles, *rows = presets.table(device, assumed_rates(device))
+    assert head == "here      H100, 75 GiB"
+    assert [row.split()[0] for row in rows] == list(PRESETS)
+    assert [word for word in titles.split() if word in ("memory", "step", "run")] == ["memory", "step", "run"]
+    foundry = next(row for row in rows if row.startswith("foundry-124m"))
+    assert "qwen3   12      768    1024     123.6M" in foundry
+    assert re.search(r"\d+\.\d GiB +\d+\.\d\d s +4,769 steps, \d+:\d\d", foundry)
+    small = presets.table(replace(device, memory=1e9), assumed_rates(device))
+    assert "too much" in next(row for row in small if row.startswith("mini"))
 
 
 def test_a_resumed_run_may_change_its_end_but_not_its_steps() -> None:

@@ -224,7 +224,7 @@ def test_a_big_file_is_scanned_once_until_it_changes(tmp_path, monkeypatch, kind
     write("first")
     first = open_corpus(str(tmp_path / f"a.{kind}"), cache_dir=tmp_path)
     with monkeypatch.context() as patch:
-        for scan in ("scan_text", "scan_parquet"):
+        for scan in ("scan",):
             patch.setattr(corpus_module, scan, lambda *_: pytest.fail("scanned again"))
         assert open_corpus(str(tmp_path / f"a.{kind}"), cache_dir=tmp_path) == first
     write("second")
@@ -283,8 +283,8 @@ def test_fingerprint_follows_the_text_not_the_place(tmp_path):
 # --- what is not text -----------------------------------------------------------------------------------------------
 
 BAD_FILES = [
-    ("empty.txt", b"", "holds no text: every file in it is empty"),
-    ("picture.txt", b"\x89PNG\r\n\0\0", r"picture\.txt is binary, not text: byte 6 is NUL"),
+    ("empty.txt", b"", "holds no text: it is empty"),
+    ("picture.txt", b"\x89PNG\r\n\0\0", r"picture\.txt is a PNG picture; expected UTF-8 text"),
     ("latin.txt", "Grüße".encode("latin-1"), r"latin\.txt is not UTF-8 text: byte 2 is 0xfc"),
     ("cut.txt", "Größe".encode()[:3], r"cut\.txt is not UTF-8 text: byte 2 is 0xc3"),
     ("a.jsonl", b'{"body": "x", "id": 1}\n', r"a\.jsonl, line 1: no field 'text'; there are body, id"),

@@ -92,8 +92,41 @@ def test_a_temperature_s_legend_says_how_much_the_shown_tokens_hold(tmp_path: Pa
     logits = torch.full((257,), 0.0)
     logits[7] = math.log(256.0)  # half of all
     figures.temperature_effect(logits, load_tokenizer("bytes"), tmp_path / "t.png", temperatures=(1.0,), top=1)
-    (text,) = [entry.get_text() for entry in drawn[0].get_legend().get_texts()]
+    _, text = (entry.get_text() for entry in drawn[0].get_legend().get_texts())
     assert text == "temperature 1: these 1 hold 50%"
+
+
+@pytest.mark.parametrize("strength", ["weak", "alike", "strong", "certain"])
+def test_a_model_of_any_strength_has_bars_that_are_seen(tmp_path: Path, drawn: list[Axes], strength: str):
+    tokenizer = load_tokenizer("bytes")
+    generator = torch.Generator().manual_seed(0)
+    logits = {
+        "weak": 0.2 * torch.randn(257, generator=generator),
+        "alike": torch.zeros(257),
+        "strong": 4 * torch.randn(257, generator=generator),
+        "certain": torch.cat([torch.tensor([80.0]), torch.zeros(256)]),
+    }[strength]
+    figures.temperature_effect(logits, tokenizer, tmp_path / "t.png")
+    figures.decoding_strategies(logits, tokenizer, tmp_path / "d.png")
+    odds, panels = drawn[0], drawn[1:]
+    for axes in drawn:
+        low, high = axes.get_ylim()
+        for bars in axes.containers:
+            tallest = max(bar.get_height() for bar in bars)  # type: ignore[union-attr]
+            assert math.log(tallest / low) > math.log(high / low) / 6, "it rises a sixth of the way"
+            assert tallest < high
+    assert len({axes.get_ylim() for axes in panels}) == 1, "the panels can be compared"
+    legend = odds.get_legend()
+    assert legend
+    assert not any("hold 0%" in text.get_text() for text in legend.get_texts())
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0, "0%"), (1e-7, "<0.01%"), (0.0058, "0.58%"), (0.0249, "2.5%"), (0.55, "55%"), (1.0, "100%")],
+)
+def test_shares_are_said_with_the_digits_that_matter(share: float, text: str):
+    assert figures.percent(share) == text
 
 
 def test_each_strategy_keeps_what_the_sampler_keeps_with_odds_that_sum_to_one(tmp_path: Path, drawn: list[Axes]):

@@ -32,11 +32,11 @@ def test_a_step_that_is_repeated_after_a_restart_is_kept_once(tmp_path: Path) ->
 def test_the_parents_figure_is_the_one_of_step_0(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     history = History(path)
-    assert history.parent_bits_per_byte is None
+    assert history.untrained_bits_per_byte is None
     for bits in (2.5, 2.6):  # the second, of a worker that was restarted before its first checkpoint
         history.add(Evaluation(0, 0, 0.0, 4.0, bits, False, 0.1, 0.0))
     history.add(evaluation(8))
-    assert History(path).parent_bits_per_byte == 2.5
+    assert History(path).untrained_bits_per_byte == 2.5
     assert [row["step"] for row in History(path).rows] == [0, 8]
 
 

@@ -12,7 +12,7 @@ from gptcore.errors import TrainingError
 from gptcore.package import open_package, save_package
 from gptcore.tokenizer import load_tokenizer
 from train_job.checkpoint import load_checkpoint, save_checkpoint
-from train_job.config import TrainConfig, build_config
+from train_job.config import UNBOUNDED, TrainConfig, build_config
 from train_job.corpus import open_corpus, split
 from train_job.evaluate import bits_per_byte, validation_nats
 from train_job.inputs import build_model, prepare_inputs
@@ -42,7 +42,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_training_lowers_the_loss_on_text_it_has_not_seen(trainer: Make, family: str, optimizer: str) -> None:
     found = events(trainer(family=family, optimizer=optimizer, max_steps=60, eval_interval=20))
-    losses = [e.loss for e in of_kind(Evaluation, found)]
+    losses = [e.loss for e in of_kind(Evaluation, found) if e.step]
     assert losses[-1] < losses[0] < math.log(257)
     assert of_kind(Evaluation, found)[-1].best
 
@@ -50,7 +50,7 @@ def test_training_lowers_the_loss_on_text_it_has_not_seen(trainer: Make, family:
 def test_events_come_in_order_and_cover_every_step(trainer: Make) -> None:
     found = events(trainer(max_steps=8, eval_interval=4, log_interval=3))
     assert [e.step for e in of_kind(Progress, found)] == [3, 6, 8]
-    assert [e.step for e in of_kind(Evaluation, found)] == [4, 8]
+    assert [e.step for e in of_kind(Evaluation, found)] == [0, 4, 8]
     assert [e.step for e in of_kind(CheckpointDue, found)] == [4, 8]
     assert found[-1] == Finished(8, "max_steps")
 
@@ -130,7 +130,41 @@ def test_a_training_loss_is_reached_where_its_mean_between_two_logs_is_low_enoug
     assert losses[-1] <= 4.0 < min(losses[:-1])
     assert found[-1] == Finished(4 * len(losses), "target_train_loss")
     assert t.state.best_train_loss == losses[-1]
-    assert [e.step for e in of_kind(Evaluation, found)] == [4 * len(losses)], "what is kept is judged"
+    assert [e.step for e in of_kind(Evaluation, found)] == [0, 4 * len(losses)], "what is kept is judged"
+
+
+@pytest.mark.parametrize(
+    ("steps", "logged", "judged"),
+    [(1, [1], [0, 1]), (5, [1, 2, 3, 4, 5], [0, 2, 4, 5]), (20, [4, 8, 12, 16, 20], [0, 5, 10, 15, 20])],
+)
+def test_a_run_of_a_few_steps_is_looked_at_as_it_goes(
+    trainer: Make, steps: int, logged: list[int], judged: list[int]
+) -> None:
+    found = events(trainer(max_steps=steps, log_interval=None, eval_interval=None))
+    assert [e.step for e in of_kind(Progress, found)] == logged
+    assert [e.step for e in of_kind(Evaluation, found)] == judged
+    assert [e.step for e in of_kind(CheckpointDue, found)] == judged[1:], "the untrained model is no checkpoint"
+
+
+def test_the_figure_before_training_is_that_of_the_initial_weights_and_changes_no_step(
+    trainer: Make, tmp_path: Path
+) -> None:
+    t = trainer(dropout=0.1)
+    first = next(e for e in t.run() if isinstance(e, Evaluation))
+    assert (first.step, first.best) == (0, False)
+    assert first.loss == pytest.approx(math.log(320), rel=0.05), "nothing was learned: all tokens are as likely"
+    assert (t.state.best_loss, t.state.since_best) == (math.inf, 0)
+    whole, unjudged = trainer(dropout=0.1), trainer(dropout=0.1)
+    unjudged.evaluate = lambda untrained=False: first if untrained else Trainer.evaluate(unjudged)  # type: ignore[method-assign]
+    events(whole), events(unjudged)
+    assert_same(weights(whole), weights(unjudged))
+
+
+def test_a_run_that_is_long_enough_keeps_the_presets_intervals() -> None:
+    quick, mini = build_config({}), build_config({"preset": "mini"})
+    assert (quick.intervals(138), quick.intervals(600), quick.intervals(UNBOUNDED)) == ((10, 50), (10, 50), (10, 50))
+    assert mini.intervals(200) == (10, 100)
+    assert build_config({"eval_interval": 7}).intervals(20) == (4, 7)
 
 
 def test_a_run_that_ends_says_when_a_target_was_reached_or_by_how_much_it_was_missed(trainer: Make) -> None:

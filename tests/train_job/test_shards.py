@@ -277,3 +277,80 @@ def test_a_corpus_of_empty_documents_is_refused(tmp_path, bytes_tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n\n')
     with pytest.raises(CorpusError, match="every document in it is empty"):
         prepare(open_corpus(str(tmp_path / "a.jsonl"), cache_dir=tmp_path), bytes_tokenizer, tmp_path)
+
+
+# --- documents within a text ----------------------------------------------------------------------------------------
+
+END = "<|endoftext|>"
+
+
+def documents_of(tokens: TokenSet, tokenizer: Tokenizer) -> list[str]:
+    """What stands between the stream's ends of text."""
+    ids, texts = stream(tokens)[1:], [[]]
+    for token in ids:
+        if token == tokenizer.eot:
+            texts.append([])
+        else:
+            texts[-1].append(token)
+    return [tokenizer.decode(text) for text in texts[:-1]]
+
+
+@pytest.mark.parametrize("separator", [END, "\n", "\n\n", "ü\n---\n", "x"])
+@pytest.mark.parametrize("size", [5, 23, 64, 10_000])
+def test_a_separator_ends_a_document_wherever_the_text_is_parted(
+    tmp_path, bytes_tokenizer, monkeypatch, separator, size
+):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", size)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2 * size)
+    texts = [f"Tale {n}. Größe\tund\rGewicht " * (n % 4 + 1) for n in range(30)]
+    (tmp_path / "a.txt").write_bytes(separator.join(["", *texts, "", "", texts[0]]).encode())
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": separator.join(texts[:2])}) + "\n")
+    for name, expected in (("a.txt", [*texts, texts[0]]), ("b.jsonl", texts[:2])):
+        corpus = open_corpus(str(tmp_path / name), cache_dir=tmp_path, separator=separator)
+        tokens = prepare(corpus, bytes_tokenizer, tmp_path)
+        assert documents_of(tokens, bytes_tokenizer) == expected
+        assert tokens.num_documents == len(expected)
+    corpus = open_corpus(str(tmp_path / "a.txt"), cache_dir=tmp_path, separator=separator)
+    for fraction in (0.1, 0.313, 0.5, 0.77):
+        halves = [prepare(half, bytes_tokenizer, tmp_path) for half in split(corpus, fraction)]
+        joined = "".join(text for half in halves for text in documents_of(half, bytes_tokenizer))
+        assert joined == "".join([*texts, texts[0]])
+
+
+def test_the_characters_of_the_end_of_text_are_text_unless_they_are_named_as_separator(tmp_path, small):
+    (tmp_path / "a.txt").write_text(f"one tale of some length{END}" * 40)
+    (tmp_path / "none.txt").write_text("one tale of some length, " * 40)
+    plain = prepare_inputs(small(data=str(tmp_path / "a.txt")))
+    parted = prepare_inputs(small(data=str(tmp_path / "a.txt"), document_separator=END))
+    assert plain.train.num_documents == 1
+    assert parted.train.num_documents == 36
+    assert parted.train.fingerprint != plain.train.fingerprint
+    assert parted.train_corpus.fingerprint != plain.train_corpus.fingerprint
+    assert (plain.notes, parted.notes) == ((), ())
+    of_none = prepare_inputs(small(data=str(tmp_path / "none.txt"), document_separator=END))
+    assert of_none.notes == (f"document_separator '{END}' has no use: it stands nowhere in {tmp_path}/none.txt",)
+
+
+def test_a_text_column_that_has_no_use_is_said(tmp_path, small):
+    (tmp_path / "a.txt").write_text("one tale of some length, " * 40)
+    (tmp_path / "a.csv").write_text("story\n" + "one tale of some length\n" * 40)
+    notes = prepare_inputs(small(data=str(tmp_path / "a.txt"), text_column="story")).notes
+    assert notes == (f"text_column 'story' has no use: {tmp_path}/a.txt has no columns",)
+    assert prepare_inputs(small(data=str(tmp_path / "a.csv"), text_column="story")).notes == ()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_a_bad_line_is_named_whatever_the_tokenizer(tmp_path, small, tokenizer):
+    lines = [json.dumps({"txt" if n == 6 else "text": f"line {n} of this file"}) for n in range(1, 40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(CorpusError, match=r"a\.jsonl, line 6: no field 'text'; there are txt"):
+        prepare_inputs(small(data=str(tmp_path / "a.jsonl"), tokenizer=tokenizer))
+
+
+def test_a_text_too_small_to_train_on_is_told_what_is_wanted_and_the_flags_that_would_do(tmp_path, small):
+    (tmp_path / "a.txt").write_text("thirty characters, no more: 30")
+    wanted = dict(data=str(tmp_path / "a.txt"), context_length=128)
+    with pytest.raises(CorpusError, match=r"too small to train on: 27 bytes .* bpe:2048 wants about 56,889") as caught:
+        prepare_inputs(small(**wanted, tokenizer="bpe:2048"))
+    assert "--context-length 28 --tokenizer bytes" in str(caught.value)
+    prepare_inputs(small(**wanted | {"context_length": 28}, tokenizer="bytes"))

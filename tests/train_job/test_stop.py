@@ -57,3 +57,24 @@ def test_a_stop_that_comes_too_late_changes_nothing() -> None:
     process.send_signal(2)
     assert process.communicate("go on\n")[0] == "done with that\n"
     assert process.returncode == 0
+
+
+def test_a_terminal_that_closes_is_a_stop_however_often_it_says_so() -> None:
+    process = driver()
+    process.send_signal(1)
+    assert process.stdout
+    assert process.stdout.readline() == "heard\n"
+    process.send_signal(1)  # the kernel's and the shell's
+    assert process.communicate("go on\n")[0] == "done with that\n"
+    assert process.returncode == 129
+
+
+def test_under_nohup_a_terminal_that_closes_is_no_stop() -> None:
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(1)
+    assert process.communicate("go on\n")[0] == "done with that\n"
+    assert process.returncode == 0

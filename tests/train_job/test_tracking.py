@@ -133,6 +133,7 @@ def test_a_package_is_published_through_a_server_and_read_back_from_it(
         published = publish(server.uri, run_id, package, validation, name="remote")
     assert (published.version, published.promoted) == ("2", False)
     assert "no better" in published.reason
+    assert "models:/remote@champion" in client(server.uri).get_registered_model("remote").description
     champion = open_package(resolve("models:/remote@champion", server.uri))
     assert champion.info == package.info
     mlflow.set_tracking_uri(None)
@@ -207,6 +208,28 @@ def test_a_run_carries_its_settings_its_origin_and_its_data(database: str):
     assert json.loads(used["train"].profile) == {"bytes": 900, "tokens": 300, "fingerprint": "ab" * 32}
     assert json.loads(used["validation"].source) == {"url": "https://example.com/a.txt"}
     assert run.info.artifact_uri.startswith(Path(database.removeprefix("sqlite:///")).parent.as_uri())
+
+
+def test_an_experiment_is_tagged_as_training_and_described_and_a_users_own_words_stay(database: str):
+    from train_job.pages import KIND, NOTE, VIEW_TAG
+
+    mlflow = client(database)
+    old = mlflow.create_experiment("old")
+    mlflow.set_experiment_tag(old, KIND, "genai_development_inferred")  # the UI's guess
+    mlflow.set_experiment_tag(old, NOTE, "our own words")
+    for name in ("looks", "old"):
+        run_id = tracking.start_run(database, CONFIG, experiment=name)
+    made = mlflow.get_experiment_by_name("looks")
+    assert made.tags[KIND] == "custom_model_development"
+    assert f"(#/experiments/{made.experiment_id}/runs?" in made.tags[NOTE]
+    columns = json.loads(json.loads(made.tags[VIEW_TAG])["state"])["selectedColumns"]
+    assert columns[:3] == [f"metrics.`{name}`" for name in ("val/bits_per_byte", "val/loss", "train/loss")]
+    assert tracking.experiment_of(database, run_id) == old
+    tags = mlflow.get_experiment(old).tags
+    assert (tags[KIND], tags[NOTE]) == ("custom_model_development", "our own words")
+    mlflow.set_experiment_tag(old, KIND, "genai_development")  # a person's choice
+    tracking.start_run(database, CONFIG, experiment="old")
+    assert mlflow.get_experiment(old).tags[KIND] == "genai_development"
 
 
 def test_git_tags_name_the_commit_and_whether_it_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,203 @@
+"""Where the seconds go around the work: a run of twenty steps, `serve run` until it is ready, a typing error.
+
+`python -m bench.startup` does each as a user does, some times over, prints the phases of the fastest as tables, and
+one JSON line last. A phase begins where a function of the job is entered, or where a process of Ray's is there.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+Marks = list[tuple[str, float]]
+"""What begins, and when, in seconds since the process was started."""
+FIRST = "Python and what the command imports"
+SEAMS = (
+    ("train_job.run", "begin", "flags, the imports of MLflow and Ray, the text and its tokens"),
+    ("ray", "init", "Ray starts"),
+    ("train_job.run", "Run.open", "MLflow's run is opened"),
+    ("train_job.run", "Run.introduce", "what is planned is said"),
+    ("train_job.run", "torch_trainer", "Ray Train: a controller, a worker, both of which import torch"),
+    ("train_job.outcome", "build", "the package is written"),
+    ("train_job.outcome", "_figures", "figures"),
+    ("train_job.registry", "publish", "the version is registered and tried"),
+    ("train_job.outcome", "show", "a sample, the summary"),
+    ("train_job.outcome", "close", "MLflow's run is closed"),
+    ("ray", "shutdown", "Ray ends"),
+)
+"""Functions of the job, and what begins when they are first entered."""
+EVENTS = {"Started": "20 steps, an evaluation, a checkpoint", "Finished": "Ray Train ends"}
+"""News of the worker, seen by the driver within a second, and what begins then."""
+PROCESSES = (
+    ("gcs_server", "Ray starts"),
+    ("ServeController", "Serve's controller starts"),
+    ("ServeReplica", "a replica starts, imports, loads the model, warms it up; the front starts"),
+)
+"""Names of Ray's processes, and what begins when they are there."""
+READY_SECONDS = 300
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints tables and a JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.startup", description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=3, help="how often each is done; the fastest counts")
+    parser.add_argument("--steps", type=int, default=20, help="steps of the run")
+    arguments = parser.parse_args(argv)
+    load = os.getloadavg()[0]
+    found: dict[str, Marks] = {}
+    for turn in range(arguments.times):
+        with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
+            home = Path(scratch)
+            measured = {
+                "run": run(home, f"--name=measured-{turn}", f"--max-steps={arguments.steps}"),
+                "serve": serve(home, home / "runs" / f"measured-{turn}" / "package"),
+                "error": run(home, "--nmae=measured", code=2),
+            }
+        for what, marks in measured.items():
+            if what not in found or marks[-1][1] < found[what][-1][1]:
+                found[what] = marks
+    report = {what: phases(marks) for what, marks in found.items()}
+    for what, seconds in report.items():
+        print(f"\n{what}: {sum(seconds.values()):.1f} s")
+        for phase, took in seconds.items():
+            print(f"{took:6.1f}  {phase}")
+    print(json.dumps({"bench": "startup", "load_before": round(load, 1), **report}))
+    return 0
+
+
+def phases(marks: Marks) -> dict[str, float]:
+    """Seconds of each phase, in order; the last mark is the end."""
+    seconds: dict[str, float] = {}
+    for (phase, begun), (_, ended) in itertools.pairwise(marks):
+        seconds[phase] = round(seconds.get(phase, 0.0) + ended - begun, 2)
+    return seconds
+
+
+def environment(home: Path) -> dict[str, str]:
+    """A user's, with a Ray and an MLflow of one's own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("GPT_", "MLFLOW_", "RAY_"))}
+    return kept | {"GPT_FOUNDRY_HOME": str(home), "RAY_ADDRESS": "local"}
+
+
+def run(home: Path, *flags: str, code: int = 0) -> Marks:
+    """`train_job/run.py` with these flags; raises RuntimeError if it ends with another code."""
+    file = home / "marks.json"
+    file.write_text("[]")
+    begun = time.time()
+    command = [sys.executable, "-m", "bench.startup", "traced", str(file), *flags]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True)
+    total = time.time() - begun
+    if ended.returncode != code:
+        raise RuntimeError(f"the job ended with {ended.returncode}, not {code}:\n{ended.stdout}{ended.stderr}")
+    marks = [(str(phase), at - begun) for phase, at in json.loads(file.read_text())]
+    return [(FIRST, 0.0), *marks, ("", total)]
+
+
+def traced(file: Path, flags: list[str]) -> int:
+    """The job in this process; writes when each phase began, in seconds since 1970."""
+    marks: Marks = []
+
+    def mark(phase: str) -> None:
+        if phase not in [known for known, _ in marks]:
+            marks.append((phase, time.time()))
+
+    def after(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def marked(*arguments: Any, **named: Any) -> Any:
+            mark(phase)
+            return function(*arguments, **named)
+
+        return marked
+
+    from train_job.run import Run
+    from train_job.run import main as job
+
+    execute, show = Run.execute, Run.show
+
+    def told(self: Run, news: list[Any]) -> None:
+        for event in news:
+            if type(event).__name__ in EVENTS:
+                mark(EVENTS[type(event).__name__])
+        show(self, news)
+
+    def seamed(names: Callable[[str], bool]) -> None:
+        for module, path, phase in SEAMS:
+            if names(module):
+                *above, name = path.split(".")
+                owner = functools.reduce(getattr, above, importlib.import_module(module))
+                setattr(owner, name, after(getattr(owner, name), phase))
+
+    def executed(self: Run) -> int:
+        seamed(lambda module: module != "train_job.run")  # what the job itself imports only now
+        return execute(self)
+
+    seamed(lambda module: module == "train_job.run")
+    Run.execute, Run.show = executed, told  # type: ignore[method-assign]
+    code = job(flags)
+    mark("Python ends" if code == 0 else "the error is said")
+    file.write_text(json.dumps(marks))
+    return code
+
+
+def serve(home: Path, package: Path) -> Marks:
+    """`serve run serve_app:app` with a package, until it is ready. Raises RuntimeError if it does not become so."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = environment(home) | {"GPT_MODEL": str(package), "GPT_PORT": str(port)}
+    log, command = home / "serve.log", [str(BIN / "serve"), "run", "serve_app:app"]
+    begun = time.time()
+    with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output) as it:
+        marks: Marks = [(FIRST, 0.0)]
+        try:
+            while not ready(port):
+                if it.poll() is not None or time.time() - begun > READY_SECONDS:
+                    raise RuntimeError(f"the service is not ready:\n{log.read_text()}")
+                marks += [(phase, at - begun) for phase, at in appeared(it.pid) if phase not in dict(marks)]
+                time.sleep(0.05)
+            return [*marks, ("", time.time() - begun)]
+        finally:
+            it.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                it.wait(60)
+            it.kill()
+
+
+def appeared(pid: int) -> Iterator[tuple[str, float]]:
+    """The phases whose process is there, and since when."""
+    with contextlib.suppress(psutil.Error):
+        named = [(process, " ".join(process.cmdline())) for process in psutil.Process(pid).children(recursive=True)]
+        for name, phase in PROCESSES:
+            since = [process.create_time() for process, command in named if name in command]
+            if since:
+                yield phase, min(since)
+
+
+def ready(port: int) -> bool:
+    """Whether the service's default model is warm."""
+    with contextlib.suppress(OSError):
+        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).status == 200)
+    return False
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["traced"]:
+        sys.exit(traced(Path(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""What takes long says so: a line after a few seconds, more now and then, each with how far it has come.
+
+In: `with doing("learning bpe:2048"):` around whatever may take seconds, and `at(3, 10)` from inside it. Out: lines, on
+stderr unless somebody `speaks_through` something else, as a run's console and its workers do. They come only when
+nothing else was said meanwhile (`heard`), and of nested ones the innermost is told.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+FIRST_SECONDS = 4.0
+"""Of silence before a first line."""
+AGAIN_SECONDS = 30.0
+"""Of silence before each further one."""
+
+_lock = threading.Condition()
+_open: list["Doing"] = []
+_quiet_since = _ended = time.monotonic()
+_watching = False
+
+
+class Doing:
+    """One thing that is being done: `what`, since when, and how much of it is done."""
+
+    def __init__(self, what: str | Callable[[], str], first_seconds: float = FIRST_SECONDS) -> None:
+        self._what, self._began, self._share = what, time.monotonic(), 0.0
+        self.due = first_seconds
+        """Seconds of silence after which it is told."""
+
+    def at(self, done: float, of: float) -> None:
+        """`done` of `of` are done, whatever they count."""
+        self._share = min(1.0, done / of) if of else 0.0
+
+    def __str__(self) -> str:
+        what = self._what() if callable(self._what) else self._what
+        seconds, share = time.monotonic() - self._began, self._share
+        left = f", {share:.0%}, about {duration(seconds / share - seconds)} left" if share else ""
+        return f"...       {what} ({duration(seconds)}{left})"
+
+
+@contextlib.contextmanager
+def doing(
+    what: str | Callable[[], str], *, first_seconds: float = FIRST_SECONDS, at_once: bool = False
+) -> Iterator[Doing]:
+    """Within it, silence is broken after `first_seconds` and then every AGAIN_SECONDS; `at_once`: also at the start."""
+    global _quiet_since, _ended, _watching
+    this = Doing(what, first_seconds)
+    if at_once:
+        _say(f"...       {what() if callable(what) else what}")
+        this.due = AGAIN_SECONDS
+    with _lock:
+        if not _open and time.monotonic() - _ended > 1.0:  # else one thing after the other, all in one silence
+            _quiet_since = time.monotonic()
+        _open.append(this)
+        if not _watching:
+            _watching = True
+            threading.Thread(target=_watch, name="progress", daemon=True).start()
+        _lock.notify()
+    try:
+        yield this
+    finally:
+        with _lock:
+            _open.remove(this)
+            _ended = time.monotonic()
+
+
+def at(done: float, of: float) -> None:
+    """How far the innermost thing has come, for code that does not know what it is part of."""
+    with _lock:
+        if _open:
+            _open[-1].at(done, of)
+
+
+def heard() -> None:
+    """Something else was said: the silence begins anew."""
+    global _quiet_since
+    _quiet_since = time.monotonic()
+
+
+def speak_through(say: Callable[[str], None] | None) -> None:
+    """Has lines go to `say` from now on; None: to stderr."""
+    global _say
+    _say = say or _to_stderr
+
+
+def _to_stderr(line: str) -> None:
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
+
+
+_say: Callable[[str], None] = _to_stderr
+
+
+def _watch() -> None:
+    """Sleeps until somebody has been silent for too long."""
+    while True:
+        with _lock:
+            if not _open:
+                _lock.wait()
+                continue
+            left = _quiet_since + _open[-1].due - time.monotonic()
+            if left > 0:
+                _lock.wait(left)
+                continue
+            this = _open[-1]
+            this.due = AGAIN_SECONDS
+        with contextlib.suppress(Exception):  # a line that cannot be said stops nothing
+            _say(str(this))
+        heard()
+
+
+def duration(seconds: float) -> str:
+    """`m:ss` or `h:mm:ss`; `?` where nothing bounds it."""
+    if seconds > 100 * 86400:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

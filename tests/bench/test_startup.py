@@ -1,0 +1,35 @@
+"""Claims about bench.startup: the phases are all of the time, and name what really happened."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import startup
+from tests.system.conftest import ROOT
+
+
+def test_phases_add_up_to_the_whole() -> None:
+    marks = [("Python", 0.0), ("work", 1.5), ("Python", 4.0), ("", 4.25)]
+    assert startup.phases(marks) == {"Python": 1.75, "work": 2.5}
+
+
+def test_a_typing_error_is_told_apart_from_what_was_imported_for_it(tmp_path: Path) -> None:
+    found = startup.phases(startup.run(tmp_path, "--nmae=x", code=2))
+    assert list(found) == [startup.FIRST, "the error is said"]
+    with pytest.raises(RuntimeError, match="ended with 2, not 0"):
+        startup.run(tmp_path, "--nmae=x")
+
+
+@pytest.mark.slow
+def test_a_run_and_a_service_have_every_phase_that_is_looked_for() -> None:
+    command = [sys.executable, "-m", "bench.startup", "--times=1", "--steps=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    seams = [phase for _, _, phase in startup.SEAMS]
+    assert [phase for phase in seams if phase not in report["run"]] == []
+    assert all(phase in report["run"] for phase in startup.EVENTS.values())
+    assert list(report["serve"]) == [startup.FIRST, *(phase for _, phase in startup.PROCESSES)]

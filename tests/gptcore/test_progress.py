@@ -1,0 +1,72 @@
+"""What takes long is told once it is too long silent, the innermost first; what is quick is not."""
+
+import threading
+
+import pytest
+
+from gptcore import progress
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch):
+    """Lines as they are said, with a patience of hundredths of a second."""
+    lines: list[str] = []
+    came = threading.Event()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        came.set()
+
+    monkeypatch.setattr(progress, "AGAIN_SECONDS", 0.05)
+    progress.speak_through(say)
+    yield lines, came
+    progress.speak_through(None)
+
+
+def test_what_takes_long_says_what_it_is_and_how_far_it_has_come(told):
+    lines, came = told
+    with progress.doing("judging the champion", first_seconds=0.01):
+        progress.at(1, 4)
+        assert came.wait(10)
+        came.clear()
+        assert came.wait(10), "and says it again"
+    assert "judging the champion (0:00, 25%, about 0:00 left)" in lines[0]
+
+
+def test_what_is_quick_says_nothing(told):
+    lines, _ = told
+    with progress.doing("something quick", first_seconds=60):
+        pass
+    assert lines == []
+
+
+def test_what_is_announced_is_said_before_it_begins(told):
+    lines, _ = told
+    with progress.doing("judging the champion", at_once=True):
+        assert lines == ["...       judging the champion"]
+
+
+def test_of_nested_things_the_innermost_is_told(told):
+    lines, came = told
+    with progress.doing("getting ready", first_seconds=60), progress.doing("reading notes.txt", first_seconds=0.01):
+        assert came.wait(10)
+    assert "reading notes.txt" in lines[0]
+    assert not any("getting ready" in line for line in lines)
+
+
+def test_a_line_that_cannot_be_said_stops_nothing():
+    tried = threading.Event()
+
+    def say(line: str) -> None:
+        tried.set()
+        raise BrokenPipeError
+
+    progress.speak_through(say)
+    try:
+        with progress.doing("something", first_seconds=0.01):
+            assert tried.wait(10)
+            tried.clear()
+        with progress.doing("something else", first_seconds=0.01):
+            assert tried.wait(10)
+    finally:
+        progress.speak_through(None)

@@ -1,0 +1,77 @@
+"""Which Ray is joined: what `ray start` began and what is named; never one that a program started for itself."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptcore.errors import ConfigError
+from train_job import discovery
+from train_job.discovery import cluster_address, running_here, unanswered
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """An address that takes connections and answers nothing, as a stopped server's does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def raylet(tmp_path: Path, silent: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A process that looks as a node of Ray does, of a cluster whose head is silent. No other is seen."""
+    flags = [f"--gcs-address={silent}", f"--temp_dir={tmp_path}"]
+    code = "print('up', flush=True); input()"
+    process = subprocess.Popen(
+        ["raylet", "-c", code, *flags], executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"up\n"
+    seen = discovery.psutil.process_iter
+    monkeypatch.setattr(
+        discovery.psutil, "process_iter", lambda attrs: (one for one in seen(attrs) if one.pid == process.pid)
+    )
+    yield silent
+    process.communicate(b"\n")
+
+
+def test_a_port_that_says_nothing_is_given_up_after_the_time_for_it(silent: str) -> None:
+    begun = time.monotonic()
+    assert unanswered(silent, seconds=0.5) == "no answer in 0.5 s"
+    assert time.monotonic() - begun < 30
+
+
+def test_a_port_where_nothing_listens_is_said_to_be_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    assert unanswered(f"127.0.0.1:{port}") == "no Ray listens there"
+
+
+def test_an_address_of_another_kind_is_refused_by_name() -> None:
+    for named in ("localhost", "ray://127.0.0.1:10001", "127.0.0.1:"):
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS is '{named}'; expected HOST:PORT, auto or local"):
+            cluster_address(named)
+
+
+def test_local_is_a_ray_of_ones_own_whatever_runs_here() -> None:
+    assert cluster_address("local") is None
+
+
+def test_a_ray_that_a_program_started_for_itself_is_not_joined(raylet: str) -> None:
+    assert [local for local in running_here() if local.address == raylet and not local.is_shared]
+    assert cluster_address(None) != raylet  # nor waited for
+
+
+def test_what_ray_start_began_is_found_and_told_of_if_it_does_not_answer(
+    raylet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ray_current_cluster").write_text(f"{raylet}\n")
+    os.utime(tmp_path / "ray_current_cluster", (2**32, 2**32))  # the latest of all
+    monkeypatch.setattr(discovery, "unanswered", lambda address: f"asked {address}")
+    with pytest.raises(ConfigError, match=f"{raylet}, does not answer .asked {raylet}.; RAY_ADDRESS=local starts one"):
+        cluster_address(None)

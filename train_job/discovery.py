@@ -1,0 +1,127 @@
+"""Which Ray a job runs on: the one that RAY_ADDRESS names, one that `ray start` began on this machine, or its own.
+
+Out: an address that has answered within seconds, or None for a Ray of one's own. A Ray that a program started for
+itself, such as another run or `serve run`, is nobody else's: it ends with that program. Ray tells the two apart by a
+file in its temporary folder, which `ray start` alone writes.
+"""
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gptcore.errors import ConfigError
+from gptcore.progress import doing
+
+LOOK_SECONDS = 10.0
+"""How long an address may take to answer."""
+CURRENT = "ray_current_cluster"
+"""In Ray's temporary folder: the address of what `ray start` began last."""
+TOKEN = "it wants another token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+OWN = "RAY_ADDRESS=local starts one of your own"
+
+
+@dataclass(frozen=True)
+class Local:
+    """A node of Ray on this machine: the cluster's address, and the temporary folder that it was started with."""
+
+    address: str
+    temp_dir: Path
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether `ray start` began it."""
+        return written(self.temp_dir) == self.address
+
+
+def cluster_address(named: str | None) -> str | None:
+    """The cluster to join; None: there is none, and the job starts its own. `named` is RAY_ADDRESS.
+
+    Raises ConfigError if the one that is named, or that `ray start` began here, does not answer.
+    """
+    if named == "local":
+        return None
+    if named and named != "auto":
+        if "://" in named:
+            raise ConfigError(f"RAY_ADDRESS is {named!r}; expected HOST:PORT, auto or local: a job is its own driver")
+        _, colon, port = named.rpartition(":")
+        if not (colon and port.isdecimal()):
+            raise ConfigError(f"RAY_ADDRESS is {named!r}; expected HOST:PORT, auto or local")
+        if problem := unanswered(named):
+            raise ConfigError(f"RAY_ADDRESS is {named!r}, but no Ray cluster answers there ({problem}); {OWN}")
+        return named
+    shared = [local for local in running_here() if local.is_shared]
+    if not shared:
+        if named:
+            raise ConfigError(f"RAY_ADDRESS is {named!r}, but `ray start` has begun no cluster on this machine; {OWN}")
+        return None
+    found = max(shared, key=lambda local: (local.temp_dir / CURRENT).stat().st_mtime)  # as Ray does: the latest
+    if problem := unanswered(found.address):
+        raise ConfigError(
+            f"a Ray cluster on this machine, {found.address}, does not answer ({problem}); {OWN}, `ray stop` ends "
+            "those that are yours"
+        )
+    return found.address
+
+
+def written(temp_dir: Path) -> str:
+    """The address that `ray start` has left in this temporary folder of Ray's, or an empty string."""
+    try:
+        return (temp_dir / CURRENT).read_text().strip()
+    except OSError:
+        return ""
+
+
+def running_here() -> list[Local]:
+    """The nodes of Ray clusters whose processes are seen on this machine."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        if os.path.basename(command[0]) == "raylet":
+            flags = dict(part[2:].split("=", 1) for part in command if part.startswith("--") and "=" in part)
+            if flags.get("gcs-address") and flags.get("temp_dir"):
+                found.append(Local(flags["gcs-address"], Path(flags["temp_dir"])))
+    return found
+
+
+def unanswered(address: str, seconds: float = LOOK_SECONDS) -> str:
+    """Why the head of the Ray cluster at this address does not answer, or an empty string if it does."""
+    import grpc
+    import ray
+    from ray._common.usage import usage_constants
+    from ray._private import ray_constants
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.utils import check_version_info
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from ray.exceptions import AuthenticationError
+
+    channel = init_grpc_channel(address)
+    rpc: Any = gcs_service_pb2
+    wanted = rpc.InternalKVGetRequest(
+        key=usage_constants.CLUSTER_METADATA_KEY, namespace=ray_constants.KV_NAMESPACE_CLUSTER
+    )
+    try:
+        with doing(f"asking the Ray cluster at {address}"):
+            answer = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel).InternalKVGet(wanted, timeout=seconds)
+    except AuthenticationError:
+        return TOKEN
+    except grpc.RpcError as error:
+        return {
+            grpc.StatusCode.DEADLINE_EXCEEDED: f"no answer in {seconds:g} s",
+            grpc.StatusCode.UNAUTHENTICATED: TOKEN,
+            grpc.StatusCode.UNAVAILABLE: "no Ray listens there",
+        }.get(error.code(), error.code().name.lower())
+    finally:
+        channel.close()
+    cluster = json.loads(answer.value or b"{}")
+    try:
+        if cluster:
+            check_version_info(cluster, "this machine")
+    except RuntimeError:
+        there = f"it runs Ray {cluster['ray_version']} on Python {cluster['python_version']}"
+        return f"{there}, and this is Ray {ray.__version__} on Python {platform.python_version()}"
+    return ""

@@ -1,0 +1,106 @@
+"""What Ray restarts, kills or gives up, in our words: why, and the way on.
+
+In: the exceptions that Ray Train has of its workers. Out: a line for the run's console, without Ray's paragraphs and
+addresses. `Restarts` is told by Ray Train's controller, and puts the reason on the run's board.
+"""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import UserCallback
+
+SMALLER = "a smaller --micro-batch-size takes less memory"
+PRESSURE = ("OutOfMemory", "out of memory", "not enough memory", "can't allocate memory", "low on memory", "OOM kill ")
+"""How Ray, torch and CUDA call it."""
+GUESSES = re.compile(r"Some common causes include.*", re.DOTALL)
+"""What Ray says of any process that it lost."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """News for the driver: workers failed, and why."""
+
+    why: str
+
+
+class Restarts(UserCallback):
+    """Tells the board why workers failed, before Ray Train begins again or gives up."""
+
+    def __init__(self, board: Any) -> None:
+        self.board, self.address, self.kills = board, ray.util.get_node_ip_address(), kernel_kills()
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called on Ray Train's controller. What Linux killed is known of the machine that both of us are on."""
+        here = self.address == ray.util.get_node_ip_address() and any(
+            f"ip: {self.address}" in str(_inner(error)) for error in worker_exceptions.values()
+        )
+        self.board.post.remote(Failure(explained(worker_exceptions, here and kernel_kills() > self.kills)))
+
+
+def explained(failures: dict[int, Exception], kernel_killed: bool = False) -> str:
+    """Why workers failed, by rank: the failure that tells most, in one line. `kernel_killed`: Linux killed something
+    for memory meanwhile."""
+    causes = [(_cause(error, kernel_killed), rank) for rank, error in sorted(failures.items())]
+    if not causes:
+        return "a worker failed"
+    # What one worker dies of makes the others fail at the same step: memory and a lost machine tell more than that.
+    for told in ("memory", "machine", "process"):
+        for cause, rank in causes:
+            if told in cause:
+                return f"worker {rank} {cause}"
+    cause, rank = causes[0]
+    return f"worker {rank} {cause}"
+
+
+def _inner(error: Exception) -> Exception:
+    """What Ray Train's look at a worker met: a worker that has died fails its health check."""
+    return getattr(error, "health_check_failure", None) or error
+
+
+def _cause(error: Exception, kernel_killed: bool) -> str:
+    error = _inner(error)
+    text = GUESSES.sub("", str(error))
+    if any(words in text for words in PRESSURE) or isinstance(error, MemoryError):
+        return f"was killed or failed for lack of memory; {SMALLER}"
+    if "its node has died" in text or type(error).__name__ == "NodeDiedError":
+        return "was lost with its machine"
+    if "health" in text.lower() and "check" in text.lower():
+        return "did not answer Ray's health check"
+    kind = type(error).__name__
+    if kind in ("ActorDiedError", "RayActorError", "ActorUnavailableError", "WorkerCrashedError"):
+        if kernel_killed:
+            return f"lost its process: Linux killed it for lack of memory; {SMALLER}"
+        return "lost its process: something outside killed it, or it crashed"
+    return f"failed: {last_line(error)}"
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an exception that says something: with Ray's, the one that a worker died of. No addresses."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if "://" not in line), "")
+    return re.sub(r"\x1b\[[0-9;]*m", "", said) or type(error).__name__
+
+
+def why(error: Exception) -> str:
+    """The same of what Ray Train or Tune raises in the end."""
+    if failures := getattr(error, "worker_failures", None):
+        return explained(failures)
+    inner = getattr(error, "controller_failure", None) or error
+    if any(words in GUESSES.sub("", str(inner)) for words in PRESSURE):
+        return f"a process was killed for lack of memory; {SMALLER}"
+    if type(inner).__name__ in ("ActorDiedError", "RayActorError"):
+        return "a process of Ray's was lost"
+    return last_line(inner)
+
+
+def kernel_kills() -> int:
+    """How often Linux has killed for memory since this machine was started; 0 where that is not known."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

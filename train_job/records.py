@@ -1,0 +1,366 @@
+"""Files of many documents: JSON, JSON lines, CSV, Parquet. A stretch of such a file in, its texts out, one at a time.
+
+Each form has a `scan_…`, which reads the whole file once and says where it can be parted, and a `read_…`, which gives
+the texts of a part. Memory holds one record, whatever the file's size.
+"""
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gptcore.errors import CorpusError, did_you_mean
+
+BLOCK_BYTES = 2**20
+LONGEST_RECORD = 2**28
+"""Characters in one value of JSON or one field of CSV. More than that is a file that is not what it seems."""
+DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}
+"""What may stand between the columns, the likeliest first."""
+
+
+class BadRecord(ValueError):
+    """What is wrong with a record, and the byte where."""
+
+    def __init__(self, message: str, position: int) -> None:
+        super().__init__(message)
+        self.position = position
+
+
+def parted(starts: Iterable[int], most: int) -> list[int]:
+    """The borders of parts of at most `most` bytes that end where records do; the last of `starts` is the end."""
+    borders: list[int] = []
+    previous = 0
+    for start in starts:
+        if not borders:
+            borders.append(start)
+        elif start - borders[-1] > most and previous > borders[-1]:
+            borders.append(previous)
+        previous = start
+    return [*borders, previous] if previous > borders[-1] else borders
+
+
+def line_number(path: str, position: int) -> int:
+    """Which line, from 1, byte `position` is in."""
+    with open(path, "rb") as file:
+        chunks = iter(lambda: file.read(min(2**20, position - file.tell())), b"")
+        return 1 + sum(chunk.count(b"\n") for chunk in chunks)
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def field_of(record: Any, column: str) -> str:
+    """The text in a value of JSON: its field `column`, null being empty. Raises ValueError."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with a field {column!r}, found {type(record).__name__}")
+    if column not in record:
+        raise ValueError(f"no field {column!r}; there are {', '.join(record) or 'none'}.{did_you_mean(column, record)}")
+    text = record[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"field {column!r} is {type(text).__name__}, expected text")
+    text.encode()  # half of a surrogate pair is a ValueError here, and no text
+    return text
+
+
+def read_jsonl(path: str, start: int, end: int, column: str, label: str) -> Iterator[str]:
+    """The texts of the lines that begin in bytes [start, end). Raises CorpusError naming the line."""
+    position = start
+    with open(path, "rb") as file:
+        file.seek(position)
+        for line in file:
+            if position >= end:
+                return
+            try:
+                yield _line_text(line, column)
+            except ValueError as error:
+                raise CorpusError(f"{label}, line {line_number(path, position)}: {error}") from None
+            position += len(line)
+
+
+def _line_text(line: bytes, column: str) -> str:
+    """The text of a line of JSON; an empty line has none. Raises ValueError."""
+    if not line.strip():
+        return ""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    return field_of(record, column)
+
+
+GAP = re.compile(r"[\s,\[\]]*")
+END = object()
+"""What `json_values` gives for a value behind the last."""
+
+
+def json_values(path: str, start: int, end: int | None = None) -> Iterator[tuple[int, str, Any]]:
+    """The values of a JSON file from byte `start`, up to the first that begins at byte `end` or behind, then END.
+
+    Each comes behind the byte that it begins at and what stands before it: white space, commas, an array's brackets.
+    Raises BadRecord for what is not JSON.
+    """
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        file.seek(start)
+        text, at, position, more = "", 0, start, True  # text[at:] is to be read; text[at] is byte `position`
+
+        def refilled() -> bool:
+            nonlocal text, at, more
+            if more:
+                data = file.read(max(BLOCK_BYTES, len(text) - at))  # at least doubled: a long value is tried again
+                more, text, at = bool(data), text[at:] + utf8.decode(data, final=not data), 0
+                return True
+            return False
+
+        while True:
+            behind = GAP.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            if behind == len(text) and refilled():
+                continue
+            gap = text[at:behind]
+            position, at = position + len(gap.encode()), behind
+            if at == len(text) or (end is not None and position >= end):
+                yield position, gap, END
+                return
+            try:
+                while (found := _decoded(decoder, text, at, more)) is None:
+                    if len(text) - at > LONGEST_RECORD:
+                        raise BadRecord(f"a value has more than {LONGEST_RECORD:,} characters", position)
+                    refilled()
+            except json.JSONDecodeError as error:
+                wrong = position + len(text[at : error.pos].encode())
+                raise BadRecord(f"not JSON ({error.msg})", wrong) from None
+            except RecursionError:
+                raise BadRecord("not JSON that can be read (nested too deeply)", position) from None
+            value, behind = found
+            yield position, gap, value
+            position, at = position + len(text[at:behind].encode()), behind
+
+
+def _decoded(decoder: json.JSONDecoder, text: str, at: int, more: bool) -> tuple[Any, int] | None:
+    """The value at text[at:] and where it ends; None if it may go on in what is not read yet."""
+    try:
+        value, behind = decoder.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        if more and (error.msg.startswith("Unterminated") or error.pos > len(text) - 16):
+            return None
+        raise
+    return None if more and behind == len(text) else (value, behind)  # a number may go on
+
+
+def scan_json(path: Path, start: int, column: str, label: str, most: int) -> list[int]:
+    """Where the parts of a JSON file begin and end: an array of objects, or objects one after the other.
+
+    Raises CorpusError naming the first element that is not one.
+    """
+    number = 0
+
+    def starts() -> Iterator[int]:
+        nonlocal number
+        array, wanted = False, ""  # what stands before the next value
+        for position, gap, value in json_values(str(path), start):
+            between = "".join(gap.split())
+            if number == 0 and between.startswith("["):
+                array, between = True, between[1:]
+            if value is END and between == ("]" if array else ""):
+                yield position
+                return
+            if value is END and between in ("", ","):
+                raise BadRecord("the file ends before its array does", position)
+            number += 1
+            if between != wanted:
+                raise BadRecord(_misplaced(between, wanted, column), position)
+            try:
+                field_of(value, column)
+            except ValueError as error:
+                raise BadRecord(str(error), position) from None
+            yield position
+            wanted = "," if array else ""
+
+    try:
+        return parted(starts(), most)
+    except BadRecord as error:
+        line = line_number(str(path), error.position)
+        raise CorpusError(f"{label}, line {line}, element {max(number, 1)}: {error}") from None
+
+
+def _misplaced(found: str, wanted: str, column: str) -> str:
+    if found.startswith(f"{wanted}["):
+        return f"expected an object with a field {column!r}, found list"
+    return f"not JSON ({found[:9]!r} where {repr(wanted) if wanted else 'nothing'} is expected before the next value)"
+
+
+def read_json(path: str, start: int, end: int, column: str, label: str) -> Iterator[str]:
+    """The texts of the values that begin in bytes [start, end). Raises CorpusError if they are not what was scanned."""
+    try:
+        for _, _, value in json_values(path, start, end):
+            if value is not END:
+                yield field_of(value, column)
+    except ValueError as error:
+        raise CorpusError(f"{label}: {error}") from None
+
+
+# --- CSV and TSV ----------------------------------------------------------------------------------------------------
+
+
+def csv_rows(path: str, start: int, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows from byte `start`, each with the byte that it begins at, then the file's end with an empty row.
+
+    Raises BadRecord.
+    """
+    csv.field_size_limit(LONGEST_RECORD)  # 128 KiB otherwise
+    position = first = start
+    with open(path, "rb") as file:
+        file.seek(start)
+
+        def lines() -> Iterator[str]:  # the reader takes no more of them than its row has
+            nonlocal position
+            for line in file:
+                position += len(line)
+                yield line.decode()
+
+        try:
+            for row in csv.reader(lines(), delimiter=delimiter, strict=True):
+                if row:
+                    yield first, row
+                first = position
+        except csv.Error as error:
+            raise BadRecord(str(error), first) from None
+    yield position, []
+
+
+def csv_layout(path: str, start: int, kind: str, column: str, label: str) -> tuple[str, list[str]]:
+    """The delimiter and the names in the first row. Raises CorpusError if `column` is not among them."""
+    layouts = []
+    for delimiter in DELIMITERS[kind]:
+        try:
+            names = next(csv_rows(path, start, delimiter))[1]
+        except BadRecord as error:
+            raise CorpusError(f"{label}, line {line_number(path, error.position)}: {error}") from None
+        if column in names or not names:
+            return delimiter, names
+        layouts.append(names)
+    names = max(layouts, key=len)
+    raise CorpusError(f"{label} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}")
+
+
+def scan_csv(path: Path, start: int, kind: str, column: str, label: str, most: int) -> list[int]:
+    """Where the parts of a CSV file begin and end; a first row names the columns. Raises CorpusError naming a line."""
+    delimiter, names = csv_layout(str(path), start, kind, column, label)
+
+    def starts() -> Iterator[int]:
+        rows = csv_rows(str(path), start, delimiter)
+        next(rows)
+        for position, row in rows:
+            if row and len(row) != len(names):
+                raise BadRecord(f"the row has {len(row)} fields, the first row {len(names)}", position)
+            yield position
+
+    try:
+        return parted(starts(), most) if names else [start]
+    except BadRecord as error:
+        raise CorpusError(f"{label}, line {line_number(str(path), error.position)}: {error}") from None
+
+
+def read_csv(path: str, start: int, end: int, kind: str, column: str, label: str) -> Iterator[str]:
+    """The texts of the rows that begin in bytes [start, end)."""
+    delimiter, names = csv_layout(path, text_start(path), kind, column, label)
+    for position, row in csv_rows(path, start, delimiter):
+        if position >= end or not row:
+            return
+        yield row[names.index(column)]
+
+
+def record_starts(path: str, start: int, kind: str, column: str, label: str) -> Iterator[int]:
+    """The bytes at which the values or rows from byte `start` on begin, and the file's end."""
+    if kind == "json":
+        return (position for position, *_ in json_values(path, start))
+    delimiter, _ = csv_layout(path, text_start(path), kind, column, label)
+    return (position for position, _ in csv_rows(path, start, delimiter))
+
+
+def text_start(path: str) -> int:
+    """The byte behind a byte order mark, if the file begins with one."""
+    with open(path, "rb") as file:
+        return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+
+
+# --- Parquet --------------------------------------------------------------------------------------------------------
+
+
+def open_parquet(path: str | Path, column: str, label: str) -> Any:
+    """The file as a pyarrow ParquetFile with a text column of that name. Raises CorpusError."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise CorpusError(f"reading {label} needs pyarrow, which is not installed: pip install pyarrow") from None
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise CorpusError(f"{label} is not a whole Parquet file: {error}") from None
+    names = file.schema_arrow.names
+    if column not in names:
+        raise CorpusError(f"{label} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}")
+    types, kind = pyarrow.types, file.schema_arrow.field(column).type
+    held = kind.value_type if types.is_dictionary(kind) else kind
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    raw = (types.is_binary, types.is_large_binary, types.is_binary_view)  # as writers without a type for text have it
+    if not any(fits(held) for fits in (*texts, *raw)):
+        raise CorpusError(f"{label}: column {column!r} holds {kind}, expected text")
+    return file
+
+
+def parquet_texts(table: Any, label: str) -> Any:
+    """The one column of a table or batch as an array of large strings. Raises CorpusError for what is not UTF-8."""
+    import pyarrow
+
+    column = table.column(0)
+    try:
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        texts = column.cast(pyarrow.large_binary()).cast(pyarrow.large_string())  # a cast from bytes looks at them
+    except pyarrow.ArrowInvalid as error:
+        name = table.schema.names[0]
+        raise CorpusError(f"{label}: column {name!r} has a row that is not UTF-8: {error}") from None
+    return texts
+
+
+def scan_parquet(path: Path, column: str, label: str, most: int) -> tuple[list[int], list[int]]:
+    """Reads the text column once: at which rows parts of whole row groups end, and how many UTF-8 bytes each has."""
+    file = open_parquet(path, column, label)
+    borders, sizes = [0], [0]
+    for group in range(file.num_row_groups):
+        lengths = row_bytes(file, column, [group], label)
+        if sizes[-1] and sizes[-1] + sum(lengths) > most:
+            borders.append(borders[-1])
+            sizes.append(0)
+        sizes[-1] += sum(lengths)
+        borders[-1] += len(lengths)
+    return [0, *borders], sizes
+
+
+def row_bytes(file: Any, column: str, groups: list[int], label: str) -> list[int]:
+    """UTF-8 bytes of each row's text; null has none."""
+    from pyarrow import compute
+
+    texts = parquet_texts(file.read_row_groups(groups, columns=[column]), label)
+    return compute.fill_null(compute.binary_length(texts), 0).to_pylist()
+
+
+def read_parquet(path: str, start: int, end: int, column: str, label: str) -> Iterator[str]:
+    """The texts of rows [start, end)."""
+    file = open_parquet(path, column, label)
+    first = 0  # row of the group at hand
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if first < end and first + rows > start:
+            batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=[column])
+            texts = (text.as_py() or "" for batch in batches for text in parquet_texts(batch, label))
+            yield from islice(texts, max(start - first, 0), end - first)
+        first += rows
