@@ -20,7 +20,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
 
 
 def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
+    return path.read_bytes() if path.is_file() else b""  # a device has no end
 
 
 def _row(line: bytes) -> dict[str, float] | None:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcore.errors import CheckpointError, FoundryError, PackageError, RecordError, StorageFull, TrainingError
+from gptcore.errors import CheckpointError, FoundryError, PackageError, RecordError, TrainingError
 from gptcore.package import Package, open_package, save_package
 from gptcore.progress import doing
 from gptcore.redact import without_password
@@ -25,7 +25,7 @@ from train_job.console import duration
 from train_job.evaluate import bits_per_byte
 from train_job.files import read_json, written_whole
 from train_job.hardware import peak_memory_mb
-from train_job.history import History
+from train_job.history import read_history
 from train_job.inputs import cache_dir
 from train_job.record import read_record, tracked_at
 from train_job.spool import Spool
@@ -58,8 +58,6 @@ def fail(run: Run, problem: FoundryError) -> int:
     Once a worker has begun to train, nothing is the input's fault any more.
     """
     run.console.say(f"error: {problem}")
-    if isinstance(problem, StorageFull):
-        run.console.say(f"go on with: {run.resume_command()}")
     what_now(run)
     try:
         if run.run_id:
@@ -239,7 +237,8 @@ def ended(run: Run, record: Mapping[str, Any] | None = None) -> Ended:
     package = run.run_dir / "package"
     resume = run.resume_command() if run.run_id else ""
     promoted = True if record is None else record["promoted"]
-    step = History(run.run_dir / "history.jsonl").last_step
+    rows = read_history(run.run_dir / "history.jsonl") if record else []
+    step = int(max((row["step"] for row in rows), default=0))
     return Ended(
         run.uri,
         run.experiment_id,

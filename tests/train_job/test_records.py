@@ -265,20 +265,20 @@ def test_a_log_that_takes_no_more_costs_no_run(tmp_path: Path, capsys: pytest.Ca
     assert [said.count(text) for text in ("one\n", "two\n", "gets no more lines: No space left on device")] == [1, 1, 1]
 
 
-def ended(problem: FoundryError, began: bool) -> int:
-    """The exit code of a run that failed so."""
+@pytest.mark.parametrize(
+    ("problem", "began", "code"),
+    [
+        (ConfigError("x"), False, 2),
+        (RecordError("x"), True, 1),
+        (TrainingError("x"), False, 1),
+        (StorageFull("x"), True, 1),
+    ],
+)
+def test_once_a_worker_trains_nothing_is_the_inputs_fault(
+    mine: Path, problem: FoundryError, began: bool, code: int
+) -> None:
     said: list[str] = []
-    stand: Any = SimpleNamespace(
-        console=SimpleNamespace(say=said.append), run_id="", began=began, resume_command=lambda: "--resume mine"
-    )
-    code = outcome.fail(stand, problem)
-    assert said[0] == f"error: {problem}"
-    assert ("go on with: --resume mine" in said) == isinstance(problem, StorageFull)
-    return code
-
-
-def test_once_a_worker_trains_nothing_is_the_inputs_fault() -> None:
-    assert ended(ConfigError("x"), began=False) == 2
-    assert ended(RecordError("x"), began=True) == 1
-    assert ended(TrainingError("x"), began=False) == 1
-    assert ended(StorageFull("x"), began=True) == 1
+    failed: Any = run.Run(build_config({"name": "mine"}), mine)
+    failed.uri, failed.began, failed.console = "", began, SimpleNamespace(say=said.append)
+    assert outcome.fail(failed, problem) == code
+    assert said[0] == "error: x"
