@@ -36,7 +36,7 @@ class Restarts(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called on Ray Train's controller. What Linux killed is known of the machine that both of us are on."""
         here = self.address == ray.util.get_node_ip_address() and any(
-            f"ip: {self.address}" in str(error) for error in worker_exceptions.values()
+            f"ip: {self.address}" in str(_inner(error)) for error in worker_exceptions.values()
         )
         self.board.post.remote(Failure(explained(worker_exceptions, here and kernel_kills() > self.kills)))
 
@@ -56,7 +56,13 @@ def explained(failures: dict[int, Exception], kernel_killed: bool = False) -> st
     return f"worker {rank} {cause}"
 
 
+def _inner(error: Exception) -> Exception:
+    """What Ray Train's look at a worker met: a worker that has died fails its health check."""
+    return getattr(error, "health_check_failure", None) or error
+
+
 def _cause(error: Exception, kernel_killed: bool) -> str:
+    error = _inner(error)
     text = GUESSES.sub("", str(error))
     if any(words in text for words in PRESSURE) or isinstance(error, MemoryError):
         return f"was killed or failed for lack of memory; {SMALLER}"

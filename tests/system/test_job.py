@@ -149,7 +149,8 @@ def test_a_run_whose_output_has_lost_its_reader_is_stopped_as_any_other(launch: 
     assert status(job) == "KILLED"
     [log] = job.run_dir.glob("training_*.log")
     assert "stopping: saving a checkpoint" in log.read_text()
-    assert log.read_text().splitlines()[-1].endswith(f"stopped; go on with: python train_job/run.py --resume {name}")
+    closing = rf"  stopped; go on with: .*train_job/run\.py --resume {name}$"
+    assert re.search(closing, log.read_text(), re.MULTILINE), log.read_text()[-2000:]
 
 
 def test_two_workers_see_the_same_batches_and_agree_on_the_loss(launch: Launch, undisturbed: Job) -> None:

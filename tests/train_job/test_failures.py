@@ -3,6 +3,7 @@
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError  # type: ignore[attr-defined]
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from train_job.failures import SMALLER, explained, why
 
@@ -35,6 +36,8 @@ def test_memory_is_named_with_what_helps_and_nothing_of_rays_paragraph():
 def test_a_killed_process_is_not_said_to_have_lacked_memory_unless_linux_says_so():
     assert explained({0: died(DIED)}) == "worker 0 lost its process: something outside killed it, or it crashed"
     assert SMALLER in explained({0: died(DIED)}, kernel_killed=True)
+    looked_at = WorkerHealthCheckFailedError("A worker health check failed.", died(DIED))  # as Ray Train has it
+    assert explained({0: looked_at}) == explained({0: died(DIED)})
 
 
 def test_a_lost_machine_and_a_worker_that_does_not_answer_are_told_apart_from_a_lost_process():
