@@ -103,7 +103,7 @@ def unsaved(error: BaseException, place: object) -> TrainingError | None:
 
 def load_checkpoint(folder: Path, identity: Identity) -> Checkpoint:
     """Reads and verifies. Raises DamagedCheckpoint, naming the file, or CheckpointError if it is of another run."""
-    record = _verified(folder)
+    record = verified(folder)
     for what, theirs in record["identity"].items():
         ours = getattr(identity, what)
         if theirs != ours:
@@ -118,7 +118,7 @@ def load_checkpoint(folder: Path, identity: Identity) -> Checkpoint:
 def load_model(folder: Path, verify: bool = True) -> dict[str, Tensor]:
     """The parameters alone, tied ones once. Raises DamagedCheckpoint if the checkpoint is not whole."""
     if verify:
-        _verified(folder)
+        verified(folder)
     return load_file(folder / "model.safetensors")
 
 
@@ -142,8 +142,8 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _verified(folder: Path) -> dict[str, Any]:
-    """state.json's record, once every file was found to be as it says."""
+def verified(folder: Path) -> dict[str, Any]:
+    """state.json's record, once every file was found to be as it says. Raises DamagedCheckpoint, naming the file."""
     file = folder / STATE
     try:
         record = parse_state(file.read_bytes(), file)

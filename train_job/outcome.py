@@ -29,7 +29,7 @@ from train_job.history import History
 from train_job.inputs import cache_dir
 from train_job.record import read_record, tracked_at
 from train_job.spool import Spool
-from train_job.storage import Kept, checkpoints, drop, first_whole, newest
+from train_job.storage import Kept, checkpoints, drop_all_but, first_whole
 from train_job.targets import Standing
 from train_job.whatnow import Ended, lines
 
@@ -126,10 +126,7 @@ def preferred(found: Iterable[Kept], targets: list[Standing]) -> list[Kept]:
 
 
 def build(run: Run) -> Package:
-    """The preferred checkpoint that is whole, as a model package in the run's folder; the others are removed then.
-
-    The newest two stay too: the run can go on, even from the one before should the newest be damaged.
-    """
+    """The preferred checkpoint that is whole, as a model package; checkpoints that are not needed are removed."""
     found = checkpoints(run.config)
     choice = first_whole(preferred(found, _standings(run)), load_model, run.console.say)
     if choice is None:
@@ -138,7 +135,7 @@ def build(run: Run) -> Package:
         raise CheckpointError(f"run {run.config.name} has left no evaluated checkpoint in {where}{why}")
     kept, state = choice
     package = _package(run, state, kept.step, kept.loss)
-    drop(run.config, {kept.name, *(other.name for other in newest(found, 2))}, run.console.say)
+    drop_all_but(kept, found, run.config, run.console.say)
     return package
 
 

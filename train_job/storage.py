@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gptcore.errors import ConfigError, DamagedCheckpoint
-from train_job.checkpoint import FILES, STATE, TrainState, parse_state
+from train_job.checkpoint import FILES, STATE, TrainState, parse_state, verified
 from train_job.config import TrainConfig
 from train_job.files import written_whole
 
@@ -128,21 +128,47 @@ def first_whole(
 
 def drop(config: TrainConfig, keep: Collection[str] = (), say: Say = lambda text: None) -> None:
     """Removes the checkpoints that the run has left in its storage, but for these; says what could not be removed."""
-    try:
+    with _unless_away(config, say):
         for kept in checkpoints(config):
             if kept.name not in keep:
                 kept.fs.delete_dir(kept.path)
-    except OSError as error:  # storage that is away, or that lets nothing be deleted
+
+
+def drop_all_but(chosen: Kept, found: Iterable[Kept], config: TrainConfig, say: Say) -> None:
+    """Removes what a run that has ended does not need: all but the one that was chosen, and the newest two.
+
+    With these it can go on, even from the one before should the newest be damaged.
+    """
+    with _unless_away(config, say):
+        keep = {chosen.name, *(kept.name for kept in newest(found, 2, known={chosen.name}))}
+        drop(config, keep, say)
+
+
+@contextlib.contextmanager
+def _unless_away(config: TrainConfig, say: Say) -> Iterator[None]:
+    """Within it, storage that is away, or that lets nothing be deleted, costs a line and no run."""
+    try:
+        yield
+    except OSError as error:
         say(f"warning: checkpoints of {config.name} that are not needed stay: {' '.join(str(error).split())}")
 
 
-def newest(found: Iterable[Kept], count: int) -> list[Kept]:
-    """So many of checkpoints (newest first) that differ in their step; of a step that was repeated, the last."""
-    last: dict[int, Kept] = {}
+def newest(found: Iterable[Kept], count: int, known: Collection[str] = ()) -> list[Kept]:
+    """So many of checkpoints (newest first) that are whole and differ in their step; those `known` to be are not read.
+
+    Of a step that was repeated, it is the last.
+    """
+    whole: dict[int, Kept] = {}
     for kept in found:
-        if kept.state:
-            last.setdefault(kept.step, kept)
-    return list(last.values())[:count]
+        if len(whole) == count:
+            break
+        if kept.state and kept.step not in whole:
+            with contextlib.suppress(DamagedCheckpoint):
+                if kept.name not in known:
+                    with kept.files() as folder:
+                        verified(folder)
+                whole[kept.step] = kept
+    return list(whole.values())
 
 
 def superseded(found: Iterable[Kept], used: Kept) -> list[Kept]:

@@ -123,6 +123,7 @@ class Sweep:
                 if not problem:
                     raise
                 self.console.say(f"error: {problem}")
+                self._what_now()
                 return 1 if isinstance(problem, TrainingError) or self.began else 2
 
     def resume_command(self) -> str:
@@ -360,7 +361,8 @@ class Sweep:
         from train_job import outcome
 
         there = outcome.ended(self._run_of(best), version) if best else None
-        own = Ended(self.uri, self.experiment_id, self.run_id, resume=self.resume_command())
+        resume = self.resume_command() if self.run_id else ""  # before, there is nothing to go on with
+        own = Ended(self.uri, self.experiment_id, self.run_id, resume=resume)
         if there and version:
             more = 2 * len(self.trials)
             try:

@@ -24,6 +24,7 @@ from train_job.config import build_config
 from train_job.corpus import open_corpus, split
 from train_job.history import History
 from train_job.inputs import prepare_inputs, shard_store
+from train_job.lock import Claim, Taken, claimed, this_process
 from train_job.shards import TokenSet, prepare
 from train_job.storage import check_storage, fetch_record, keep_record
 
@@ -198,6 +199,25 @@ def test_what_it_takes_to_go_on_with_a_run_is_kept_beside_its_checkpoints(
     assert (tmp_path / "there" / "first" / "run.json").read_text() == "its own"
     fetch_record(url, tmp_path / "there" / "second")
     assert not list((tmp_path / "there" / "second").iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["s3", "fsspec+s3"])
+def test_a_run_in_a_bucket_has_one_owner(bucket: str, s3: Store, scheme: str) -> None:
+    url, us, them = bucket.replace("s3", scheme, 1) + "/claimed", this_process(), this_process()
+    check_storage(url)
+    with claimed(url, "one", us, {}):
+        with pytest.raises(Taken, match=f"'one' is being run by process {us['pid']}"), claimed(url, "one", them, {}):
+            pass
+        with claimed(url, "two", them, {}):
+            pass
+        with pytest.raises(Taken), claimed(f"{url}/one", "one-01", them, {}):  # one of a sweep's
+            pass
+    with claimed(url, "one", them, {}):
+        pass
+    Claim(url, "one", us)._write(held=True)
+    with claimed(url, "one", them, before=us):  # whose lock here is ours now
+        pass
+    assert not [name for name in s3.files(url.partition("://")[2]) if "claim" in name]
 
 
 @pytest.mark.slow

@@ -11,7 +11,17 @@ import torch
 from gptcore.errors import CheckpointError, DamagedCheckpoint
 from train_job.checkpoint import Identity, TrainState, load_checkpoint, save_checkpoint
 from train_job.config import TrainConfig, build_config
-from train_job.storage import RAYS_RECORD, Kept, checkpoints, drop, first_whole, forget_rays_record, newest, superseded
+from train_job.storage import (
+    RAYS_RECORD,
+    Kept,
+    checkpoints,
+    drop,
+    drop_all_but,
+    first_whole,
+    forget_rays_record,
+    newest,
+    superseded,
+)
 
 IDENTITY = Identity(model="m" * 64, tokenizer="t" * 64, data="d" * 64)
 
@@ -135,6 +145,16 @@ def test_of_a_step_that_was_repeated_the_last_is_the_newest(
     save(tmp_path, 80, None)
     (tmp_path / "one" / "checkpoint_of_a_killed_worker").mkdir()
     assert [kept.name for kept in newest(checkpoints(config), 2)] == [again.name, saved[2].name]
+
+
+def test_at_the_end_the_chosen_one_and_the_newest_two_that_are_whole_stay(
+    config: TrainConfig, saved: list[Path], tmp_path: Path
+) -> None:
+    flip(saved[2] / "model.safetensors")
+    save(tmp_path, 10, 1.0)
+    found = checkpoints(config)
+    drop_all_but(found[-1], found, config, print)
+    assert [kept.step for kept in checkpoints(config)] == [80, 40, 10], "60 is damaged, and 20 nobody needs"
 
 
 def test_what_nothing_needs_is_removed_and_all_else_stays(
