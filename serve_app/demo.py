@@ -122,4 +122,8 @@ def ask(url: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(demo())
+    try:
+        sys.exit(demo())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

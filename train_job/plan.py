@@ -15,8 +15,9 @@ from typing import Any
 
 from gptcore.engine.runner import MOST_SLOTS, SHARE
 from gptcore.errors import ConfigError, FoundryError
+from gptcore.progress import doing
 from train_job.config import TrainConfig, build_config
-from train_job.console import count, model_text
+from train_job.console import count, lasting_output, model_text
 from train_job.costs import (
     Memory,
     Serving,
@@ -158,7 +159,8 @@ def device_of(asked: Asked, work: Work, gpus: int) -> tuple[Device, Rates]:
     if asked.gpu == "here":
         from train_job.rates import here
 
-        device, rates = here(work.model.family)
+        with doing("measuring this machine: training, then decoding"):
+            device, rates = here(work.model.family)
         if device.per_machine < min(gpus, 2):
             raise ConfigError(f"gpus is {gpus}, but this machine trains on its {device.name}; expected 1, or a --gpu")
     else:
@@ -317,4 +319,5 @@ def milliseconds(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with lasting_output():
+        sys.exit(main())
