@@ -170,7 +170,7 @@ def test_what_is_not_there_is_one_clear_line(bucket: str, s3: Store, refused: Re
     s3.filesystem().pipe(f"{bucket}/text/notes.txt", b"Here.")
     known = f"--data={bucket}/text"
     assert f"nothing at '{bucket}/text/note.txt'. Did you mean 'notes.txt'?" in refused(f"{known}/note.txt")
-    assert f"nothing at '{bucket}/test'. Did you mean 'text'?" in refused(f"--data={bucket}/test")
+    assert f"nothing at '{bucket}/texts'. Did you mean 'text'?" in refused(f"--data={bucket}/texts")
     assert f"no object matches '{bucket}/text/*.parquet'" in refused(f"{known}/*.parquet")
     assert f"nothing at '{bucket}/nowhere/*'" in refused(f"--data={bucket}/nowhere/*")
     for lost in ("s3://no-such-bucket/text", "s3://no-such-bucket/*.txt"):
