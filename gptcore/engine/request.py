@@ -32,9 +32,9 @@ class Request:
     """Token ids, at least one and fewer than the context holds."""
     params: SamplingParams
     prompt_logprobs: bool = False
+    """Also report the logprobs of the prompt's tokens, `params.logprobs` alternatives each; reuses no prefix then."""
     prompt_only: bool = False
     """Run the prompt, which may then fill the context, and generate nothing."""
-    """Also report the logprobs of the prompt's tokens, `params.logprobs` alternatives each; reuses no prefix then."""
 
 
 @dataclass(frozen=True)

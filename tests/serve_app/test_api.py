@@ -18,7 +18,7 @@ from serve_app.logs import LOGGERS, JsonFormatter
 from serve_app.metrics import Metrics
 from serve_app.models import Models
 from serve_app.settings import ServeSettings
-from tests.serve_app.running import Running, running
+from tests.serve_app.running import Running, eventually, running
 
 BODY: dict[str, Any] = dict(prompt="The future of AI is", seed=7, max_new_tokens=4)
 KEYS = ("first-key", "second-kéy")
@@ -267,6 +267,7 @@ def test_a_fault_in_midstream_ends_the_stream_with_an_error_event(
     monkeypatch.setattr(NativeEvents, "last", lambda self: 1 / 0)
     with logged() as lines:
         reply = client.post("/generate", json={**BODY, "stream": True})
+        eventually(lambda: len(lines) == 2, "the request is logged, once its last byte has left")
     assert reply.status_code == 200
     *texts, last = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
     assert texts
@@ -284,6 +285,7 @@ def test_a_request_is_one_line_of_the_log_without_text_or_keys(locked: httpx2.Cl
     with logged() as lines:
         version = locked.post("/generate", json=BODY, headers=headers).headers["x-model-version"]
         locked.get("/health")
+        eventually(lambda: "of-the-log" in str(lines), "the request is logged, once its last byte has left")
     (line,) = [line for line in lines if line.get("request_id") == "of-the-log"]
     assert (line["level"], line["method"], line["route"], line["status"]) == ("info", "POST", "/generate", 200)
     assert f"{line['model']}/{line['version']}" == version

@@ -137,9 +137,8 @@ def test_every_answer_says_who_gave_it_and_a_change_is_news(open_chat: Open, ser
 def test_special_tokens_and_control_characters_are_never_shown(open_chat: Open, service: Running) -> None:
     fields = dict(model="short", max_new_tokens=100, temperature=50.0, ignore_eos=True, logprobs=0)
     for seed in range(50):
-        reply = httpx2.post(f"{service.url}/generate", json={"prompt": "a", "seed": seed, **fields}).json()["choices"][
-            0
-        ]
+        asked = {"prompt": "a", "seed": seed, **fields}
+        reply = httpx2.post(f"{service.url}/generate", json=asked, timeout=60).json()["choices"][0]
         if END_OF_TEXT in [token["token_id"] for token in reply["logprobs"]] and ESCAPE in reply["text"]:
             break
     else:
