@@ -1,7 +1,6 @@
 """The app as a whole: ids, versions, keys, origins, its OpenAPI document, and every failure in one form."""
 
 import hmac
-import io
 import json
 import logging
 from collections.abc import Iterator
@@ -48,10 +47,15 @@ def locked(package: Package) -> Iterator[httpx2.Client]:
 
 @contextmanager
 def logged() -> Iterator[list[dict[str, Any]]]:
-    """The lines that the service logs in the block, parsed; they are there when the block has ended."""
-    stream, lines = io.StringIO(), []
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter())
+    """The lines that the service logs in the block, parsed, as they come: a request's own after its last byte."""
+    lines: list[dict[str, Any]] = []
+    formatter = JsonFormatter()
+
+    class Parsed(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(json.loads(formatter.format(record)))
+
+    handler = Parsed()
     for name in LOGGERS:
         logging.getLogger(name).addHandler(handler)
     try:
@@ -59,7 +63,6 @@ def logged() -> Iterator[list[dict[str, Any]]]:
     finally:
         for name in LOGGERS:
             logging.getLogger(name).removeHandler(handler)
-        lines += map(json.loads, stream.getvalue().splitlines())
 
 
 def error_of(reply: httpx2.Response, status: int) -> dict[str, Any]:
@@ -252,6 +255,7 @@ def test_an_unexpected_fault_is_500_with_the_traceback_in_the_log_alone(
     with logged() as lines:
         reply = client.get("/models", headers={"x-request-id": "of-the-fault"})
         error = error_of(reply, 500)
+        eventually(lambda: len(lines) == 2, "the fault and the request are logged")
     assert "internal-detail" not in reply.text
     assert error["code"] == "internal"
     fault, access = lines
@@ -267,7 +271,7 @@ def test_a_fault_in_midstream_ends_the_stream_with_an_error_event(
     monkeypatch.setattr(NativeEvents, "last", lambda self: 1 / 0)
     with logged() as lines:
         reply = client.post("/generate", json={**BODY, "stream": True})
-        eventually(lambda: len(lines) == 2, "the request is logged, once its last byte has left")
+        eventually(lambda: len(lines) == 2, "the fault and the request are logged")
     assert reply.status_code == 200
     *texts, last = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
     assert texts
@@ -285,7 +289,7 @@ def test_a_request_is_one_line_of_the_log_without_text_or_keys(locked: httpx2.Cl
     with logged() as lines:
         version = locked.post("/generate", json=BODY, headers=headers).headers["x-model-version"]
         locked.get("/health")
-        eventually(lambda: "of-the-log" in str(lines), "the request is logged, once its last byte has left")
+        eventually(lambda: "of-the-log" in str(lines), "the request is logged")
     (line,) = [line for line in lines if line.get("request_id") == "of-the-log"]
     assert (line["level"], line["method"], line["route"], line["status"]) == ("info", "POST", "/generate", 200)
     assert f"{line['model']}/{line['version']}" == version
