@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 """In a run's folder: every setting that it was begun with."""
+LATER = frozenset({"document_separator"})
+"""Settings that earlier versions did not have. Their runs lack them, and began as the default has it."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,12 @@ def origins_of(inputs: Inputs) -> Begun:
 def saved_settings(path: Path) -> dict[str, Any]:
     """The settings in a run's config.yaml. Raises ConfigError or RecordError unless every setting is there.
 
-    A setting that is not would take its default, and the steps to come would be another run's.
+    One that was lost would take its default, and the steps to come would be another run's.
     """
     if not path.exists():
         raise RecordError(f"{path} is missing; put a copy back, or begin a new run")
     saved = read_yaml(str(path))
-    if lacking := [name for name in build_config(saved).flat() if name not in saved]:
+    if lacking := [name for name in build_config(saved).flat() if name not in saved.keys() | LATER]:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise RecordError(
             f"{path} lacks {lacking[0]!r}{more}: it was cut short or altered. Put a copy back, or write "

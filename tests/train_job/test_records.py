@@ -107,6 +107,13 @@ def test_a_damaged_config_yaml_is_one_line(mine: Path, refused: Callable[..., st
     assert "batch_size" in said if "batch_size" in str(damage) or "word" in str(damage) else str(path) in said
 
 
+def test_a_run_of_an_earlier_version_lacks_later_settings_and_is_resumed(mine: Path) -> None:
+    lines = (mine / "config.yaml").read_text().splitlines(keepends=True)
+    (mine / "config.yaml").write_text("".join(line for line in lines if not line.startswith("document_separator:")))
+    with begin({"resume": "mine"}) as (config, _):
+        assert config.document_separator is None
+
+
 def test_a_whole_config_is_resumed_as_it_was(mine: Path) -> None:
     with begin({"resume": "mine"}) as (config, folder):
         assert folder == mine
