@@ -3,8 +3,8 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 # The first of these that is there and new enough makes the environment.
 FITS := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
-# Half of a test on a cluster is waiting, so three at once are what two cores can do.
-WORKERS ?= 3
+# Tests on a cluster wait half of their time, so two at once keep two cores busy; more make their time limits run out.
+WORKERS ?= 2
 # Strings hash alike in every run, so sets have one order in all of them. One thread of torch in each process: two would
 # wait for each other's core.
 PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
