@@ -126,12 +126,14 @@ def pause(process: psutil.Process) -> None:
 def turn(process: psutil.Process, rates: Rates, seconds: float) -> float:
     """Lets it run for a while; its tokens/s over the intervals that ended meanwhile, but the one the pause fell into.
 
-    All intervals have as many tokens, so their harmonic mean is the tokens over the time.
+    On a busy machine it runs until there is such an interval. All intervals have as many tokens, so their harmonic mean is the tokens over the time.
     """
     before = len(rates())
     for one in family(process):
         one.resume()
     time.sleep(seconds)
+    while len(rates()) < before + 2 and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.5)
     pause(process)
     return statistics.harmonic_mean(rates()[before + 1 :])
 
