@@ -126,7 +126,8 @@ def pause(process: psutil.Process) -> None:
 def turn(process: psutil.Process, rates: Rates, seconds: float) -> float:
     """Lets it run for a while; its tokens/s over the intervals that ended meanwhile, but the one the pause fell into.
 
-    On a busy machine it runs until there is such an interval. All intervals have as many tokens, so their harmonic mean is the tokens over the time.
+    On a busy machine it runs until there is such an interval. All intervals have as many tokens, so their harmonic mean
+    is the tokens over the time.
     """
     before = len(rates())
     for one in family(process):
