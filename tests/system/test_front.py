@@ -29,7 +29,7 @@ __all__ = ["make_package"]  # a fixture, used here too
 pytestmark = pytest.mark.slow
 
 BACK_SECONDS = 15.0
-"""A hundredth of it on a quiet machine; Ray's own restart of HAProxy takes twice as long."""
+"""For a busy machine. A killed HAProxy was back in 0.3 s when it was measured; left to Ray it takes 31."""
 RESTART_SECONDS = 60.0
 """In which Ray has put another in a dead process's place, on a busy machine."""
 STREAMS = 2
