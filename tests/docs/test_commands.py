@@ -63,7 +63,7 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 @pytest.mark.usefixtures("gpt2_cache", "shakespeare")
 @pytest.mark.parametrize("page", [README, PREDECESSORS], ids=lambda page: page.name)
 def test_every_command_of_the_page_runs(page: Path, place: Checkout):
