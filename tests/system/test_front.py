@@ -126,8 +126,8 @@ def registry(cluster: Cluster, make_package: MakePackage) -> Iterator[TestRegist
 
 
 @pytest.fixture(scope="module")
-def port() -> int:
-    """Where the service listens."""
+def port(front: str) -> int:
+    """Where the service behind this front listens, so that its clients are its own too."""
     return free_port()
 
 
