@@ -25,8 +25,9 @@ from gptcore.model import GPT
 from train_job.config import TrainConfig, build_config
 from train_job.costs import decode_seconds, training_step, work_of
 from train_job.devices import Device, Rates
+from train_job.events import Progress
 from train_job.hardware import WORKER_ENV, pick_device
-from train_job.loop import Progress, Trainer
+from train_job.loop import Trainer
 from train_job.rates import decode_times, here
 
 Settings = Mapping[str, Any]

@@ -22,9 +22,10 @@ from typing import Any
 import psutil
 
 from train_job.config import build_config
+from train_job.events import Progress
 from train_job.hardware import WORKER_ENV, pick_device
 from train_job.inputs import build_model, prepare_inputs
-from train_job.loop import Progress, Trainer
+from train_job.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 20

@@ -17,9 +17,10 @@ import torch
 
 from gptcore.errors import ConfigError, FoundryError
 from train_job.config import build_config
+from train_job.events import Evaluation, Progress
 from train_job.hardware import WORKER_ENV, pick_device
 from train_job.inputs import build_model, prepare_inputs
-from train_job.loop import Evaluation, Progress, Trainer
+from train_job.loop import Trainer
 
 # The first recipe that is good enough for the target is run: (bits per byte it comes to, settings).
 RECIPES: list[tuple[float, dict[str, Any]]] = [

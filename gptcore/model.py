@@ -53,6 +53,8 @@ def make_norm(config: ModelConfig, size: int) -> nn.Module:
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin (S, D) of RoPE (Su et al. 2021), each half of D repeating the same D/2 frequencies."""
     D = config.head_size
+    if torch.get_default_device().type == "meta":  # arithmetic there would import torch's compiler, for seconds
+        return torch.empty(config.context_length, D), torch.empty(config.context_length, D)
     frequencies = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
     angles = torch.outer(torch.arange(config.context_length).float(), frequencies).repeat(1, 2)  # (S, D)
     return angles.cos(), angles.sin()

@@ -21,7 +21,7 @@ from gptcore import progress
 from gptcore.config import ModelConfig
 from gptcore.progress import duration
 from train_job.config import TrainConfig
-from train_job.loop import Evaluation, Progress
+from train_job.events import Evaluation, Progress
 
 LINE_SECONDS = 5.0
 """Progress lines are at least this far apart where they cannot be rewritten in place."""

@@ -8,7 +8,7 @@ import time
 
 from ray.util.metrics import Gauge
 
-from train_job.loop import Evaluation, Event, Progress
+from train_job.events import Evaluation, Event, Progress
 
 FIGURES = {
     "gpt_training_step": "Steps that are done.",

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from train_job.events import Evaluation, Progress
 from train_job.files import storage_problem, written_whole
-from train_job.loop import Evaluation, Progress
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

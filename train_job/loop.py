@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,76 +26,11 @@ from train_job.batches import Batches
 from train_job.checkpoint import Checkpoint, Identity, TrainState
 from train_job.config import UNBOUNDED, TrainConfig
 from train_job.evaluate import validation_nats
+from train_job.events import CheckpointDue, Evaluation, Event, Finished, Progress, Started
 from train_job.hardware import peak_flops, pick_dtype
 from train_job.optimizer import Optimizers, learning_rate_factor
 from train_job.shards import TokenSet
 from train_job.targets import Standing, standings
-
-
-@dataclass(frozen=True)
-class Started:
-    """The first event: the workers are there, so many of them, and this many steps were done before."""
-
-    step: int
-    workers: int = field(default=1, compare=False)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the steps since the last Progress did, over all workers."""
-
-    step: int
-    tokens: int
-    epoch: float
-    loss: float
-    """Mean training loss since the last Progress, in nats per token."""
-    bits_per_byte: float
-    grad_norm: float
-    learning_rate: float
-    tokens_per_second: float
-    mfu: float | None
-    seconds_left: float
-    total_steps: int | None
-    """None where only the clock ends the run."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The whole validation split under the weights of this step; step 0 is the model before training."""
-
-    step: int
-    tokens: int
-    epoch: float
-    loss: float
-    """Nats per token."""
-    bits_per_byte: float
-    best: bool
-    seconds: float
-    trained_seconds: float
-    """Seconds spent in steps until now, evaluations and event handling excluded."""
-
-
-@dataclass(frozen=True)
-class CheckpointDue:
-    """A moment at which the state should be saved. `loss` is inf unless this step was evaluated."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The last event: which limit ended the run; `stopped` if someone asked."""
-
-    step: int
-    reason: str
-    seconds: float = field(default=0.0, compare=False)
-    """Since the run began, evaluations included, pauses between resumes not."""
-    targets: tuple[Standing, ...] = field(default=(), compare=False)
-    """How the run stands to each target that it was given."""
-
-
-Event = Started | Progress | Evaluation | CheckpointDue | Finished
 
 
 class Trainer:

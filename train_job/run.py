@@ -47,10 +47,10 @@ from train_job.cluster import (  # noqa: E402
 )
 from train_job.config import TrainConfig, write_yaml  # noqa: E402
 from train_job.console import Console, lasting_output, model_text  # noqa: E402
+from train_job.events import Evaluation, Finished, Progress, Started  # noqa: E402
 from train_job.files import storage_problem  # noqa: E402
 from train_job.flags import parse_settings  # noqa: E402
 from train_job.history import History  # noqa: E402
-from train_job.loop import Evaluation, Finished, Progress, Started  # noqa: E402
 from train_job.record import CONFIG, read_record, tracked_at, write_record  # noqa: E402
 from train_job.stop import StopSignals  # noqa: E402
 from train_job.storage import forget_rays_record, keep_record  # noqa: E402
@@ -295,8 +295,9 @@ class Run:
 
         So the caller's thread can show progress and hear signals. In the end there is a `result` or a `problem`.
         """
+        from train_job.board import Board
         from train_job.failures import last_line, why
-        from train_job.worker import Board, Job, train_worker
+        from train_job.worker import Job, train_worker
 
         forget_rays_record(self.config)
         inputs, config = self.inputs, self.config

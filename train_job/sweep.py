@@ -246,9 +246,9 @@ class Sweep:
 
     def _tune(self, ray: Any, left: list[Trial]) -> None:
         """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
+        from train_job.board import Board
         from train_job.failures import why
         from train_job.tuned import Plan, tuner
-        from train_job.worker import Board
 
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         board = ray.remote(Board).options(num_cpus=0, label_selector=here).remote()

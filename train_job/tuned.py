@@ -21,8 +21,8 @@ from gptcore.errors import FoundryError, StorageFull, TrainingError
 from train_job import outcome, tracking
 from train_job.config import UNBOUNDED
 from train_job.console import Console
+from train_job.events import Evaluation, Started
 from train_job.inputs import prepare_inputs
-from train_job.loop import Evaluation, Started
 from train_job.record import read_record
 from train_job.run import Run
 from train_job.trials import Ending, Trial, ranked

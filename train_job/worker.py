@@ -5,7 +5,6 @@ Rank 0 speaks; the other ranks only train. Ray restarts this function after a fa
 checkpoint.
 """
 
-import asyncio
 import json
 import tempfile
 import time
@@ -31,11 +30,12 @@ from gptcore.tokenizer import Tokenizer
 from train_job.checkpoint import Identity, load_checkpoint, save_checkpoint, unsaved
 from train_job.config import TrainConfig
 from train_job.corpus import Corpus
+from train_job.events import CheckpointDue, Evaluation, Event, Progress
 from train_job.exporter import Exporter
 from train_job.files import read_json, storage_problem, written_whole
 from train_job.hardware import peak_memory_mb, pick_device
 from train_job.inputs import build_model, cache_dir, shard_store
-from train_job.loop import CheckpointDue, Evaluation, Event, Progress, Trainer
+from train_job.loop import Trainer
 from train_job.shards import prepare
 from train_job.spool import Spool
 from train_job.storage import Kept, checkpoints, first_whole, superseded
@@ -62,37 +62,6 @@ class Job:
     tracking_uri: str = field(repr=False)  # it may have a password, and Ray's dashboard shows a run's config
     run_dir: Path
     board: Any
-
-
-class Board:
-    """An actor where rank 0 pins news for the driver, and the driver the wish to stop."""
-
-    def __init__(self) -> None:
-        self.events: list[Event | str] = []
-        self.stop = asyncio.Event()
-        self.problem: FoundryError | None = None
-
-    async def post(self, event: Event | str) -> None:
-        self.events.append(event)
-
-    async def read(self) -> list[Event | str]:
-        """The news since the last call."""
-        news, self.events = self.events, []
-        return news
-
-    async def ask_stop(self) -> None:
-        self.stop.set()
-
-    async def until_stop(self) -> None:
-        """Returns once the driver asked to stop."""
-        await self.stop.wait()
-
-    async def fail(self, problem: FoundryError) -> None:
-        """A problem that a restart would only meet again."""
-        self.problem = self.problem or problem
-
-    async def failed(self) -> FoundryError | None:
-        return self.problem
 
 
 class StopFlag:

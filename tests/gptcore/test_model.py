@@ -1,5 +1,7 @@
 """The network agrees with transformers on random weights, in both directions, and with itself when cached."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,16 @@ def test_half_precision_keeps_positions_in_fp32_and_stays_near(
     assert all(b.dtype == torch.float32 for b in half.buffers())
     with torch.no_grad():
         assert (half(x).float() - model(x)).abs().mean() < 0.05
+
+
+def test_a_network_without_weights_does_not_import_torchs_compiler() -> None:
+    """It would take every run and every start of a service two seconds."""
+    code = (
+        "import sys\n"
+        "from gptcore.config import ModelConfig\n"
+        "from gptcore.published import empty_model\n"
+        "for family in ('qwen3', 'gpt2'):\n"
+        "    empty_model(ModelConfig(family=family, vocab_size=257, context_length=8, num_layers=1, num_heads=1))\n"
+        "print([name for name in ('sympy', 'torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

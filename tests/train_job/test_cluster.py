@@ -34,3 +34,8 @@ def test_runs_at_the_same_time_share_the_cluster_and_too_many_are_refused() -> N
     assert [resources_per_worker(config, nodes, runs=n)["CPU"] for n in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(ConfigError, match="with 1 CPUs each for each of 5 at once; there is room for 8"):
         resources_per_worker(config, nodes, fixed=True, runs=5)
+
+
+def test_the_messages_of_a_run_pass_without_torch_or_ray() -> None:
+    code = "import sys, train_job.board; print({'torch', 'ray', 'mlflow', 'numpy'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

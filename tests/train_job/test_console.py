@@ -10,7 +10,7 @@ import pytest
 from gptcore.config import model_preset
 from train_job.config import build_config
 from train_job.console import FEW_STEPS, Console, model_text
-from train_job.loop import Evaluation, Progress
+from train_job.events import Evaluation, Progress
 
 
 def test_a_live_line_is_no_wider_than_the_terminal_and_whole_in_the_log(

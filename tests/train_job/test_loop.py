@@ -15,8 +15,9 @@ from train_job.checkpoint import load_checkpoint, save_checkpoint
 from train_job.config import UNBOUNDED, TrainConfig, build_config
 from train_job.corpus import open_corpus, split
 from train_job.evaluate import bits_per_byte, validation_nats
+from train_job.events import CheckpointDue, Evaluation, Event, Finished, Progress, Started
 from train_job.inputs import build_model, prepare_inputs
-from train_job.loop import CheckpointDue, Evaluation, Event, Finished, Progress, Started, Trainer
+from train_job.loop import Trainer
 
 Make = Callable[..., Trainer]
 
