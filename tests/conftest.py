@@ -28,7 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONGEST_FIRST = ("system/test_job.py", "docs/test_commands.py", "system", "docs", "deploy")
+LONGEST_FIRST = ("system/test_job_ends.py", "system/test_job.py", "docs/test_commands.py", "system", "docs", "deploy")
 """Files and folders of tests that take minutes. Among several processes, what begins last should be short."""
 
 

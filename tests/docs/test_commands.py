@@ -20,7 +20,7 @@ ELSEWHERE = {
     r"^make (demo|test)": "tests/system/test_demo.py; this is one",
     r"make ui$": "tests/train_job/test_tracking.py",
     r"^docker ": "no Docker here: tests/deploy/test_image.py builds the image by buildah and runs its entry points",
-    r"^(ray |export RAY|RAY_)": "tests/system/conftest.py starts and stops clusters, test_job.py submits to them",
+    r"^(ray |export RAY|RAY_)": "tests/system/conftest.py starts and stops clusters, test_job_ends.py submits to them",
     r"--use-gpu": "wants a GPU",
     r"HOST:|BUCKET|example\.org": "wants another machine; tests/deploy and test_corpus.py have theirs",
     r"mlflow models serve|:5001/invocations": "tests/gptcore/test_pyfunc.py",

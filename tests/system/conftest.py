@@ -146,9 +146,12 @@ class Job:
         return self.process.returncode, output
 
 
-@pytest.fixture
-def launch(cluster: Cluster, text_file: Path) -> Iterator[Callable[..., Job]]:
-    """Starts `python train_job/run.py` on the cluster."""
+Launch = Callable[..., Job]
+
+
+@contextlib.contextmanager
+def launching(cluster: Cluster, text_file: Path) -> Iterator[Launch]:
+    """A function that starts `python train_job/run.py` on the cluster. What still runs at the end is killed."""
     jobs: list[Job] = []
 
     def start(name: str, *flags: str, small: bool = True, **env: str) -> Job:
@@ -172,3 +175,20 @@ def launch(cluster: Cluster, text_file: Path) -> Iterator[Callable[..., Job]]:
         if job.process.poll() is None:
             job.process.kill()
             job.process.wait()
+
+
+@pytest.fixture
+def launch(cluster: Cluster, text_file: Path) -> Iterator[Launch]:
+    """Starts jobs for one test."""
+    with launching(cluster, text_file) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, text_file: Path) -> Job:
+    """A run that nothing happens to; the others are compared with it. It misses its target."""
+    with launching(cluster, text_file) as start:
+        job = start("undisturbed", "--target-loss=0.5")
+        code, output = job.finish()
+        assert code == 0, output
+        return job

@@ -5,58 +5,16 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.hugging_face import publish_gpt2, put_into_cache
-from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment, what_now
-from tests.system.serving import await_figures
+from tests.system.conftest import ROOT, Job, Launch, environment, what_now
+from tests.system.runs import artifacts, mlflow_client, points, run_id, status, versions, weights
 from tests.system.tracking import TrackingServer
-from train_job.exporter import FIGURES
-from train_job.worker import UNJUDGED
-
-Launch = Callable[..., Job]
-
-
-def mlflow_client(job: Job) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(job.uri)
-
-
-def run_id(job: Job) -> str:
-    return str(json.loads((job.run_dir / "run.json").read_text())["run_id"])
-
-
-def points(job: Job, key: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in mlflow_client(job).get_metric_history(run_id(job), key)]
-
-
-def artifacts(job: Job, folder: str = "") -> list[str]:
-    return [a.path for a in mlflow_client(job).list_artifacts(run_id(job), folder)]
-
-
-def weights(job: Job) -> dict[str, torch.Tensor]:
-    return load_file(job.run_dir / "package" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, text_file: Path) -> Job:
-    """A run that nothing happens to; the others are compared with it."""
-    command = [sys.executable, "train_job/run.py", *SMALL, f"--data={text_file}", "--name=undisturbed"]
-    command += ["--target-loss=0.5"]  # which it does not reach
-    env = environment(cluster.home, RAY_ADDRESS=cluster.address)
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    job = Job(process, cluster.home / "runs" / "undisturbed", f"sqlite:///{cluster.home}/mlflow/mlflow.db")
-    code, output = job.finish()
-    assert code == 0, output
-    return job
 
 
 def test_a_finished_run_has_its_curves_artifacts_and_a_registered_version(undisturbed: Job) -> None:
@@ -136,71 +94,12 @@ def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch
     assert [step for step, _ in points(job, "train/loss")] == list(range(5, 61, 5)), "a step was lost or logged twice"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_run_whose_output_has_lost_its_reader_is_stopped_as_any_other(launch: Launch, number: signal.Signals) -> None:
-    """As `... | tee log` at Ctrl-C, which ends tee too, and as a terminal that is closed."""
-    name = f"unread-{number.name.lower()}"
-    job = launch(name, "--max-steps=100000")
-    job.await_line(r"step +20 \| validation")
-    assert job.process.stdout
-    job.process.stdout.close()
-    job.process.send_signal(number)
-    assert job.process.wait(120) == 128 + number
-    assert status(job) == "KILLED"
-    [log] = job.run_dir.glob("training_*.log")
-    assert "stopping: saving a checkpoint" in log.read_text()
-    closing = rf"  stopped; go on with: .*train_job/run\.py --resume {name}$"
-    assert re.search(closing, log.read_text(), re.MULTILINE), log.read_text()[-2000:]
-
-
 def test_two_workers_see_the_same_batches_and_agree_on_the_loss(launch: Launch, undisturbed: Job) -> None:
     job = launch("two-workers", "--num-workers=2")
     code, output = job.finish()
     assert code == 0, output
     for (step, one), (_, two) in zip(points(undisturbed, "train/loss"), points(job, "train/loss"), strict=True):
         assert one == pytest.approx(two, rel=1e-3), f"step {step}"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_is_marked_killed_and_goes_on_with_more_workers(
-    launch: Launch, undisturbed: Job, number: signal.Signals
-) -> None:
-    name = f"stopped-{number.name.lower()}"
-    job = launch(name, "--max-steps=2000", "--schedule=wsd", "--cooldown-fraction=0.01")
-    job.await_line(r"step +20 \| validation")
-    job.process.send_signal(number)
-    code, output = job.finish()
-    assert code == 128 + number, output
-    assert f"--resume {name}" in output
-    assert mlflow_client(job).get_run(run_id(job)).info.status == "KILLED"
-    states = [json.loads(path.read_text())["state"] for path in job.run_dir.glob("checkpoint_*/state.json")]
-    stopped_at = max(state["step"] for state in states)  # the best is kept, too
-    assert stopped_at >= 20
-
-    again = launch(name, f"--resume={name}", "--num-workers=2", f"--max-steps={stopped_at + 40}")
-    code, output = again.finish()
-    assert code == 0, output
-    assert mlflow_client(job).get_run(run_id(job)).info.status == "FINISHED"
-    steps = [step for step, _ in points(job, "train/loss")]
-    assert len(steps) == len(set(steps)), "a step was logged twice"
-    assert max(steps) == stopped_at + 40
-
-
-def test_a_run_can_be_watched_through_rays_exporter(launch: Launch, cluster: Cluster) -> None:
-    job = launch("watched", "--max-steps=100000", "--schedule=wsd")
-    job.await_line(r"step +20 \| validation")
-    known = set(FIGURES) - {"gpt_training_mfu_ratio"}  # nobody knows a CPU's peak
-    await_figures(cluster, [f"{name}{{" for name in known])
-    job.process.send_signal(signal.SIGINT)
-    assert job.finish()[0] == 128 + signal.SIGINT
-
-
-def status(job: Job) -> str:
-    return str(mlflow_client(job).get_run(run_id(job)).info.status)
-
-
-def versions(job: Job) -> list[Any]:
-    return [v for v in mlflow_client(job).search_model_versions("name='gpt'") if v.run_id == run_id(job)]
 
 
 def test_a_run_stopped_before_its_first_step_is_marked_killed_and_can_begin_again(
@@ -218,26 +117,6 @@ def test_a_run_stopped_before_its_first_step_is_marked_killed_and_can_begin_agai
     assert status(job) == "FINISHED"
     mine, theirs = weights(job), weights(undisturbed)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_stopped_while_it_registers_is_finished_by_a_resume_with_one_version(
-    launch: Launch, undisturbed: Job, number: signal.Signals
-) -> None:
-    name = f"late-stop-{number.name.lower()}"
-    job = launch(name)
-    job.await_line("egistered model 'gpt'")
-    job.process.send_signal(number)
-    code, output = job.finish()
-    assert code == 128 + number, output
-    assert "Traceback" not in output
-    assert status(job) == "KILLED"
-    code, output = launch(name, f"--resume={name}").finish()
-    assert code == 0, output
-    assert status(job) == "FINISHED"
-    [version] = versions(job)
-    assert version.tags["promotion_reason"]
 
 
 def test_a_resume_that_adds_no_step_adds_no_version(launch: Launch, undisturbed: Job) -> None:
@@ -273,44 +152,6 @@ def test_a_finished_run_resumed_without_news_is_shown_again(launch: Launch, undi
     assert code == 0
     assert "is finished" in output
     assert "registry" in output
-
-
-@pytest.mark.parametrize("working_dir", [False, True])
-def test_the_job_runs_through_ray_job_submit(cluster: Cluster, text_file: Path, working_dir: bool) -> None:
-    name = f"submitted-{working_dir}"
-    command = [BIN / "ray", "job", "submit", f"--address={cluster.dashboard}"]
-    command += ["--working-dir=."] if working_dir else []
-    command += ["--", "python", "train_job/run.py", *SMALL, f"--data={text_file}", f"--name={name}", "--promote=always"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(cluster.home), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "now @champion" in done.stdout
-    assert (cluster.home / "runs" / name / "outcome.json").exists()
-
-
-def test_ray_job_stop_leaves_a_checkpoint_and_a_killed_run(cluster: Cluster, text_file: Path) -> None:
-    from mlflow import MlflowClient
-
-    ray = [BIN / "ray", "job"]
-    where = f"--address={cluster.dashboard}"
-    command = [*ray, "submit", where, "--submission-id=to-stop", "--", "python", "train_job/run.py", *SMALL]
-    submitted = subprocess.Popen(
-        [*command, f"--data={text_file}", "--name=job-stopped", "--max-steps=100000"],
-        cwd=ROOT,
-        env=environment(cluster.home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    run_dir = cluster.home / "runs" / "job-stopped"
-    Job(submitted, run_dir, "").await_line(r"step +20 \| validation")
-    subprocess.run([*ray, "stop", where, "to-stop"], check=True, capture_output=True, env=environment(cluster.home))
-    submitted.communicate(timeout=60)
-    record = json.loads((run_dir / "run.json").read_text())
-    assert MlflowClient(record["tracking_uri"]).get_run(record["run_id"]).info.status == "KILLED"
-    last = json.loads((run_dir / "checkpoint_manager_snapshot.json").read_text())["latest_checkpoint_result"]
-    assert last["metrics"]["val_loss"] == UNJUDGED, "the last checkpoint is the stop's own, not a periodic one"
-    state = json.loads((run_dir / last["checkpoint_dir_name"] / "state.json").read_text())["state"]
-    assert state["step"] == last["metrics"]["step"] > 20
 
 
 @pytest.mark.slow
@@ -367,77 +208,6 @@ def test_fine_tuning_names_its_parent_and_stops_at_the_training_loss_that_was_as
     assert "target    training loss 3 reached" in launch(name, f"--resume={name}").finish()[1], "told again"
 
 
-def test_a_loss_that_is_no_number_fails_the_run_without_a_restart(launch: Launch) -> None:
-    job = launch("diverging", "--learning-rate=1e38", "--matrix-learning-rate=1e38", "--precision=fp32")
-    code, output = job.finish()
-    assert code == 1, output
-    assert "at step" in output
-    assert "last good checkpoint is kept" in output
-    assert mlflow_client(job).get_run(run_id(job)).info.status == "FAILED"
-
-
-def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def checkpoint_steps(job: Job) -> dict[int, Path]:
-    """The run's checkpoints by their step."""
-    folders = job.run_dir.glob("checkpoint_*/")
-    return {json.loads((folder / "state.json").read_text())["state"]["step"]: folder for folder in folders}
-
-
-def test_a_full_disk_and_damage_are_outlived_and_the_run_has_one_owner(launch: Launch, cluster: Cluster) -> None:
-    job = launch("damaged", "--max-steps=100000", "--schedule=wsd")
-    job.await_line(r"step +60 \| validation")
-    for flags in (["--name=damaged"], ["--resume=damaged"]):
-        command = [sys.executable, "train_job/run.py", *flags]
-        second = subprocess.run(command, cwd=ROOT, env=environment(cluster.home), capture_output=True, text=True)
-        assert second.returncode == 2
-        assert second.stderr.startswith(f"error: 'damaged' is being run by process {job.process.pid} on ")
-        assert second.stderr.count("\n") == 1
-
-    history = job.run_dir / "history.jsonl"
-    history.rename(job.run_dir / "aside")
-    history.symlink_to("/dev/full")
-    code, output = job.finish()
-    assert code == 1, output
-    assert f"error: the disk that holds {job.run_dir} is full" in output
-    assert "--resume damaged" in output
-    assert status(job) == "FAILED"
-    (job.run_dir / "aside").rename(history)
-
-    kept = checkpoint_steps(job)
-    before, newest = sorted(kept)[-2:]
-    flip_a_byte(kept[newest] / "model.safetensors")
-    orphan = job.run_dir / "checkpoint_of_a_killed_worker"
-    orphan.mkdir()
-    (job.run_dir / "checkpoint_manager_snapshot.json").write_bytes(b"")  # Ray writes it in place
-    (job.run_dir / "samples.json").write_bytes(b"{")
-    with history.open("a") as file:
-        file.write('{"step": 6')
-    code, output = launch("damaged", "--resume=damaged", f"--max-steps={newest + 40}").finish()
-    assert code == 0, output
-    assert f"stepped over a checkpoint: {kept[newest] / 'model.safetensors'} is cut short or altered" in output
-    assert f"{orphan / 'state.json'} is missing" in output
-    assert f"resumed   from step {before}" in output
-    assert "samples.json was damaged" in output
-    assert status(job) == "FINISHED"
-    left = list(job.run_dir.glob("checkpoint_*/"))
-    assert len(left) <= 3, "what nothing lists was removed"
-    assert not {orphan, kept[newest]} & set(left), output
-    assert len(checkpoint_steps(job)) == len(left)
-
-    for folder in left:
-        (folder / "optimizer.safetensors").unlink()
-    code, output = launch("damaged", "--resume=damaged", f"--max-steps={newest + 60}").finish()
-    assert code == 2, output
-    assert "error: no checkpoint of this run is whole: " in output
-    assert "optimizer.safetensors is missing" in output
-    assert status(job) == "FAILED"
-
-
 @pytest.mark.slow
 def test_a_tracking_server_that_is_away_for_a_while_costs_no_step_and_no_point(launch: Launch, tmp_path: Path) -> None:
     server = TrackingServer(tmp_path)
@@ -458,6 +228,7 @@ def test_a_tracking_server_that_is_away_for_a_while_costs_no_step_and_no_point(l
         server.kill()
 
 
+@pytest.mark.slow
 def test_a_password_in_the_tracking_uri_is_neither_printed_nor_written(launch: Launch, tmp_path: Path) -> None:
     server = TrackingServer(tmp_path)
     server.start()
