@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from bench.time_to_quality import parse_change
+from gptcore.errors import FoundryError
 from train_job.config import build_config
 from train_job.events import Progress
 from train_job.hardware import WORKER_ENV, pick_device
@@ -38,8 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="builtin", help="corpus, as for train_job/run.py")
     parser.add_argument("--turns", type=int, default=6, help="turns of each")
     parser.add_argument("--seconds", type=float, default=25.0, help="length of a turn")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings in place of the default's")
     arguments = parser.parse_args(argv)
-    settings = dict(data=arguments.data, max_steps=10**6, eval_interval=10**6, log_interval=4, sample_tokens=0)
+    try:
+        changes = dict(map(parse_change, arguments.set))
+        build_config(changes)
+    except FoundryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    settings: dict[str, Any] = dict(
+        data=arguments.data, max_steps=10**6, eval_interval=10**6, log_interval=4, sample_tokens=0
+    )
+    settings |= changes
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
         home = Path(scratch)
         with bare_loop(settings, home) as (bare, bare_rates):
@@ -93,8 +105,8 @@ def ray_job(settings: dict[str, Any], home: Path) -> Iterator[tuple[psutil.Proce
 
 @contextlib.contextmanager
 def running(command: list[str], env: dict[str, str], output: Any) -> Iterator[psutil.Process]:
-    """A process that is killed with all its children at the end."""
-    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=output, stderr=subprocess.STDOUT)
+    """A process that is killed with all its children at the end. What it says on stderr is shown as it comes."""
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=output)
     process = psutil.Process(child.pid)
     try:
         yield process

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import time_to_quality
+from bench import ray_overhead, time_to_quality
 from tests.system.conftest import ROOT, environment
 
 
@@ -61,8 +61,15 @@ def test_time_to_quality_answers_wrong_arguments_with_a_line(
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="known defect: the bench is ended by a SIGTERM while it pauses Ray's processes", strict=False)
-def test_the_ray_job_is_measured_against_the_bare_loop(tmp_path: Path) -> None:
-    code, report = last_line(tmp_path, "bench.ray_overhead", "--turns=2", "--seconds=4")
+def test_the_ray_job_is_measured_against_the_bare_loop(tmp_path: Path, text_file: Path) -> None:
+    small = ["tokenizer=bytes", "hidden_size=32", "num_layers=1"]
+    code, report = last_line(
+        tmp_path, "bench.ray_overhead", f"--data={text_file}", "--turns=2", "--seconds=4", "--set", *small
+    )
     assert code == 0
     assert float(str(report["ratio"])) > 0
+
+
+def test_the_overhead_of_an_unknown_setting_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ray_overhead.main(["--set", "hiden_size=32"]) == 2
+    assert "Did you mean 'hidden_size'?" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_serve_build_writes_a_config_of_the_application(tmp_path: Path):
     assert deployment["autoscaling_config"]["max_replicas"] == 1
 
 
-@pytest.mark.parametrize("said", ["serve_app:app", "serve_app:build_app"])
+@pytest.mark.parametrize("said", [pytest.param("serve_app:app", marks=pytest.mark.slow), "serve_app:build_app"])
 def test_a_port_that_is_taken_ends_serve_run_with_one_line(said: str):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

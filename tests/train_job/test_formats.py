@@ -160,7 +160,7 @@ def test_a_big_file_of_records_is_read_in_stretches_not_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 2**20)
-    rows = [{"id": n, "text": f"row {n} of many"} for n in range(300_000)]
+    rows = [{"id": n, "text": f"row {n} of many" * 20} for n in range(20_000)]
     (tmp_path / name).write_text(json.dumps(rows) if name == "a.json" else table(",", rows))
     assert (tmp_path / name).stat().st_size > 6 * 2**20
     del rows
@@ -169,7 +169,7 @@ def test_a_big_file_of_records_is_read_in_stretches_not_whole(
     count = sum(1 for half in split(corpus, 0.1) for _ in half.documents())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert count == 300_000
+    assert count == 20_000
     assert peak < 8 * 2**20
 
 
