@@ -1,13 +1,26 @@
-"""The plan against runs on this machine, measured in turn with its rates."""
+"""The plan's benchmark holds predictions against runs. How far they are off is judged there, on a quiet machine."""
+
+import json
 
 import pytest
 
-from bench.plan import measure
+from bench import plan
 
 
 @pytest.mark.slow
-def test_the_plan_is_within_a_quarter_of_measured_runs():
-    """Each figure is the median of three rounds, which the machine's moods share."""
-    found = measure(3, ("quick, twice as wide", "gpt2 family, AdamW"), ("foundry-124m, sixteen",))
-    assert len(found) == 3
-    assert found == {name: pytest.approx(1, abs=0.25) for name in found}
+def test_each_prediction_is_held_against_a_run_of_its_own(capsys: pytest.CaptureFixture[str]):
+    names = ("quick", "gpt2-124m, one sequence")
+    found = plan.measure(1, names[:1], names[1:])
+    assert set(found) == set(names)
+    assert all(ratio > 0 for ratio in found.values())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == list(names)
+
+
+@pytest.mark.parametrize(("ratio", "code"), [(1.2, 0), (0.8, 0), (1.3, 1), (0.7, 1)])
+def test_a_plan_that_is_off_by_more_than_a_quarter_fails_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ratio: float, code: int
+):
+    monkeypatch.setattr(plan, "measure", lambda rounds: {"quick": 1.0, "other": ratio})
+    assert plan.main([]) == code
+    assert json.loads(capsys.readouterr().out)["predicted_over_measured"] == {"quick": 1.0, "other": ratio}

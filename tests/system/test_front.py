@@ -149,10 +149,14 @@ def service(cluster: Cluster, registry: TestRegistry, port: int, start: Witness)
         yield running
 
 
+def named(service: Service, name: str) -> list[psutil.Process]:
+    """The processes of that name. A front that is just being reloaded has none for a moment."""
+    return [process for process in family(service.cluster) if name in (process.name(), title(process).split(".")[0])]
+
+
 def kill(service: Service, name: str) -> float:
     """Kills a process of that name; returns when."""
-    victims = [process for process in family(service.cluster) if name in (process.name(), title(process).split(".")[0])]
-    assert victims, name
+    victims = await_that(lambda: named(service, name), RESTART_SECONDS, f"{name} is there")
     moment = time.monotonic()
     victims[0].kill()
     psutil.wait_procs(victims[:1], timeout=10)
