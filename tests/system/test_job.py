@@ -119,6 +119,7 @@ def test_a_run_stopped_before_its_first_step_is_marked_killed_and_can_begin_agai
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_resume_that_adds_no_step_adds_no_version(launch: Launch, undisturbed: Job) -> None:
     assert len(versions(undisturbed)) == 1
     code, output = launch("undisturbed", "--resume=undisturbed", "--max-steps=40").finish()

@@ -167,6 +167,7 @@ def checkpoint_steps(job: Job) -> dict[int, Path]:
     return {json.loads((folder / "state.json").read_text())["state"]["step"]: folder for folder in folders}
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_damage_are_outlived(launch: Launch) -> None:
     job = launch("damaged", "--max-steps=100000", "--schedule=wsd")
     job.await_line(r"step +60 \| validation")
