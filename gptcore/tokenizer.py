@@ -18,8 +18,9 @@ from typing import Any
 
 import tiktoken
 
+from gptcore.config import WHOLE
 from gptcore.documents import read_json, read_text
-from gptcore.errors import TokenizerError, did_you_mean
+from gptcore.errors import TokenizerError, did_you_mean, excerpt
 
 EOT = "<|endoftext|>"
 
@@ -102,6 +103,8 @@ def parse_tokenizer(spec: str) -> int:
         raise TokenizerError(
             f"tokenizer {spec!r} is not one of gpt2, bytes, bpe:N (as in bpe:2048).{did_you_mean(spec, known)}"
         )
+    if int(size[1][:20]) > WHOLE["vocab_size"]:  # the trainer reserves room for all of them
+        raise TokenizerError(f"tokenizer {excerpt(spec)} is too large; bpe:{WHOLE['vocab_size']} is the largest")
     if int(size[1]) < SMALLEST:
         raise TokenizerError(f"tokenizer {spec!r} is too small; bpe:{SMALLEST} (every byte, {EOT}) is the smallest")
     return int(size[1])

@@ -157,6 +157,12 @@ def test_text_too_small_to_learn_from_says_what_it_can_give(learn: Learn) -> Non
     assert learn(size, "to be or not to be").vocab_size == size
 
 
+@pytest.mark.parametrize("size", ["256", "0", "1048577", "99999999999", "9" * 5000])
+def test_a_vocabulary_out_of_bounds_is_refused_before_anything_is_learned(size: str) -> None:
+    with pytest.raises(TokenizerError, match=r"too (small|large); bpe:(257|1048576) .*the (small|large)est"):
+        load_tokenizer(f"bpe:{size}", lambda: pytest.fail("the text was read"))
+
+
 ENDLESS = {
     "one letter": "a" * 2_000_000,
     "bases": "".join(random.Random(1).choices("ACGT", k=200_000)),
