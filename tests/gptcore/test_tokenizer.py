@@ -159,7 +159,7 @@ def test_text_too_small_to_learn_from_says_what_it_can_give(learn: Learn) -> Non
 
 @pytest.mark.parametrize("size", ["256", "0", "1048577", "99999999999", "9" * 5000])
 def test_a_vocabulary_out_of_bounds_is_refused_before_anything_is_learned(size: str) -> None:
-    with pytest.raises(TokenizerError, match=r"too (small|large); bpe:(257|1048576) .*the (small|large)est"):
+    with pytest.raises(TokenizerError, match=r"too (small|large); bpe:(257|1048576) .*the (small|larg)est"):
         load_tokenizer(f"bpe:{size}", lambda: pytest.fail("the text was read"))
 
 
