@@ -102,6 +102,15 @@ class Witness:
 
         return float(await_that(back, seconds, "every route is answered"))
 
+    def await_calm(self, seconds: float = 3.0) -> None:
+        """Waits until every route was answered by a replica for so long: what was killed before has been replaced."""
+        self.await_back(time.monotonic())
+
+        def calm() -> bool:
+            return {answer for *_, answer in self.since(time.monotonic() - seconds)} == {"200"}
+
+        await_that(calm, RESTART_SECONDS, "nobody is told to come back")
+
 
 @pytest.fixture(scope="module", params=["haproxy", "proxy"])
 def front(request: pytest.FixtureRequest) -> str:
@@ -222,7 +231,8 @@ def test_when_all_replicas_are_killed_clients_wait_or_are_told_to_come_back(serv
 
 
 def test_three_hundred_half_sent_bodies_cost_nobody_else_anything(service: Service, start: Witness, port: int):
-    start.await_back(time.monotonic())
+    await_that(lambda: len(service.replicas()) == 2, RESTART_SECONDS, "two replicas are there")
+    start.await_calm()
     moment = time.monotonic()
     head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 60000\r\n\r\n"
     halves = (b'{"prompt":', b'{"prompt": "' + b"a" * 30_000)  # one that HAProxy keeps, one that it passes on
