@@ -98,7 +98,8 @@ def _answering_head(routes: APIRouter) -> APIRouter:
 def _describe(app: FastAPI) -> None:
     """Make the OpenAPI document, which FastAPI keeps, and say in it what FastAPI does not know.
 
-    Errors of validation are 400 and not 422, streams have events, and null is as good as leaving a field out.
+    Errors of validation are 400 and not 422, streams have events, and null is as good as leaving a field out, one that
+    there is not included: clients send null for whatever their own API has and ours may not.
     """
     document = app.openapi()
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
@@ -113,6 +114,7 @@ def _describe(app: FastAPI) -> None:
     for body in (schema for schema in schemas.values() if schema.get("additionalProperties") is False):
         for name in set(body["properties"]) - set(body.get("required", ())):
             body["properties"][name] = _nullable(body["properties"][name])
+        body["additionalProperties"] = {"type": "null"}
 
 
 def _nullable(field: dict[str, Any]) -> dict[str, Any]:

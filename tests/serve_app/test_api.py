@@ -388,6 +388,25 @@ def test_other_origins_stay_out(locked: httpx2.Client) -> None:
 # --- the OpenAPI document ---
 
 
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        ("GenerateRequest", {"prompt": "a", "max_new_tokens": 1, "nonsense": None, "top_k": None}),
+        ("CompletionRequest", {"model": "tiny", "prompt": "a", "max_tokens": 1, "stream_options": {"": None}}),
+        ("StreamOptions", {"model": "tiny", "prompt": "a", "max_tokens": 1, "stream_options": {"include_usage": None}}),
+    ],
+)
+def test_null_is_as_good_as_leaving_out_in_the_service_and_in_the_document(
+    client: httpx2.Client, schema: str, body: dict[str, object]
+) -> None:
+    path = "/generate" if schema == "GenerateRequest" else "/v1/completions"
+    assert client.post(path, json=body).status_code == 200
+    declared = client.get("/openapi.json").json()["components"]["schemas"][schema]
+    assert declared["additionalProperties"] == {"type": "null"}
+    optional = set(declared["properties"]) - set(declared.get("required", ()))
+    assert all({"type": "null"} in declared["properties"][name]["anyOf"] for name in optional)
+
+
 def test_the_document_declares_the_errors_of_every_route_in_one_form(client: httpx2.Client) -> None:
     document = client.get("/openapi.json").json()
     operations = [(path, method) for path, methods in document["paths"].items() for method in methods]
