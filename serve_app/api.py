@@ -115,6 +115,14 @@ def _describe(app: FastAPI) -> None:
         for name in set(body["properties"]) - set(body.get("required", ())):
             body["properties"][name] = _nullable(body["properties"][name])
         body["additionalProperties"] = {"type": "null"}
+        body["properties"] = _overlapping(body["properties"])
+
+
+def _overlapping(schema: Any) -> Any:
+    """The schema with anyOf for oneOf: pydantic takes a tagged union's kinds for exclusive; [] is of several."""
+    if isinstance(schema, dict):
+        return {"anyOf" if key == "oneOf" else key: _overlapping(value) for key, value in schema.items()}
+    return [_overlapping(part) for part in schema] if isinstance(schema, list) else schema
 
 
 def _nullable(field: dict[str, Any]) -> dict[str, Any]:

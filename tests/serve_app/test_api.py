@@ -407,6 +407,12 @@ def test_null_is_as_good_as_leaving_out_in_the_service_and_in_the_document(
     assert all({"type": "null"} in declared["properties"][name]["anyOf"] for name in optional)
 
 
+def test_an_empty_prompt_is_of_several_kinds_in_the_document_too(client: httpx2.Client) -> None:
+    body = {"model": "tiny", "prompt": [], "max_tokens": 1}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    assert "oneOf" not in json.dumps(client.get("/openapi.json").json()["components"]["schemas"]["CompletionRequest"])
+
+
 def test_the_document_declares_the_errors_of_every_route_in_one_form(client: httpx2.Client) -> None:
     document = client.get("/openapi.json").json()
     operations = [(path, method) for path, methods in document["paths"].items() for method in methods]
