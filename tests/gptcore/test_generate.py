@@ -10,6 +10,7 @@ import pytest
 from gptcore.generate import main
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams, generate_text
+from tests.refusals import one_error
 
 Capture = pytest.CaptureFixture[str]
 
@@ -69,12 +70,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert main([argument.replace("PACKAGE", str(package.path), 1) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message in err
+    assert message in one_error(err)
 
 
 def test_a_damaged_package_is_one_line_and_exit_code_2(package: Package, capsys: Capture) -> None:
     (package.path / "model.safetensors").write_bytes(b"no weights")
     assert main([str(package.path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert one_error(capsys.readouterr().err)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.refusals import PROGRESS
 from tests.train_job.test_sweep_input import GOOD
 from train_job import begin, lock, run, sweep
 from train_job.config import build_config, write_yaml
@@ -117,7 +118,7 @@ def test_a_sweep_and_its_trials_have_one_owner(runs: Path, tmp_path: Path, capsy
         assert run.main(["--resume=rates-01", f"--storage-path={runs / 'rates'}"]) == 2
     with held(trial):
         assert sweep.main(["--resume=rates"]) == 2
-    said = capsys.readouterr().err.splitlines()
+    said = PROGRESS.sub("", capsys.readouterr().err).splitlines()
     assert [line.split(" by ")[0] for line in said] == ["error: 'rates' is being run"] * 5
 
 
