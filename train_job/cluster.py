@@ -5,9 +5,11 @@ imported inside functions, since importing it takes a second.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +44,7 @@ def ray_cluster() -> Iterator[tuple[Any, bool]]:
     if alone:
         for name, value in LOCAL_RAY.items():
             os.environ.setdefault(name, value)
+        _out_of_the_process_group()
         with doing("starting a Ray of this job's own"):
             _connect(ray, address="local", include_dashboard=False, **quiet)
     else:
@@ -73,6 +76,18 @@ def training_first() -> None:
                 continue
             for thread in process.threads():
                 os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _out_of_the_process_group() -> None:
+    """Has the servers of a Ray of our own start in process groups of their own.
+
+    A stop often reaches the whole group: from `timeout`, from a terminal that is closed. Ray's servers would end at
+    once, and the job could no longer tell its workers to keep a last checkpoint. They still end with the job, since the
+    kernel kills them when their parent dies.
+    """
+    from ray._private import services
+
+    services.ConsolePopen = functools.partial(subprocess.Popen, process_group=0)  # type: ignore[assignment,misc]
 
 
 def _connect(ray: Any, **options: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import ray_overhead, time_to_quality
+from tests.refusals import one_error
 from tests.system.conftest import ROOT, environment
 
 
@@ -54,10 +55,7 @@ def test_time_to_quality_answers_wrong_arguments_with_a_line(
     flags: list[str], answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert time_to_quality.main(flags) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert answer in said
+    assert answer in one_error(capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """How a job ends before its time, and goes on: stopped, submitted and stopped, out of disk, diverged."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -87,6 +88,37 @@ def test_a_stopped_run_is_marked_killed_and_goes_on_with_more_workers(launch: La
     steps = [step for step, _ in points(job, "train/loss")]
     assert len(steps) == len(set(steps)), "a step was logged twice"
     assert max(steps) == stopped_at + 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_of_the_whole_process_group_leaves_a_checkpoint(text_file: Path, tmp_path: Path, number: signal.Signals):
+    """As `timeout` does it, or a terminal that is closed, to a job with a Ray of its own."""
+    command = [
+        sys.executable,
+        "train_job/run.py",
+        *SMALL,
+        f"--data={text_file}",
+        "--name=grouped",
+        "--max-steps=100000",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(tmp_path, RAY_ADDRESS="local"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    job = Job(process, tmp_path / "runs" / "grouped", f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    job.await_line(r"step +20 \| validation")
+    os.killpg(process.pid, number)
+    code, output = job.finish()
+    assert code == 128 + number, output
+    assert "stopping: saving a checkpoint" in output
+    assert "--resume grouped" in output
+    assert status(job) == "KILLED"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from gptcore.config import ModelConfig
 from gptcore.model import GPT
 from gptcore.package import save_package
 from gptcore.tokenizer import load_tokenizer
+from tests.refusals import one_error
 from train_job import figures
 
 HISTORY = [
@@ -161,9 +162,7 @@ def test_the_command_draws_a_package_s_odds_and_refuses_in_one_line(tmp_path: Pa
         (["--promt=x"], "Did you mean '--prompt'"),
     ):
         assert figures.main([str(package.path), *wrong]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+        assert message in one_error(capsys.readouterr().err)
 
 
 def test_tokens_that_are_no_text_are_labelled_by_their_bytes(tmp_path: Path, drawn: list[Axes]):
