@@ -9,6 +9,7 @@ Weights are safetensors only: nothing here ever unpickles.
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -139,7 +140,7 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
     if not folder.is_dir():
         reason = "it is not a folder" if folder.exists() else "no such folder"
         raise PackageError(f"there is no package at {folder}: {reason}")
-    info = _read_manifest(folder) if (folder / MANIFEST).exists() else {}
+    info = _read_manifest(folder) if os.path.lexists(folder / MANIFEST) else {}
     for name, sha256 in info.get("files", {}).items():
         require_regular(folder / name)
         if verify and _sha256(folder / name) != sha256:
@@ -218,7 +219,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
                 f"{folder / MANIFEST} names the file {excerpt(name)}; expected plain names in the folder"
             )
         if not isinstance(sha256, str):
-            raise PackageError(f"{folder / MANIFEST} has {excerpt(sha256)} for {name}; expected its sha256")
+            raise PackageError(f"{folder / MANIFEST} has {excerpt(sha256)} for {excerpt(name)}; expected its sha256")
     if not isinstance(info.setdefault("training", {}), dict):
         raise PackageError(f"{folder / MANIFEST} has {excerpt(info['training'])} for training; expected an object")
     return info

@@ -125,9 +125,9 @@ def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = 
         merges = _learn_merges(train_texts(), size - SMALLEST)
         if len(merges) < size - SMALLEST:
             raise TokenizerError(
-                f"the training text is too small to learn {size} tokens from; bpe:{SMALLEST + len(merges)} is the "
-                f"largest it can give. Use --tokenizer bytes, a smaller bpe:N, or about {BYTES_PER_TOKEN * size:,} "
-                "bytes of text"
+                f"the training text is too small, or repeats itself too much, to learn {size} tokens from; "
+                f"bpe:{SMALLEST + len(merges)} is the largest it can give. Use --tokenizer bytes, a smaller bpe:N, or "
+                f"about {BYTES_PER_TOKEN * size:,} bytes of text"
             )
         ranks.update((token, 256 + i) for i, token in enumerate(merges))
     return _build(ranks, spec)
@@ -223,7 +223,7 @@ def _from_vocab(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: 
     if any(type(number) is not int for number in (*vocab.values(), *specials.values())):
         raise ValueError("some of its ids are no whole numbers")
     if set(specials) != {EOT}:
-        raise ValueError(f"its special tokens are {sorted(specials)}, expected only {EOT!r}")
+        raise ValueError(f"its special tokens are {excerpt(sorted(specials))}, expected only {EOT!r}")
     byte_of = {character: b for b, character in _byte_characters().items()}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocab.items() if token not in specials}
     if sorted([*ranks.values(), specials[EOT]]) != list(range(len(ranks) + 1)) or specials[EOT] != len(ranks):

@@ -61,9 +61,18 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+MOST_TENSORS = 50_000
+"""In a folder: a thousand layers of a model with a dozen in each have a quarter of that."""
+
+
 def is_plain(name: object) -> bool:
     """Whether `name` is that of a file in the folder itself: no path, nothing that leads elsewhere."""
-    return isinstance(name, str) and 0 < len(name) <= 255 and name not in (".", "..") and not set(name) & set("/\\\0")
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode(errors="surrogatepass")) <= 255
+        and name not in (".", "..")
+        and not set(name) & set("/\\\0")
+    )
 
 
 def read_headers(folder: Path, family: str) -> dict[str, Stored]:
@@ -76,6 +85,8 @@ def read_headers(folder: Path, family: str) -> dict[str, Stored]:
                 for name in opened.keys():  # noqa: SIM118
                     if name in found:
                         raise PackageError(f"{excerpt(name)} is in two files, {found[name].file.name} and {file.name}")
+                    if len(found) == MOST_TENSORS:
+                        raise PackageError(f"{file} has more than {MOST_TENSORS:,} tensors; no model has as many")
                     entry = opened.get_slice(name)
                     found[name] = Stored(file, name, entry.get_dtype(), tuple(entry.get_shape()))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -39,7 +39,9 @@ def begin(given: dict[str, Any]) -> Iterator[tuple[TrainConfig, Path]]:
 
 
 def _resumed(given: dict[str, Any], storage: str, local: Path, stack: contextlib.ExitStack) -> tuple[TrainConfig, Path]:
-    name = str(given["resume"])
+    name = checked_name(str(given["resume"]), "resume")
+    if given.get("name", name) != name:
+        raise ConfigError(f"name is {given['name']!r}, and the run that goes on is {name!r}; it keeps its name")
     run_dir, us = local / name, None
     if run_dir.is_dir() or "://" in storage:
         us, before = stack.enter_context(held(run_dir))
@@ -107,13 +109,13 @@ def places(given: dict[str, Any]) -> tuple[str, Path]:
     return storage, home() / "runs" if "://" in storage else expanded(storage).absolute()
 
 
-def checked_name(name: str) -> str:
+def checked_name(name: str, setting: str = "name") -> str:
     """The name, if a folder can have it; raises ConfigError."""
     if "/" in name or name.startswith("."):
-        raise ConfigError(f"name is {name!r}; expected one that can be a folder's")
+        raise ConfigError(f"{setting} is {name!r}; expected a name that can be a folder's")
     if len(name.encode()) > LONGEST_NAME:
         raise ConfigError(
-            f"name has {len(name.encode())} bytes; expected at most {LONGEST_NAME}, as a folder's may have"
+            f"{setting} has {len(name.encode())} bytes; expected at most {LONGEST_NAME}, as a folder's may have"
         )
     return name
 

@@ -27,7 +27,6 @@ LOCAL_RAY = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "3600000",
 }

@@ -4,7 +4,9 @@ In: a preset's name, a YAML file, command-line flags; later ones win. Out: a `Tr
 choices stand beside its default and are the only description there is: `--help` and the docs are made from them.
 """
 
+import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import MODEL_FIELDS, MODEL_PRESETS, ModelConfig, setting
-from gptcore.errors import ConfigError, did_you_mean
+from gptcore.errors import ConfigError, did_you_mean, excerpt
 from train_job.files import written_whole
 
 SCHEDULES = ("wsd", "linear", "cosine")
@@ -21,6 +23,8 @@ LOG_INTERVAL, EVAL_INTERVAL = 10, 100
 """Steps, where neither the user nor the preset says otherwise and the run is long enough."""
 UNBOUNDED = 2**40
 """More steps than any run takes."""
+MOST_TOKENS = 2**31
+"""In a step, some fifty times what the largest published runs have."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,8 @@ class TrainConfig:
         for name in ("val_fraction", "cooldown_fraction", "min_lr_fraction", "beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected between 0 and 1")
-        if self.document_separator == "":
-            raise ConfigError("document_separator is empty; expected characters such as <|endoftext|>, or leave it out")
+        for name in ("register_as", "experiment"):
+            _check_mlflow_name(name, getattr(self, name))
         if not self.sample_prompts:
             raise ConfigError("sample_prompts is empty; give one, or turn samples off with sample_tokens 0")
         for f in fields(self):
@@ -140,6 +144,11 @@ class TrainConfig:
             raise ConfigError(f"val_fraction is {self.val_fraction}; expected between 0 and 1, or give val_data")
         if self.planned_limits() == [] and self.max_minutes is None:
             raise ConfigError("nothing says when to stop; expected max_steps, max_epochs, max_tokens or max_minutes")
+        if self.batch_size * self.context > MOST_TOKENS:
+            raise ConfigError(
+                f"batch_size is {self.batch_size}, with {self.context} tokens each; expected at most {MOST_TOKENS:,} "
+                "tokens in a step"
+            )
         if self.workers[1] > self.batch_size:
             raise ConfigError(
                 f"num_workers {self.num_workers} is more than batch_size {self.batch_size}: a worker would idle"
@@ -289,12 +298,27 @@ def build_config(*layers: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(model=shape | {k: v for k, v in given.items() if k not in _TRAIN_FIELDS}, **values)
 
 
+@functools.cache
+def _loader() -> Any:
+    """YAML's safe loader, but 1:4 is text: YAML 1.1 takes it for sixty and four."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Without numbers of base 60."""
+
+    text = ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$"))
+    Loader.yaml_implicit_resolvers = {
+        first: [text, *rules] for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return Loader
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The settings in a YAML file. Raises ConfigError if it cannot be read or is no mapping."""
     import yaml
 
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _loader())  # a safe one
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise ConfigError(f"cannot read the config file {path}: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
@@ -336,6 +360,14 @@ def bare(hint: Any) -> tuple[Any, bool]:
     return next(o for o in typing.get_args(hint) if o is not types.NoneType), True
 
 
+def _check_mlflow_name(setting: str, name: str) -> None:
+    """Raises ConfigError for a name that MLflow would refuse once the run is done."""
+    refused = "/:" if setting == "register_as" else ""
+    if not name.strip() or not name.isprintable() or len(name) > 250 or set(name) & set(refused):
+        signs = ", without / and :" if refused else ""
+        raise ConfigError(f"{setting} is {excerpt(name)}; expected a name of at most 250 characters{signs}")
+
+
 def _check_choice(f: Any, value: Any) -> None:
     choices = f.metadata.get("choices")
     if choices and value not in choices:
@@ -355,16 +387,36 @@ def setting_value(name: str, value: Any) -> Any:
     return convert(_FIELDS[name], HINTS[name], value)
 
 
+def _text(name: str, value: str) -> str:
+    """The value, if it is text that a file and MLflow can keep. Raises ConfigError."""
+    if "\0" in value:
+        raise ConfigError(f"{name} is {value!r}; expected text without the character NUL")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} is {value!r}; expected UTF-8 (a file of another name can be renamed)") from None
+    return value
+
+
 def convert(f: Any, hint: Any, value: Any) -> Any:
     """`value` (a flag's string or YAML's own type) as the field's type. Raises ConfigError if it is none."""
     wanted, optional = bare(hint)
     if value is None and optional:
         return None
     if typing.get_origin(wanted) is tuple:
-        return tuple(map(str, [value] if isinstance(value, str) else value))
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or any(isinstance(text, (list, dict, type(None))) for text in texts):
+            raise ConfigError(f"{f.name} is {value!r}; expected a list of texts")
+        return tuple(_text(f.name, str(text)) for text in texts)
     if optional and str(value).lower() == "none":
         return None
     try:
+        if wanted is str and isinstance(value, str):
+            if not value:
+                raise ConfigError(f"{f.name} is empty; give it a value, or leave it out")
+            return _text(f.name, value)
+        if wanted is int and isinstance(value, (int, str)) and re.fullmatch(r"[-+]?\d{1,300}", str(value)):
+            return int(value)  # by way of a float, the last digits of a large one would be others
         if wanted is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if wanted is int and (isinstance(value, bool) or float(value) != int(float(value))):

@@ -146,7 +146,10 @@ def locate(data: str, cache_dir: Path, refresh: bool = True) -> tuple[list[Path]
     if data == "shakespeare":
         return [shakespeare(cache_dir)], [], False
     if data.startswith(WEB):
-        name = Path(urlsplit(data).path).name or "index"
+        try:
+            name = Path(urlsplit(data).path).name or "index"
+        except ValueError as error:
+            raise CorpusError(f"{data!r} is not a URL: {error}") from None
         copy = cache_dir.absolute() / "downloads" / copy_name(data, name)
         return [download(data, copy, refresh)], [], False
     path = expanded(data.removeprefix("file://"), CorpusError)
@@ -157,6 +160,8 @@ def locate(data: str, cache_dir: Path, refresh: bool = True) -> tuple[list[Path]
         if not files and not left:
             raise CorpusError(f"the folder {data} holds no files")
         return files, left, True
+    if path.exists():
+        raise CorpusError(f"{data} is neither a file nor a folder; write what it gives to a file and name that")
     if path.is_symlink():
         raise CorpusError(f"{data} is a link to {os.readlink(path)}, which is not there")
     if path.exists():
@@ -274,6 +279,6 @@ def split(corpus: Corpus, val_fraction: float) -> tuple[Corpus, Corpus]:
     if not train or not val:
         raise CorpusError(
             f"{corpus.name} is too small: {corpus.num_bytes} bytes cannot be parted to hold back "
-            f"{val_fraction:.0%} for validation. Give more text, another --val-fraction, or --val-data"
+            f"{val_fraction:.0%} for validation. Give more documents, another --val-fraction, or --val-data"
         )
     return replace(corpus, pieces=tuple(train)), replace(corpus, pieces=tuple(val))

@@ -115,7 +115,7 @@ def given_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict
         known = [option for action in parser._actions for option in action.option_strings]
         raise ConfigError(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], known)}")
     flags = {k: v for k, v in vars(namespace).items() if v is not None and k != "config"}
-    return (read_yaml(namespace.config) if namespace.config else {}) | flags
+    return ({} if namespace.config is None else read_yaml(namespace.config)) | flags
 
 
 class Parser(argparse.ArgumentParser):

@@ -144,6 +144,17 @@ UNPACK = "Unpack it and name the folder"
 CONVERT = "Convert it to Parquet or JSON lines"
 
 
+def is_binary(head: bytes) -> bool:
+    """Whether these first bytes have a control character that no text has, or are not UTF-8."""
+    if re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", head):
+        return True
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # a last character may be cut
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
 @dataclass(frozen=True)
 class Known:
     """Something that is no text, known by suffix or first bytes, and what to do about it."""
@@ -152,15 +163,19 @@ class Known:
     suffixes: str
     magic: bytes
     advice: str = LEAVE
+    written: bool = False
+    """Whether its first bytes may be characters alone. Else what begins with them as text does is text."""
 
     def fits(self, name: str, head: bytes) -> bool:
         by_name = suffix(name) in self.suffixes.split()
-        return by_name or bool(self.magic and re.match(self.magic, head, re.DOTALL))
+        return by_name or bool(
+            self.magic and re.match(self.magic, head, re.DOTALL) and (self.written or is_binary(head))
+        )
 
 
 KNOWN = (
-    Known("a PDF", ".pdf", rb"%PDF-", SAVE),
-    Known("an RTF document", ".rtf", rb"\{\\rtf", SAVE),
+    Known("a PDF", ".pdf", rb"%PDF-", SAVE, written=True),
+    Known("an RTF document", ".rtf", rb"\{\\rtf", SAVE, written=True),
     Known("an old Office document", ".doc .xls .ppt", rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", SAVE),
     Known("a Word document", ".docx .docm", b"", SAVE),
     Known("an Excel workbook", ".xlsx .xlsm", b"", "Save its sheet as CSV and name that"),
@@ -175,12 +190,17 @@ KNOWN = (
     Known("a file packed twice", "", rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd", "Unpack it once"),
     Known("a Brotli, Snappy or compress file", ".br .snappy", rb"\x1f\x9d", "Unpack it, or pack it with zstd"),
     Known(
-        "a Git LFS pointer, not the file itself", "", rb"version https://git-lfs\.github\.com/", "Run `git lfs pull`"
+        "a Git LFS pointer, not the file itself",
+        "",
+        rb"version https://git-lfs\.github\.com/",
+        "Run `git lfs pull`",
+        written=True,
     ),
     Known("an Arrow file", ".arrow .feather", rb"ARROW1|FEA1", CONVERT),
     Known("an Avro file", ".avro", rb"Obj\x01", CONVERT),
     Known("an ORC file", ".orc", b"", CONVERT),
     Known("a TFRecord file", ".tfrecord .tfrecords", b"", CONVERT),
+    Known("a notebook", ".ipynb", b"", "Convert it: jupyter nbconvert --to markdown"),
     Known("an SQLite database", ".sqlite .sqlite3", rb"SQLite format 3\0", CONVERT),
     Known("an HDF5 file", ".h5 .hdf5", rb"\x89HDF", CONVERT),
     Known("a NumPy file", ".npy .npz", rb"\x93NUMPY"),
@@ -212,7 +232,7 @@ def kind_of(name: str, label: str, head: bytes, column: str, inside: Callable[[]
     file `label`.
     """
     name = bare(name)
-    if head.startswith(b"PAR1"):
+    if head.startswith(b"PAR1") and (suffix(name) not in PLAIN or is_binary(head)):
         return "parquet"
     found = next((known for known in KNOWN if known.fits(name, head)), None)
     if found and found.what == "a ZIP archive":

@@ -147,6 +147,8 @@ def check_size(config: TrainConfig, train: Corpus) -> None:
         size, most = size + len(text.encode()), most + len(text.encode()) + 1
         if most > config.context:
             return
+    if not size:
+        raise CorpusError(f"{train.name} holds no text to train on; its documents are empty")
     flag = "--sequence-length" if config.sequence_length else "--context-length"
     wanted = max(config.context, BYTES_PER_TOKEN * parse_tokenizer(config.tokenizer) if ":" in config.tokenizer else 0)
     whole = wanted if config.val_data else round(wanted / (1 - config.val_fraction))

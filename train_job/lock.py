@@ -80,11 +80,18 @@ def held(folder: Path) -> Iterator[tuple[Owner, Owner]]:
 def _locked(path: Path, kind: int) -> Iterator[IO[bytes] | None]:
     """The open file, locked; None where the file system has no locks."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:  # it is below a file, or in /proc
+            if isinstance(error, FileExistsError) and (path.parent.is_dir() or not os.path.lexists(path.parent)):
+                continue  # it was removed in between
+            raise ConfigError(f"{path.parent} cannot be a run's folder: {error.strerror}") from None
         try:
             file = open(path, "a+b")  # noqa: SIM115
         except FileNotFoundError:  # its folder was removed in between
             continue
+        except IsADirectoryError:
+            raise ConfigError(f"{path} is a folder, expected a file; remove it if no run is going on there") from None
         with file:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)

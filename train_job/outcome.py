@@ -44,9 +44,11 @@ PATIENCE_SECONDS = 60.0
 
 def conclude(run: Run) -> int:
     """Registers a finished run's model, or records why there is none; returns the exit code."""
-    if run.problem:
+    if run.problem and not run.stops.number:
         return fail(run, run.problem)
     if run.stops.number:
+        if run.problem:  # what came of the stop, as where the whole cluster was told to end
+            run.console.say(f"error: {run.problem}")
         _deliver(run, [run.console.path])
     run.stops.check()
     return register(run, build(run))

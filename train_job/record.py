@@ -43,7 +43,7 @@ def read_record(path: Path) -> Record | None:
     """What run.json says; None if there is none, as the run has not begun. Raises RecordError if it is damaged."""
     from train_job.remote import Origin
 
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     remedy = (
         'it names the run in MLflow. Put a copy back, or write {"run_id": …, "tracking_uri": …} there as '

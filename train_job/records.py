@@ -90,7 +90,8 @@ def _line_text(line: bytes, column: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
+        array = "; an array of objects is read from a file whose name ends in .json" if line.startswith(b"[") else ""
+        raise ValueError(f"not JSON ({error}){array}") from None
     return field_of(record, column)
 
 
@@ -135,6 +136,10 @@ def json_values(path: str, start: int, end: int | None = None) -> Iterator[tuple
             except json.JSONDecodeError as error:
                 wrong = position + len(text[at : error.pos].encode())
                 raise BadRecord(f"not JSON ({error.msg})", wrong) from None
+            except BadRecord:
+                raise
+            except ValueError as error:  # a number of too many digits
+                raise BadRecord(f"not JSON that can be read ({error})", position) from None
             except RecursionError:
                 raise BadRecord("not JSON that can be read (nested too deeply)", position) from None
             value, behind = found
@@ -230,8 +235,17 @@ def csv_rows(path: str, start: int, delimiter: str) -> Iterator[tuple[int, list[
                     yield first, row
                 first = position
         except csv.Error as error:
-            raise BadRecord(str(error), first) from None
+            raise BadRecord(_csv_problem(str(error)), first) from None
     yield position, []
+
+
+def _csv_problem(error: str) -> str:
+    """What Python's reader says, as one who looks at the file knows it."""
+    if "new-line character" in error:
+        return "a lone carriage return, where lines end in a line feed; convert it: tr '\\r' '\\n' < OLD > NEW"
+    if "expected after" in error or "unexpected end" in error:
+        return "a quotation mark that begins a field does not end it; put such fields in quotes and double those within"
+    return error
 
 
 def csv_layout(path: str, start: int, kind: str, column: str, label: str) -> tuple[str, list[str]]:
@@ -243,10 +257,17 @@ def csv_layout(path: str, start: int, kind: str, column: str, label: str) -> tup
         except BadRecord as error:
             raise CorpusError(f"{label}, line {line_number(path, error.position)}: {error}") from None
         if column in names or not names:
-            return delimiter, names
+            return delimiter, _once(names, column, label)
         layouts.append(names)
     names = max(layouts, key=len)
     raise CorpusError(f"{label} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}")
+
+
+def _once(names: list[str], column: str, label: str) -> list[str]:
+    """The names, if that of the column is one's alone. Raises CorpusError."""
+    if names.count(column) > 1:
+        raise CorpusError(f"{label} has {names.count(column)} columns {column!r}, expected one; rename the others")
+    return names
 
 
 def scan_csv(path: Path, start: int, kind: str, column: str, label: str, most: int) -> list[int]:
@@ -307,6 +328,7 @@ def open_parquet(path: str | Path, column: str, label: str) -> Any:
     names = file.schema_arrow.names
     if column not in names:
         raise CorpusError(f"{label} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}")
+    _once(names, column, label)
     types, kind = pyarrow.types, file.schema_arrow.field(column).type
     held = kind.value_type if types.is_dictionary(kind) else kind
     texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)

@@ -27,6 +27,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # sweeps: what
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # its INFO lines would stand between ours
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one more process, whose news nothing here reads
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for this poll, 2 s by default
 if (Path.home() / ".ray" / "auth_token").exists():
     # Ray shows its token by itself only to a cluster that it found by itself; it looks when it is imported.

@@ -88,7 +88,7 @@ class _Progress:
         try:
             progress = _Progress(**json.loads((folder / "delivered.json").read_bytes()))
             return progress if isinstance(progress.offset, int) and isinstance(progress.floor, dict) else None
-        except (FileNotFoundError, TypeError, ValueError):
+        except (OSError, TypeError, ValueError):
             return None
 
     def write(self, folder: Path) -> None:

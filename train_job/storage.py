@@ -99,6 +99,8 @@ def _kept(fs: Any, path: str) -> Kept:
             return Kept(fs, path, TrainState(**parse_state(file.read(), where)["state"]))
     except FileNotFoundError:
         return Kept(fs, path, None, f"{where} is missing")
+    except OSError as error:  # it is a folder, or a link that leads nowhere
+        return Kept(fs, path, None, f"{where} cannot be read: {' '.join(str(error).split())}")
     except DamagedCheckpoint as error:
         return Kept(fs, path, None, str(error))
 

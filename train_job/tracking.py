@@ -65,6 +65,40 @@ def artifact_root(uri: str) -> str | None:
     return (folder / "artifacts").absolute().as_uri()
 
 
+def _check_sqlite(path: Path) -> None:
+    """Makes the database's folder; raises OSError if something else is where the database should be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise OSError(f"{path} is a folder, expected a file")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(16) not in (b"", b"SQLite format 3\0"):
+                raise OSError(f"{path} is not an SQLite database")
+
+
+def _check_database(uri: str, timeout_s: float) -> None:
+    """Raises OSError if the database behind an open port takes no connection within the time."""
+    from sqlalchemy import create_engine, pool
+    from sqlalchemy.exc import SQLAlchemyError
+
+    said: list[str] = []
+
+    def connect() -> None:
+        try:
+            create_engine(uri, poolclass=pool.NullPool).connect().close()
+            said.append("")
+        except (SQLAlchemyError, ImportError) as error:
+            said.append(" ".join(str(getattr(error, "orig", None) or error).split()))
+
+    asking = threading.Thread(target=connect, daemon=True)  # drivers have time limits of different names
+    asking.start()
+    asking.join(timeout_s)
+    if not said:
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    if said[0]:
+        raise OSError(said[0])
+
+
 def check_server(uri: str, timeout_s: float = 5.0) -> None:
     """Raises TrainingError, within about `timeout_s` seconds, if nothing answers at the tracking URI."""
     parts = urlsplit(uri)
@@ -75,10 +109,11 @@ def check_server(uri: str, timeout_s: float = 5.0) -> None:
             with contextlib.closing(urllib.request.urlopen(health, timeout=timeout_s)):
                 return
         if parts.scheme == "sqlite":
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            _check_sqlite(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
         elif parts.hostname:
             port = parts.port or {"mysql": 3306, "mssql": 1433}.get(parts.scheme.partition("+")[0], 5432)
             socket.create_connection((parts.hostname, port), timeout=timeout_s).close()
+            _check_database(uri, timeout_s)
         elif not parts.scheme.startswith("databricks"):
             raise TrainingError(
                 f"tracking URI {without_password(uri)!r} is of no known kind; expected http(s)://… or sqlite:///…"

@@ -94,6 +94,7 @@ def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch
     assert [step for step, _ in points(job, "train/loss")] == list(range(5, 61, 5)), "a step was lost or logged twice"
 
 
+@pytest.mark.slow
 def test_two_workers_see_the_same_batches_and_agree_on_the_loss(launch: Launch, undisturbed: Job) -> None:
     job = launch("two-workers", "--num-workers=2")
     code, output = job.finish()
@@ -102,6 +103,7 @@ def test_two_workers_see_the_same_batches_and_agree_on_the_loss(launch: Launch, 
         assert one == pytest.approx(two, rel=1e-3), f"step {step}"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_step_is_marked_killed_and_can_begin_again(
     launch: Launch, undisturbed: Job
 ) -> None:

@@ -153,6 +153,7 @@ def test_the_job_runs_through_ray_job_submit(cluster: Cluster, text_file: Path, 
     assert (cluster.home / "runs" / name / "outcome.json").exists()
 
 
+@pytest.mark.slow
 def test_ray_job_stop_leaves_a_checkpoint_and_a_killed_run(cluster: Cluster, text_file: Path) -> None:
     from mlflow import MlflowClient
 
@@ -179,6 +180,7 @@ def test_ray_job_stop_leaves_a_checkpoint_and_a_killed_run(cluster: Cluster, tex
     assert state["step"] == last["metrics"]["step"] > 20
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_fails_the_run_without_a_restart(launch: Launch) -> None:
     job = launch("diverging", "--learning-rate=1e38", "--matrix-learning-rate=1e38", "--precision=fp32")
     code, output = job.finish()

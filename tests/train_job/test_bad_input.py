@@ -206,3 +206,34 @@ def test_more_than_this_machine_has_is_refused_rather_than_waited_for(flags: lis
 def test_a_sample_prompt_that_fills_the_context_is_refused(refused: Refused, text_file: Path) -> None:
     answer = refused(f"--data={text_file}", "--context-length=16", "--sample-prompts", "far longer than sixteen bytes")
     assert "'far longer than sixteen bytes' has 29 tokens" in answer
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--resume=", "resume is empty; give it a value, or leave it out"),
+        ("--name=", "name is empty"),
+        ("--init-from=", "init_from is empty"),
+        ("--val-data=", "val_data is empty"),
+        ("--storage-path=", "storage_path is empty"),
+        ("--document-separator=", "document_separator is empty"),
+        ("--config=", "cannot read the config file"),
+        ("--register-as=a/b", "register_as is 'a/b'; expected a name of at most 250 characters, without / and :"),
+        ("--register-as= ", "register_as is ' '; expected a name"),
+        ("--experiment=a\nb", r"experiment is 'a\nb'; expected a name"),
+        ("--name=\udcff", r"name is '\udcff'; expected UTF-8"),
+        ("--data=caf\udce9.txt", r"data is 'caf\udce9.txt'; expected UTF-8"),
+        ("--data=http://[::1", "'http://[::1' is not a URL"),
+        ("--data=/dev/null", "/dev/null is neither a file nor a folder"),
+        ("--resume=" + "x" * 300, "resume has 300 bytes; expected at most"),
+        ("--resume=../x", "resume is '../x'; expected a name"),
+        ("--batch-size=99999999999999", "batch_size is 99999999999999, with 256 tokens each; expected at most"),
+        ("--storage-path=/dev/null/x", "cannot be a run's folder: Not a directory"),
+    ],
+)
+def test_a_value_that_could_only_fail_later_is_refused_at_once(refused: Refused, flag: str, message: str) -> None:
+    assert message in refused(flag)
+
+
+def test_a_run_that_goes_on_keeps_its_name(refused: Refused) -> None:
+    assert "the run that goes on is 'one'; it keeps its name" in refused("--resume=one", "--name=two", tiny=False)

@@ -4,13 +4,14 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gptcore.config import MODEL_PRESETS
 from gptcore.errors import ConfigError
 from train_job import presets
-from train_job.config import PRESETS, build_config, resume_config, write_yaml
+from train_job.config import PRESETS, build_config, read_yaml, resume_config, write_yaml
 from train_job.console import count
 from train_job.devices import assumed_rates, find_device
 from train_job.flags import EXAMPLES, WIDEST, groups, parse_settings
@@ -191,3 +192,21 @@ def test_a_resumed_run_with_a_limit_of_its_own_forgets_the_recipes() -> None:
 def test_numbers_that_would_fail_later_are_refused_at_once(flag: str) -> None:
     with pytest.raises(ConfigError, match=flag.removeprefix("--").partition("=")[0].replace("-", "_")):
         build_config(parse_settings([flag]))
+
+
+def test_a_whole_number_keeps_all_its_digits() -> None:
+    assert build_config({"seed": "9007199254740993"}).seed == 9007199254740993
+    assert build_config({"seed": str(2**63 - 1)}).seed == 2**63 - 1
+    assert build_config({"seed": "1e3"}).seed == 1000
+
+
+def test_a_range_of_workers_in_yaml_is_no_number_of_base_60(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("num_workers: 1:4\nbatch_size: 64\nlearning_rate: 0.5\n")
+    config = build_config(read_yaml(str(tmp_path / "c.yaml")))
+    assert (config.num_workers, config.batch_size, config.learning_rate) == ("1:4", 64, 0.5)
+
+
+@pytest.mark.parametrize("prompts", [5, None, {"a": 1}, ["a", None]])
+def test_prompts_that_are_no_texts_are_refused(prompts: Any) -> None:
+    with pytest.raises(ConfigError, match=r"sample_prompts is .*; expected a list of texts"):
+        build_config({"sample_prompts": prompts})

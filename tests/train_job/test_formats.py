@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tarfile
 import tracemalloc
 import zipfile
@@ -192,7 +193,7 @@ WRONG = [
     ("a.csv", "id,txt\n1,x\n", r"a\.csv has no column 'text'; it has id, txt\. Did you mean 'txt'\?"),
     ("a.csv", "id;body\n1;x\n", "it has id, body"),
     ("a.csv", "id,text\n1,x\n2,y,and more\n", "line 3: the row has 3 fields, the first row 2"),
-    ("a.csv", 'id,text\n1,x\n2,"y\n3,z\n', "line 3: unexpected end of data"),
+    ("a.csv", 'id,text\n1,x\n2,"y\n3,z\n', "line 3: a quotation mark that begins a field does not end it"),
     ("a.tsv", "id\ttext\n1\n", "line 2: the row has 1 fields, the first row 2"),
     ("a.csv", "id,text\n", "holds no text"),
     ("a.json", "[]", "holds no text"),
@@ -320,3 +321,32 @@ def test_markup_and_json_in_a_file_that_claims_to_be_text_is_text(tmp_path: Path
     for text in ("<!DOCTYPE html><p>Hello", '{"text": "x"}\n'):
         (tmp_path / "a.txt").write_text(text)
         assert list(opened(tmp_path / "a.txt").documents()) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["OTTO OF THE SILVER HAND", "GIF89a is a format", "PAR1 is how it begins", f"{'m' * 257}ustard and more"]
+)
+def test_a_text_that_begins_as_a_binary_file_does_is_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    assert list(open_corpus(str(tmp_path / "a.txt"), "text", tmp_path).documents()) == [text]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "a", "n": ' + b"9" * 5000 + b"}]", "line 1, element 1: not JSON that can be read"),
+        (
+            "a.jsonl",
+            b'[{"text": "a"},\n{"text": "b"}]\n',
+            "an array of objects is read from a file whose name",
+        ),
+        ("a.csv", b"text,text\na,b\n", "has 2 columns 'text', expected one; rename the others"),
+        ("a.csv", b"n,text\r1,a\r", "a lone carriage return"),
+        ("a.tsv", b'n\ttext\n1\t"a" b\n', "a quotation mark that begins a field does not end it"),
+        ("a.ipynb", b'{"cells": []}', "is a notebook"),
+    ],
+)
+def test_a_record_that_cannot_be_read_says_what_to_do(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=re.escape(message)):
+        list(open_corpus(str(tmp_path / name), "text", tmp_path).documents())

@@ -383,3 +383,18 @@ def test_importing_tracking_does_not_import_mlflow():
     code = "import sys, train_job.tracking; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_database_that_is_none_is_named_before_anything_is_begun(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no database")
+    for path, problem in ((tmp_path, "is a folder, expected a file"), (tmp_path / "notes.txt", "is not an SQLite")):
+        with pytest.raises(TrainingError, match=problem):
+            tracking.check_server(f"sqlite:///{path}")
+
+
+def test_a_database_that_never_answers_is_given_up_in_time() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(TrainingError, match=r"no answer within 0\.5 s"),
+    ):
+        tracking.check_server(f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x", timeout_s=0.5)
