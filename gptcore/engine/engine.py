@@ -196,9 +196,11 @@ class Engine:
         if self.busy:
             raise EngineError("requests are open; an engine is warmed up before them")
         eot = self.package.tokenizer.eot
-        prompt = [eot] * min(self._scheduler.prefill_tokens, self.runner.context_length - 1)
-        self.runner.forward([Chunk(0, 0, prompt, 1)])
-        logits = self.runner.forward([Chunk(0, len(prompt), [eot], 1)])  # (1, V)
+        room = self.runner.context_length
+        prompt = [eot] * max(1, min(self._scheduler.prefill_tokens, room - 1))
+        logits = self.runner.forward([Chunk(0, 0, prompt, 1)])  # (1, V)
+        if len(prompt) < room:
+            logits = self.runner.forward([Chunk(0, len(prompt), [eot], 1)])
         if not logits[:, : self._vocab_size].isfinite().all():
             raise EngineError(f"the model in {self.package.path} gives logits that are no finite numbers")
         row = Row(SamplingParams(), 0, prompt, len(prompt))

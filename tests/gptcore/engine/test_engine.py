@@ -311,3 +311,11 @@ def test_an_engine_is_not_warmed_up_in_the_middle_of_its_work(make_engine: MakeE
 def test_encoding_an_empty_text_gives_no_tokens(fake_package: Package, make_engine: MakeEngine) -> None:
     assert make_engine().encode("") == ()
     assert make_engine().encode("ab") == (97, 98)
+
+
+def test_a_model_of_one_position_is_warmed_up_with_one_token(make_engine: MakeEngine) -> None:
+    """The native runner crashed on the empty prompt that was left of it."""
+    runner = FakeRunner()
+    runner.context_length = 1
+    make_engine(runner).warm_up()
+    assert len(runner.steps) == 1
