@@ -43,6 +43,8 @@ from gptcore.weights import (
 
 FORMAT_VERSION = 1
 MANIFEST, CONFIG = "foundry.json", "config.json"
+MOST_BESIDE = 1 << 26
+"""Bytes of a file beside the weights; the largest tokenizers have a quarter of that."""
 PICKLE = (
     "is a pickle, which can run any code, and is never opened. If you trust it, transformers writes a "
     f"{WEIGHTS} beside it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
@@ -141,10 +143,9 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
         reason = "it is not a folder" if folder.exists() else "no such folder"
         raise PackageError(f"there is no package at {folder}: {reason}")
     info = _read_manifest(folder) if os.path.lexists(folder / MANIFEST) else {}
-    for name, sha256 in info.get("files", {}).items():
-        require_regular(folder / name)
-        if verify and _sha256(folder / name) != sha256:
-            raise PackageError(f"{folder / name} was altered or cut short: its sha256 is not the one in {MANIFEST}")
+    listed = {folder / name: sha256 for name, sha256 in info.get("files", {}).items()}
+    weights = {file: listed[file] for file in listed if file.suffix == ".safetensors"}
+    _check_unaltered({file: listed[file] for file in listed if file not in weights}, MOST_BESIDE, verify)
     _check_files_exist(folder)
     if info:
         _check_listed(folder, info["files"])
@@ -158,16 +159,35 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
     except TokenizerError as error:
         raise PackageError(str(error)) from error
     _check_vocabulary(config, tokenizer, folder)
+    _check_unaltered(weights, _most_of_weights(config), verify)
     try:
         found = read_headers(folder, config.family)
         if has_head_of_its_own(config, found):
             config = replace(config, tie_embeddings=False)
         hold_against(config, found)
     except PackageError as error:
-        raise PackageError(f"{folder / WEIGHTS} cannot be used: {error}") from error
+        said = str(error)
+        raise PackageError(said if str(folder) in said else f"{folder / WEIGHTS} cannot be used: {said}") from error
     if info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise PackageError(f"the tokenizer in {folder} is not the one that the model was trained with")
     return Package(folder, config, tokenizer, info)
+
+
+def _check_unaltered(files: Mapping[Path, str], most: int, verify: bool) -> None:
+    """Raises PackageError for what is not the file that the manifest lists; reads none of more than `most` bytes."""
+    for file, sha256 in files.items():
+        require_regular(file)
+        size = file.stat().st_size
+        if size > most:
+            raise PackageError(f"{file} has {size:,} bytes; in a package of this model it has at most {most:,}")
+        if verify and _sha256(file) != sha256:
+            raise PackageError(f"{file} was altered or cut short: its sha256 is not the one in {MANIFEST}")
+
+
+def _most_of_weights(config: ModelConfig) -> int:
+    """Bytes that a file of weights may have: eight a parameter, its header, and the masks of old GPT-2 files."""
+    masks = 4 * config.num_layers * config.context_length**2 if config.family == "gpt2" else 0
+    return 8 * count_parameters(config) + MOST_BESIDE + masks
 
 
 def lacking(folder: Path) -> list[str]:

@@ -316,3 +316,27 @@ def test_whatever_is_changed_a_package_opens_with_its_logits_or_is_refused(packa
         file.write_bytes(before[file])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KiB
     assert torch.equal(open_package(package.path).load_model()(x), expected)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+def test_a_listed_file_is_read_only_if_it_has_the_size_of_one(package: Package, name: str) -> None:
+    """A sparse file of a terabyte costs nobody anything to make, and hours to hash."""
+    manifest = json.loads((package.path / "foundry.json").read_text())
+    manifest["files"][name] = "0" * 64
+    change_json(package.path / "foundry.json", files=manifest["files"])
+    with open(package.path / name, "ab") as file:
+        file.truncate(1 << 40)
+    refused(package.path, rf"{name} has 1,099,511,627,776 bytes; in a package of this model it has at most")
+
+
+def test_a_manifest_that_leads_nowhere_is_not_taken_for_none(package: Package) -> None:
+    (package.path / "foundry.json").unlink()
+    (package.path / "foundry.json").symlink_to("nowhere")
+    refused(package.path, r"foundry\.json")
+
+
+def test_a_name_of_a_weights_file_that_is_too_long_in_bytes_is_refused(bare: Path) -> None:
+    (bare / "model.safetensors").rename(bare / "model-1.safetensors")
+    index = {"weight_map": {"x": "é" * 200 + ".safetensors"}}
+    (bare / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(bare, "plain name|model.safetensors.index.json")
