@@ -91,6 +91,7 @@ THEIRS = (
 )
 SET = (
     Variable("RAY_USAGE_STATS_ENABLED", "Ray reports nothing home.", "`0`"),
+    Variable("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1: Ray Train watches for nodes that are taken away.", "`0`"),
     Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "Seconds between Ray Train's looks at its workers.", "`0.5`"),
     Variable(
         "RAY_SERVE_*",

@@ -80,6 +80,7 @@ STATUSES = {
     405: "The route exists, this method of it does not.",
     408: "The client took too long to send the body.",
     413: "The body is larger than the service accepts.",
+    415: "The body is packed, which content-encoding says.",
     500: "A fault of the service; its log has the traceback under the reply's x-request-id.",
     503: "The queue is full or the model is not ready; Retry-After says when to ask again.",
     504: "The request took longer than the service allows; its sequences were aborted.",

@@ -260,6 +260,10 @@ class Bodies:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        packing = Headers(scope=scope).get("content-encoding", "identity").strip().lower()
+        if packing not in ("", "identity"):
+            why = f"content-encoding is {packing[:40]!r}; expected a body as it is, not packed"
+            raise ApiError(415, why, code="unsupported_content_encoding")
         timer = asyncio.timeout(self.seconds)
         try:
             async with timer:

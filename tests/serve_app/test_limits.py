@@ -1,6 +1,7 @@
 """What one client may take from the others: bodies, time and places in the queue, and that nobody lifts a limit."""
 
 import asyncio
+import gzip
 import json
 import re
 import socket
@@ -112,6 +113,14 @@ def test_a_larger_body_is_413(client: httpx2.Client, size: int) -> None:
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
     assert str(LIMIT) in reply.json()["error"]["message"]
     assert_unharmed(client)
+
+
+def test_a_packed_body_is_refused_for_being_packed(client: httpx2.Client) -> None:
+    packed = gzip.compress(json.dumps(BODY).encode())
+    reply = client.post("/generate", content=packed, headers={"content-encoding": "gzip"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_content_encoding")
+    plain = client.post("/generate", json=BODY, headers={"content-encoding": "identity"})
+    assert plain.status_code == 200
 
 
 def test_a_body_without_a_length_is_counted_as_it_comes(client: httpx2.Client) -> None:
