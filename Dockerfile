@@ -57,6 +57,8 @@ ENV RAY_SERVE_HAPROXY_BINARY_PATH=/opt/venv/bin/gpt-foundry-front \
     RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60
 USER foundry
 EXPOSE 8000
+# At SIGTERM `serve run` falls where it stands; at this it finishes what it answers.
+STOPSIGNAL SIGINT
 HEALTHCHECK --start-period=5m --interval=30s --timeout=10s CMD ["/app/deploy/entrypoint.sh", "health"]
 ENTRYPOINT ["/app/deploy/entrypoint.sh"]
 CMD ["serve"]

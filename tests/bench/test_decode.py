@@ -180,6 +180,7 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_reports_engine_and_floor_for_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
     command = "--preset tiny --batch 1 2 --dtype float32 --prompt-tokens 5 --new-tokens 4 --turns 1 --threads 1"
     assert main(command.split()) == 0

@@ -309,7 +309,7 @@ def serves_until_stopped(image: Image, port: int, check: list[str], service: sub
     code, answer = image.execute(service, *ask)
     assert code == 0, image.said()
     assert json.loads(answer)["version"] == "1"
-    first_process(service).send_signal(signal.SIGTERM)
+    first_process(service).send_signal(signal.Signals[image.config["StopSignal"]])
     service.wait(60)
 
 

@@ -28,7 +28,7 @@ def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(tmp_path: Path) -> None
     assert "no CUDA device" in str(report["skipped"])
 
 
-@pytest.mark.parametrize(("bits", "code"), [("7.9", 0), ("0.1", 1)])
+@pytest.mark.parametrize(("bits", "code"), [("7.9", 0), pytest.param("0.1", 1, marks=pytest.mark.slow)])
 def test_time_to_quality_says_whether_the_target_was_reached(
     tmp_path: Path, text_file: Path, bits: str, code: int
 ) -> None:

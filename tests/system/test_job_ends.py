@@ -67,7 +67,8 @@ def stopped_without_a_reader(job: Job, number: signal.Signals) -> None:
     assert re.search(closing, log.read_text(), re.MULTILINE), log.read_text()[-2000:]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_is_marked_killed_and_goes_on_with_more_workers(launch: Launch, number: signal.Signals) -> None:
     name = f"stopped-{number.name.lower()}"
     job = launch(name, "--max-steps=2000", "--schedule=wsd", "--cooldown-fraction=0.01")

@@ -96,7 +96,14 @@ def small_package(
     return save_package(folder, model.config, model.state_dict(), byte_tokenizer, {})
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("torch", "float32"), ("native", "float32"), ("native", "bfloat16")])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param("torch", "float32", marks=pytest.mark.slow),
+        ("native", "float32"),
+        ("native", "bfloat16"),
+    ],
+)
 def test_on_real_runners_too_200_prompts_give_the_same_text_alone_in_a_crowd_and_after_a_reload(
     small_package: Package, backend: str, dtype: str
 ) -> None:
