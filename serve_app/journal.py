@@ -47,9 +47,9 @@ class Deaths:
         last = datetime.fromtimestamp(self.last, UTC).isoformat(timespec="seconds")
         replicas = "a replica" if self.count == 1 else f"{self.count} replicas, the last one"
         return (
-            f"{replicas} died in a load of it that began at {last}; the log may say of what, often it is lack of memory. "
-            f"It is tried again later, or at once if the folder {self.noted.parent.name} below "
-            "GPT_FOUNDRY_HOME is deleted"
+            f"{replicas} died in a load of it that began at {last}; the log may say of what, often of lack of memory. "
+            f"It is tried again later, or at once if the folder {self.noted.parent.name} below GPT_FOUNDRY_HOME is "
+            "deleted"
         )
 
 
