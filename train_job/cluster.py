@@ -13,8 +13,13 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from gptcore.config import ModelConfig
 from gptcore.errors import ConfigError
+from gptcore.memory import free_memory, require_memory
 from gptcore.progress import doing
+from gptcore.published import count_parameters
 from train_job.config import TrainConfig
 from train_job.console import without_log_lines
 from train_job.discovery import OWN, cluster_address
@@ -128,6 +133,13 @@ def resources_per_worker(
     if fixed and config.use_gpu and gpus < low:
         raise ConfigError(f"use_gpu is set for {low} workers{together}, but Ray sees {gpus:g} GPUs")
     return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
+
+
+def require_room(shape: ModelConfig, workers: int) -> None:
+    """Raises NoMemory if so many workers' weights, gradients and moments cannot fit into this machine, in fp32."""
+    needed = workers * 4 * count_parameters(shape)
+    what = {"weights": needed, "gradients": needed, "at least one moment of each": needed}
+    require_memory("training this model", what, free_memory(torch.device("cpu")))
 
 
 def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> Any:

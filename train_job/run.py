@@ -40,6 +40,7 @@ from gptcore.redact import without_password  # noqa: E402
 from train_job.begin import begin  # noqa: E402
 from train_job.cluster import (  # noqa: E402
     ray_cluster,
+    require_room,
     resources_per_worker,
     resources_text,
     torch_trainer,
@@ -179,6 +180,8 @@ class Run:
             tracking.check_user(self.uri)
             ray, self.alone = cluster()
             self.resources = resources_per_worker(self.config, ray.nodes(), self.alone)
+            if self.alone and not self.config.use_gpu:
+                require_room(self.inputs.model, self.config.workers[0])
             self.console = Console(self.run_dir)
             stack.callback(self.console.close)
             stack.enter_context(self.stops)

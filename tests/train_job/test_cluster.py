@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from gptcore.errors import ConfigError
-from train_job.cluster import resources_per_worker
+from gptcore.config import ModelConfig
+from gptcore.errors import ConfigError, NoMemory
+from train_job.cluster import require_room, resources_per_worker
 from train_job.config import build_config
 
 CHILDREN = """
@@ -39,3 +40,10 @@ def test_runs_at_the_same_time_share_the_cluster_and_too_many_are_refused() -> N
 def test_the_messages_of_a_run_pass_without_torch_or_ray() -> None:
     code = "import sys, train_job.board; print({'torch', 'ray', 'mlflow', 'numpy'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_model_that_no_memory_here_could_train_is_refused_with_the_figures() -> None:
+    huge = ModelConfig(vocab_size=256, hidden_size=65536, num_layers=1024, num_heads=1024, context_length=64)
+    with pytest.raises(NoMemory, match=r"training this model needs [0-9,]+ MiB of memory .* weights, .* are free"):
+        require_room(huge, 1)
+    require_room(ModelConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2, context_length=64), 2)
