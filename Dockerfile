@@ -57,7 +57,7 @@ ENV RAY_SERVE_HAPROXY_BINARY_PATH=/opt/venv/bin/gpt-foundry-front \
     RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60
 USER foundry
 EXPOSE 8000
-# At SIGTERM `serve run` falls where it stands; at this it finishes what it answers.
+# `serve run` ends in order at Ctrl-C; at SIGTERM it ends with a stack of Ray's.
 STOPSIGNAL SIGINT
 HEALTHCHECK --start-period=5m --interval=30s --timeout=10s CMD ["/app/deploy/entrypoint.sh", "health"]
 ENTRYPOINT ["/app/deploy/entrypoint.sh"]

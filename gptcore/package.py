@@ -44,7 +44,7 @@ from gptcore.weights import (
 FORMAT_VERSION = 1
 MANIFEST, CONFIG = "foundry.json", "config.json"
 MOST_BESIDE = 1 << 26
-"""Bytes of a file beside the weights; the largest tokenizers have a quarter of that."""
+"""Bytes that a file beside the weights may have, more than any tokenizer that we know."""
 PICKLE = (
     "is a pickle, which can run any code, and is never opened. If you trust it, transformers writes a "
     f"{WEIGHTS} beside it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"

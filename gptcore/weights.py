@@ -86,7 +86,7 @@ def read_headers(folder: Path, family: str) -> dict[str, Stored]:
                     if name in found:
                         raise PackageError(f"{excerpt(name)} is in two files, {found[name].file.name} and {file.name}")
                     if len(found) == MOST_TENSORS:
-                        raise PackageError(f"{file} has more than {MOST_TENSORS:,} tensors; no model has as many")
+                        raise PackageError(f"{file} has more than {MOST_TENSORS:,} tensors; expected at most as many")
                     entry = opened.get_slice(name)
                     found[name] = Stored(file, name, entry.get_dtype(), tuple(entry.get_shape()))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:

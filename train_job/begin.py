@@ -40,7 +40,7 @@ def begin(given: dict[str, Any]) -> Iterator[tuple[TrainConfig, Path]]:
 
 def _resumed(given: dict[str, Any], storage: str, local: Path, stack: contextlib.ExitStack) -> tuple[TrainConfig, Path]:
     name = checked_name(str(given["resume"]), "resume")
-    if given.get("name", name) != name:
+    if given.get("name") not in (None, name):
         raise ConfigError(f"name is {given['name']!r}, and the run that goes on is {name!r}; it keeps its name")
     run_dir, us = local / name, None
     if run_dir.is_dir() or "://" in storage:

@@ -24,7 +24,7 @@ LOG_INTERVAL, EVAL_INTERVAL = 10, 100
 UNBOUNDED = 2**40
 """More steps than any run takes."""
 MOST_TOKENS = 2**31
-"""In a step, some fifty times what the largest published runs have."""
+"""In a step; the largest published batches have tens of millions."""
 
 
 @dataclass(frozen=True)
@@ -394,7 +394,7 @@ def _text(name: str, value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{name} is {value!r}; expected UTF-8 (a file of another name can be renamed)") from None
+        raise ConfigError(f"{name} is {value!r}; expected text in UTF-8") from None
     return value
 
 
