@@ -159,7 +159,7 @@ SHORT_AND_LONG = "search: {max_steps: [20, 2000]}\ngrid: true\nconcurrency: 1\na
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_sweep_that_was_stopped_goes_on_where_it_was(sweeps: Sweeps, number: signal.Signals) -> None:
-    name = f"stopped-{number.name.lower()}"
+    name = f"sweep-{number.name.lower()}"
     job = sweeps(name, SHORT_AND_LONG, "--eval-interval=200", "--schedule=linear")
     job.await_line(rf"^{name}-01 .*max_steps at step 20")
     job.await_line(r"02 step \d+, ")
