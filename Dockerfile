@@ -54,7 +54,8 @@ ENV RAY_SERVE_HAPROXY_BINARY_PATH=/opt/venv/bin/gpt-foundry-front \
     RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S=60 \
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.unavailable:middleware \
     RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=0.5 \
-    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60
+    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60 \
+    RAY_worker_niceness=0
 USER foundry
 EXPOSE 8000
 # `serve run` ends in order at Ctrl-C; at SIGTERM it ends with a stack of Ray's.

@@ -18,7 +18,7 @@ from gptcore.config import MODEL_PRESETS, ModelConfig
 from gptcore.published import empty_model
 from gptcore.tokenizer import parse_tokenizer
 from serve_app import settings as service
-from serve_app.haproxy import SWITCH
+from serve_app.haproxy import FRONT, SWITCH
 from serve_app.registry import HTTP_PATIENCE
 from train_job.cluster import LOCAL_RAY
 from train_job.config import LIMITS, PRESETS, RESUMABLE, TrainConfig, build_config
@@ -105,7 +105,10 @@ SET = (
     Variable("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "Sweeps: what they write is in our own files.", "`1`"),
     Variable("RAY_worker_maximum_startup_concurrency", "Sweeps: a trial is several processes.", "`8`"),
     *(Variable(n, "Of a worker that trains on a CPU: it keeps its memory.", f"`{v}`") for n, v in WORKER_ENV.items()),
-    *(Variable(n, "Of a Ray that is started for one run.", f"`{v}`") for n, v in LOCAL_RAY.items()),
+    *(
+        Variable(n, f"Of a Ray that is started for one run{' or service' * (n in FRONT)}.", f"`{v}`")
+        for n, v in LOCAL_RAY.items()
+    ),
     Variable("PYTHONUNBUFFERED", "`make demo`: the service's lines appear as they are written.", "`1`"),
 )
 

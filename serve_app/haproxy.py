@@ -38,13 +38,15 @@ STATISTICS = {"frontend prometheus": "RAY_SERVE_HAPROXY_METRICS_PORT", "listen s
 """Sections that listen on all addresses, each kept only where its port was chosen by whoever started the node."""
 
 FRONT = {
+    # By default Ray's workers, replicas and HAProxy among them, get a processor when nobody else wants one (15).
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.unavailable:middleware",
     # Three checks must fail, of a manager or proxy, before Ray starts another.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
     # On a busy machine Python takes longer to start than Ray's 5 s, and what was just started would be given up.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
-"""Ray's settings of either front, so that it tells the truth and comes back within seconds."""
+"""Ray's settings of replicas and either front, so that they answer on a busy machine and come back within seconds."""
 HAPROXY = {
     SWITCH: "1",
     "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "60",

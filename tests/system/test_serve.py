@@ -19,7 +19,19 @@ from serve_app import haproxy
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
 from tests.system.conftest import Cluster, started
-from tests.system.serving import BODY, QUICK, Load, Service, await_figures, await_that, family, in_ray, said, served
+from tests.system.serving import (
+    BODY,
+    QUICK,
+    Load,
+    Service,
+    await_figures,
+    await_that,
+    family,
+    in_ray,
+    said,
+    served,
+    title,
+)
 
 __all__ = ["make_package"]  # a fixture, used here too
 
@@ -62,6 +74,13 @@ def service(cluster: Cluster, registry: TestRegistry) -> Iterator[Service]:
 def test_the_front_is_the_one_that_was_asked_for(service: Service, request: pytest.FixtureRequest):
     names = {process.name() for process in family(service.cluster)}
     assert ("haproxy" in names) == (request.node.callspec.params["cluster"] == "haproxy")
+
+
+def test_replicas_and_the_front_get_their_share_of_a_busy_machine(service: Service):
+    names = ("haproxy", "ServeReplica", "HAProxyManager", "ProxyActor", "ServeController")
+    ours = [process for process in family(service.cluster) if any(name in title(process) for name in names)]
+    assert len(ours) >= 3
+    assert {process.nice() for process in ours} == {psutil.Process().nice()}
 
 
 def test_the_champion_answers_with_its_name_and_version(service: Service, registry: TestRegistry):
