@@ -203,7 +203,7 @@ def test_a_broken_version_under_load_is_refused_and_reported_and_fails_no_reques
 @pytest.mark.slow
 def test_replicas_rise_under_load_and_fall_after_it_with_no_failed_request(service: Service):
     await_one_replica(service)
-    with Load(service, clients=8, body=BODY | {"max_new_tokens": 200}) as load:
+    with Load(service, clients=8, body=BODY | {"max_new_tokens": 40}) as load:
         await_that(lambda: len(service.replicas()) > 1, 60, "replicas rise")
         answered = load.answered()
         await_that(lambda: load.answered() > answered + 50, 120, "requests are answered while there are more")
