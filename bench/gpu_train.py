@@ -14,9 +14,9 @@ import torch
 
 from gptcore.model import GPT
 from train_job.config import build_config
-from train_job.events import Progress
-from train_job.hardware import peak_flops
-from train_job.loop import Trainer
+from train_job.training.events import Progress
+from train_job.training.hardware import peak_flops
+from train_job.training.loop import Trainer
 
 
 class RandomTokens:

@@ -18,8 +18,8 @@ from typing import Any
 
 from bench.turns import Play
 from gptcore.engine import EngineSettings, Request
+from gptcore.engine.async_engine import AsyncEngine
 from gptcore.engine.engine import Engine
-from gptcore.engine.thread import AsyncEngine
 from gptcore.package import open_package
 from gptcore.sampling import SamplingParams
 

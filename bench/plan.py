@@ -21,14 +21,15 @@ import torch
 from bench.gpu_train import RandomTokens
 from bench.weights import random_package
 from gptcore.config import FAMILIES
+from gptcore.devices import pick_device
 from gptcore.model import GPT
 from train_job.config import TrainConfig, build_config
-from train_job.costs import decode_seconds, training_step, work_of
-from train_job.devices import Device, Rates
-from train_job.events import Progress
-from train_job.hardware import WORKER_ENV, pick_device
-from train_job.loop import Trainer
-from train_job.rates import decode_times, here
+from train_job.planning.costs import decode_seconds, training_step, work_of
+from train_job.planning.rates import decode_times, here
+from train_job.training.devices import Device, Rates
+from train_job.training.events import Progress
+from train_job.training.hardware import WORKER_ENV
+from train_job.training.loop import Trainer
 
 Settings = Mapping[str, Any]
 Measured = Mapping[str, tuple[Device, Rates]]
@@ -106,7 +107,7 @@ def _in_a_process(name: str) -> float:
 def train(settings: Settings, vocabulary: int) -> float:
     """Median seconds per step of the real loop, on random tokens."""
     config = config_of(settings)
-    tokens, device = RandomTokens(vocabulary, 200_000), pick_device(config)
+    tokens, device = RandomTokens(vocabulary, 200_000), pick_device(config.device)
     torch.manual_seed(config.seed)
     model = GPT(config.model_config(vocabulary))
     trainer = Trainer(config, model, tokens, tokens, device)  # type: ignore[arg-type]

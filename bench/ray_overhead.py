@@ -22,12 +22,13 @@ from typing import Any
 import psutil
 
 from bench.time_to_quality import parse_change
+from gptcore.devices import pick_device
 from gptcore.errors import FoundryError
 from train_job.config import build_config
-from train_job.events import Progress
-from train_job.hardware import WORKER_ENV, pick_device
-from train_job.inputs import build_model, prepare_inputs
-from train_job.loop import Trainer
+from train_job.data.inputs import build_model, prepare_inputs
+from train_job.training.events import Progress
+from train_job.training.hardware import WORKER_ENV
+from train_job.training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 20
@@ -156,7 +157,9 @@ def print_bare(settings: dict[str, Any]) -> None:
     """The loop's rate at every log interval, a line each."""
     config = build_config(settings)
     inputs = prepare_inputs(config)
-    trainer = Trainer(config, build_model(config, inputs.model), inputs.train, inputs.validation, pick_device(config))
+    trainer = Trainer(
+        config, build_model(config, inputs.model), inputs.train, inputs.validation, pick_device(config.device)
+    )
     for event in trainer.run():
         if isinstance(event, Progress):
             print(event.tokens_per_second, flush=True)

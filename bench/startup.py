@@ -35,11 +35,11 @@ SEAMS = (
     ("train_job.run", "Run.open", "MLflow's run is opened"),
     ("train_job.run", "Run.introduce", "what is planned is said"),
     ("train_job.run", "torch_trainer", "Ray Train: a controller, a worker, both of which import torch"),
-    ("train_job.outcome", "build", "the package is written"),
-    ("train_job.outcome", "_figures", "figures"),
-    ("train_job.registry", "publish", "the version is registered and tried"),
-    ("train_job.outcome", "show", "a sample, the summary"),
-    ("train_job.outcome", "close", "MLflow's run is closed"),
+    ("train_job.session.outcome", "build", "the package is written"),
+    ("train_job.session.outcome", "_figures", "figures"),
+    ("train_job.tracking.registry", "publish", "the version is registered and tried"),
+    ("train_job.session.outcome", "show", "a sample, the summary"),
+    ("train_job.session.outcome", "close", "MLflow's run is closed"),
     ("ray", "shutdown", "Ray ends"),
 )
 """Functions of the job, and what begins when they are first entered."""

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from gptcore.devices import pick_device
 from gptcore.errors import ConfigError, FoundryError
 from train_job.config import build_config
-from train_job.events import Evaluation, Progress
-from train_job.hardware import WORKER_ENV, pick_device
-from train_job.inputs import build_model, prepare_inputs
-from train_job.loop import Trainer
+from train_job.data.inputs import build_model, prepare_inputs
+from train_job.training.events import Evaluation, Progress
+from train_job.training.hardware import WORKER_ENV
+from train_job.training.loop import Trainer
 
 # The first recipe that is good enough for the target is run: (bits per byte it comes to, settings).
 RECIPES: list[tuple[float, dict[str, Any]]] = [
@@ -65,7 +66,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     config = build_config(settings)
     inputs = prepare_inputs(config)
     model = build_model(config, inputs.model)
-    trainer = Trainer(config, model, inputs.train, inputs.validation, pick_device(config))
+    trainer = Trainer(config, model, inputs.train, inputs.validation, pick_device(config.device))
     evaluating = 0.0
     for event in trainer.run():
         if isinstance(event, Progress):

@@ -12,8 +12,8 @@ import tiktoken
 import torch
 
 from gptcore.config import model_preset
+from gptcore.hf_format import empty_model
 from gptcore.package import Package, save_package
-from gptcore.published import empty_model
 from gptcore.tokenizer import EOT, PATTERN, Tokenizer
 
 GPT2_VOCAB_SIZE = 50257

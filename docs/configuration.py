@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import MODEL_PRESETS, ModelConfig
-from gptcore.published import empty_model
+from gptcore.hf_format import empty_model
 from gptcore.tokenizer import parse_tokenizer
 from serve_app import settings as service
-from serve_app.haproxy import FRONT, SWITCH
-from serve_app.registry import HTTP_PATIENCE
-from train_job.cluster import LOCAL_RAY
+from serve_app.front.haproxy import FRONT, SWITCH
+from serve_app.models.registry import HTTP_PATIENCE
+from train_job.cli import groups
+from train_job.cluster.connect import LOCAL_RAY
 from train_job.config import LIMITS, PRESETS, RESUMABLE, TrainConfig, build_config
+from train_job.data.inputs import VOCAB_MULTIPLE
 from train_job.figures import short_count
-from train_job.flags import groups
-from train_job.hardware import WORKER_ENV
-from train_job.inputs import VOCAB_MULTIPLE
+from train_job.training.hardware import WORKER_ENV
 
 PAGE = Path(__file__).with_suffix(".md")
 COMMAND = "make docs"

@@ -25,9 +25,9 @@ from torch import Tensor
 from gptcore.config import ModelConfig
 from gptcore.documents import read_json, require_regular
 from gptcore.errors import PackageError, TokenizerError, excerpt
+from gptcore.hf_format import adopt, count_parameters, empty_model, parse_config, publish, published_config
 from gptcore.memory import free_memory, require_memory
 from gptcore.model import GPT, rotary_tables
-from gptcore.published import adopt, count_parameters, empty_model, parse_config, publish, published_config
 from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer, tokenizer_files
 from gptcore.weights import (
     WEIGHTS,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gptcore.errors import ConfigError
 from gptcore.model import GPT, KVCache
+from gptcore.text import TextStream
 from gptcore.tokenizer import Tokenizer
 
 MASK = (1 << 64) - 1
@@ -304,8 +305,6 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingP
 
 
 def _decode(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    from gptcore.engine.text import TextStream  # the engine's modules import this one
-
     stream = TextStream(tokenizer, stop)
     for token in tokens:
         if text := stream.push(token):

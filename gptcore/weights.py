@@ -21,7 +21,7 @@ from torch import Tensor
 from gptcore.config import ModelConfig
 from gptcore.documents import read_json, require_regular
 from gptcore.errors import PackageError, did_you_mean, excerpt
-from gptcore.published import published_name, tensor_shapes
+from gptcore.hf_format import published_name, tensor_shapes
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

@@ -11,7 +11,7 @@ import gptcore  # noqa: F401  # which looks at the Python that runs
 
 def build_app(args: dict[str, str]) -> Any:
     """The application for `serve run` and Serve configs; `args` are settings by name, above the environment's."""
-    from serve_app.service import build_app as build
+    from serve_app.deployment import build_app as build
 
     return build(args)
 

@@ -19,7 +19,7 @@ from gptcore.config import setting
 from gptcore.engine.settings import CHOICES, EngineSettings
 from gptcore.errors import ConfigError, did_you_mean
 from gptcore.home import expanded, home
-from serve_app.haproxy import BODY_SECONDS
+from serve_app.front.haproxy import BODY_SECONDS
 
 log = logging.getLogger(__name__)
 

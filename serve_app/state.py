@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from serve_app.metrics import Metrics
-from serve_app.models import Models
+from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
 
 

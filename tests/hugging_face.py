@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from gptcore.config import ModelConfig
+from gptcore.hf_format import publish, published_config
 from gptcore.model import GPT
-from gptcore.published import publish, published_config
 from gptcore.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"

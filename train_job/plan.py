@@ -1,7 +1,7 @@
 """What a run or a service will need, before anything is rented: `python -m train_job.plan --gpus 8 --gpu h200 …`.
 
 In: the settings of a run, a kind of GPU, how many, perhaps a load to serve. Out: memory per GPU, tokens/s, time and
-cost, and from how many GPUs on communication is what a step waits for. `train_job.costs` has the sums,
+cost, and from how many GPUs on communication is what a step waits for. `train_job.planning.costs` has the sums,
 docs/scaling.md explains them. Nothing is trained; `--gpu here` measures this machine for a few seconds.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gptcore.engine.runner import MOST_SLOTS, SHARE
+from gptcore.engine.runners import MOST_SLOTS, SHARE
 from gptcore.errors import ConfigError, FoundryError
 from gptcore.progress import doing
+from train_job.cli import Help, Parser, parse_settings, told
 from train_job.config import TrainConfig, build_config
-from train_job.console import count, lasting_output, model_text
-from train_job.costs import (
+from train_job.planning.costs import (
     Memory,
     Serving,
     Step,
@@ -30,8 +30,8 @@ from train_job.costs import (
     training_step,
     work_of,
 )
-from train_job.devices import Device, Rates, assumed_rates, find_device
-from train_job.flags import Help, Parser, parse_settings, told
+from train_job.session.console import count, lasting_output, model_text
+from train_job.training.devices import Device, Rates, assumed_rates, find_device
 
 EXAMPLES = {
     "--gpu here": "the preset quick on this machine, measured",
@@ -135,7 +135,7 @@ def parse(argv: Sequence[str]) -> tuple[Asked, dict[str, Any]]:
 def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
     """The run's settings and what its model asks for; a parent brings its own shape. Raises ConfigError."""
     from gptcore.tokenizer import parse_tokenizer
-    from train_job.inputs import check_context, padded
+    from train_job.data.inputs import check_context, padded
 
     config = build_config(given)
     if config.precision == "fp32":
@@ -157,7 +157,7 @@ def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
 def device_of(asked: Asked, work: Work, gpus: int) -> tuple[Device, Rates]:
     """The GPU that was named, or this machine's. Raises ConfigError."""
     if asked.gpu == "here":
-        from train_job.rates import here
+        from train_job.planning.rates import here
 
         with doing("measuring this machine: training, then decoding"):
             device, rates = here(work.model.family)

@@ -37,8 +37,8 @@ from gptcore.errors import ConfigError, FoundryError, StorageFull, TrainingError
 from gptcore.home import home  # noqa: E402
 from gptcore.progress import FIRST_SECONDS, doing  # noqa: E402
 from gptcore.redact import without_password  # noqa: E402
-from train_job.begin import begin  # noqa: E402
-from train_job.cluster import (  # noqa: E402
+from train_job.cli import parse_settings  # noqa: E402
+from train_job.cluster.connect import (  # noqa: E402
     ray_cluster,
     require_room,
     resources_per_worker,
@@ -48,21 +48,21 @@ from train_job.cluster import (  # noqa: E402
     workers_text,
 )
 from train_job.config import TrainConfig, write_yaml  # noqa: E402
-from train_job.console import Console, lasting_output, model_text  # noqa: E402
-from train_job.events import Evaluation, Finished, Progress, Started  # noqa: E402
 from train_job.files import storage_problem  # noqa: E402
-from train_job.flags import parse_settings  # noqa: E402
-from train_job.history import History  # noqa: E402
-from train_job.record import CONFIG, read_record, tracked_at, write_record  # noqa: E402
-from train_job.stop import StopSignals  # noqa: E402
-from train_job.storage import forget_rays_record, keep_record  # noqa: E402
-from train_job.whatnow import script_command  # noqa: E402
+from train_job.session.begin import begin  # noqa: E402
+from train_job.session.console import Console, lasting_output, model_text  # noqa: E402
+from train_job.session.history import History  # noqa: E402
+from train_job.session.record import CONFIG, read_record, tracked_at, write_record  # noqa: E402
+from train_job.session.stop import StopSignals  # noqa: E402
+from train_job.session.whatnow import script_command  # noqa: E402
+from train_job.training.events import Evaluation, Finished, Progress, Started  # noqa: E402
+from train_job.training.storage import forget_rays_record, keep_record  # noqa: E402
 
 if TYPE_CHECKING:
-    from train_job.failures import Failure
-    from train_job.inputs import Inputs
-    from train_job.record import Begun
-    from train_job.tracking import DatasetUse
+    from train_job.cluster.failures import Failure
+    from train_job.data.inputs import Inputs
+    from train_job.session.record import Begun
+    from train_job.tracking.client import DatasetUse
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,10 +106,10 @@ def inputs_of(config: TrainConfig, cluster: Callable[[], Any], begun: Begun | No
 
     A run that goes on, and so has `begun`, wants the text that it has begun with.
     """
-    from train_job.inputs import prepare_inputs
+    from train_job.data.inputs import prepare_inputs
 
     def spread(fn: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-        from train_job.ray_data import ray_map
+        from train_job.cluster.ray_data import ray_map
 
         cluster()
         return ray_map(fn, items)
@@ -119,7 +119,7 @@ def inputs_of(config: TrainConfig, cluster: Callable[[], Any], begun: Begun | No
 
 def dataset_uses(inputs: Inputs) -> list[DatasetUse]:
     """The two splits, as MLflow is told of them."""
-    from train_job.tracking import DatasetUse
+    from train_job.tracking.client import DatasetUse
 
     return [
         DatasetUse(context, corpus.name, inputs.config.data, corpus.fingerprint, t.num_bytes, t.num_tokens)
@@ -161,8 +161,9 @@ class Run:
 
     def execute(self) -> int:
         """Plans, trains and registers. Raises FoundryError for wrong input, before anything is begun."""
-        from train_job import outcome, tracking
-        from train_job.registry import pin
+        from train_job.session import outcome
+        from train_job.tracking import client as tracking
+        from train_job.tracking.registry import pin
 
         if ended := outcome.ended_with(self.run_dir, self.config):
             return outcome.show_again(self, *ended)
@@ -207,7 +208,7 @@ class Run:
 
     def _stop(self) -> None:
         """What a signal does at once; the rest happens where the run looks for it."""
-        from train_job import outcome
+        from train_job.session import outcome
 
         if self.board:
             self.board.ask_stop.remote()
@@ -229,8 +230,8 @@ class Run:
     def open(self) -> None:
         """Opens the MLflow run, or goes on with the one that this folder names."""
         from gptcore.redact import without_password
-        from train_job import tracking
-        from train_job.pages import NOTE
+        from train_job.tracking import client as tracking
+        from train_job.tracking.pages import NOTE
 
         self.history = History(self.run_dir / "history.jsonl")
         if self.history.damaged:
@@ -271,7 +272,7 @@ class Run:
     @property
     def label(self) -> str:
         """What is trained, in a line."""
-        from gptcore.published import empty_model
+        from gptcore.hf_format import empty_model
 
         return model_text(self.config, self.inputs.model, empty_model(self.inputs.model).num_parameters())
 
@@ -299,9 +300,9 @@ class Run:
 
         So the caller's thread can show progress and hear signals. In the end there is a `result` or a `problem`.
         """
-        from train_job.board import Board
-        from train_job.failures import last_line, why
-        from train_job.worker import Job, train_worker
+        from train_job.cluster.board import Board
+        from train_job.cluster.failures import last_line, why
+        from train_job.cluster.worker import Job, train_worker
 
         forget_rays_record(self.config)
         inputs, config = self.inputs, self.config
@@ -374,7 +375,7 @@ class Run:
 
     def restarted(self, event: Started) -> str:
         """What Ray did, why, and from where the run goes on."""
-        from train_job.failures import SMALLER
+        from train_job.cluster.failures import SMALLER
 
         why = self.failure.why if self.failure else "Ray has changed the number of workers"
         said = f"restarted from step {event.step} with {workers_text(event.workers)}: {why}"
@@ -384,7 +385,7 @@ class Run:
 
     def _next_try(self, why: str) -> str:
         """What goes on with a run that failed so, with half the memory for activations if that was what it lacked."""
-        from train_job.failures import SMALLER
+        from train_job.cluster.failures import SMALLER
 
         config = self.config
         if SMALLER not in why:
@@ -394,7 +395,7 @@ class Run:
 
     def show(self, news: list[Any]) -> None:
         """Tells the user, and keeps what the loss curve is drawn from."""
-        from train_job.failures import Failure
+        from train_job.cluster.failures import Failure
 
         for event in news:
             if isinstance(event, str):

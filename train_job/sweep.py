@@ -33,23 +33,23 @@ from gptcore.home import home  # noqa: E402
 from gptcore.package import open_package  # noqa: E402
 from gptcore.progress import doing  # noqa: E402
 from gptcore.redact import without_password  # noqa: E402
-from train_job.begin import absolute  # noqa: E402
-from train_job.begin_sweep import PLAN, begin_sweep  # noqa: E402
-from train_job.cluster import ray_cluster, resources_per_worker, resources_text  # noqa: E402
+from train_job.session.begin import absolute  # noqa: E402
+from train_job.sweeps.begin import PLAN, begin_sweep  # noqa: E402
+from train_job.cluster.connect import ray_cluster, resources_per_worker, resources_text  # noqa: E402
 from train_job.config import build_config  # noqa: E402
-from train_job.console import Console, duration  # noqa: E402
+from train_job.session.console import Console, duration  # noqa: E402
 from train_job.files import read_json, written_whole  # noqa: E402
-from train_job.history import History, read_history  # noqa: E402
-from train_job.pages import NOTE  # noqa: E402
-from train_job.record import origins_of, read_record, tracked_at, write_record  # noqa: E402
-from train_job.space import SweepConfig, described, shown  # noqa: E402
-from train_job.stop import StopSignals  # noqa: E402
-from train_job.storage import drop  # noqa: E402
-from train_job.trials import ENDING, Ending, Trial, ranked, table, table_text, write_table  # noqa: E402
-from train_job.whatnow import Ended, lines, script_command  # noqa: E402
+from train_job.session.history import History, read_history  # noqa: E402
+from train_job.tracking.pages import NOTE  # noqa: E402
+from train_job.session.record import origins_of, read_record, tracked_at, write_record  # noqa: E402
+from train_job.sweeps.space import SweepConfig, described, shown  # noqa: E402
+from train_job.session.stop import StopSignals  # noqa: E402
+from train_job.training.storage import drop  # noqa: E402
+from train_job.sweeps.trials import ENDING, Ending, Trial, ranked, table, table_text, write_table  # noqa: E402
+from train_job.session.whatnow import Ended, lines, script_command  # noqa: E402
 
 if TYPE_CHECKING:
-    from train_job.inputs import Inputs
+    from train_job.data.inputs import Inputs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,7 +83,7 @@ class Sweep:
 
     def execute(self) -> int:
         """Plans, has the trials run, registers the best. Raises FoundryError before anything is begun."""
-        from train_job import tracking
+        from train_job.tracking import client as tracking
 
         # A trial is several processes, of which each but one waits: nothing to warn of.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
@@ -150,7 +150,7 @@ class Sweep:
                 self._end_run(folder / "run.json", status)
 
     def _end_run(self, record: Path, status: str) -> None:
-        from train_job import tracking
+        from train_job.tracking import client as tracking
 
         try:
             if found := read_record(record):
@@ -160,7 +160,7 @@ class Sweep:
 
     def _prepare(self, cluster: Any) -> dict[int, Inputs]:
         """Every trial's inputs. Shards are made here, once for each tokenizer, before any trial begins."""
-        from train_job.registry import pin
+        from train_job.tracking.registry import pin
 
         if parent := self.config.base.get("init_from"):
             parent = pin(str(parent), self.uri)
@@ -191,7 +191,7 @@ class Sweep:
         """Opens the parent run in MLflow, or goes on with the one that this folder names."""
         import yaml
 
-        from train_job import tracking
+        from train_job.tracking import client as tracking
 
         if self.record:
             self.run_id = self.record.run_id
@@ -246,9 +246,9 @@ class Sweep:
 
     def _tune(self, ray: Any, left: list[Trial]) -> None:
         """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
-        from train_job.board import Board
-        from train_job.failures import why
-        from train_job.tuned import Plan, tuner
+        from train_job.cluster.board import Board
+        from train_job.cluster.failures import why
+        from train_job.sweeps.tune import Plan, tuner
 
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         board = ray.remote(Board).options(num_cpus=0, label_selector=here).remote()
@@ -325,8 +325,9 @@ class Sweep:
 
     def _conclude(self) -> int:
         """The table, and the best trial's package as a version; returns the exit code."""
-        from train_job import outcome, tracking
-        from train_job.spool import Spool
+        from train_job.session import outcome
+        from train_job.tracking import client as tracking
+        from train_job.tracking.spool import Spool
 
         rows = table(self.trials)
         for line in table_text(rows):
@@ -358,7 +359,7 @@ class Sweep:
 
     def _what_now(self, best: Trial | None = None, version: Mapping[str, Any] | None = None) -> None:
         """Says how to go on: with the best trial's model where it is there, and with the sweep where it is not over."""
-        from train_job import outcome
+        from train_job.session import outcome
 
         there = outcome.ended(self._run_of(best), version) if best else None
         resume = self.resume_command() if self.run_id else ""  # before, there is nothing to go on with

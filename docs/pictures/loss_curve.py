@@ -5,7 +5,7 @@ python -m docs.pictures.loss_curve
 
 from docs.pictures import IMAGES, ROOT, trained_run
 from train_job.figures import loss_curve
-from train_job.history import History
+from train_job.session.history import History
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from playwright.sync_api import Page, expect
 
 from docs.pictures import keep, trained_run
 from tests.serve_app.browser import chromium
-from train_job.spool import mlflow_client
+from train_job.tracking.spool import mlflow_client
 
 SWEEP = "rates"
 METRIC = "val/bits_per_byte"

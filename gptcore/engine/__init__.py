@@ -5,10 +5,10 @@ one owner: `scheduler` the order, `cache` the slots, `runner` the keys and value
 asyncio.
 """
 
+from gptcore.engine.async_engine import AsyncEngine, Stream
 from gptcore.engine.engine import Engine, EngineInfo, EngineStats
-from gptcore.engine.request import FinishReason, Request, TokenLogprob, Update
+from gptcore.engine.interface import FinishReason, Request, TokenLogprob, Update
 from gptcore.engine.settings import EngineSettings
-from gptcore.engine.thread import AsyncEngine, Stream
 
 __all__ = [
     "AsyncEngine",

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from gptcore.engine.cache import SlotCache
-from gptcore.engine.request import FinishReason, Request, TokenLogprob, Update
-from gptcore.engine.runner import Chunk, Runner, make_runner
+from gptcore.engine.interface import Chunk, FinishReason, Request, Runner, TokenLogprob, Update
+from gptcore.engine.runners import make_runner
 from gptcore.engine.sampler import Choice, sample, token_logprobs
 from gptcore.engine.scheduler import Plan, Scheduler
 from gptcore.engine.sequence import Phase, Sequence
 from gptcore.engine.settings import EngineSettings
-from gptcore.engine.text import TextStream
 from gptcore.errors import ConfigError, EngineError
 from gptcore.package import Package
 from gptcore.sampling import Row, SamplingParams
+from gptcore.text import TextStream
 
 
 @dataclass(frozen=True)

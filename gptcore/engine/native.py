@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gptcore.config import ModelConfig
-from gptcore.engine.runner import Chunk
+from gptcore.engine.interface import Chunk
 from gptcore.errors import FoundryError
 from gptcore.home import home
 from gptcore.model import GPT, Attention, Block
@@ -66,8 +66,8 @@ class NativeUnavailable(FoundryError):
 class NativeRunner:
     """A model packed for decoding on this CPU, and the keys and values of its slots.
 
-    Satisfies `gptcore.engine.runner.Runner`. `dtype`, bfloat16 or float32, is that of weights and cache; sums, norms
-    and the residual stream are in fp32. Raises NativeUnavailable.
+    A `gptcore.engine.interface.Runner`. `dtype`, bfloat16 or float32, is that of weights and cache; sums, norms and the
+    residual stream are in fp32. Raises NativeUnavailable.
     """
 
     invariant = True

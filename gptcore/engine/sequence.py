@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 import numpy as np
 
-from gptcore.engine.request import Request
+from gptcore.engine.interface import Request
 
 
 class Phase(Enum):

@@ -1,7 +1,7 @@
 """The sampling parameters as a person writes them: text to values, and values to what is shown.
 
-Which there are, their ranges and what they are for comes from `serve_app.parameters`, so the service's commands and
-flags are never behind what it takes. Only what was set is sent: the service's defaults stay its own.
+Which there are, their ranges and what they are for comes from `serve_app.http.parameters`, so commands and flags are
+never behind what the service takes. Only what was set is sent: the service's defaults stay its own.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptcore.errors import ConfigError, did_you_mean
-from serve_app.parameters import Parameters
+from serve_app.http.parameters import Parameters
 
 HUGE = 2**31 - 1
 """A bound from here on is no bound that one would name."""

@@ -27,12 +27,12 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli, start, stop
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.service import build_app
+from serve_app.deployment import build_app
 from serve_app.settings import FIELDS, PREFIX, load_settings
 from tests.deploy.crd.schema import JOB, OPERATED, SERVICE, STORAGE, Mistake, cluster_of, read, templates
 from tests.system.conftest import ROOT
+from train_job.cli import parse_settings
 from train_job.config import build_config
-from train_job.flags import parse_settings
 
 LAUNCHED = ["cluster.yaml", "deploy/cluster-gcp.yaml", "deploy/cluster-onprem.yaml"]
 FILES = [*LAUNCHED, *OPERATED, STORAGE, "deploy/serve.yaml"]

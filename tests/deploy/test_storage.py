@@ -22,12 +22,12 @@ from tests.refusals import one_error
 from tests.serve_app.running import running
 from tests.system.conftest import ROOT, SMALL, environment
 from train_job.config import build_config
-from train_job.corpus import open_corpus, split
-from train_job.history import History
-from train_job.inputs import prepare_inputs, shard_store
-from train_job.lock import Claim, Taken, claimed, this_process
-from train_job.shards import TokenSet, prepare
-from train_job.storage import check_storage, fetch_record, keep_record
+from train_job.data.corpus import open_corpus, split
+from train_job.data.inputs import prepare_inputs, shard_store
+from train_job.data.shards import TokenSet, prepare
+from train_job.session.history import History
+from train_job.session.lock import Claim, Taken, claimed, this_process
+from train_job.training.storage import check_storage, fetch_record, keep_record
 
 
 def small_package(folder: Path, seed: int = 0) -> Package:

@@ -21,9 +21,9 @@ from tests.deploy.test_storage import small_package
 from tests.refusals import one_error
 from tests.system.conftest import SMALL
 from train_job import run
-from train_job.corpus import Corpus, open_corpus
-from train_job.shards import TokenSet, prepare
-from train_job.storage import check_storage, fetch_record, keep_record
+from train_job.data.corpus import Corpus, open_corpus
+from train_job.data.shards import TokenSet, prepare
+from train_job.training.storage import check_storage, fetch_record, keep_record
 
 TEXTS = {"b.txt": "The second.\n", "a/z.txt": "The first.\n", "a-b.txt": "Between them.\n", "empty.txt": ""}
 

@@ -25,9 +25,9 @@ from tests.deploy.conftest import COMPOSE, ENV_EXAMPLE, Store, Team, named_secre
 from tests.refusals import one_error
 from tests.serve_app.running import running
 from tests.system.conftest import ROOT, SMALL, environment
-from train_job import tracking
-from train_job.registry import Published, Validation, publish
-from train_job.spool import Spool
+from train_job.tracking import client as tracking
+from train_job.tracking.registry import Published, Validation, publish
+from train_job.tracking.spool import Spool
 
 FOLDER = COMPOSE.parent
 README = (FOLDER / "README.md").read_text()

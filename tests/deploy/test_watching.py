@@ -13,7 +13,7 @@ import yaml
 
 from serve_app.metrics import METRICS
 from tests.system.conftest import ROOT
-from train_job.exporter import FIGURES
+from train_job.cluster.exporter import FIGURES
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES = PROMETHEUS / "rules.yml"

@@ -25,7 +25,7 @@ from pyarrow import parquet
 from tests.conftest import SHARED
 from tests.ports import free_port
 from tests.system.conftest import ROOT, Cluster, environment
-from train_job.pieces import builtin_bytes
+from train_job.data.pieces import builtin_bytes
 
 STARTERS = (".venv/", "curl ", "ray ", "docker ", "make ", "cat ", "ls ", "echo ", "export ", "mlflow ")
 SHAPE = ["--num-layers=1", "--num-heads=2", "--hidden-size=32"]

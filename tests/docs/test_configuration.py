@@ -13,8 +13,8 @@ from docs import configuration
 from docs.configuration import OURS, PAGE, SET, THEIRS, Variable, markdown
 from gptcore.errors import ConfigError
 from serve_app.settings import FIELDS
+from train_job.cli import parse_settings
 from train_job.config import build_config, resume_config
-from train_job.flags import parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page != PAGE)]

@@ -19,12 +19,11 @@ from transformers import AutoModelForCausalLM
 from gptcore import package as packages
 from gptcore.config import ModelConfig
 from gptcore.documents import MOST_BYTES
-from gptcore.engine import EngineSettings
-from gptcore.engine import runner as runners
+from gptcore.engine import EngineSettings, runners
 from gptcore.errors import NoMemory, PackageError
+from gptcore.hf_format import count_parameters, empty_model, publish, tensor_shapes
 from gptcore.model import GPT
 from gptcore.package import Package, open_package, save_package
-from gptcore.published import count_parameters, empty_model, publish, tensor_shapes
 from gptcore.tokenizer import Tokenizer
 from tests.gptcore.test_package import edit
 

@@ -140,7 +140,7 @@ def test_a_network_without_weights_does_not_import_torchs_compiler() -> None:
     code = (
         "import sys\n"
         "from gptcore.config import ModelConfig\n"
-        "from gptcore.published import empty_model\n"
+        "from gptcore.hf_format import empty_model\n"
         "for family in ('qwen3', 'gpt2'):\n"
         "    empty_model(ModelConfig(family=family, vocab_size=257, context_length=8, num_layers=1, num_heads=1))\n"
         "print([name for name in ('sympy', 'torch._dynamo', 'torch._inductor') if name in sys.modules])"

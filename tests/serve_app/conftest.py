@@ -42,8 +42,8 @@ class TestRegistry:
         self, name: str, seed: int = 0, bits_per_byte: float = 2.0, promote: str = "always", **shape: Any
     ) -> str:
         """Registers a package of random weights as the training job does; returns the version."""
-        from train_job import tracking
-        from train_job.registry import Validation, publish
+        from train_job.tracking import client as tracking
+        from train_job.tracking.registry import Validation, publish
 
         data = tracking.DatasetUse("train", "builtin", "builtin", "fe" * 32, 900, 300)
         run_id = tracking.start_run(self.uri, {"preset": "quick"}, datasets=[data])
@@ -65,7 +65,7 @@ def journal_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where replicas in this process keep what they tell those that come after them."""
     folder = tmp_path_factory.mktemp("journals")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serve_app.journal.home", lambda: folder)
+        patch.setattr("serve_app.models.journal.home", lambda: folder)
         yield folder
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import httpx2
 import uvicorn
 
+from gptcore.engine.async_engine import AsyncEngine
 from gptcore.engine.engine import Engine, EngineStats
-from gptcore.engine.thread import AsyncEngine
-from serve_app.api import create_api
-from serve_app.loading import MakeEngine
-from serve_app.models import Models
+from serve_app.http.app import create_api
+from serve_app.models.catalog import Models
+from serve_app.models.load import MakeEngine
 from serve_app.settings import ServeSettings
 
 DEADLINE_SECONDS = 30.0

@@ -11,11 +11,11 @@ import httpx2
 import pytest
 
 from gptcore.package import Package
-from serve_app.api import create_api
 from serve_app.errors import STATUSES
-from serve_app.logs import LOGGERS, JsonFormatter
+from serve_app.http.app import create_api
+from serve_app.http.logs import LOGGERS, JsonFormatter
 from serve_app.metrics import Metrics
-from serve_app.models import Models
+from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
 from tests.serve_app.running import Running, eventually, running
 
@@ -266,7 +266,7 @@ def test_an_unexpected_fault_is_500_with_the_traceback_in_the_log_alone(
 def test_a_fault_in_midstream_ends_the_stream_with_an_error_event(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serve_app.routes.native import NativeEvents
+    from serve_app.http.routes.native import NativeEvents
 
     monkeypatch.setattr(NativeEvents, "last", lambda self: 1 / 0)
     with logged() as lines:
@@ -348,7 +348,7 @@ def test_every_key_is_compared_in_constant_time_whichever_is_given(
         compared.append((len(a), len(b)))
         return compare(a, b)
 
-    monkeypatch.setattr("serve_app.middleware.hmac.compare_digest", counted)
+    monkeypatch.setattr("serve_app.http.middleware.hmac.compare_digest", counted)
     for key in ("x", KEYS[0], "x" * 1000):
         compared.clear()
         locked.get("/models", headers={"authorization": f"Bearer {key}"})

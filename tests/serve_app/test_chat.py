@@ -336,8 +336,8 @@ def test_models_can_be_seen_and_changed(chat: Terminal, service: Running) -> Non
 
 SERVER = """
 import sys, uvicorn
-from serve_app.api import create_api
-from serve_app.models import Models
+from serve_app.http.app import create_api
+from serve_app.models.catalog import Models
 from serve_app.settings import load_settings
 settings = load_settings()
 models = Models(settings)

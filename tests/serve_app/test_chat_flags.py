@@ -16,8 +16,8 @@ from serve_app.chat.__main__ import main
 from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError
 from serve_app.chat.terminal import harmless
 from serve_app.chat.values import SHAPES
-from serve_app.parameters import Parameters
-from serve_app.schemas import GenerateRequest
+from serve_app.http.parameters import Parameters
+from serve_app.http.schemas import GenerateRequest
 from serve_app.settings import ServeSettings
 from tests.serve_app.chatting import CHAT, LONG, Terminal, api, on_screen, piped, speaking
 from tests.serve_app.conftest import MakePackage

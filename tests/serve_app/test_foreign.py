@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.errors import ApiError
-from serve_app.foreign import BY_NAME, FOREIGN
-from serve_app.schemas import CompletionRequest, GenerateRequest, PromptRequest, SentenceRequest
+from serve_app.http.foreign import BY_NAME, FOREIGN
+from serve_app.http.schemas import CompletionRequest, GenerateRequest, PromptRequest, SentenceRequest
 
 BODIES: dict[Any, dict[str, Any]] = {
     CompletionRequest: {"model": "tiny", "prompt": "x"},

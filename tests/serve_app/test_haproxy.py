@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app import haproxy
+from serve_app.front import haproxy
 
 
 @pytest.fixture(autouse=True)

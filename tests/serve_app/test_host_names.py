@@ -4,8 +4,8 @@ import httpx2
 import pytest
 
 from gptcore.package import Package
-from serve_app.api import create_api
-from serve_app.models import Models
+from serve_app.http.app import create_api
+from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
 
 pytestmark = pytest.mark.anyio

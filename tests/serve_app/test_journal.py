@@ -14,9 +14,9 @@ import pytest
 from gptcore.engine import EngineSettings
 from gptcore.engine.engine import Engine
 from gptcore.package import Package
-from serve_app import loading
-from serve_app.journal import ALONE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S, Deaths, Journal
-from serve_app.models import Models
+from serve_app.models import load as loading
+from serve_app.models.catalog import Models
+from serve_app.models.journal import ALONE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S, Deaths, Journal
 from tests.serve_app.conftest import MakePackage, TestRegistry
 from tests.serve_app.test_models import ask, running, settings, status
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from serve_app.journal import Journal
+from serve_app.models.journal import Journal
 with Journal(sys.argv[1], sys.argv[2], Path(sys.argv[3])).load(sys.argv[4]):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -104,7 +104,7 @@ async def test_with_nothing_else_to_serve_it_is_tried_again_soon(
     models = Models(told)
     await models.start()
     assert "a replica died in a load of it" in (models.describe()[0].error or "")
-    monkeypatch.setattr("serve_app.journal.ALONE_WAIT_S", 0.0)
+    monkeypatch.setattr("serve_app.models.journal.ALONE_WAIT_S", 0.0)
     await models.poll()
     assert models.ready
     await models.close()
@@ -154,7 +154,7 @@ async def test_a_load_is_seen_at_work_and_given_up_after_its_time(
 
 @pytest.mark.anyio
 async def test_what_a_package_says_of_its_training_cannot_spoil_the_listing(make_package: MakePackage) -> None:
-    from serve_app.registry import lineage
+    from serve_app.models.registry import lineage
 
     said = {"bits_per_byte": float("nan"), "data": "x" * 10**6, "git_commit": ["a"]}
     found = lineage(said)

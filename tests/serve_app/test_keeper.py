@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from serve_app import haproxy
-from serve_app.haproxy import KEEPER
+from serve_app.front import haproxy
+from serve_app.front.haproxy import KEEPER
 from tests.serve_app.running import eventually
 
 rays = pytest.importorskip("ray.serve._private.haproxy")

@@ -15,7 +15,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.errors import ApiError
-from serve_app.middleware import Bodies, Failures
+from serve_app.http.middleware import Bodies, Failures
 from serve_app.settings import ServeSettings
 from tests.serve_app.conftest import MakePackage
 from tests.serve_app.running import Running, eventually, running
@@ -184,7 +184,7 @@ def test_three_hundred_half_sent_bodies_cost_nobody_else_a_place(client: httpx2.
 
 @pytest.mark.anyio
 async def test_unfinished_bodies_share_their_memory_and_the_oldest_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_app.middleware.MOST_BODIES", 2)
+    monkeypatch.setattr("serve_app.http.middleware.MOST_BODIES", 2)
     reached: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -281,7 +281,7 @@ def test_who_does_not_read_a_stream_holds_nothing_once_the_time_is_up(client: ht
 
 @pytest.mark.anyio
 async def test_the_last_event_of_a_failed_stream_does_not_wait_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_app.middleware.LAST_EVENT_SECONDS", 0.05)
+    monkeypatch.setattr("serve_app.http.middleware.LAST_EVENT_SECONDS", 0.05)
 
     async def late(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream")]

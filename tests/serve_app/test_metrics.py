@@ -12,10 +12,10 @@ from gptcore.engine.engine import Engine
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams
 from serve_app import metrics as module
-from serve_app.api import create_api
-from serve_app.generation import Order, generating
+from serve_app.generation.generation import Order, generating
+from serve_app.http.app import create_api
 from serve_app.metrics import METRICS, Metric, Metrics, markdown
-from serve_app.models import Models
+from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
 from serve_app.state import AppState
 from tests.serve_app.conftest import MakePackage

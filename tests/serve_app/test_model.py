@@ -1,4 +1,4 @@
-"""Claims about serve_app.model: who waits for a load, what is tried again and when, and what an end leaves behind."""
+"""Claims about serve_app.models.follow: who waits for a load, what is tried again and when, and what an end leaves."""
 
 import asyncio
 import math
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.engine import EngineSettings, runner
+from gptcore.engine import EngineSettings, runners
 from gptcore.engine.engine import Engine
 from gptcore.errors import HubError, NoMemory, PackageError, QueueFull
 from gptcore.package import Package, save_package
 from serve_app.errors import ApiError, to_api_error
-from serve_app.model import LONGEST_BACKOFF_S, refusal
-from serve_app.models import Models
+from serve_app.models.catalog import Models
+from serve_app.models.follow import LONGEST_BACKOFF_S, refusal
 from tests.serve_app.conftest import MakePackage, TestRegistry
 from tests.serve_app.test_models import ask, running, settings, status
 
@@ -58,7 +58,7 @@ async def test_a_model_for_which_memory_was_short_loads_once_there_is_enough(
     package: Package, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as short:
-        short.setattr(runner, "free_memory", lambda device: 0)
+        short.setattr(runners, "free_memory", lambda device: 0)
         models = Models(settings(model=str(package.path), poll_seconds=0.01))
         await models.start()
         assert "0 MiB of memory are free" in (models.describe()[0].error or "")

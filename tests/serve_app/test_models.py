@@ -1,4 +1,4 @@
-"""Claims about serve_app.models: loads, leases, swaps, refusals, the canary; with real engines and a real registry."""
+"""Claims about serve_app.models.catalog: loads, leases, swaps, refusals, the canary; real engines, a real registry."""
 
 import asyncio
 import gc
@@ -22,9 +22,9 @@ from gptcore.hub import resolve
 from gptcore.package import Package, save_package
 from gptcore.sampling import SamplingParams
 from serve_app.errors import ApiError
-from serve_app.loading import ServedModel
-from serve_app.models import Models, ModelStatus, share_of
-from serve_app.registry import Registry
+from serve_app.models.catalog import Models, ModelStatus, share_of
+from serve_app.models.load import ServedModel
+from serve_app.models.registry import Registry
 from serve_app.settings import ServeSettings, load_settings
 from tests.serve_app.conftest import MakePackage, TestRegistry
 

@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gptcore.errors import EngineError
 from gptcore.package import Package
-from serve_app.api import create_api
 from serve_app.errors import without_folders
-from serve_app.models import Models
+from serve_app.http.app import create_api
+from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
 from tests.serve_app.running import Running, eventually, running
 

@@ -9,8 +9,8 @@ import httpx2
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
-from serve_app.routes.playground import FOLDER
-from serve_app.schemas import GenerateRequest
+from serve_app.http.routes.playground import FOLDER
+from serve_app.http.schemas import GenerateRequest
 from serve_app.settings import ServeSettings
 from tests.serve_app.browser import chromium, chromium_path, ended, open_page, run
 from tests.serve_app.conftest import MakePackage

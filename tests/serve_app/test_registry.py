@@ -1,4 +1,4 @@
-"""Claims about serve_app.registry, on an embedded MLflow and on a real tracking server."""
+"""Claims about serve_app.models.registry, on an embedded MLflow and on a real tracking server."""
 
 import time
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.errors import HubError
-from serve_app.registry import Lineage, Registry, lineage
+from serve_app.models.registry import Lineage, Registry, lineage
 from tests.ports import free_port
 from tests.serve_app.conftest import TestRegistry
 

@@ -8,9 +8,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from serve_app import unavailable
 from serve_app.errors import RETRY_AFTER_SECONDS
-from serve_app.unavailable import Unavailable
+from serve_app.front import unavailable
+from serve_app.front.unavailable import Unavailable
 
 pytestmark = pytest.mark.anyio
 

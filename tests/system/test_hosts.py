@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app import haproxy
+from serve_app.front import haproxy
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, make_package, registry_in
 from tests.system.conftest import BIN, SMALL, Cluster, Job

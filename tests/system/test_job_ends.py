@@ -15,8 +15,8 @@ from tests.refusals import one_error
 from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, Launch, environment, launching
 from tests.system.runs import mlflow_client, points, run_id, status, versions
 from tests.system.serving import await_figures
-from train_job.exporter import FIGURES
-from train_job.worker import UNJUDGED
+from train_job.cluster.exporter import FIGURES
+from train_job.cluster.worker import UNJUDGED
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from serve_app import haproxy
+from serve_app.front import haproxy
 from tests.deploy.test_watching import PROMETHEUS, rules, shown
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
 from tests.system.conftest import ROOT, SMALL, Cluster, Job, environment, started
 from tests.system.serving import QUICK, Load, Service, await_that, said, served
-from train_job.exporter import FIGURES
+from train_job.cluster.exporter import FIGURES
 
 __all__ = ["make_package"]  # a fixture, used here too
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from serve_app import haproxy
+from serve_app.front import haproxy
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
 from tests.system.conftest import Cluster, started

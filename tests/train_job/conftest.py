@@ -9,8 +9,8 @@ import torch
 
 from gptcore.tokenizer import Tokenizer, load_tokenizer
 from train_job.config import TrainConfig, build_config
-from train_job.inputs import Inputs, build_model, prepare_inputs
-from train_job.loop import Trainer
+from train_job.data.inputs import Inputs, build_model, prepare_inputs
+from train_job.training.loop import Trainer
 
 SMALL = dict(
     tokenizer="bytes",

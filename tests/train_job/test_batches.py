@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gptcore.errors import ConfigError, CorpusError
 from gptcore.model import IGNORE
-from train_job.batches import Batches, permute, validation_batches
-from train_job.shards import Shard, TokenSet
+from train_job.data.batches import Batches, permute, validation_batches
+from train_job.data.shards import Shard, TokenSet
 
 SEEDS = st.integers(-(2**63), 2**64)
 

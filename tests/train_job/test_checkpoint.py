@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gptcore.errors import CheckpointError, TrainingError
-from train_job import checkpoint
-from train_job.checkpoint import Identity, TrainState, load_checkpoint, load_model, save_checkpoint
+from train_job.training import checkpoint
+from train_job.training.checkpoint import Identity, TrainState, load_checkpoint, load_model, save_checkpoint
 
 IDENTITY = Identity(model="m" * 64, tokenizer="t" * 64, data="d" * 64)
 STATE = TrainState(step=7, elapsed=1.5, best_loss=2.25, best_step=5, since_best=1)

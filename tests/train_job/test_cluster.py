@@ -8,12 +8,12 @@ import pytest
 
 from gptcore.config import ModelConfig
 from gptcore.errors import ConfigError, NoMemory
-from train_job.cluster import require_room, resources_per_worker
+from train_job.cluster.connect import require_room, resources_per_worker
 from train_job.config import build_config
 
 CHILDREN = """
 import os, subprocess, sys
-from train_job.cluster import training_first
+from train_job.cluster.connect import training_first
 names = ["ray::RayTrainWorker", "ray::Board"]
 children = [subprocess.Popen([sys.executable, "-c", "input()", name], stdin=subprocess.PIPE) for name in names]
 training_first()
@@ -38,7 +38,7 @@ def test_runs_at_the_same_time_share_the_cluster_and_too_many_are_refused() -> N
 
 
 def test_the_messages_of_a_run_pass_without_torch_or_ray() -> None:
-    code = "import sys, train_job.board; print({'torch', 'ray', 'mlflow', 'numpy'} & sys.modules.keys())"
+    code = "import sys, train_job.cluster.board; print({'torch', 'ray', 'mlflow', 'numpy'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

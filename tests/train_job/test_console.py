@@ -9,8 +9,8 @@ import pytest
 
 from gptcore.config import model_preset
 from train_job.config import build_config
-from train_job.console import FEW_STEPS, Console, model_text
-from train_job.events import Evaluation, Progress
+from train_job.session.console import FEW_STEPS, Console, model_text
+from train_job.training.events import Evaluation, Progress
 
 
 def test_a_live_line_is_no_wider_than_the_terminal_and_whole_in_the_log(
@@ -30,7 +30,7 @@ def test_a_live_line_is_no_wider_than_the_terminal_and_whole_in_the_log(
 SPEAKER = """
 import os, sys
 from pathlib import Path
-from train_job.console import Console, lasting_output
+from train_job.session.console import Console, lasting_output
 
 with lasting_output():
     console = Console(Path(sys.argv[1]))
@@ -64,7 +64,7 @@ def test_output_that_nobody_reads_any_more_stops_nothing_and_the_log_has_it(tmp_
 
 NOISE = """
 import os, sys
-from train_job.console import without_log_lines
+from train_job.session.console import without_log_lines
 
 with without_log_lines():
     os.write(2, b"[2026-11-26 22:55:16,607 W 14 14] network_util.cc:330: Failed to determine local IP\\n")

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptcore.errors import ConfigError, CorpusError
-from train_job import corpus as corpus_module
-from train_job import pieces
-from train_job.corpus import Corpus, open_corpus, split
+from train_job.data import corpus as corpus_module
+from train_job.data import pieces
+from train_job.data.corpus import Corpus, open_corpus, split
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402

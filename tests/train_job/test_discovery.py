@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from gptcore.errors import ConfigError
-from train_job import discovery
-from train_job.discovery import cluster_address, running_here, unanswered
+from train_job.cluster import discovery
+from train_job.cluster.discovery import cluster_address, running_here, unanswered
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from gptcore.config import ModelConfig
 from gptcore.model import GPT
 from gptcore.package import Package, save_package
 from gptcore.tokenizer import Tokenizer
-from train_job.corpus import open_corpus
-from train_job.evaluate import bits_per_byte
+from train_job.data.corpus import open_corpus
+from train_job.training.evaluate import bits_per_byte
 
 
 def uniform_package(folder: Path, tokenizer: Tokenizer, training: dict[str, int]) -> Package:

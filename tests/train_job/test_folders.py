@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gptcore.errors import CorpusError
-from train_job.corpus import Corpus, open_corpus
-from train_job.folders import LeftOut, told
+from train_job.data.corpus import Corpus, open_corpus
+from train_job.data.folders import LeftOut, told
 
 PNG = b"\x89PNG\r\n\x1a\n\0"
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from gptcore.errors import CorpusError
 from tests.chance import examples
-from train_job import pieces, records
-from train_job.corpus import Corpus, open_corpus, split
+from train_job.data import pieces, records
+from train_job.data.corpus import Corpus, open_corpus, split
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402

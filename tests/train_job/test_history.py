@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from train_job.events import Evaluation, Progress
-from train_job.history import History
+from train_job.session.history import History
+from train_job.training.events import Evaluation, Progress
 
 
 def progress(step: int) -> Progress:

@@ -17,9 +17,10 @@ import pytest
 
 from tests.refusals import PROGRESS, one_error
 from tests.train_job.test_sweep_input import GOOD
-from train_job import begin, lock, run, sweep
+from train_job import run, sweep
 from train_job.config import build_config, write_yaml
-from train_job.lock import LOCK, Taken, claimed, held, this_process
+from train_job.session import begin, lock
+from train_job.session.lock import LOCK, Taken, claimed, held, this_process
 
 AT_ONCE = 8
 
@@ -124,7 +125,7 @@ def test_a_sweep_and_its_trials_have_one_owner(runs: Path, tmp_path: Path, capsy
 HOLD = """
 import sys
 from pathlib import Path
-from train_job.begin import begin
+from train_job.session.begin import begin
 with begin({"name": "killed", "storage_path": sys.argv[1]}):
     print("held", flush=True)
     sys.stdin.read()

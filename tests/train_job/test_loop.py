@@ -11,13 +11,13 @@ import torch
 from gptcore.errors import TrainingError
 from gptcore.package import open_package, save_package
 from gptcore.tokenizer import load_tokenizer
-from train_job.checkpoint import load_checkpoint, save_checkpoint
 from train_job.config import UNBOUNDED, TrainConfig, build_config
-from train_job.corpus import open_corpus, split
-from train_job.evaluate import bits_per_byte, validation_nats
-from train_job.events import CheckpointDue, Evaluation, Event, Finished, Progress, Started
-from train_job.inputs import build_model, prepare_inputs
-from train_job.loop import Trainer
+from train_job.data.corpus import open_corpus, split
+from train_job.data.inputs import build_model, prepare_inputs
+from train_job.training.checkpoint import load_checkpoint, save_checkpoint
+from train_job.training.evaluate import bits_per_byte, validation_nats
+from train_job.training.events import CheckpointDue, Evaluation, Event, Finished, Progress, Started
+from train_job.training.loop import Trainer
 
 Make = Callable[..., Trainer]
 
@@ -339,7 +339,7 @@ class _PoisonedAt:
 
 
 def test_the_schedule_warms_up_and_cools_down(small: Callable[..., Any]) -> None:
-    from train_job.optimizer import learning_rate_factor as factor
+    from train_job.training.optimizer import learning_rate_factor as factor
 
     for schedule in ("wsd", "linear", "cosine"):
         config = small(schedule=schedule, warmup_steps=10, cooldown_fraction=0.5, min_lr_fraction=0.1)

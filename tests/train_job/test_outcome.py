@@ -1,9 +1,9 @@
 """Which checkpoint a run's package is made of, and which code its end has."""
 
-from train_job.checkpoint import TrainState
-from train_job.outcome import preferred
-from train_job.storage import Kept
-from train_job.targets import Standing
+from train_job.session.outcome import preferred
+from train_job.training.checkpoint import TrainState
+from train_job.training.storage import Kept
+from train_job.training.targets import Standing
 
 
 def kept(step: int, loss: float | None) -> Kept:

@@ -17,7 +17,9 @@ from gptcore.config import ModelConfig
 from gptcore.model import GPT
 from tests.refusals import one_error
 from train_job.config import TrainConfig, build_config
-from train_job.costs import (
+from train_job.data.inputs import padded
+from train_job.plan import main, make_plan
+from train_job.planning.costs import (
     BUCKET,
     FRAGMENTATION,
     GPU_RESERVE,
@@ -32,10 +34,8 @@ from train_job.costs import (
     training_step,
     work_of,
 )
-from train_job.devices import assumed_rates, device_called, find_device
-from train_job.inputs import padded
-from train_job.optimizer import Optimizers
-from train_job.plan import main, make_plan
+from train_job.training.devices import assumed_rates, device_called, find_device
+from train_job.training.optimizer import Optimizers
 
 FAMILIES = ("qwen3", "gpt2")
 LONG = 640

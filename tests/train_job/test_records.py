@@ -13,15 +13,17 @@ from gptcore.errors import ConfigError, FoundryError, RecordError, StorageFull, 
 from tests.refusals import one_error
 from tests.train_job.test_lock import begin_run
 from tests.train_job.test_sweep_input import GOOD
-from train_job import outcome, run, sweep, tracking
-from train_job.begin import begin
+from train_job import run, sweep
 from train_job.config import build_config
-from train_job.console import Console
 from train_job.files import storage_problem, written_whole
-from train_job.history import History, read_history
 from train_job.run import answered
-from train_job.spool import Spool, _Progress, undelivered
-from train_job.trials import ENDING, Ending, Trial
+from train_job.session import outcome
+from train_job.session.begin import begin
+from train_job.session.console import Console
+from train_job.session.history import History, read_history
+from train_job.sweeps.trials import ENDING, Ending, Trial
+from train_job.tracking import client as tracking
+from train_job.tracking.spool import Spool, _Progress, undelivered
 
 RECORD = {"run_id": "a" * 32, "tracking_uri": "sqlite:///x.db", "text": {"notes.txt": [["s3://b/notes.txt", "1"]]}}
 DAMAGED = {

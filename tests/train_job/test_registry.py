@@ -1,4 +1,4 @@
-"""Claims about train_job.registry, with real packages and MLflow's own loader and scoring server."""
+"""Claims about train_job.tracking.registry, with real packages and MLflow's own loader and scoring server."""
 
 import json
 import math
@@ -27,8 +27,8 @@ from gptcore.package import Package, open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.tokenizer import load_tokenizer
 from tests.ports import free_port
-from train_job import tracking
-from train_job.registry import Candidate, Champion, Published, Validation, _pass_gate, decide, pin, publish
+from train_job.tracking import client as tracking
+from train_job.tracking.registry import Candidate, Champion, Published, Validation, _pass_gate, decide, pin, publish
 
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz", ".pyc"}
 

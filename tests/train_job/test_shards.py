@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from gptcore.errors import CorpusError, TrainingError
 from gptcore.tokenizer import Tokenizer, load_tokenizer
-from train_job import files, pieces, shards
-from train_job.batches import validation_batches
-from train_job.corpus import open_corpus, split
-from train_job.inputs import prepare_inputs
-from train_job.shards import Shard, TokenSet, prepare, token_dtype
+from train_job import files
+from train_job.data import pieces, shards
+from train_job.data.batches import validation_batches
+from train_job.data.corpus import open_corpus, split
+from train_job.data.inputs import prepare_inputs
+from train_job.data.shards import Shard, TokenSet, prepare, token_dtype
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_every_document_is_followed_by_end_of_text_and_the_first_one_led_by_it(m
 
 
 def test_ray_data_makes_the_same_shards_as_one_process(many, tmp_path, bytes_tokenizer, local_ray):
-    from train_job.ray_data import ray_map
+    from train_job.cluster.ray_data import ray_map
 
     corpus = open_corpus(str(many), cache_dir=tmp_path)
     serial = prepare(corpus, bytes_tokenizer, tmp_path / "serial")
@@ -81,14 +82,14 @@ def test_ray_data_makes_the_same_shards_as_one_process(many, tmp_path, bytes_tok
 
 
 def test_ray_map_keeps_the_order(local_ray):
-    from train_job.ray_data import ray_map
+    from train_job.cluster.ray_data import ray_map
 
     assert ray_map(lambda n: n * n, range(20)) == [n * n for n in range(20)]
     assert ray_map(str, []) == []
 
 
 def test_a_bad_line_found_by_a_ray_task_is_named_here(many, tmp_path, bytes_tokenizer, local_ray):
-    from train_job.ray_data import ray_map
+    from train_job.cluster.ray_data import ray_map
 
     (many / "more.jsonl").write_text('{"text": "good"}\n{"text": "cut sho')
     corpus = open_corpus(str(many), cache_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""Claims about train_job.space: what a sweep may be told, and what its trials then try."""
+"""Claims about train_job.sweeps.space: what a sweep may be told, and what its trials then try."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from gptcore.errors import ConfigError
 from train_job.config import build_config, read_yaml
-from train_job.space import build_sweep, described, shown
+from train_job.sweeps.space import build_sweep, described, shown
 
 SWEEPS = sorted((Path(__file__).resolve().parents[2] / "train_job" / "sweeps").glob("*.yaml"))
 SEARCH: dict[str, Any] = {

@@ -7,7 +7,7 @@ import pytest
 
 DRIVER = """
 import signal, sys
-from train_job.stop import StopSignals
+from train_job.session.stop import StopSignals
 
 def heard():
     print("heard", flush=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gptcore.errors import CheckpointError, DamagedCheckpoint
-from train_job.checkpoint import Identity, TrainState, load_checkpoint, save_checkpoint
 from train_job.config import TrainConfig, build_config
-from train_job.storage import (
+from train_job.training.checkpoint import Identity, TrainState, load_checkpoint, save_checkpoint
+from train_job.training.storage import (
     RAYS_RECORD,
     Kept,
     checkpoints,

@@ -1,4 +1,4 @@
-"""Claims about train_job.tracking and train_job.spool, against a real tracking server that is killed and started."""
+"""Claims about train_job.tracking, against a real tracking server that is killed and started."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from gptcore.model import GPT
 from gptcore.package import open_package, save_package
 from gptcore.tokenizer import load_tokenizer
 from tests.ports import free_port
-from train_job import tracking
-from train_job.registry import Validation, publish
-from train_job.spool import Spool, undelivered
-from train_job.tracking import DatasetUse, SystemMetrics
+from train_job.tracking import client as tracking
+from train_job.tracking.client import DatasetUse, SystemMetrics
+from train_job.tracking.registry import Validation, publish
+from train_job.tracking.spool import Spool, undelivered
 
 CONFIG = {"preset": "quick", "learning_rate": 3e-3, "model": {"hidden_size": 256}, "name": None}
 
@@ -211,7 +211,7 @@ def test_a_run_carries_its_settings_its_origin_and_its_data(database: str):
 
 
 def test_an_experiment_is_tagged_as_training_and_described_and_a_users_own_words_stay(database: str):
-    from train_job.pages import KIND, NOTE, VIEW_TAG
+    from train_job.tracking.pages import KIND, NOTE, VIEW_TAG
 
     mlflow = client(database)
     old = mlflow.create_experiment("old")
@@ -380,7 +380,7 @@ def test_a_table_is_marked_as_one_for_the_ui(database: str, tmp_path: Path):
 
 
 def test_importing_tracking_does_not_import_mlflow():
-    code = "import sys, train_job.tracking; print('mlflow' in sys.modules)"
+    code = "import sys, train_job.tracking.client; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -1,4 +1,4 @@
-"""Claims about train_job.trials: what came of trials is read from their folders, and nowhere else."""
+"""Claims about train_job.sweeps.trials: what came of trials is read from their folders, and nowhere else."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from train_job.config import build_config
-from train_job.trials import Ending, Trial, ranked, table, table_text, write_table
+from train_job.sweeps.trials import Ending, Trial, ranked, table, table_text, write_table
 
 
 @pytest.fixture

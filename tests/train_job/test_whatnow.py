@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train_job.whatnow import Ended, lines, script_command
+from train_job.session.whatnow import Ended, lines, script_command
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from gptcore.config import ModelConfig
 from gptcore.engine.engine import Engine
-from gptcore.engine.request import FinishReason, Request, TokenLogprob, Update
-from gptcore.engine.runner import Chunk
+from gptcore.engine.interface import Chunk, FinishReason, Request, TokenLogprob, Update
 from gptcore.engine.settings import EngineSettings
 from gptcore.package import Package
 from gptcore.sampling import Row, SamplingParams, next_tokens

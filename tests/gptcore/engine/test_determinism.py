@@ -10,7 +10,7 @@ import torch
 
 from gptcore.config import ModelConfig
 from gptcore.engine.engine import Engine
-from gptcore.engine.request import FinishReason, Request
+from gptcore.engine.interface import FinishReason, Request
 from gptcore.engine.settings import EngineSettings
 from gptcore.errors import ConfigError, QueueFull
 from gptcore.model import GPT

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptcore.engine.engine import Engine
-from gptcore.engine.request import FinishReason, Request
+from gptcore.engine.interface import FinishReason, Request
 from gptcore.errors import ConfigError, EngineError, QueueFull
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gptcore.config import ModelConfig
 from gptcore.engine import native
+from gptcore.engine.interface import Chunk
 from gptcore.engine.native import NativeRunner, NativeUnavailable
-from gptcore.engine.runner import Chunk
 from gptcore.model import GPT
 from gptcore.sampling import Row, SamplingParams, next_tokens, uniform
 from tests.sampling import PARAMS, VALUES, by_definition

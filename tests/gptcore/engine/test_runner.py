@@ -15,11 +15,12 @@ from torch import Tensor
 
 from gptcore import memory
 from gptcore.config import ModelConfig
-from gptcore.engine import runner as runners
+from gptcore.engine import runners
 from gptcore.engine.engine import Engine
-from gptcore.engine.request import Request
-from gptcore.engine.runner import Chunk, TorchRunner, make_runner
+from gptcore.engine.interface import Chunk, Request
+from gptcore.engine.runners import make_runner
 from gptcore.engine.settings import EngineSettings
+from gptcore.engine.torch_runner import TorchRunner
 from gptcore.errors import ConfigError, FoundryError
 from gptcore.model import GPT
 from gptcore.package import Package

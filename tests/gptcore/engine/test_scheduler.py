@@ -6,7 +6,7 @@ from collections.abc import Sequence as Tokens
 import pytest
 
 from gptcore.engine.cache import WORTHWHILE, SlotCache
-from gptcore.engine.request import Request
+from gptcore.engine.interface import Request
 from gptcore.engine.scheduler import Plan, Scheduler
 from gptcore.engine.sequence import Phase, Sequence
 from gptcore.errors import EngineError, QueueFull

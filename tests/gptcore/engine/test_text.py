@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gptcore.engine.text import TextStream
+from gptcore.text import TextStream
 from gptcore.tokenizer import Tokenizer
 from tests.chance import examples
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptcore.engine.async_engine import AsyncEngine, Stream
 from gptcore.engine.engine import Engine
-from gptcore.engine.request import FinishReason, Request
-from gptcore.engine.runner import Chunk
-from gptcore.engine.thread import AsyncEngine, Stream
+from gptcore.engine.interface import Chunk, FinishReason, Request
 from gptcore.errors import ConfigError, EngineError, QueueFull
 from gptcore.sampling import SamplingParams
 

@@ -1,0 +1,79 @@
+"""Which runner an engine gets, and how many slots there is memory for.
+
+In: a package and `EngineSettings`. Out: a `Runner`: the native kernel on a CPU that it was written for, else torch.
+"""
+
+import torch
+
+from gptcore.config import ModelConfig
+from gptcore.devices import pick_device, pick_dtype
+from gptcore.engine.interface import Runner
+from gptcore.engine.native import NativeRunner, NativeUnavailable
+from gptcore.engine.settings import EngineSettings
+from gptcore.engine.torch_runner import TorchRunner
+from gptcore.errors import ConfigError, NoMemory
+from gptcore.hf_format import count_parameters
+from gptcore.memory import free_memory, require_memory
+from gptcore.package import Package
+
+MOST_SLOTS = {"cpu": 16, "cuda": 64, "mps": 16}
+"""A step first takes as long as reading the weights, however many sequences share it. From about so many on it is bound
+by arithmetic or by reading the cache, and one more would only make all the others slower."""
+SHARE = 0.5
+"""Of the memory that is free, so much may go to slots: activations, logits and other processes need some too."""
+PREFILL = {"cpu": 64, "cuda": 256, "mps": 64}
+"""Tokens of a prompt that go through the network at once: enough to be bound by arithmetic."""
+
+
+def make_runner(package: Package, settings: EngineSettings) -> Runner:
+    """The fastest runner that `settings` allow here. Raises ConfigError if there is none, or NoMemory."""
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    native = device.type == "cpu" and not settings.compile
+    if settings.backend == "native" and not native:
+        raise ConfigError("backend is 'native', which needs device cpu and compile off", param="backend")
+    note = ""
+    if native and settings.backend != "torch":
+        try:
+            check_memory(package, device, dtype, torch.float32)
+            model = package.load_model()
+            slots = count_slots(package.config, settings.slots, device, dtype)
+            return NativeRunner(model, slots, dtype, settings.threads)
+        except NativeUnavailable as error:
+            if settings.backend == "native":
+                raise ConfigError(f"backend is 'native', but {error}", param="backend") from error
+            note = f"not native: {error}"
+    check_memory(package, device, dtype, dtype)
+    model = package.load_model(device, dtype)
+    slots = count_slots(package.config, settings.slots, device, dtype)
+    return TorchRunner(model, slots, min(settings.prefill_tokens, PREFILL[device.type]), settings.compile, note)
+
+
+def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory that the keys and values of one slot take: each layer's, for a full context."""
+    return 2 * config.num_layers * config.kv_heads * config.head_size * config.context_length * dtype.itemsize
+
+
+def check_memory(package: Package, device: torch.device, dtype: torch.dtype, loaded: torch.dtype) -> None:
+    """Raises NoMemory if the model, loaded as `loaded` and packed as `dtype`, and one slot are more than is free."""
+    packed = {"packed weights": count_parameters(package.config) * dtype.itemsize}
+    slot = {"one slot of keys and values": slot_bytes(package.config, dtype)}
+    require_memory(f"the model in {package.path}", package.memory(loaded) | packed | slot, free_memory(device))
+
+
+def count_slots(config: ModelConfig, asked: int, device: torch.device, dtype: torch.dtype) -> int:
+    """`asked` slots, or for 0 as many as SHARE of the free memory holds, up to MOST_SLOTS.
+
+    Raises NoMemory if they do not fit into it, rather than have the system end the process.
+    """
+    free, size = free_memory(device), slot_bytes(config, dtype)
+    slots = asked or max(1, min(MOST_SLOTS[device.type], int(free * SHARE) // size))
+    if slots * size > free:
+        raise NoMemory(
+            f"slots is {slots}, which take {slots * size / 2**20:,.0f} MiB of keys and values, but only "
+            f"{free / 2**20:,.0f} MiB of memory are free; {free // size} would fit",
+            param="slots",
+        )
+    return slots

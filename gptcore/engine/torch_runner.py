@@ -1,0 +1,256 @@
+"""The network on torch, on any device: chunks of tokens in, logits out, the keys and values of every slot kept.
+
+Shapes: N slots, T tokens of each, C = hidden_size, H heads, K key/value heads of G = H / K heads each, D = head_dim,
+S = context_length, W positions that attention looks at, V = vocab_size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptcore.config import ModelConfig
+from gptcore.engine.interface import Chunk
+from gptcore.model import GPT, Block, rotate
+from gptcore.sampling import Row, next_tokens
+
+NARROWEST = 128
+"""Attention looks at the first 128 positions, 256 and so on: as few shapes, and so graphs, as waste at most half."""
+
+
+def _last(chunk: Chunk) -> Chunk:
+    return replace(chunk, start=chunk.start + len(chunk.tokens) - 1, tokens=chunk.tokens[-1:], wanted=1)
+
+
+class TorchRunner:
+    """A model on torch. Takes device and dtype from `model`, an evaluated GPT, whose weights it fuses and packs.
+
+    Shapes are static: a decode step always runs all N rows, those without a token writing where nobody reads; a
+    prompt goes through the network in windows of `prefill` positions, each token at the row that its position has in
+    the window. So a token's logits do not depend on who else is there, nor on how its prompt was cut at multiples of
+    `prefill`. Decoding and prefill have different shapes, and so round differently.
+    """
+
+    invariant = False
+
+    def __init__(self, model: GPT, slots: int, prefill: int, compile: bool = False, note: str = "") -> None:
+        config = model.config
+        self.slots, self.context_length, self.vocab_size = slots, config.context_length, config.vocab_size
+        self.reuse_granularity, self.note = min(prefill, config.context_length), note
+        self.dtype, self.device = model.embed_tokens.weight.dtype, model.embed_tokens.weight.device
+        packed = self.device.type == "cpu" and torch.backends.mkldnn.is_available() and not compile
+        with torch.no_grad():
+            self._net = _Network(model, packed)
+        # One position more than the context, where rows without a token write.
+        shape = (config.num_layers, slots, config.kv_heads, config.context_length + 1, config.head_size)
+        self._keys, self._values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        self.cache_bytes = self._keys.nbytes + self._values.nbytes
+        self._decode_step = torch.compile(self._step, dynamic=False) if compile else self._step
+        self._inputs = torch.zeros(3, slots, 1, dtype=torch.long, device=self.device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        cuda = self.device.type == "cuda"
+        self.name = "torch" + ", compiled" * compile + ", CUDA graphs" * cuda
+        if cuda:
+            self._capture()
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """See Runner."""
+        prefills = {chunk.slot: self._before_decode(chunk) for chunk in chunks}
+        written = {slot: self._prefill(chunk) for slot, chunk in prefills.items() if chunk.tokens}
+        decodes = [_last(chunk) for chunk in chunks if len(prefills[chunk.slot].tokens) < len(chunk.tokens)]
+        decoded = self._decode(decodes) if decodes else None  # (N, V)
+        slots = [chunk.slot for chunk in decodes]
+        if decoded is not None and slots == list(range(self.slots)) and not written:
+            return decoded
+        logits = [torch.empty(0, self.vocab_size, device=self.device)]
+        for chunk in chunks:
+            logits += written.get(chunk.slot, [])
+            if decoded is not None and chunk.slot in slots:
+                logits.append(decoded[chunk.slot, None])
+        return torch.cat(logits)
+
+    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        """See Runner."""
+        return next_tokens(logits, rows)
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See Runner."""
+        for cache in (self._keys, self._values):
+            cache[:, target, :, :length] = cache[:, source, :, :length]
+
+    def close(self) -> None:
+        """See Runner."""
+        del self._decode_step, self._graphs, self._net, self._keys, self._values
+
+    def _before_decode(self, chunk: Chunk) -> Chunk:
+        """What prefill computes of `chunk`. A last token alone in its window is decoded, however the chunk was cut."""
+        alone = chunk.wanted > 0 and (
+            len(chunk.tokens) == 1 or (chunk.start + len(chunk.tokens) - 1) % self.reuse_granularity == 0
+        )
+        return replace(chunk, tokens=chunk.tokens[:-1], wanted=chunk.wanted - 1) if alone else chunk
+
+    def _decode(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits (N, V) of one token per chunk, at the row of its slot; other rows mean nothing."""
+        tokens, positions, write = [0] * self.slots, [0] * self.slots, [self.context_length] * self.slots
+        for chunk in chunks:
+            tokens[chunk.slot] = chunk.tokens[0]
+            positions[chunk.slot] = write[chunk.slot] = chunk.start
+        self._inputs.copy_(torch.tensor([tokens, positions, write])[:, :, None])
+        width = self._width(1 + max(positions))
+        if width in self._graphs:
+            graph, logits = self._graphs[width]
+            graph.replay()
+            return logits
+        return self._decode_step(width)
+
+    def _step(self, width: int) -> Tensor:
+        x = self._net.hidden(self._inputs, self._keys, self._values, width)  # (N, 1, C)
+        return self._net.logits(x[:, 0])  # (N, V)
+
+    def _prefill(self, chunk: Chunk) -> list[Tensor]:
+        """Runs a chunk window by window; logits (., V) of its last `wanted` tokens, in pieces."""
+        S, P, slots = self.context_length, self.reuse_granularity, slice(chunk.slot, chunk.slot + 1)
+        end = chunk.start + len(chunk.tokens)
+        logits = []
+        for base in range(chunk.start // P * P, end, P):
+            begin, stop = max(base, chunk.start), min(base + P, end)
+            before, after = [0] * (begin - base), [0] * (base + P - stop)
+            tokens = [*before, *chunk.tokens[begin - chunk.start : stop - chunk.start], *after]
+            positions = [min(position, S - 1) for position in range(base, base + P)]
+            write = [position if begin <= position < stop else S for position in range(base, base + P)]
+            inputs = torch.tensor([[tokens], [positions], [write]], device=self.device)  # (3, 1, P)
+            width = self._width(min(base + P, S))
+            x = self._net.hidden(inputs, self._keys[:, slots], self._values[:, slots], width)  # (1, P, C)
+            for rows in x[0, max(begin, end - chunk.wanted) - base : stop - base].split(self.slots):
+                # As many rows as in a decode step, so that logits do not depend on how many are wanted.
+                padded = F.pad(rows, (0, 0, 0, self.slots - len(rows)))
+                logits.append(self._net.logits(padded)[: len(rows)])
+        return logits
+
+    def _width(self, length: int) -> int:
+        """How many positions attention looks at, if those wanted are the first `length`."""
+        width = NARROWEST
+        while width < length:
+            width *= 2
+        return min(width, self.context_length)
+
+    def _capture(self) -> None:
+        """Records a decode step of each width as a CUDA graph, which replays without a launch per kernel."""
+        pool = torch.cuda.graph_pool_handle()
+        side = torch.cuda.Stream(self.device)
+        with torch.cuda.device(self.device), torch.inference_mode():
+            for width in sorted({self._width(length) for length in range(1, self.context_length + 1)}):
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):  # a first run allocates and compiles, which a capture must not
+                    self._decode_step(width)
+                torch.cuda.current_stream().wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    logits = self._decode_step(width)
+                self._graphs[width] = graph, logits
+
+
+class _Network:
+    """A GPT's weights, fused, and how they turn tokens at any positions into logits."""
+
+    def __init__(self, model: GPT, packed: bool) -> None:
+        config = model.config
+        self.groups = config.num_heads // config.kv_heads
+        self.tokens = model.embed_tokens.weight
+        gpt2 = config.family == "gpt2"
+        self.positions = model.embed_positions.weight if gpt2 else None
+        self.rotary = None if gpt2 else (model.cos, model.sin)
+        self.layers = [_Layer(block, config, packed) for block in model.layers if isinstance(block, Block)]
+        self.norm = model.norm
+        self.head = _Linear([model.lm_head], packed)
+
+    def hidden(self, inputs: Tensor, keys: Tensor, values: Tensor, width: int) -> Tensor:
+        """The residual stream (N, T, C) behind the last layer; writes into keys and values (L, N, K, S+1, D).
+
+        `inputs` (3, N, T) are token ids, their positions, and where in the cache they are written. A token sees what
+        the first `width` places hold up to its position.
+        """
+        tokens, positions, write = inputs
+        N, T = tokens.shape
+        x = F.embedding(tokens, self.tokens)  # (N, T, C)
+        rotary = None
+        if self.positions is not None:
+            x = x + F.embedding(positions, self.positions)
+        elif self.rotary is not None:
+            cos, sin = (table[positions][:, :, None] for table in self.rotary)  # (N, T, 1, D)
+            rotary = cos, sin
+        later = torch.arange(width, device=x.device) > positions[:, None, None, :, None]  # (N, 1, 1, T, W)
+        bias = torch.zeros(later.shape, dtype=x.dtype, device=x.device).masked_fill_(later, float("-inf"))
+        bias = bias.expand(N, 1, self.groups, T, width).reshape(N, 1, -1, width)  # (N, 1, G T, W)
+        place = torch.arange(N, device=x.device)[:, None], write
+        for layer, k_cache, v_cache in zip(self.layers, keys, values, strict=True):
+            x = layer(x, rotary, bias, place, k_cache, v_cache)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (N, V) in fp32 for x (N, C)."""
+        return self.head(self.norm(x)).float()
+
+
+class _Layer:
+    """One block of a GPT: its weights fused and packed, its attention over a cache."""
+
+    def __init__(self, block: Block, config: ModelConfig, packed: bool) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.heads, self.kv_heads, self.gated = config.num_heads, config.kv_heads, mlp.gated
+        self.norm1, self.norm2 = block.input_layernorm, block.post_attention_layernorm
+        if config.family == "qwen3":
+            self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.qkv = _Linear([attention.q_proj, attention.k_proj, attention.v_proj], packed)
+        self.out = _Linear([attention.o_proj], packed)
+        self.up = _Linear([mlp.gate_proj, mlp.up_proj] if mlp.gated else [mlp.up_proj], packed)
+        self.down = _Linear([mlp.down_proj], packed)
+
+    def __call__(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        bias: Tensor,
+        place: tuple[Tensor, Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        N, T, _ = x.shape
+        H, K, W, D = self.heads, self.kv_heads, bias.size(-1), k_cache.size(-1)
+        q, k, v = self.qkv(self.norm1(x)).view(N, T, -1, D).split((H, K, K), dim=2)  # (N, T, H or K, D)
+        if rotary is not None:
+            q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        rows, write = place
+        k_cache[rows, :, write] = k
+        v_cache[rows, :, write] = v
+        # Heads that share keys and values are so many more queries of them: (N, K, G T, D).
+        q = q.reshape(N, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(N, K, -1, D)
+        y = F.scaled_dot_product_attention(q, k_cache[:, :, :W], v_cache[:, :, :W], attn_mask=bias)
+        y = y.view(N, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(N, T, H * D)
+        x = x + self.out(y)
+        hidden = self.up(self.norm2(x))
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            return x + self.down(F.silu(gate) * up)
+        return x + self.down(F.gelu(hidden, approximate="tanh"))
+
+
+class _Linear:
+    """Linear layers of one input as one; on a CPU with weights in the order that oneDNN reads them, which is faster."""
+
+    def __init__(self, parts: Sequence[nn.Module], packed: bool) -> None:
+        weights, biases = zip(*((part.weight, part.bias) for part in parts), strict=True)
+        weight: Tensor = torch.cat(weights) if len(parts) > 1 else weights[0].detach()
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        self.packed = packed
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)

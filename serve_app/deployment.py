@@ -1,0 +1,215 @@
+"""The service as Ray Serve runs it: one deployment whose replicas hold the engines and answer HTTP themselves.
+
+In come settings; out comes an application for `serve run`, `serve build` and Serve configs. Ray's proxy hands a
+request to a replica, where the FastAPI app of `api.py` answers it beside the engines: a second hop would halve the
+request rate. Ray scales, replaces and drains replicas; which model version answers is `models.py`'s business.
+"""
+
+import asyncio
+import errno
+import http.client
+import logging
+import os
+import socket
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import click
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import metrics as ray_metrics
+from ray.serve._private import api, client
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.context import _get_global_client
+from ray.serve.schema import LoggingConfig
+
+from gptcore.errors import ConfigError
+from gptcore.home import home
+from serve_app.errors import RETRY_AFTER_SECONDS
+from serve_app.front import haproxy, quiet
+from serve_app.http.app import create_api
+from serve_app.metrics import METRICS, Metric, Metrics
+from serve_app.models.catalog import Models
+from serve_app.settings import ServeSettings, load_settings
+
+log = logging.getLogger(__name__)
+
+NAME = "gpt"
+SPARE_REQUESTS = 10_000
+"""Of a replica whose engines are full: probes, pages, and requests whose bodies are on their way."""
+GAUGE_SECONDS = 5.0
+HEALTH_SECONDS = 1.0
+"""Between looks at a replica, and so how long one that is dead may go unnoticed."""
+SURGE_PERCENT = 25
+"""Replicas beside those there are while others replace them, rounded up: none leaves before its successor is ready."""
+START_SECONDS = 600
+"""For which `serve run` waits for a front on a busy machine; Ray's 60 s cannot be set otherwise."""
+LOOK_BACK_S = 15.0
+"""Of the autoscaler. Replicas report every 10 s, and one report is to be in it at all times."""
+
+
+class Service:
+    """A replica: the models, and the app in front of them."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        settings = replace(settings, threads=settings.threads or threads_of(settings), host=_host())
+        self.models = Models(settings)
+        self.metrics = Metrics(RaySink())
+        self.api = create_api(settings, self.models, self.metrics, tag_replies=False)
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Returns, and so lets requests in, once the models that are to be there from the start have been tried."""
+        await self.models.start()
+        self._gauges = asyncio.create_task(self._push_gauges())
+        return self.api
+
+    async def check_health(self) -> None:
+        """Raises if an engine has died: Ray then puts another replica in this one's place."""
+        self.models.check_health()
+
+    async def __del__(self) -> None:
+        """Called by Ray when the replica's requests have ended or its time to drain is up."""
+        self._gauges.cancel()
+        await self.models.close()
+
+    async def _push_gauges(self) -> None:
+        while True:
+            await asyncio.sleep(GAUGE_SECONDS)
+            self.metrics.push_gauges()
+
+
+class RaySink:
+    """Passes what `metrics.py` counts on to Ray's exporter, which adds the deployment and the replica as labels."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] = {metric.name: _ray_metric(metric) for metric in METRICS}
+
+    def __call__(self, metric: Metric, labels: dict[str, str], value: float) -> None:
+        """A `serve_app.metrics.Sink`."""
+        kept = self._kept[metric.name]
+        match metric.kind:
+            case "counter":
+                kept.inc(value, labels)
+            case "gauge":
+                kept.set(value, labels)
+            case "histogram":
+                kept.observe(value, labels)
+
+
+def build_app(args: Mapping[str, Any]) -> serve.Application:
+    """`build` from settings by name, above the environment's; for Serve's command line, as its errors are.
+
+    Under `serve run`, settings for host and port take effect here: Serve is started where they say.
+    """
+    try:
+        settings = load_settings(args)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+    command = click.get_current_context(silent=True)
+    if command and command.info_name == "run":
+        address = command.params.get("address") or os.environ.get("RAY_ADDRESS")
+        _check_address(settings, address)
+        if address in (None, "", "auto", "local"):  # else that Ray has its own environment
+            haproxy.prefer(body_seconds=settings.body_timeout_s)
+        _listen(settings, command.params)
+    return build(settings)
+
+
+def build(settings: ServeSettings) -> serve.Application:
+    """The application, with what Ray is to know of the settings."""
+    models = len({*settings.sources, settings.canary_name} - {""})
+    deployment: Any = serve.deployment(
+        name=NAME,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=settings.max_replicas,
+            target_ongoing_requests=settings.target_ongoing_requests,
+            upscale_delay_s=settings.upscale_delay_s,
+            downscale_delay_s=settings.downscale_delay_s,
+            look_back_period_s=LOOK_BACK_S,
+        ),
+        # More than the engines take, so that they are who refuses, in the API's own form. Ray's queue is for the time
+        # in which there is no replica: starting from zero, or replacing the only one.
+        max_ongoing_requests=models * settings.places + SPARE_REQUESTS,
+        max_queued_requests=settings.max_queue,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_SECONDS),
+        health_check_period_s=HEALTH_SECONDS,
+        max_surge_percent=SURGE_PERCENT,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        logging_config=LoggingConfig(enable_access_log=False),  # the middleware writes a line per request
+        ray_actor_options={
+            "num_cpus": settings.num_cpus,
+            "num_gpus": settings.num_gpus,
+            "runtime_env": {"env_vars": {"GPT_FOUNDRY_HOME": str(home())}},  # as it is here, for caches
+        },
+    )
+    return deployment(serve.ingress()(Service)).bind(settings)
+
+
+def threads_of(settings: ServeSettings) -> int:
+    """The CPUs that Ray keeps for a replica; if it keeps none, an equal share of this machine's."""
+    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(settings.num_cpus) or present // settings.max_replicas)
+
+
+def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
+    """Ends `serve run` with one line if it cannot listen where it should, which Ray would tell in pages."""
+    if ray_address not in (None, "", "auto", "local"):
+        return  # what is taken on that machine is not known here
+    six = ":" in settings.host
+    try:
+        socket.create_server((settings.host, settings.port), family=socket.AF_INET6 if six else socket.AF_INET).close()
+    except OSError as error:
+        address = f"[{settings.host}]:{settings.port}" if six else f"{settings.host}:{settings.port}"
+        if error.errno != errno.EADDRINUSE:
+            raise click.ClickException(f"cannot listen on {address}: {error.strerror}") from None
+        if not _is_serve(address.replace("0.0.0.0", "127.0.0.1")):  # else that is what will run this application
+            raise click.ClickException(
+                f"cannot listen on {address}: another program does; choose another, such as port={settings.port + 1}"
+            ) from None
+
+
+def _is_serve(address: str) -> bool:
+    """Whether Ray Serve listens there."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/-/healthz", timeout=5) as answer:
+            return bool(answer.read(100) == b"success")
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> None:
+    """Starts Serve on the address that was asked for, saying no more than it must. `flags` are `serve run`'s."""
+    quiet.hush()
+    if ray.is_initialized():
+        return
+    wanted = HTTPOptions(host=settings.host, port=settings.port)
+    if any(flags.get(name) for name in ("runtime_env", "runtime_env_json", "working_dir")):
+        if (wanted.host, wanted.port) == (HTTPOptions().host, HTTPOptions().port):
+            return  # Ray's own choice, too
+        raise click.ClickException(
+            "host and port do not go with a runtime environment; put both into a config, as deploy/serve.yaml has them"
+        )
+    for module in (api, client):
+        vars(module)["HTTP_PROXY_TIMEOUT"] = START_SECONDS
+    ray.init(address=flags.get("address"), namespace="serve")
+    serve.start(http_options=wanted, logging_config=quiet.SERVE_LOGGING)
+
+
+def _host() -> str:
+    """Where Serve listens, as seen from a replica: its config may say otherwise than the settings do."""
+    connected = _get_global_client()
+    assert connected is not None  # it raises where there is no Serve
+    return str(connected.http_config.host)
+
+
+def _ray_metric(metric: Metric) -> Any:
+    labels: Any = metric.labels  # Ray's type is that of one label
+    if metric.kind == "histogram":
+        return ray_metrics.Histogram(metric.name, metric.help, boundaries=list(metric.buckets), tag_keys=labels)
+    kind = ray_metrics.Counter if metric.kind == "counter" else ray_metrics.Gauge
+    return kind(metric.name, metric.help, tag_keys=labels)

@@ -1,0 +1,1 @@
+"""What stands in front of the replicas, and what it answers while no replica can."""

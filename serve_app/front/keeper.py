@@ -1,0 +1,217 @@
+"""Keeps HAProxy running: the program that Ray's manager starts in HAProxy's place.
+
+In come HAProxy's own arguments, as Ray gives them, and Ray's configuration; out goes an HAProxy with the configuration
+of `haproxy.amended`, which is started again within a tenth of a second when it dies, whatever else is being restarted.
+Ray tells its HAProxy by the process id that the command socket names; so that socket is ours, and names ours. A keeper
+takes the port over from the one before it. It outlives a manager that was killed, until there is another or Ray ends.
+"""
+
+import asyncio
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from serve_app.front import haproxy
+
+BACK_SECONDS = 0.1
+"""Between the death of HAProxy and the next one; doubled while they die at once."""
+MOST_BACK_SECONDS = 2.0
+STEADY_SECONDS = 5.0
+TAKE_OVER_SECONDS = 30.0
+ORPHAN_SECONDS = 60.0
+"""How long a keeper goes on without a manager, for Ray's controller to start another."""
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Keeper:
+    """One configuration of Ray's, and the HAProxy that runs it."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.config = Path(_after(arguments, "-f"))
+        self.flags = [flag for flag in arguments if flag in ("-db", "-dR")]
+        self.rays = [int(argument) for argument in _after_all(arguments, "-sf")]
+        text = self.config.read_text()
+        self.socket = haproxy.command_socket(text)
+        self.own_socket = self._of(os.getpid(), "s")
+        self.own_config = self._of(os.getpid(), "cfg")
+        self.fresh = self._of(os.getpid(), "new")
+        unavailable = self.config.with_name("unavailable.http")
+        unavailable.write_text(haproxy.whole_answer(), newline="")
+        self.before = _holder(self.config)
+        amended = haproxy.amended(text, self.own_socket, unavailable)
+        if self.before and not self.rays and not haproxy.has_backends(amended):
+            # Of a manager that has just started in the place of one that died: it is about to learn what there is.
+            with suppress(OSError):
+                known = self._of(self.before, "cfg").read_text()
+                amended = known.replace(str(self._of(self.before, "s")), str(self.own_socket))
+        self.own_config.write_text(amended)
+        self.binary = haproxy.binary()
+        self.child: asyncio.subprocess.Process | None = None
+        self.leaving = False
+
+    async def run(self) -> int:
+        """Starts HAProxy and keeps it until asked to stop; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            loop.add_signal_handler(number, self._leave, number)
+        await self._start(self.before)
+        if not await self._answers():
+            return self.child.returncode or 1 if self.child else 1
+        _hold(self.config)
+        server = await asyncio.start_unix_server(self._command, str(self.fresh))
+        os.replace(self.fresh, self.socket)
+        for keeper in {*self.rays, *([self.before] if self.before else [])}:  # Ray's own word for the soft stop
+            _tell(keeper, signal.SIGUSR1, self.config)
+        watching = asyncio.create_task(self._watch_ray())
+        code = await self._keep()
+        watching.cancel()
+        server.close()
+        return code
+
+    async def _start(self, before: int | None = None) -> None:
+        """Starts HAProxy, which takes the listening sockets over from the keeper `before`, if there is one."""
+        taking = ["-x", str(self._of(before, "s"))] if before else []
+        command = [self.binary, *self.flags, "-f", str(self.own_config), *taking]
+        self.child = await asyncio.create_subprocess_exec(*command, preexec_fn=_die_with_parent)
+
+    async def _answers(self) -> bool:
+        """Waits until HAProxy takes commands; False if it ends instead, having said why."""
+        deadline = time.monotonic() + TAKE_OVER_SECONDS
+        while self.child and self.child.returncode is None and time.monotonic() < deadline:
+            with suppress(OSError):
+                if await self._ask(b"show info\n"):
+                    return True
+            await asyncio.sleep(0.02)
+        return False
+
+    async def _keep(self) -> int:
+        """Starts HAProxy again whenever it dies, until the keeper is to leave; returns the last exit code."""
+        pause = BACK_SECONDS
+        while True:
+            assert self.child
+            begun = time.monotonic()
+            code = await self.child.wait()
+            if self.leaving:
+                return max(code, 0)
+            pause = BACK_SECONDS if time.monotonic() - begun > STEADY_SECONDS else min(2 * pause, MOST_BACK_SECONDS)
+            print(f"HAProxy ended with {code}; starting it again", file=sys.stderr, flush=True)
+            await asyncio.sleep(pause)
+            await self._start()
+
+    def _leave(self, number: int) -> None:
+        """Passes a stop on: SIGUSR1 lets HAProxy finish what it answers, SIGTERM does not."""
+        self.leaving = True
+        if self.child and self.child.returncode is None:
+            self.child.send_signal(number)
+
+    async def _command(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Passes a command of Ray's on to HAProxy; in the answer, HAProxy's process id becomes the keeper's."""
+        with suppress(OSError):
+            answer = await self._ask(await reader.readline())
+            writer.write(re.sub(rb"(?m)^Pid: \d+", b"Pid: %d" % os.getpid(), answer))
+            await writer.drain()
+        writer.close()
+
+    async def _ask(self, command: bytes) -> bytes:
+        reader, writer = await asyncio.open_unix_connection(str(self.own_socket))
+        try:
+            writer.write(command)
+            return await reader.read()
+        finally:
+            writer.close()
+
+    def _of(self, keeper: int, kind: str) -> Path:
+        """A file of that keeper's: its HAProxy's configuration (cfg), its command socket (s), or one in the making."""
+        return self.socket.with_name(f"{keeper}.{kind}")
+
+    async def _watch_ray(self) -> None:
+        """Ends the keeper with Ray; one whose manager died alone waits for the next manager's keeper."""
+        manager = os.getppid()
+        node = os.pidfd_open(_parent(manager)) if hasattr(os, "pidfd_open") else None
+        loop, gone, orphaned = asyncio.get_running_loop(), asyncio.Event(), 0.0
+        if node is not None:
+            loop.add_reader(node, gone.set)
+        while not gone.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(gone.wait(), 0.5)
+            if os.getppid() != manager:
+                orphaned = orphaned or time.monotonic()
+                if time.monotonic() - orphaned > ORPHAN_SECONDS:
+                    break
+        self._leave(signal.SIGTERM)
+
+
+def _die_with_parent() -> None:
+    """In the child: it is killed when its keeper is, which is how Ray stops an HAProxy."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _hold(config: Path) -> None:
+    """Notes that this keeper has the port of `config`."""
+    note = config.with_name(f"{os.getpid()}.note")
+    note.write_text(str(os.getpid()))
+    os.replace(note, config.with_name("keeper"))
+
+
+def _holder(config: Path) -> int | None:
+    """The keeper that has the port now, if it lives: with or without a manager."""
+    with suppress(OSError, ValueError):
+        keeper = int(config.with_name("keeper").read_text())
+        return keeper if _keeps(keeper, config) else None
+    return None
+
+
+def _keeps(pid: int, config: Path) -> bool:
+    """Whether that process is a keeper of `config`, and not another that got the same id."""
+    try:
+        return os.fsencode(config) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _tell(pid: int, number: int, config: Path) -> None:
+    if pid != os.getpid() and _keeps(pid, config):
+        with suppress(OSError):
+            os.kill(pid, number)
+
+
+def _parent(pid: int) -> int:
+    """The parent of a process, as Linux tells it."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _after(arguments: list[str], flag: str) -> str:
+    return arguments[arguments.index(flag) + 1]
+
+
+def _after_all(arguments: list[str], flag: str) -> list[str]:
+    """Every number behind `flag`."""
+    if flag not in arguments:
+        return []
+    behind = arguments[arguments.index(flag) + 1 :]
+    return behind[: next((i for i, argument in enumerate(behind) if not argument.isdigit()), len(behind))]
+
+
+def main() -> int:
+    """As Ray starts it."""
+    arguments = sys.argv[1:]
+    if "-f" not in arguments:  # such as -v
+        return subprocess.call([haproxy.binary(), *arguments])
+    os.setsid()  # neither Ctrl-C in the terminal nor Ray, when it clears away behind a dead manager, means us
+    keeper = Keeper(arguments)
+    try:
+        return asyncio.run(keeper.run())
+    finally:
+        for path in (keeper.own_socket, keeper.own_config, keeper.fresh):
+            path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From a checked body to the engine and back."""

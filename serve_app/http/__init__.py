@@ -1,0 +1,1 @@
+"""The HTTP app of one replica: routes, request bodies, limits, errors and logs."""

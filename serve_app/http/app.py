@@ -1,0 +1,170 @@
+"""The HTTP app of one replica: routes, limits, errors and metrics around the models that it holds.
+
+In come settings and `Models`, out goes a FastAPI app that knows nothing of Ray: `service.py` puts it into a deployment,
+tests call it directly. Whoever made the models starts and closes them.
+"""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from serve_app.errors import add_handlers, error_responses
+from serve_app.http.logs import configure_logging
+from serve_app.http.middleware import ApiKeys, Bodies, Deadline, Failures, Hosts, Origins, RequestLog, is_loopback
+from serve_app.http.routes import compat, native, openai, ops, playground, tokens
+from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading
+from serve_app.models.catalog import Models
+from serve_app.settings import ServeSettings
+from serve_app.state import AppState
+
+DESCRIPTION = """\
+Continues text with models from an MLflow registry, a Hugging Face hub or a folder.
+
+Every reply carries `x-request-id` (the request's own, if it is short and plain) and, where a model took part,
+`x-model-version: <name>/<version>`. Every failure has OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
+Bodies are JSON, whatever their content-type says. With API keys set, every route but the probes, the metrics and the
+pages asks for `Authorization: Bearer <key>`.
+"""
+
+EVENT_STREAM = "text/event-stream"
+EVENT = {
+    "type": "object",
+    "properties": {
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "description": "A part of the reply as JSON, an error in midstream, or [DONE] at the end.",
+        }
+    },
+    "required": ["data"],
+}
+
+
+def create_api(
+    settings: ServeSettings, models: Models, metrics: Metrics | None = None, tag_replies: bool = True
+) -> FastAPI:
+    """The app. `metrics` is given where somebody else counts too; each app otherwise has its own.
+
+    `tag_replies` is false where a proxy in front puts x-request-id on replies itself, as Ray Serve's does.
+    """
+    configure_logging(settings.log_level)
+    metrics = metrics or Metrics()
+    metrics.gauges = lambda: _gauges(models)
+    models.on_reload(metrics.reload)
+    state = AppState(settings, models, metrics)
+    app = FastAPI(
+        title="GPT Foundry",
+        version=version("gpt-foundry"),
+        description=DESCRIPTION,
+        middleware=_middleware(settings, metrics, tag_replies),
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+    )
+    add_handlers(app)
+    # Checked by ApiKeys, before a body is read; here it says in the OpenAPI document what to send.
+    documented = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
+    for routes in (native, openai, tokens, compat):
+        app.include_router(_answering_head(routes.router(state)), responses=error_responses(), dependencies=documented)
+    app.include_router(_answering_head(ops.router(state, documented)))
+    app.include_router(playground.router(state))
+    _describe(app)
+    return app
+
+
+def _answering_head(routes: APIRouter) -> APIRouter:
+    """`routes`, HEAD answered wherever GET is: the server leaves the body out. The document has GET alone."""
+    for route in list(routes.routes):
+        if isinstance(route, APIRoute) and route.methods == {"GET"}:
+            routes.routes.append(
+                APIRoute(
+                    route.path,
+                    route.endpoint,
+                    methods=["HEAD"],
+                    response_model=route.response_model,
+                    response_class=route.response_class,
+                    include_in_schema=False,
+                )
+            )
+    return routes
+
+
+def _describe(app: FastAPI) -> None:
+    """Make the OpenAPI document, which FastAPI keeps, and say in it what FastAPI does not know.
+
+    Errors of validation are 400 and not 422, streams have events, and null is as good as leaving a field out, one that
+    there is not included: clients send null for whatever their own API has and ours may not.
+    """
+    document = app.openapi()
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    for responses in (operation["responses"] for operation in operations):
+        responses.pop("422", None)
+        content = responses["200"].get("content", {})
+        if EVENT_STREAM in content:
+            content[EVENT_STREAM] = {"itemSchema": EVENT}
+    schemas = document["components"]["schemas"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    for body in (schema for schema in schemas.values() if schema.get("additionalProperties") is False):
+        for name in set(body["properties"]) - set(body.get("required", ())):
+            body["properties"][name] = _nullable(body["properties"][name])
+        body["additionalProperties"] = {"type": "null"}
+        body["properties"] = _overlapping(body["properties"])
+
+
+def _overlapping(schema: Any) -> Any:
+    """The schema with anyOf for oneOf: pydantic takes a tagged union's kinds for exclusive; [] is of several."""
+    if isinstance(schema, dict):
+        return {"anyOf" if key == "oneOf" else key: _overlapping(value) for key, value in schema.items()}
+    return [_overlapping(part) for part in schema] if isinstance(schema, list) else schema
+
+
+def _nullable(field: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field that may be null, too; what is said about the field stays outside."""
+    said: dict[str, Any] = {key: field[key] for key in ("title", "description", "default") if key in field}
+    kinds = field.get("anyOf", [{key: value for key, value in field.items() if key not in said}])
+    null = {"type": "null"}
+    return {"anyOf": [*kinds, *([] if null in kinds else [null])], **said}
+
+
+def _middleware(settings: ServeSettings, metrics: Metrics, tag_replies: bool) -> list[Middleware]:
+    """The layers, from the outside in."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "x-model-version", "retry-after"),
+    )
+    return [
+        Middleware(RequestLog, metrics=metrics, tag=tag_replies),
+        *([cors] if settings.cors_origins else []),
+        Middleware(Failures),
+        *([Middleware(Hosts, allowed=settings.allowed_hosts)] if _asks_for_hosts(settings) else []),
+        Middleware(Origins, allowed=settings.cors_origins),
+        Middleware(ApiKeys, keys=settings.api_keys),
+        Middleware(Bodies, limit=settings.max_body_bytes, seconds=settings.body_timeout_s),
+        Middleware(Deadline, seconds=settings.request_timeout_s),
+    ]
+
+
+def _asks_for_hosts(settings: ServeSettings) -> bool:
+    """Whether names are checked: where they were listed, and where being on the machine is all that is asked for."""
+    return bool(settings.allowed_hosts) or (is_loopback(settings.host) and not settings.api_keys)
+
+
+def _gauges(models: Models) -> Iterator[Reading]:
+    """What the engines are doing now."""
+    for served in models.loaded():
+        labels, stats = (served.name, served.version), served.engine.stats()
+        yield LOADED, labels, 1.0
+        yield RUNNING, labels, stats.running
+        yield WAITING, labels, stats.waiting
+        yield SLOTS, labels, stats.slots
+        yield SLOTS_USED, labels, stats.slots_used

@@ -1,0 +1,68 @@
+"""Text to token ids and back over HTTP, as vLLM has it: `/tokenize`, `/detokenize` and `/tokenizer_info`.
+
+With these a client need not have the model's folder: `lm-eval` counts the tokens of a context with them. The ids are
+those that `/v1/completions` makes of a text, so the characters of a special token are text like any other. One case
+is an exception: a text that is nothing but `<|endoftext|>` is that token, since this is how clients ask for its id.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from gptcore.errors import ConfigError
+from gptcore.tokenizer import EOT
+from serve_app.generation.generation import LONG_TEXT, encoded, to_json
+from serve_app.http.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
+from serve_app.models.load import ServedModel
+from serve_app.state import AppState
+
+
+def router(state: AppState) -> APIRouter:
+    """The three routes."""
+    routes = APIRouter(tags=["tokens"])
+
+    @routes.post("/tokenize", response_model=None, responses={200: {"model": Tokenized}}, summary="Text to token ids")
+    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+        async with state.models.lease(body.model, request.state.request_id) as served:
+            tokenizer = served.package.tokenizer
+            ids = (tokenizer.eot,) if body.prompt == EOT else await encoded(tokenizer, body.prompt)
+
+            def reply() -> dict[str, Any]:
+                spelled = [tokenizer.spelling(token) for token in ids] if body.return_token_strs else None
+                length = served.engine.info.context_length
+                return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": spelled}
+
+            return await _answer(served, reply, len(ids))
+
+    @routes.post(
+        "/detokenize", response_model=None, responses={200: {"model": Detokenized}}, summary="Token ids to text"
+    )
+    async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+        async with state.models.lease(body.model, request.state.request_id) as served:
+            tokenizer = served.package.tokenizer
+            if body.tokens and (largest := max(body.tokens)) >= tokenizer.vocab_size:
+                most = tokenizer.vocab_size - 1
+                raise ConfigError(f"tokens has the token id {largest}; this model's go from 0 to {most}", "tokens")
+            return await _answer(served, lambda: {"prompt": tokenizer.decode(body.tokens)}, len(body.tokens))
+
+    @routes.get("/tokenizer_info", response_model=None, responses={200: {"model": TokenizerInfo}})
+    async def tokenizer_info(request: Request) -> Response:
+        """The default model's tokenizer, in the words of `transformers`' tokenizer_config.json."""
+        async with state.models.lease(None, request.state.request_id) as served:
+            info = TokenizerInfo(model_max_length=served.engine.info.context_length)
+            return await _answer(served, info.model_dump, 1)
+
+    return routes
+
+
+async def _answer(served: ServedModel, reply: Callable[[], dict[str, Any]], size: int) -> Response:
+    """`reply()` as JSON. Much of it is written in a thread: the event loop has other streams to serve."""
+
+    def written() -> bytes:
+        return to_json(reply()).encode()
+
+    body = written() if size < LONG_TEXT else await asyncio.to_thread(written)
+    headers = {"x-model-version": f"{served.name}/{served.version}"}
+    return Response(body, media_type="application/json", headers=headers)

@@ -1,0 +1,1 @@
+"""The models that a replica holds: loaded from the registry, followed as aliases move."""

@@ -1,0 +1,224 @@
+"""The models that a replica holds, by name: who gets which version, and what there is to tell about each.
+
+In come the settings' names and sources; out come leases. Whoever holds a lease keeps its version running, however
+often the registry's aliases move meanwhile. One source is held once, whatever names it has. Everything here belongs
+to one event loop.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+from gptcore.engine.engine import Engine
+from gptcore.errors import EngineError, did_you_mean
+from gptcore.redact import without_password
+from serve_app.errors import ApiError, without_folders
+from serve_app.models.follow import Model, OnReload
+from serve_app.models.load import MakeEngine, ServedModel
+from serve_app.models.registry import Registry
+from serve_app.settings import ALL, ServeSettings, default_tracking_uri
+
+__all__ = ["ModelStatus", "Models", "ServedModel"]
+
+START_PATIENCE_S = 30.0
+"""How long a replica that starts waits for a registry that does not answer, rather than begin without its model."""
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """What there is to tell about one name. What is known of loaded models only is None for others."""
+
+    name: str
+    source: str
+    state: str
+    """ready, loading, failed, or unloaded until somebody asks for it."""
+    default: bool
+    canary_share: float | None
+    error: str | None
+    """Why it is not loaded, or why it does not follow its alias."""
+    refused: dict[str, str]
+    """Versions that could not be loaded, and why."""
+    loading: str | None = None
+    """What is being loaded, and since when; another version may serve meanwhile."""
+    version: str | None = None
+    alias: str | None = None
+    loaded_at: str | None = None
+    """ISO 8601, UTC."""
+    parameters: int | None = None
+    family: str | None = None
+    context_length: int | None = None
+    vocab_size: int | None = None
+    runner: str | None = None
+    dtype: str | None = None
+    slots: int | None = None
+    run_id: str | None = None
+    run_url: str | None = None
+    bits_per_byte: float | None = None
+    data: str | None = None
+    data_fingerprint: str | None = None
+    git_commit: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+class Models:
+    """All models of a service, with the canary beside them. Nothing is loaded before `start`."""
+
+    def __init__(
+        self, settings: ServeSettings, registry: Registry | None = None, make_engine: MakeEngine = Engine
+    ) -> None:
+        self.settings = settings
+        self.default = settings.default_model
+        self._canary = settings.canary_share
+        self._canary_name = settings.canary_name
+        sources = settings.sources
+        listed = set(sources.values())
+        if self._canary:
+            sources.setdefault(self._canary_name, self._canary.source)
+        registry = registry or Registry(settings.tracking_uri or default_tracking_uri())
+        by_source: dict[str, Model] = {}
+        for name, source in sources.items():
+            if source not in by_source:
+                by_source[source] = Model(name, source, settings, registry, make_engine)
+        self._models = {name: by_source[source] for name, source in sources.items()}
+        self._sources = list(by_source.values())
+        self._models[self.default].essential = True
+        named_eager = sources if ALL in settings.eager else settings.eager
+        eager = [self.default, *named_eager, *([self._canary_name] if self._canary else [])]
+        self._eager = [model for model in self._sources if model in [self._models[name] for name in eager]]
+        if self._canary:
+            canary = self._models[self._canary_name]
+            canary.optional = canary.source not in listed
+        self._watching: list[asyncio.Task[None]] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether the default model is loaded and its engine alive."""
+        return self._models[self.default].state == "ready"
+
+    def on_reload(self, call: OnReload) -> None:
+        """Has `call(name, succeeded)` called after every attempt to follow an alias."""
+        for model in self._sources:
+            model.on_reload = call
+
+    async def start(self) -> None:
+        """Loads the models that are to be there from the start, then watches their sources. Raises nothing.
+
+        While the registry does not answer, it waits up to `START_PATIENCE_S` for the default model: a replica that
+        comes up meanwhile should not turn away requests that others would answer.
+        """
+        await asyncio.gather(*(model.refresh() for model in self._eager))
+        default = self._models[self.default]
+        try:
+            async with asyncio.timeout(START_PATIENCE_S):
+                while default.current is None and default.registry_away:
+                    await asyncio.sleep(min(1.0, self.settings.poll_seconds))
+                    await default.refresh()
+        except TimeoutError:
+            pass
+        self._watching = [asyncio.create_task(self._watch(model)) for model in self._sources]
+
+    async def poll(self) -> None:
+        """Looks once at each source that is loaded or is to be, as the watch does every `poll_seconds`."""
+        await asyncio.gather(*(model.refresh() for model in self._sources if self._wanted(model)))
+
+    @asynccontextmanager
+    async def lease(self, name: str | None, request_id: str) -> AsyncIterator[ServedModel]:
+        """The model that is to answer a request, kept until the context is left.
+
+        Without a name, or with the default model's, the canary gets its share. Raises ApiError 404 for an unknown
+        name, and 503 for a model that is not ready.
+        """
+        name = self._choose(name, request_id)
+        held = await self._models[name].get()
+        held.take()
+        try:
+            yield replace(held.served, name=name)
+        finally:
+            held.give_back()
+
+    def loaded(self) -> list[ServedModel]:
+        """Every version that has an engine, once per name, those included that only finish what they began."""
+        return [replace(held.served, name=name) for name, model in self._models.items() for held in model.held]
+
+    def describe(self) -> list[ModelStatus]:
+        """What there is to tell about each name, the default model first."""
+        return [self._status(name, model) for name, model in self._models.items()]
+
+    def check_health(self) -> None:
+        """Raises EngineError if an engine that is to answer has died."""
+        for model in self._sources:
+            if model.current is not None and not model.current.served.engine.alive:
+                raise EngineError(f"the engine of {model.current.served.label} has died")
+
+    async def left(self) -> None:
+        """Returns when every version that was replaced so far is closed."""
+        await asyncio.gather(*(model.left() for model in self._sources))
+
+    async def close(self) -> None:
+        """Stops watching, lets requests finish, and closes every engine."""
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
+        await asyncio.gather(*(model.close() for model in self._sources))
+
+    async def _watch(self, model: Model) -> None:
+        while True:
+            await asyncio.sleep(self.settings.poll_seconds)
+            if self._wanted(model):
+                await model.refresh()
+
+    def _wanted(self, model: Model) -> bool:
+        return model.current is not None or model in self._eager
+
+    def _choose(self, name: str | None, request_id: str) -> str:
+        if name is not None and name not in self._models:
+            near = did_you_mean(name[:64], self._models)
+            message = f"there is no model {name[:64]!r}; there are {', '.join(self._models)}.{near}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        if self._canary is None or (name or self.default) != self.default:
+            return name or self.default
+        ready = self._models[self._canary_name].state == "ready"
+        return self._canary_name if ready and share_of(request_id) < self._canary.share else self.default
+
+    def _status(self, name: str, model: Model) -> ModelStatus:
+        status = ModelStatus(
+            name=name,
+            source=without_folders(without_password(model.source)),
+            state=model.state,
+            default=name == self.default,
+            canary_share=self._canary.share if self._canary and name == self._canary_name else None,
+            error=without_folders(model.error) if model.error else None,
+            refused={v: without_folders(refusal.reason) for v, refusal in model.refused.items() if v},
+            loading=model.loading,
+        )
+        if model.current is None:
+            return status
+        served = model.current.served
+        config, info, lineage = served.package.config, served.engine.info, served.lineage
+        return replace(
+            status,
+            version=served.version,
+            alias=served.alias,
+            loaded_at=served.loaded_at.isoformat(timespec="seconds"),
+            parameters=served.parameters,
+            family=config.family,
+            context_length=info.context_length,
+            vocab_size=served.package.tokenizer.vocab_size,
+            runner=info.runner,
+            dtype=info.dtype,
+            slots=info.slots,
+            run_id=lineage.run_id,
+            run_url=lineage.run_url,
+            bits_per_byte=lineage.bits_per_byte,
+            data=without_folders(lineage.data) if lineage.data else None,
+            data_fingerprint=lineage.data_fingerprint,
+            git_commit=lineage.git_commit,
+            tags={name: without_folders(value) for name, value in lineage.tags.items()},
+        )
+
+
+def share_of(request_id: str) -> float:
+    """A number in [0, 1) that depends on the id alone, and spreads evenly over ids."""
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8]) / 2**64

@@ -1,0 +1,295 @@
+"""One source of a model in a replica: at most one current version, and those that finish what they began.
+
+In come the registry's answers; out come `Held` versions for `models.py` to lease. When an alias has moved, the new
+version is loaded beside the current one and then takes its place; the old one's engine is closed when its last lease
+has ended. A version that cannot be loaded is refused and remembered, and changes nothing else.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from gptcore.engine.async_engine import AsyncEngine
+from gptcore.errors import FoundryError, HubError, NoMemory, QueueFull
+from gptcore.redact import without_password
+from serve_app.errors import ApiError, without_folders
+from serve_app.models.journal import Journal
+from serve_app.models.load import LoadTimeout, MakeEngine, ServedModel, alias_of, load
+from serve_app.models.registry import Registry
+from serve_app.settings import ServeSettings
+
+log = logging.getLogger(__name__)
+
+LONGEST_BACKOFF_S = 300.0
+PINNED = ""
+"""Stands for the version of a source that has but one."""
+
+OnReload = Callable[[str, bool], None]
+
+
+class Held:
+    """A loaded version and how many leases there are on it."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
+        self.leases = 0
+        self.free = asyncio.Event()
+        self.free.set()
+
+    def take(self) -> None:
+        """Begins a lease."""
+        self.leases += 1
+        self.free.clear()
+
+    def give_back(self) -> None:
+        """Ends a lease."""
+        self.leases -= 1
+        if not self.leases:
+            self.free.set()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A version that could not be loaded: why, and after how many seconds and when (monotonic time) it may be again."""
+
+    reason: str
+    wait: float
+    retry_at: float
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is too early for another attempt."""
+        return time.monotonic() < self.retry_at
+
+
+def refusal(error: Exception, before: Refusal | None, first_wait: float) -> Refusal:
+    """The waits double. Files that lack their hash, or numbers that are none, are no better next time: no retry."""
+    hopeless = isinstance(error, FoundryError) and not isinstance(error, HubError | NoMemory)
+    wait = math.inf if hopeless else min(2 * before.wait if before else first_wait, LONGEST_BACKOFF_S)
+    return Refusal(reason_of(error), wait, time.monotonic() + wait)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for people; the type's name where the message alone would not say much."""
+    text = without_password(" ".join(str(error).split()))
+    return text if isinstance(error, FoundryError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+class Model:
+    """A source under the name that it is served as. Belongs to one event loop; what blocks runs in threads."""
+
+    def __init__(
+        self, name: str, source: str, settings: ServeSettings, registry: Registry, make_engine: MakeEngine
+    ) -> None:
+        self.name = name
+        self.source = source
+        self.alias = alias_of(source)
+        self.optional = False
+        """Whether it is let go once its alias points to nothing."""
+        self.essential = False
+        """Whether the service is nothing without it: then a version of which a replica died is tried again soon."""
+        self.loading: str | None = None
+        """What is being loaded, and since when."""
+        self.on_reload: OnReload = lambda name, succeeded: None
+        self.current: Held | None = None
+        self.error: str | None = None
+        """Why nothing is loaded, or why the alias is not followed."""
+        self.refused: dict[str, Refusal] = {}
+        self.registry_away = False
+        self._settings = settings
+        self._registry = registry
+        self._make_engine = make_engine
+        self._journal = Journal(source, registry.tracking_uri)
+        self._stuck: dict[str, AsyncEngine] = {}
+        self._refreshing: asyncio.Task[None] | None = None
+        self._waiting = 0
+        self._tried_at = -math.inf
+        self._leaving: dict[asyncio.Task[None], Held] = {}
+
+    @property
+    def state(self) -> str:
+        """ready, loading, failed, or unloaded until somebody asks for it."""
+        if self.current is not None:
+            return "ready" if self.current.served.engine.alive else "failed"
+        if self._refreshing is not None:
+            return "loading"
+        return "failed" if self.error else "unloaded"
+
+    @property
+    def held(self) -> list[Held]:
+        """The current version, and those that are being let go."""
+        return ([self.current] if self.current else []) + list(self._leaving.values())
+
+    async def get(self) -> Held:
+        """The current version, loaded first if there is none; those who ask meanwhile share the one load.
+
+        Raises ApiError 503 with the reason if it cannot be loaded, or could not a moment ago, and QueueFull if as many
+        wait for the load as its engine will have room for.
+        """
+        waited = time.monotonic() - self._tried_at
+        if self.current is None and (self._refreshing is not None or waited >= self._settings.poll_seconds):
+            if self._waiting >= self._settings.places:
+                raise QueueFull(
+                    f"{self._waiting} requests wait for the model {self.name!r} to load; no more than "
+                    f"{self._settings.places} may. Try again later"
+                )
+            self._waiting += 1
+            try:
+                await self.refresh()
+            finally:
+                self._waiting -= 1
+        if self.current is None:
+            raise ApiError(
+                503,
+                f"the model {self.name!r} is not ready: {without_folders(str(self.error))}",
+                param="model",
+                code="model_not_ready",
+                headers={"retry-after": str(max(1, math.ceil(self._settings.poll_seconds)))},
+            )
+        return self.current
+
+    async def refresh(self) -> None:
+        """Asks where the source points, and loads what is there unless it is loaded or was refused. Raises nothing.
+
+        Calls that come while one is at work wait for that one, and a caller that is cancelled does not end it.
+        """
+        if self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._refresh())
+        await asyncio.wait((self._refreshing,))
+
+    async def left(self) -> None:
+        """Returns when every version that was let go so far is closed."""
+        await asyncio.gather(*self._leaving)
+
+    async def close(self) -> None:
+        """Ends a load at work, lets requests finish, and closes every engine."""
+        self.error = "the service is closing"
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.wait((self._refreshing,))
+            self._refreshing = None  # cancelled before its first step, it did not do so itself
+        self._put(None)
+        self._tried_at = math.inf  # so a late request loads nothing again
+        await self.left()
+
+    async def _refresh(self) -> None:
+        try:
+            if self.alias is None:
+                if self.current is None:
+                    await self._take_first([PINNED], alone=self.essential)
+                    self._report(self._reason(PINNED))
+                return
+            version = await asyncio.to_thread(self._registry.version, *self.alias)
+            self.registry_away = False
+            if version is None:
+                self._report("no version of the registered model {!r} has the alias {!r}".format(*self.alias))
+                if self.optional:
+                    self._put(None)
+            elif self.current is None:
+                await self._take_first([version])
+                if self.current is None:  # then what was served before it, as the other replicas still do
+                    await self._take_first([served] if (served := self._journal.served()) else [])
+                if self.current is None:
+                    earlier = await asyncio.to_thread(self._registry.earlier_champions, self.alias[0], version)
+                    await self._take_first(earlier)
+                if self.current is None and self.essential:
+                    await self._take_first([version], alone=True)
+                self._report(self._reason(version))
+            elif version != self.current.served.version:
+                if self._may_try(version):
+                    await self._follow(version)
+                self._report(self._reason(version))
+            else:
+                self._report(None)
+        except Exception as error:  # of the registry; whatever it is, what is loaded serves on
+            self.registry_away = True
+            self._report(f"cannot ask where {self.source} points: {reason_of(error)}")
+        finally:
+            self._refreshing, self._tried_at = None, time.monotonic()
+
+    async def _take_first(self, versions: list[str], alone: bool = False) -> None:
+        """Loads the first of `versions` that can be loaded; `alone`: there is nothing else to serve."""
+        for version in versions:
+            if self._may_try(version, alone) and (served := await self._start(version)):
+                self._put(served)
+                return
+
+    async def _follow(self, version: str) -> None:
+        """Loads `version` beside the current one, and puts it in its place."""
+        log.info("%s moves to version %s", self.source, version)
+        served = await self._start(version)
+        if served:
+            self._put(served)
+        self.on_reload(self.name, served is not None)
+
+    async def _start(self, version: str) -> ServedModel | None:
+        """`version` loaded and warm; None if that failed, which is remembered."""
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        self.loading = f"loading version {version} since {since}" if version else f"loading since {since}"
+        try:
+            with self._journal.load(version):
+                served = await load(
+                    self.name,
+                    self.source,
+                    version or None,
+                    self._settings.engine,
+                    self._registry,
+                    make_engine=self._make_engine,
+                    seconds=self._settings.load_seconds,
+                )
+        except Exception as error:  # bad files, no memory, a compiler's: the service outlives them all
+            if isinstance(error, LoadTimeout):
+                self._stuck[version] = error.engine
+            self.refused[version] = refusal(error, self.refused.get(version), self._settings.poll_seconds)
+            return None
+        finally:
+            self.loading = None
+        self._journal.serves(version)
+        self.refused.pop(version, None)
+        log.info("%s is ready", served.label, extra={"source": served.source, "runner": served.engine.info.runner})
+        return served
+
+    def _may_try(self, version: str, alone: bool = False) -> bool:
+        """Whether `version` was not refused, or long enough ago; nor has killed a replica, or long enough ago."""
+        known = self.refused.get(version)
+        if known is not None and known.stands:
+            return False
+        if version in self._stuck:
+            if self._stuck[version].at_work:  # a second attempt would hang beside it
+                return False
+            del self._stuck[version]
+        deaths = self._journal.deaths(version)
+        if deaths is not None and time.time() < deaths.retry_at(alone):
+            self.refused[version] = Refusal(deaths.reason, self._settings.poll_seconds, -math.inf)
+            return False
+        return True
+
+    def _reason(self, version: str) -> str | None:
+        """Why `version` was refused, if it was, even if it may be tried again."""
+        known = self.refused.get(version)
+        if known is None:
+            return None
+        return f"version {version} was refused: {known.reason}" if version else known.reason
+
+    def _put(self, served: ServedModel | None) -> None:
+        """Makes `served` the current version and lets the one before go: its requests end on it."""
+        before, self.current = self.current, Held(served) if served else None
+        if before is not None:
+            task = asyncio.create_task(self._leave(before))
+            self._leaving[task] = before
+            task.add_done_callback(self._leaving.pop)
+
+    async def _leave(self, held: Held) -> None:
+        await held.free.wait()
+        await held.served.engine.close()
+        log.info("%s is closed", held.served.label)
+
+    def _report(self, error: str | None) -> None:
+        """Remembers what is wrong, if anything, and logs it when it is news."""
+        if error and error != self.error:
+            log.warning("model %s: %s", self.name, error)
+        self.error = error

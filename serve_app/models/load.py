@@ -1,0 +1,155 @@
+"""From a model's source to an engine that answers.
+
+In come a source (a folder, models:/…, runs:/… or hf:…) and the engine's settings; out comes a `ServedModel`: the
+package found, verified, loaded and warm. Who asks, and what happens to the version before, is
+`models.py`'s business.
+"""
+
+import asyncio
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from gptcore.engine import EngineSettings
+from gptcore.engine.async_engine import AsyncEngine
+from gptcore.engine.engine import Engine
+from gptcore.hf_format import count_parameters
+from gptcore.hub import resolve
+from gptcore.package import MANIFEST, Package, open_package
+from gptcore.weights import weight_files
+from serve_app.models.registry import Lineage, Registry, lineage
+
+SHORT_HASH = 12
+CLOSE_SECONDS = 5.0
+"""How long a load that was given up is waited for; it may hang in somebody else's storage."""
+
+MakeEngine = Callable[[Package, EngineSettings], Engine]
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """One version of a model, ready to be asked."""
+
+    name: str
+    source: str
+    version: str
+    """The registry's number; for other sources, what stands for the content: a commit or a hash."""
+    alias: str | None
+    engine: AsyncEngine = field(repr=False)
+    lineage: Lineage = field(repr=False)
+    parameters: int
+    loaded_at: datetime
+
+    @property
+    def package(self) -> Package:
+        """Its config, tokenizer and files."""
+        return self.engine.package
+
+    @property
+    def label(self) -> str:
+        """For people: `gpt@champion v7`."""
+        name = f"{self.name}@{self.alias}" if self.alias and "@" not in self.name else self.name
+        return f"{name} v{self.version}"
+
+
+def alias_of(source: str) -> tuple[str, str] | None:
+    """(registered model, alias) for models:/NAME@ALIAS; None for a source that cannot move."""
+    name, at, alias = source.removeprefix("models:/").partition("@")
+    return (name, alias) if at and source.startswith("models:/") else None
+
+
+class LoadTimeout(TimeoutError):
+    """A load that took longer than it may. Its thread cannot be stopped; it ends by itself once it gets on."""
+
+    def __init__(self, message: str, engine: AsyncEngine) -> None:
+        super().__init__(message)
+        self.engine = engine
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known of a version before it has an engine."""
+
+    package: Package
+    lineage: Lineage
+    parameters: int
+    version: str
+
+
+async def load(
+    name: str,
+    source: str,
+    version: str | None,
+    settings: EngineSettings,
+    registry: Registry,
+    make_engine: MakeEngine = Engine,
+    seconds: float = math.inf,
+) -> ServedModel:
+    """Finds, verifies, loads and warms the model. `version` is where the alias points, for a source with one.
+
+    All of it happens in the engine's thread. Raises HubError if the files cannot be had, PackageError and its like if
+    they are no good, LoadTimeout after `seconds`, or what the engine raises. Cancelled, it leaves no engine behind.
+    """
+    moving = alias_of(source)
+    pinned = f"models:/{moving[0]}/{version}" if moving else source
+    found: list[Opened] = []
+
+    def make() -> Engine:
+        with TemporaryDirectory(prefix="gpt-foundry-", ignore_cleanup_errors=True) as downloads:  # until it is mapped
+            found.append(_open(pinned, version, registry, Path(downloads)))
+            return make_engine(found[0].package, settings)
+
+    engine = AsyncEngine(make, name=f"engine {name} {version or ''}".strip())
+    try:
+        async with asyncio.timeout(seconds if seconds < math.inf else None) as limit:
+            await engine.start()
+    except BaseException as error:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await engine.close(drain=False)
+        if limit.expired():
+            raise LoadTimeout(f"the load took longer than load_seconds, which is {seconds:g}", engine) from error
+        raise
+    return ServedModel(
+        name=name,
+        source=source,
+        version=found[0].version,
+        alias=moving[1] if moving else None,
+        engine=engine,
+        lineage=found[0].lineage,
+        parameters=found[0].parameters,
+        loaded_at=datetime.now(UTC),
+    )
+
+
+def _open(pinned: str, version: str | None, registry: Registry, downloads: Path) -> Opened:
+    package = open_package(resolve(pinned, registry.tracking_uri, downloads), verify=True)
+    numbered = re.fullmatch(r"models:/([^/@]+)/(\d+)", pinned)
+    if numbered:
+        made_by = registry.lineage(numbered[1], numbered[2])
+    else:
+        training = package.info.get("training") or {}
+        run_id = training.get("run_id")
+        made_by = lineage(training, run_id=run_id if isinstance(run_id, str) else None)
+    return Opened(package, made_by, count_parameters(package.config), version or _version_of(pinned, package))
+
+
+def _version_of(pinned: str, package: Package) -> str:
+    if pinned.startswith("models:/"):
+        return pinned.rpartition("/")[2]
+    if pinned.startswith("hf:") and re.fullmatch("[0-9a-f]{40}", package.path.name):
+        return package.path.name[:SHORT_HASH]  # the hub's commit
+    # A manifest names every file by its hash, so its own hash stands for all of them.
+    files = [package.path / MANIFEST] if package.info else weight_files(package.path)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()[:SHORT_HASH]

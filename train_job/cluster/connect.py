@@ -1,0 +1,183 @@
+"""The Ray that a job runs on: joined or started, what each worker gets of it, and the trainer that runs there.
+
+In: a config, and what the environment says of clusters. Out: Ray, connected; resources; a TorchTrainer. Ray is
+imported inside functions, since importing it takes a second.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gptcore.config import ModelConfig
+from gptcore.errors import ConfigError
+from gptcore.hf_format import count_parameters
+from gptcore.memory import free_memory, require_memory
+from gptcore.progress import doing
+from train_job.cluster.discovery import OWN, cluster_address
+from train_job.config import TrainConfig
+from train_job.session.console import without_log_lines
+from train_job.training.hardware import WORKER_ENV
+
+LOCAL_RAY = {
+    "RAY_worker_niceness": "0",  # by default Ray's workers, and so training, stand behind everything else (15)
+    # Housekeeping for a cluster's dashboard, autoscaler and cloud, which a Ray of our own has not; each of these
+    # wakes processes several times a second, and they take their time from the training threads.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
+}
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[tuple[Any, bool]]:
+    """Ray, connected, and whether it was started for this run: else it is what RAY_ADDRESS names or what runs here."""
+    import ray
+
+    quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
+    address = cluster_address(os.environ.get("RAY_ADDRESS"))
+    alone = address is None
+    if alone:
+        for name, value in LOCAL_RAY.items():
+            os.environ.setdefault(name, value)
+        _out_of_the_process_group()
+        with doing("starting a Ray of this job's own"):
+            _connect(ray, address="local", include_dashboard=False, **quiet)
+    else:
+        with doing(f"joining the Ray cluster at {address}"):
+            try:
+                _connect(ray, address=address, **quiet)
+            except (ConnectionError, RuntimeError) as error:
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ConfigError(f"the Ray cluster at {address} cannot be joined ({why}); {OWN}") from None
+    try:
+        yield ray, alone
+    finally:
+        ray.shutdown()
+
+
+def training_first() -> None:
+    """Has Linux run the helpers of a Ray of our own, a child of this process, only when training leaves a core idle.
+
+    Each of Ray's actors wakes a hundred times a second. To interrupt a training thread so often costs more than the
+    work itself, since the other threads wait for it. Ray's two servers stay as they are: their heartbeats are awaited.
+    """
+    import psutil
+
+    if not hasattr(os, "SCHED_IDLE"):
+        return
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.name() in ("raylet", "gcs_server") or "RayTrainWorker" in " ".join(process.cmdline()):
+                continue
+            for thread in process.threads():
+                os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _out_of_the_process_group() -> None:
+    """Has the servers of a Ray of our own start in process groups of their own.
+
+    A stop often reaches the whole group: from `timeout`, from a terminal that is closed. Ray's servers would end at
+    once, and the job could no longer tell its workers to keep a last checkpoint. They still end with the job, since the
+    kernel kills them when their parent dies.
+    """
+    from ray._private import services
+
+    services.ConsolePopen = functools.partial(subprocess.Popen, process_group=0)  # type: ignore[assignment,misc]
+
+
+def _connect(ray: Any, **options: Any) -> None:
+    """ray.init, with SIGTERM left to whom it was: Ray would have it exit with its own number from here on."""
+    before = signal.getsignal(signal.SIGTERM)
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what raylets report: `failures` says it
+    try:
+        with without_log_lines():
+            ray.init(**options)
+    except SystemExit as left:
+        if left.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt(int(signal.SIGTERM)) from None  # it came in these seconds
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def resources_per_worker(
+    config: TrainConfig, nodes: list[dict[str, Any]], fixed: bool = False, runs: int = 1
+) -> dict[str, float]:
+    """CPUs (and a GPU) for each worker: the largest whole share of which the cluster holds as many as asked for.
+
+    `runs` is how many such runs go on at once. Raises ConfigError if a `fixed` cluster, which no autoscaler can grow,
+    can never hold the fewest workers.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = [r.get("CPU", 0) for r in alive], sum(r.get("GPU", 0) for r in alive)
+    low, high = (runs * workers for workers in config.workers)
+    share = config.cpus_per_worker
+    if share is None:
+        share = next((n for n in range(int(max(cpus)), 0, -1) if sum(c // n for c in cpus) >= high), 1)
+    room = sum(c // share for c in cpus)
+    together = f" for each of {runs} at once" if runs > 1 else ""
+    if fixed and room < low:
+        raise ConfigError(
+            f"num_workers is {config.num_workers} with {share:g} CPUs each{together}; there is room for {room:g}. "
+            "Use fewer, or lower --cpus-per-worker"
+        )
+    if fixed and config.use_gpu and gpus < low:
+        raise ConfigError(f"use_gpu is set for {low} workers{together}, but Ray sees {gpus:g} GPUs")
+    return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
+
+
+def require_room(shape: ModelConfig, workers: int) -> None:
+    """Raises NoMemory if so many workers' weights, gradients and moments cannot fit into this machine, in fp32."""
+    needed = workers * 4 * count_parameters(shape)
+    what = {"weights": needed, "gradients": needed, "at least one moment of each": needed}
+    require_memory("training this model", what, free_memory(torch.device("cpu")))
+
+
+def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> Any:
+    """Ray Train's trainer for a Job: its workers, where it keeps checkpoints, how often it tries again."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from train_job.cluster.failures import Restarts
+
+    low, high = job.config.workers
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
+            use_gpu=job.config.use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=job.config.name,
+            storage_path=job.config.storage_path,
+            worker_runtime_env={} if job.config.use_gpu else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
+            callbacks=[Restarts(job.board)],  # type: ignore[list-item]  # it wants Tune's
+            failure_config=FailureConfig(max_failures=job.config.max_failures),
+            # Ray keeps the latest beside the best two: there should be another if one is damaged.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
+            ),
+        ),
+    )
+
+
+def resources_text(resources: dict[str, float]) -> str:
+    """Such as "2 CPUs, 1 GPU"."""
+    return ", ".join(f"{n:g} {kind}{'s' if n != 1 else ''}" for kind, n in resources.items())
+
+
+def workers_text(low: int, high: int | None = None) -> str:
+    """Such as "1 worker" or "2 to 4 workers"."""
+    many = f"{low} to {high}" if high and high != low else str(low)
+    return f"{many} worker{'' if many == '1' else 's'}"

@@ -1,0 +1,203 @@
+"""From a config to what the loop eats: tokenizer, token shards, model shape and, when fine-tuning, the parent.
+
+In: a TrainConfig. Out: `Inputs`, and a `GPT` with the run's initial weights. Everything found here is content-addressed
+or pinned, so a worker on another machine, or a resumed run, comes to the same.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptcore.config import ModelConfig
+from gptcore.devices import pick_device
+from gptcore.errors import ConfigError, CorpusError
+from gptcore.home import expanded, home
+from gptcore.hub import resolve
+from gptcore.model import GPT
+from gptcore.package import Package, open_package
+from gptcore.progress import doing
+from gptcore.tokenizer import (
+    BYTES_PER_TOKEN,
+    Tokenizer,
+    load_tokenizer,
+    parse_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+)
+from train_job.config import TrainConfig
+from train_job.data.batches import Batches
+from train_job.data.corpus import Corpus, open_corpus, split
+from train_job.data.folders import told
+from train_job.data.remote import Origin
+from train_job.data.shards import TokenSet, prepare
+from train_job.files import sweep, written_whole
+
+VOCAB_MULTIPLE = 64
+"""Embedding rows are padded to a multiple of this, which matrix units like; the spare ids are never sampled."""
+CACHED = ("downloads", "scans", "shards", "tokenizers", "unpacked")
+"""What the cache's folders are called."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from. `parent` is the package it is fine-tuned from, if any; `config` knows what it brings."""
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    train_corpus: Corpus
+    validation_corpus: Corpus
+    train: TokenSet
+    validation: TokenSet
+    model: ModelConfig
+    steps_per_epoch: float
+    parent: Package | None = None
+    notes: tuple[str, ...] = ()  # what whoever asked for the run should know of its text
+
+
+def cache_dir(config: TrainConfig) -> Path:
+    """Where token shards, learned tokenizers and downloads are kept."""
+    if not config.cache_dir or shard_store(config):
+        return home() / ".cache"
+    return expanded(config.cache_dir).absolute()
+
+
+def shard_store(config: TrainConfig) -> str | None:
+    """The URL through which machines share token shards, if cache_dir is one; each keeps a copy in its own cache."""
+    return config.cache_dir if config.cache_dir and "://" in config.cache_dir else None
+
+
+def prepare_inputs(
+    config: TrainConfig,
+    mapper: Callable[..., Any] = map,
+    refresh: bool = True,
+    begun: Mapping[str, Sequence[Origin]] | None = None,
+) -> Inputs:
+    """Opens, splits and tokenises the corpus; `mapper` runs tokenising in parallel.
+
+    `refresh` is `open_corpus`'s, and so is `begun`, by what the corpus is called. Raises CorpusError,
+    TokenizerError, PackageError, HubError or ConfigError: whatever is wrong is found here.
+    """
+    cache = cache_dir(config)
+    if not config.use_gpu:
+        device = pick_device(config.device).type
+        if device != "cpu" and config.workers[1] > 1:
+            raise ConfigError(
+                f"{config.num_workers} workers would share one {device} device; add --use-gpu or --device cpu"
+            )
+    for kind in CACHED:
+        sweep(cache / kind)
+
+    def opened(data: str) -> Corpus:
+        origins = (begun or {}).get(data, ())
+        with doing(f"reading {data}"):
+            return open_corpus(data, config.text_column, cache, refresh, origins, config.document_separator or "")
+
+    corpus = opened(config.data)
+    if config.val_data:
+        train, validation = corpus, opened(config.val_data)
+    else:
+        train, validation = split(corpus, config.val_fraction)
+    parent = open_package(resolve(config.init_from)) if config.init_from else None
+    if not parent:
+        check_size(config, train)
+    tokenizer = parent.tokenizer if parent else _tokenizer(config, train)
+    shape = _child_shape(config, parent.config) if parent else config.model_config(padded(tokenizer.vocab_size))
+    if parent and config.sequence_length is None:
+        config = replace(config, sequence_length=shape.context_length)
+    check_context(config, shape)
+    for prompt in config.sample_prompts:
+        if len(tokenizer.encode(prompt)) >= shape.context_length:
+            raise ConfigError(
+                f"the sample prompt {prompt[:40]!r} has {len(tokenizer.encode(prompt))} tokens; the model's context "
+                f"of {shape.context_length} leaves no room for an answer"
+            )
+    store = shard_store(config)
+    tokens, judge = (prepare(corpus, tokenizer, cache, mapper, store) for corpus in (train, validation))
+    # Raises if the text is too short.
+    batches = Batches(tokens, config.context, config.batch_size, config.seed, config.stride)
+    log, every = config.intervals(config.planned_steps(batches.steps_per_epoch)[0])
+    config = replace(config, log_interval=log, eval_interval=every)
+    notes = tuple(notes_on(config, (train, validation), look=refresh))
+    return Inputs(config, tokenizer, train, validation, tokens, judge, shape, batches.steps_per_epoch, parent, notes)
+
+
+def notes_on(config: TrainConfig, corpora: Sequence[Corpus], look: bool) -> Iterator[str]:
+    """What was left out of the text, and which setting has no use for it; `look` reads it for the separator."""
+    names = " and ".join(dict.fromkeys(corpus.name for corpus in corpora))
+    for name, left_out in {corpus.name: corpus.left_out for corpus in corpora}.items():
+        if left_out:
+            yield f"left out of {name}: {told(left_out)}"
+    pieces = [piece for corpus in corpora for piece in corpus.pieces]
+    if config.text_column != TrainConfig.text_column and not any(piece.column for piece in pieces):
+        yield f"text_column {config.text_column!r} has no use: {names} has no columns"
+    separator = config.document_separator
+    if separator and look and not any(separator in text for piece in pieces for text in piece.texts()):
+        yield f"document_separator {separator!r} has no use: it stands nowhere in {names}"
+
+
+def check_size(config: TrainConfig, train: Corpus) -> None:
+    """Raises CorpusError if the training split cannot fill one sequence, whatever the tokenizer."""
+    size, most = 0, 1  # a tokenizer gives at most a token for each byte, and there is one around each document
+    for text in train.documents():
+        size, most = size + len(text.encode()), most + len(text.encode()) + 1
+        if most > config.context:
+            return
+    if not size:
+        raise CorpusError(f"{train.name} holds no text to train on; its documents are empty")
+    flag = "--sequence-length" if config.sequence_length else "--context-length"
+    wanted = max(config.context, BYTES_PER_TOKEN * parse_tokenizer(config.tokenizer) if ":" in config.tokenizer else 0)
+    whole = wanted if config.val_data else round(wanted / (1 - config.val_fraction))
+    raise CorpusError(
+        f"{train.name} is too small to train on: {size} bytes are left for training, at most {most} tokens, "
+        f"and a training sequence has {config.context} + 1. {config.tokenizer} wants about {whole:,} bytes of text; "
+        f"this much would do with {flag} {most - 1} --tokenizer bytes; a smaller --val-fraction leaves a little more"
+    )
+
+
+def check_context(config: TrainConfig, shape: ModelConfig) -> None:
+    """Raises ConfigError if the model cannot read sequences as long as the config has them."""
+    if config.context > shape.context_length:
+        raise ConfigError(
+            f"sequence_length {config.context} is more than the model's context_length {shape.context_length}"
+        )
+
+
+def build_model(config: TrainConfig, shape: ModelConfig, initial: dict[str, torch.Tensor] | None = None) -> GPT:
+    """A GPT with weights from the seed, or with the parent's."""
+    torch.manual_seed(config.seed)
+    model = GPT(shape)
+    if initial is not None:
+        model.load_state_dict(initial)
+    return model
+
+
+def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
+    """The tokenizer that the config names; one that is learned is kept beside the shards and learned once."""
+    parse_tokenizer(config.tokenizer)
+    if not config.tokenizer.startswith("bpe:"):
+        return load_tokenizer(config.tokenizer, train.documents)
+    key = hashlib.sha256(f"{config.tokenizer} {train.fingerprint}".encode()).hexdigest()[:32]
+    folder = cache_dir(config) / "tokenizers" / key
+    if not (folder / "tokenizer.json").exists():
+        with doing(f"learning the tokenizer {config.tokenizer}"):
+            learned = load_tokenizer(config.tokenizer, train.documents)
+        with tempfile.TemporaryDirectory() as scratch:
+            save_tokenizer(learned, Path(scratch))
+            for file in Path(scratch).iterdir():  # written whole: another run may be learning the same
+                with written_whole(folder / file.name) as copy:
+                    copy.write(file.read_bytes())
+    return replace(read_tokenizer(folder), name=config.tokenizer)
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of embedding for a tokenizer of so many tokens."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _child_shape(config: TrainConfig, parent: ModelConfig) -> ModelConfig:
+    return replace(parent, dropout=config.model.get("dropout", 0.0))

@@ -1,0 +1,280 @@
+"""A piece of text: a stretch of one source, small enough to tokenise as one task of many.
+
+Each kind of source (plain text, what `records` reads, the built-in text) has three skills here: `scan` cuts a file into
+pieces, a reader gives a piece's documents, `cut_piece` parts a piece in two. Pieces come in and documents go out;
+nothing of a file stays in memory.
+"""
+
+import codecs
+import hashlib
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise, takewhile
+from pathlib import Path
+
+from gptcore.errors import CorpusError
+from train_job.data import records
+from train_job.data.formats import wrong_text
+from train_job.data.remote import Origin, fetch
+from train_job.files import sha256
+
+PIECE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one source: bytes [start, end) of a file or of a built-in text, rows of Parquet.
+
+    `digest` is the whole source's SHA-256, so (digest, kind, start, end, column) says which text this is wherever
+    it lies. `num_bytes` is its size as the split counts it: bytes, for Parquet those of the text column alone. If the
+    source is a copy, `origin` says of what; `name` is what messages call it. Where the characters `separator` stand, if
+    there are any, a document ends.
+    """
+
+    path: str
+    kind: str  # "text" | "jsonl" | "json" | "csv" | "tsv" | "parquet" | "literal"
+    start: int
+    end: int
+    column: str
+    digest: str
+    num_bytes: int
+    origin: Origin | None = None
+    name: str = ""
+    separator: str = ""
+
+    @property
+    def identity(self) -> tuple[str | int, ...]:
+        """What decides the piece's documents."""
+        text = self.digest, self.kind, self.start, self.end, self.column
+        return (*text, self.separator) if self.separator else text
+
+    @property
+    def label(self) -> str:
+        """What messages call the source."""
+        return self.origin.url if self.origin else self.name or self.path
+
+    def texts(self) -> Iterator[str]:
+        """What the source's form takes for documents, in order; of a text file, the piece's part of the one document.
+
+        A copy that this machine lacks is fetched. Raises CorpusError for a line or row that is not text.
+        """
+        if self.origin:
+            fetch(self.origin, Path(self.path), self.digest)
+        try:
+            yield from READERS[self.kind](self)
+        except OSError as error:
+            raise CorpusError(f"cannot read {self.label}: {error.strerror or error}") from error
+
+    def parts(self) -> Iterator[tuple[str, bool]]:
+        """The piece's documents in order, empty ones left out, each with whether it ends here.
+
+        Only the last part of a piece of a text file may not: the next piece may go on with it.
+        """
+        for text in self.texts():
+            *ended, last = text.split(self.separator) if self.separator else [text]
+            yield from ((document, True) for document in ended if document)
+            if last:
+                yield last, self.kind != "text"
+
+    def documents(self) -> Iterator[str]:
+        """The texts of `parts`."""
+        return (text for text, _ in self.parts())
+
+    def continues_in(self, other: "Piece") -> bool:
+        """Whether `other` goes on with the document that this piece ends with."""
+        return self.kind == other.kind == "text" and (self.path, self.end) == (other.path, other.start)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a file found: its SHA-256, where its pieces begin and end, how many bytes each counts."""
+
+    digest: str
+    borders: list[int]
+    sizes: list[int]
+
+
+def scan(path: Path, kind: str, column: str = "", separator: str = "", label: str = "") -> Scan:
+    """Reads a file once, some kinds twice. Raises CorpusError, naming the place, if it is not of its kind."""
+    label = label or str(path)
+    if kind == "parquet":
+        borders, sizes = records.scan_parquet(path, column, label, PIECE_BYTES)
+        return Scan(sha256(path), borders, sizes)
+    found = scan_text(path, "jsonl" if kind == "jsonl" else "text", separator if kind == "text" else "", label)
+    start = found.borders[0]
+    if kind == "json":
+        borders = records.scan_json(path, start, column, label, PIECE_BYTES)
+    elif kind in ("csv", "tsv"):
+        borders = records.scan_csv(path, start, kind, column, label, PIECE_BYTES)
+    else:
+        return found
+    return Scan(found.digest, borders, [end - start for start, end in pairwise(borders)])
+
+
+def scan_text(path: Path, kind: str, separator: str, label: str) -> Scan:
+    """Reads a text or jsonl file once. Raises CorpusError naming the first byte that is not UTF-8 text."""
+    hasher, borders, rest = hashlib.sha256(), [0], b""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while data := file.read(PIECE_BYTES - len(rest) % PIECE_BYTES):
+            hasher.update(data)
+            if 0 in data:
+                at = file.tell() - len(data) + data.index(0)
+                raise wrong_text(
+                    path.name,
+                    f"{label} is binary, not text: byte {at} is NUL. Convert it to UTF-8 or leave it out",
+                    "binary",
+                )
+            if borders == [0] and not rest and kind == "text" and data.startswith(codecs.BOM_UTF8):
+                borders, data = [len(codecs.BOM_UTF8)], data[len(codecs.BOM_UTF8) :]  # a mark, and no text
+            block = rest + data
+            cut = last_border(block, kind, separator) if file.tell() < size else len(block)
+            decode(block[:cut], label, borders[-1], path.name)
+            borders += [borders[-1] + cut] if cut else []
+            rest = block[cut:]
+    return Scan(hasher.hexdigest(), borders, [end - start for start, end in pairwise(borders)])
+
+
+def last_border(block: bytes, kind: str, separator: str = "") -> int:
+    """Where to end a piece that begins with `block`: behind its last line; 0 if that is not in sight.
+
+    A text's line should end in a visible character and the next begin with one: GPT-2's split pattern always parts
+    its tokens there, so pieces have the tokens of the whole. A piece ends behind a separator rather, and never within
+    one or before it.
+    """
+    if separator:
+        ended = len(block) - len(block.split(separator.encode())[-1])  # as the text's split finds them: from the left
+        if ended:
+            return ended
+        block = block[: -len(separator.encode())]
+        if not block:
+            return 0
+    newline = block.rfind(b"\n") + 1
+    if kind == "jsonl":
+        return newline
+    clean = [match.end() for match in re.finditer(rb"(?<=\S)\n(?=\S)", block[-(2**20) :])]
+    if clean:
+        return max(len(block) - 2**20, 0) + clean[-1]
+    return newline or character_border(block, len(block) - 1)
+
+
+def character_border(data: bytes, position: int) -> int:
+    """The start of the UTF-8 character that byte `position` belongs to."""
+    back = next((n for n in range(4) if data[position - n] & 0xC0 != 0x80), 0)
+    return position - back
+
+
+def decode(data: bytes, label: str, offset: int, name: str) -> str:
+    """Text from bytes found at `offset` of the file. Raises CorpusError naming the first wrong byte."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise wrong_text(
+            name,
+            f"{label} is not UTF-8 text: byte {offset + error.start} is 0x{data[error.start]:02x}. "
+            "Convert it to UTF-8 or leave it out",
+            "not UTF-8 text",
+        ) from None
+
+
+def read_text(piece: Piece) -> Iterator[str]:
+    data = read_bytes(piece.path, piece.start, piece.end)
+    yield decode(data, piece.label, piece.start, Path(piece.path).name)
+
+
+def read_bytes(path: str, start: int, end: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    if len(data) < end - start:
+        raise CorpusError(f"{path} has become shorter since it was opened; run again")
+    return data
+
+
+def builtin_documents() -> list[str]:
+    """Python's language reference as this interpreter carries it, a document per topic, a paragraph said once."""
+    from pydoc_data.topics import topics
+
+    told: set[str] = set()
+    documents = []
+    for name in sorted(topics):
+        paragraphs = [text for text in dict.fromkeys(topics[name].split("\n\n")) if text not in told]
+        told.update(paragraphs)
+        documents.append("\n\n".join(paragraphs))
+    return documents
+
+
+def builtin_bytes() -> bytes:
+    return "".join(builtin_documents()).encode()
+
+
+def builtin_piece() -> Piece:
+    """The whole built-in text."""
+    data = builtin_bytes()
+    return Piece("builtin", "literal", 0, len(data), "", hashlib.sha256(data).hexdigest(), len(data))
+
+
+def read_literal(piece: Piece) -> Iterator[str]:
+    first = 0  # byte of the document at hand
+    for document in builtin_documents():
+        data = document.encode()
+        yield data[max(piece.start - first, 0) : max(piece.end - first, 0)].decode()
+        first += len(data)
+
+
+def read_records(piece: Piece) -> Iterator[str]:
+    read = {"jsonl": records.read_jsonl, "json": records.read_json, "parquet": records.read_parquet}[piece.kind]
+    return read(piece.path, piece.start, piece.end, piece.column, piece.label)
+
+
+def read_csv(piece: Piece) -> Iterator[str]:
+    return records.read_csv(piece.path, piece.start, piece.end, piece.kind, piece.column, piece.label)
+
+
+READERS: dict[str, Callable[[Piece], Iterator[str]]] = {
+    "text": read_text,
+    "jsonl": read_records,
+    "json": read_records,
+    "csv": read_csv,
+    "tsv": read_csv,
+    "parquet": read_records,
+    "literal": read_literal,
+}
+
+
+def cut_piece(piece: Piece, offset: int) -> tuple[Piece, Piece]:
+    """The piece's first `offset` bytes, as it counts them, less what goes back to a border; and the rest."""
+    if offset in (0, piece.num_bytes):
+        border, size = (piece.end, offset) if offset else (piece.start, 0)
+    elif piece.kind == "parquet":
+        file = records.open_parquet(piece.path, piece.column, piece.label)
+        lengths = records.row_bytes(file, piece.column, list(range(file.num_row_groups)), piece.label)
+        ends = list(accumulate(lengths[piece.start : piece.end]))
+        rows = bisect_right(ends, offset)
+        border, size = piece.start + rows, ends[rows - 1] if rows else 0
+    else:
+        border = byte_border(piece, offset)
+        size = border - piece.start
+    left = replace(piece, end=border, num_bytes=size)
+    return left, replace(piece, start=border, num_bytes=piece.num_bytes - size)
+
+
+def byte_border(piece: Piece, offset: int) -> int:
+    """The byte that begins the record, or the character, that the piece's byte `offset` is in."""
+    start, end = piece.start, piece.start + offset
+    if piece.kind in ("json", "csv", "tsv"):
+        starts = records.record_starts(piece.path, start, piece.kind, piece.column, piece.label)
+        return max((byte for byte in takewhile(lambda byte: byte <= end, starts)), default=start)
+    whole = piece.kind == "literal"
+    data = builtin_bytes()[start : piece.end] if whole else read_bytes(piece.path, start, piece.end)
+    if piece.kind == "jsonl":
+        return start + data.rfind(b"\n", 0, offset) + 1
+    border, mark = character_border(data, offset), piece.separator.encode()
+    if mark:
+        near = data[: border + len(mark) - 1]
+        ended = len(near) - len(near.split(mark)[-1])
+        border = ended - len(mark) if ended > border else border  # within one: it goes to the right
+    return start + border

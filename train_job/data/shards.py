@@ -1,0 +1,258 @@
+"""Text -> token shards: a corpus and a tokenizer go in, a memory-mapped stream of token ids comes out.
+
+The stream of a split opens with one end-of-text token and every document is followed by one, so each token of
+text is predicted from something. It lies in shard files, named after what made them (text, tokenizer, format): a
+second run finds them and starts at once, and a corpus larger than memory is read where it lies on the disk.
+Missing shards are fetched from a `store`, a URL that machines share, if there is one; else they are tokenised by
+whatever `mapper` is given: `map`, or Ray Data's (`train_job.cluster.ray_data.ray_map`).
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptcore.errors import CorpusError, FoundryError
+from gptcore.hub import file_system
+from gptcore.progress import at, doing
+from gptcore.tokenizer import Tokenizer
+from train_job.data.corpus import Corpus, Piece
+from train_job.files import written_whole
+
+SHARD_FORMAT = 1
+SHARD_BYTES = 4 * 2**20
+"""Neighbouring pieces share a shard up to this much text, so that many small files do not become many shards."""
+BLOCK_CHARS = 2**20
+"""A document is tokenised in blocks of about this many characters: memory stays flat, and nothing else changes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The pieces behind one shard. `opens`: it begins the stream; `closes`: its last document ends in it."""
+
+    pieces: tuple[Piece, ...]
+    opens: bool
+    closes: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids and what is in it; `num_bytes` is the UTF-8 length of its text."""
+
+    path: str
+    num_tokens: int
+    num_bytes: int
+    num_documents: int
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """The token stream of one split. Picklable; the files are mapped where it is read."""
+
+    shards: tuple[Shard, ...]
+    starts: tuple[int, ...]  # of each shard in the stream
+    dtype: str
+    fingerprint: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the stream, end-of-text tokens included."""
+        return self.starts[-1] + self.shards[-1].num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text, what bits per byte divides by."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that end in this split."""
+        return sum(shard.num_documents for shard in self.shards)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """The stream's tokens [start, start + length), int64 (length,). Raises IndexError beyond its ends."""
+        return self.gather(np.array([start]), length)[0]
+
+    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The tokens [s, s + length) for each s of `starts` (n,), int64 (n, length). Raises IndexError."""
+        if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
+            raise IndexError(f"tokens up to {starts.max() + length} of a stream of {self.num_tokens}")
+        rows = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            filled, number = 0, bisect_right(self.starts, start) - 1
+            while filled < length:
+                offset = start + filled - self.starts[number]
+                part = map_shard(self.shards[number].path, self.dtype)[offset : offset + length - filled]
+                row[filled : filled + len(part)] = part
+                filled, number = filled + len(part), number + 1
+        return rows
+
+
+@lru_cache(maxsize=256)  # each mapping holds a file descriptor
+def map_shard(path: str, dtype: str) -> np.ndarray:
+    """The shard's tokens, mapped read-only. Raises CorpusError if this machine has no such file."""
+    try:
+        return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+    except FileNotFoundError:
+        raise CorpusError(
+            f"token shard {path} is not on this machine; put the cache on storage that every node sees, "
+            "or run again to make it anew"
+        ) from None
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    mapper: Callable[[Callable[[Job], Any], list[Job]], Iterable[Any]] = map,
+    store: str | None = None,
+) -> TokenSet:
+    """Tokenises what is neither in `cache_dir`/shards nor in `store`, a fsspec URL, and returns the whole split.
+
+    `mapper` may run its calls on any machine that sees the corpus under the same path, or can fetch it. Raises
+    CorpusError for text that cannot be read or a store that cannot be used, and TrainingError for a full disk, which
+    leaves no half-written shard.
+    """
+    folder = cache_dir.absolute() / "shards"
+    jobs = plan(corpus.within(cache_dir))
+    paths = [folder / f"{shard_key(job, tokenizer)}.bin" for job in jobs]
+    write = partial(write_shard, tokenizer=tokenizer, folder=folder, store=store)
+    for run in (mapper, map):  # what the mapper wrote on some other machine's disk is made again here
+        missing = [
+            job
+            for job, path in zip(jobs, paths, strict=True)
+            if read_shard(path) is None and not (store and fetch_shard(path, store))
+        ]
+        with doing(f"tokenising {corpus.name}"):
+            for done, _ in enumerate((run if len(missing) > 1 else map)(write, missing), start=1):
+                at(done, len(missing))
+    shards = [read_shard(path) for path in paths]
+    if None in shards:
+        raise CorpusError(f"token shard {paths[shards.index(None)]} was removed as soon as it was written; run again")
+    filled = tuple(shard for shard in shards if shard and shard.num_tokens)
+    if not any(shard.num_bytes for shard in filled):
+        raise CorpusError(f"{corpus.name} holds no text: every document in it is empty")
+    return TokenSet(
+        shards=filled,
+        starts=tuple(accumulate((shard.num_tokens for shard in filled[:-1]), initial=0)),
+        dtype=token_dtype(tokenizer),
+        fingerprint=hashlib.sha256("".join(path.stem for path in paths).encode()).hexdigest(),
+    )
+
+
+def plan(corpus: Corpus) -> list[Job]:
+    """Gathers the corpus's pieces into jobs of up to SHARD_BYTES (a bigger piece is a job alone), in order."""
+    groups: list[list[Piece]] = []
+    size = SHARD_BYTES
+    for piece in corpus.pieces:
+        if size + piece.num_bytes > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += piece.num_bytes
+    closes = [not before[-1].continues_in(after[0]) for before, after in pairwise(groups)] + [True]
+    return [Job(tuple(group), opens=n == 0, closes=closes[n]) for n, group in enumerate(groups)]
+
+
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """The narrowest little-endian type that holds every id."""
+    return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+
+
+def shard_key(job: Job, tokenizer: Tokenizer) -> str:
+    """A name for the shard made of all that decides its content."""
+    parts = [SHARD_FORMAT, tokenizer.fingerprint, job.opens, job.closes, [piece.identity for piece in job.pieces]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def read_shard(path: Path) -> Shard | None:
+    """The shard at `path`, or None if it is missing or was cut short."""
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text())
+        complete = path.stat().st_size == meta.pop("file_size")
+        return Shard(path=str(path), **meta) if complete else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_shard(job: Job, tokenizer: Tokenizer, folder: Path, store: str | None = None) -> None:
+    """Tokenises one job into `folder` and `store`. The .json is written last: a shard without one does not count."""
+    path = folder / f"{shard_key(job, tokenizer)}.bin"
+    dtype = token_dtype(tokenizer)
+    eot = np.array([tokenizer.eot], dtype=dtype).tobytes()
+    num_bytes = num_documents = 0
+    with written_whole(path) as file:
+        if job.opens:
+            file.write(eot)
+        for text, closes in documents(job):
+            for block in blocks(text):
+                file.write(np.array(tokenizer.encode(block), dtype=dtype).tobytes())
+            num_bytes += len(text.encode())
+            num_documents += closes
+            file.write(eot if closes else b"")
+        size = file.tell()
+    shard = Shard(str(path), size // np.dtype(dtype).itemsize, num_bytes, num_documents)
+    meta = {name: value for name, value in asdict(shard).items() if name != "path"} | {"file_size": size}
+    with written_whole(path.with_suffix(".json")) as file:
+        file.write(json.dumps(meta).encode())
+    if store:
+        with store_used(store) as (fs, there):
+            for part in (path, path.with_suffix(".json")):
+                fs.put_file(str(part), f"{there}/{part.name}")
+
+
+def fetch_shard(path: Path, store: str) -> bool:
+    """Whether `store` has the shard; then it is at `path` now."""
+    with store_used(store) as (fs, there):
+        for part in (path, path.with_suffix(".json")):
+            try:
+                with fs.open(f"{there}/{part.name}", "rb") as source, written_whole(part) as copy:
+                    shutil.copyfileobj(source, copy)
+            except FileNotFoundError:
+                return False
+    return read_shard(path) is not None
+
+
+@contextmanager
+def store_used(store: str) -> Iterator[tuple[Any, str]]:
+    """The file system behind `store` and the shards' folder in it; whatever its client raises is a CorpusError."""
+    fs, root = file_system(store)
+    try:
+        yield fs, f"{root}/shards"
+    except FoundryError:
+        raise
+    except Exception as error:  # each store's client has errors of its own: no network, no key, no such bucket
+        raise CorpusError(f"token shards cannot be kept at {store}: {error or type(error).__name__}") from error
+
+
+def documents(job: Job) -> Iterator[tuple[str, bool]]:
+    """The job's texts in order, each with whether its document ends there."""
+    for piece, after in zip(job.pieces, [*job.pieces[1:], None], strict=True):
+        closes = job.closes if after is None else not piece.continues_in(after)
+        yield from ((text, closes or ends) for text, ends in piece.parts())
+
+
+def blocks(text: str) -> Iterator[str]:
+    """Cuts a long text where a line ends in a visible character and the next begins with one.
+
+    GPT-2's split pattern always parts its tokens there, so the blocks' tokens are the whole text's tokens.
+    """
+    start = 0
+    border = re.compile(r"(?<=\S)\n(?=\S)")
+    while len(text) - start > BLOCK_CHARS:
+        cut = border.search(text, start + BLOCK_CHARS)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]

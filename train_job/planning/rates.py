@@ -1,0 +1,177 @@
+"""The rates of the machine at hand, measured: matrix products, what training does number by number, decoding.
+
+In: nothing but the machine. Out: a `Device` and `Rates` for `train_job.planning.costs`, in a few seconds. Pieces of one
+small reference model are timed; other shapes follow from the sums in `costs`. Knows torch alone.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn as nn
+
+from gptcore.config import ModelConfig
+from gptcore.devices import pick_device, pick_dtype
+from gptcore.engine import EngineSettings, Request
+from gptcore.engine.engine import Engine
+from gptcore.errors import ConfigError
+from gptcore.model import GPT
+from gptcore.package import Package, save_package
+from gptcore.sampling import SamplingParams
+from gptcore.tokenizer import load_tokenizer
+from train_job.planning.costs import LOGIT_BYTES, block_bytes, work_of
+from train_job.training.devices import Device, Rates, device_called
+from train_job.training.hardware import WORKER_ENV
+
+REPEATS, FEW_REPEATS = 9, 3
+TRAINED = {
+    "cpu": ModelConfig(vocab_size=4096, context_length=256, hidden_size=384, num_layers=1, num_heads=3),
+    "cuda": ModelConfig(vocab_size=50304, context_length=1024, hidden_size=768, num_layers=1, num_heads=12),
+}
+"""The widths of what is timed: eight sequences through few and through more blocks, and a head."""
+LAYERS = (2, 6)
+SEQUENCES = 8
+SERVED = ModelConfig(vocab_size=32768, context_length=512, hidden_size=768, num_layers=8, num_heads=12)
+"""Too large for a cache, so that decoding reads it from memory."""
+BATCHES = (1, 8)
+PROMPT, NEW = 128, 64  # tokens
+
+
+def here(family: str) -> tuple[Device, Rates]:
+    """What this machine trains on, and its rates, measured in a process that is set up as a training worker's is.
+
+    Raises ConfigError if it cannot be measured.
+    """
+    command = [sys.executable, "-m", "train_job.rates", family]
+    measured = subprocess.run(command, env=os.environ | WORKER_ENV, capture_output=True, text=True)
+    if measured.returncode != 0:
+        why = (measured.stderr.splitlines() or [f"exit code {measured.returncode}"])[-1]
+        raise ConfigError(f"this machine cannot be measured: {why}")
+    device, rates = json.loads(measured.stdout.splitlines()[-1])
+    return Device(**device), Rates(**rates)
+
+
+def training_here(family: str) -> tuple[Device, Rates]:
+    """What this machine trains on and its rates of training, decoding left out, in fewer repeats.
+
+    Raises ConfigError if it cannot be measured.
+    """
+    return here(f"{family}:training")
+
+
+def measure(family: str, serving: bool = True) -> tuple[Device, Rates]:
+    """The same in this process. A GPU that the data sheets list has their peak and links, and the memory it has."""
+    device = pick_device("auto")
+    training = measure_training(device, family, REPEATS if serving else FEW_REPEATS)
+    decode = measure_decoding(family) if serving else (math.nan, math.nan, math.nan)
+    rates = Rates(*training, *decode, source="measured here")
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        unlisted = Device(found.name, training[0], found.total_memory, training[1], 32e9, 12.5e9)
+        return replace(device_called(found.name) or unlisted, memory=found.total_memory), rates
+    return Device(device.type, training[0], psutil.virtual_memory().total, training[1], 1.0, 1.0, 1), rates
+
+
+def measure_training(device: torch.device, family: str, repeats: int = REPEATS) -> tuple[float, float, float]:
+    """(FLOP/s in matrix products, bytes/s number by number, bytes/s in the loss), forward and backward."""
+    shape = of_family(TRAINED["cuda" if device.type == "cuda" else "cpu"], family)
+    dtype = pick_dtype("auto", device)
+    C, T, V, tokens = shape.hidden_size, shape.context_length, shape.vocab_size, SEQUENCES * shape.context_length
+    x = torch.randn(SEQUENCES, T, C, device=device, dtype=dtype, requires_grad=True)
+    ids = torch.zeros(SEQUENCES, T, dtype=torch.long, device=device)
+
+    def seconds(module: nn.Module, loss: Callable[[], torch.Tensor]) -> float:
+        def once() -> None:
+            module.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss().backward()
+
+        return _median_seconds(once, device, repeats)
+
+    linear = nn.Linear(C, 4 * C, bias=False).to(device)
+    few, many = (GPT(replace(shape, num_layers=layers)).to(device) for layers in LAYERS)
+    shallow, deep = seconds(few, lambda: few(ids, ids)), seconds(many, lambda: many(ids, ids))
+    products = 6 * tokens * 4 * C * C / seconds(linear, lambda: linear(x).sum())
+    block = (deep - shallow) / (LAYERS[1] - LAYERS[0])
+    flops = work_of(shape, T).flops_per_token - 6 * V * C  # of one block
+    rest = block - tokens * flops / products
+    loss = shallow - LAYERS[0] * block - tokens * 6 * V * C / products
+    return (
+        products,
+        tokens * block_bytes(shape, T, device.type) / max(rest, 0.1 * block),
+        tokens * V * LOGIT_BYTES / max(loss, 0.1 * block),
+    )
+
+
+def _median_seconds(once: Callable[[], None], device: torch.device, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 2):  # two to warm up
+        start = time.perf_counter()
+        once()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def of_family(shape: ModelConfig, family: str) -> ModelConfig:
+    """A model of these widths in that family; what follows from the widths is derived anew."""
+    widths = {name: getattr(shape, name) for name in ("context_length", "hidden_size", "num_layers", "num_heads")}
+    return ModelConfig(vocab_size=shape.vocab_size, family=family, **widths)
+
+
+def measure_decoding(family: str) -> tuple[float, float, float]:
+    """(bytes/s at which weights are read, FLOP/s of sequences together, FLOP/s in prompts), by an engine."""
+    shape = of_family(SERVED, family)
+    work = work_of(shape, shape.context_length)
+    with tempfile.TemporaryDirectory(prefix="rates-") as scratch:
+        package = save_package(
+            Path(scratch) / "package", shape, GPT(shape).state_dict(), load_tokenizer("bytes", None), {}
+        )
+        timed = [decode_times(package, batch, PROMPT, NEW) for batch in BATCHES]
+    prompts = statistics.median(prompt / batch for batch, (prompt, _) in zip(BATCHES, timed, strict=True))
+    few, many = (step for _, step in timed)
+    each = max((many - few) / (BATCHES[1] - BATCHES[0]), 1e-9)
+    bandwidth = 2 * work.read_weights / max(few - each, 1e-9)
+    cache = (PROMPT + NEW / 2) * work.cache_bytes / bandwidth
+    return bandwidth, work.decode_flops / max(each - cache, 0.2 * each), PROMPT * work.decode_flops / prompts
+
+
+def decode_times(package: Package, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+    """Medians of five: seconds until all of `batch` prompts are read, and seconds per step after that."""
+    engine = Engine(
+        package,
+        EngineSettings(slots=batch, prefill_tokens=batch * prompt_tokens, max_queue=batch, prefix_cache=False),
+    )
+    engine.warm_up()
+    params = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
+    prompts, steps = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        for number in range(batch):
+            tokens = tuple((number * 31 + i) % 200 for i in range(prompt_tokens))
+            engine.add(Request(str(number), tokens, params))
+        engine.step()
+        begun, count = time.perf_counter(), 0
+        while engine.busy:
+            engine.step()
+            count += 1
+        prompts.append(begun - start)
+        steps.append((time.perf_counter() - begun) / count)
+    engine.close()
+    return statistics.median(prompts), statistics.median(steps)
+
+
+if __name__ == "__main__":
+    family, _, only = sys.argv[1].partition(":")
+    print(json.dumps([asdict(part) for part in measure(family, serving=not only)]))

@@ -1,0 +1,103 @@
+"""What a run's folder says of it in run.json and config.yaml: where it is tracked, its settings, its text.
+
+In and out: these files. A run that goes on finds its MLflow run, its settings and the objects that its text was read
+from by them, so what is damaged in them is refused by name rather than guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcore.errors import RecordError
+from gptcore.redact import without_password
+from train_job.config import build_config, read_yaml
+from train_job.files import read_json, written_whole
+
+if TYPE_CHECKING:
+    from train_job.data.inputs import Inputs
+    from train_job.data.remote import Origin
+
+    Begun = Mapping[str, Sequence[Origin]]
+
+CONFIG = "config.yaml"
+"""In a run's folder: every setting that it was begun with."""
+LATER = frozenset({"document_separator"})
+"""Settings that earlier versions did not have. Their runs lack them, and began as the default has it."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What run.json says: the run in MLflow, where that is, and by corpus the objects that its text was read from."""
+
+    run_id: str
+    tracking_uri: str
+    text: Begun
+
+
+def read_record(path: Path) -> Record | None:
+    """What run.json says; None if there is none, as the run has not begun. Raises RecordError if it is damaged."""
+    from train_job.data.remote import Origin
+
+    if not os.path.lexists(path):
+        return None
+    remedy = (
+        'it names the run in MLflow. Put a copy back, or write {"run_id": …, "tracking_uri": …} there as '
+        f"{path.parent / 'spool' / 'spool.json'} has them, or begin a new run"
+    )
+    found = read_json(path, remedy)
+    try:
+        run_id, uri = found["run_id"], found["tracking_uri"]
+        text = {
+            name: [Origin(*map(str, origin)) for origin in origins] for name, origins in found.get("text", {}).items()
+        }
+        if not (isinstance(run_id, str) and isinstance(uri, str) and run_id and uri):
+            raise TypeError
+    except KeyError as lacking:
+        raise RecordError(f"{path} lacks {lacking.args[0]!r}; {remedy}") from None
+    except (TypeError, AttributeError):
+        raise RecordError(f"{path} is damaged; {remedy}") from None
+    return Record(run_id, uri, text)
+
+
+def tracked_at(record: Record | None) -> str:
+    """Where a run is tracked: for one that goes on, where it was, unless the environment says otherwise."""
+    from train_job.tracking.client import tracking_uri
+
+    if record and not os.environ.get("MLFLOW_TRACKING_URI"):
+        return record.tracking_uri
+    return tracking_uri()
+
+
+def write_record(path: Path, run_id: str, uri: str, inputs: Inputs) -> None:
+    """Keeps which MLflow run a folder belongs to, and the objects that its text was read from."""
+
+    text = {name: [astuple(origin) for origin in origins] for name, origins in origins_of(inputs).items()}
+    with written_whole(path) as file:
+        file.write(json.dumps({"run_id": run_id, "tracking_uri": without_password(uri), "text": text}).encode())
+
+
+def origins_of(inputs: Inputs) -> Begun:
+    """The objects that the text of inputs was read from, by what the corpus is called."""
+    return {corpus.name: corpus.origins for corpus in (inputs.train_corpus, inputs.validation_corpus)}
+
+
+def saved_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's config.yaml. Raises ConfigError or RecordError unless every setting is there.
+
+    One that was lost would take its default, and the steps to come would be another run's.
+    """
+    if not path.exists():
+        raise RecordError(f"{path} is missing; put a copy back, or begin a new run")
+    saved = read_yaml(str(path))
+    if lacking := [name for name in build_config(saved).flat() if name not in saved.keys() | LATER]:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise RecordError(
+            f"{path} lacks {lacking[0]!r}{more}: it was cut short or altered. Put a copy back, or write "
+            "there what the run began with, or begin a new run"
+        )
+    return saved

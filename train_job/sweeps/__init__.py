@@ -1,0 +1,1 @@
+"""Sweeps: where to look, the trials, and Ray Tune."""

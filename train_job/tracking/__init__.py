@@ -1,0 +1,1 @@
+"""MLflow: runs, their metrics and files, registered versions and the gate in front of @champion."""

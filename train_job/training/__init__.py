@@ -1,0 +1,1 @@
+"""Training with torch alone: the loop, its optimizer, evaluation and checkpoints."""

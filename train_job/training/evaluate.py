@@ -1,0 +1,45 @@
+"""How good a model is on a text: total cross-entropy in nats, and bits per byte, which compares tokenizers too.
+
+In: a model and the validation split's tokens, or a package and a corpus. Every token of the split is predicted once.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptcore import progress
+from gptcore.model import GPT
+from gptcore.package import Package
+from train_job.data.batches import validation_batches
+from train_job.data.corpus import Corpus
+from train_job.data.shards import TokenSet, prepare
+
+
+@torch.inference_mode()
+def validation_nats(
+    model: GPT, tokens: TokenSet, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Tensor:
+    """This rank's share of the split's total cross-entropy, a float64 scalar in nats, in windows of context_length."""
+    device = model.embed_tokens.weight.device
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    done, share = 0, (tokens.num_tokens - 1) / world_size
+    for x, y in validation_batches(tokens, context_length, batch_size, rank, world_size):  # (b, T) each
+        total += model(x.to(device), y.to(device))
+        progress.at(done := done + x.numel(), share)
+    model.train(training)
+    return total
+
+
+def bits_per_byte(package: Package, corpus: Corpus, cache_dir: Path, device: str = "cpu") -> float:
+    """Bits per UTF-8 byte of a corpus under a package's model and its own tokenizer, in fp32.
+
+    In windows as long as the sequences that the model was trained on, or its context where that is not recorded.
+    """
+    tokens = prepare(corpus, package.tokenizer, cache_dir)
+    window = package.info.get("training", {}).get("sequence_length", package.config.context_length)
+    nats = validation_nats(package.load_model(device), tokens, window, batch_size=8)
+    return float(nats) / math.log(2) / tokens.num_bytes

@@ -1,0 +1,288 @@
+"""The training loop, runnable with torch alone: a model and token shards in, a stream of events out.
+
+`Trainer.run` is a generator: it does steps until something is worth telling and yields it. Whoever drives it (a Ray
+worker, a benchmark, a notebook) logs, saves and shows; while an event is being handled the clock stands and the
+state is consistent. A step is a function of (config, step number): the batch, dropout's masks and the learning rate
+follow from the number, so a resumed run takes the same steps. Ranks work on slices of one global batch.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gptcore.devices import pick_dtype
+from gptcore.errors import TrainingError
+from gptcore.model import GPT
+from gptcore.progress import doing
+from train_job.config import UNBOUNDED, TrainConfig
+from train_job.data.batches import Batches
+from train_job.data.shards import TokenSet
+from train_job.training.checkpoint import Checkpoint, Identity, TrainState
+from train_job.training.evaluate import validation_nats
+from train_job.training.events import CheckpointDue, Evaluation, Event, Finished, Progress, Started
+from train_job.training.hardware import peak_flops
+from train_job.training.optimizer import Optimizers, learning_rate_factor
+from train_job.training.targets import Standing, standings
+
+
+class Trainer:
+    """One rank's share of a run. `wrap` puts the model under DDP; `stop_asked` is polled on rank 0."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: GPT,
+        train: TokenSet,
+        validation: TokenSet,
+        device: torch.device,
+        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+        stop_asked: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.device, self.stop_asked = config, device, stop_asked
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.batches = Batches(train, config.context, config.batch_size, config.seed, config.stride)
+        self.train, self.validation = train, validation
+        self.model = model.to(device)
+        self.optimizers = Optimizers(self.model, config)
+        if config.compile:
+            self.model.compile()
+        self.runner: Any = wrap(self.model)
+        self.dtype = pick_dtype(config.precision, device)
+        self.total_steps, self.limit = config.planned_steps(self.batches.steps_per_epoch)
+        self.log_every, self.judge_every = config.intervals(self.total_steps)
+        self.save_every = config.checkpoint_interval or self.judge_every
+        self.state = TrainState()
+        self.trained_seconds, self.began = 0.0, time.perf_counter()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one global batch."""
+        return self.config.batch_size * self.config.context
+
+    def identity(self, tokenizer_fingerprint: str) -> Identity:
+        """What a checkpoint must share with this run."""
+        shape = json.dumps(asdict(self.model.config) | {"dropout": 0.0}, sort_keys=True)
+        data = self.train.fingerprint + self.validation.fingerprint
+        return Identity(*(hashlib.sha256(s.encode()).hexdigest() for s in (shape, tokenizer_fingerprint, data)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's parameters, tied ones once."""
+        return dict(self.model.named_parameters())
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts the run where the checkpoint was taken."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(checkpoint.model[name])
+        self.optimizers.load_tensors(checkpoint.optimizer)
+        self.state = TrainState(**asdict(checkpoint.state))
+
+    def run(self) -> Iterator[Event]:
+        """Trains until a limit is met. Raises TrainingError, on every rank, when a loss stops being a number."""
+        state = self.state
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
+        logged_step, logged_seconds, sums = state.step, 0.0, 0.0
+        self.began = time.perf_counter() - state.elapsed
+        look_every = 1 if self.device.type == "cpu" else self.log_every  # looking waits for the device
+        yield Started(state.step, self.world_size)
+        if state.step == 0:
+            yield self.evaluate(untrained=True)
+        reason = self._reached()
+        if self._unjudged(reason):  # a stop came before it
+            reason = yield from self._keep(reason)
+        while not reason:
+            clock = time.perf_counter()
+            while True:
+                loss, norm = self._step(state.step)
+                losses.append(loss)
+                norms.append(norm)
+                state.step += 1
+                if state.step % look_every == 0 or self._due(state.step):
+                    break
+            means, norm_now, asked = self._look(losses, norms, time.perf_counter() - self.began)
+            sums += sum(means)
+            losses, norms = [], []
+            state.elapsed = time.perf_counter() - self.began
+            self.trained_seconds += time.perf_counter() - clock
+            reason = self.limit if state.step >= self.total_steps else asked
+            if reason or state.step % self.log_every == 0:
+                mean, steps = sums / (state.step - logged_step), state.step - logged_step
+                state.best_train_loss = min(state.best_train_loss, mean)
+                yield self._progress(mean, norm_now, steps, self.trained_seconds - logged_seconds)
+                logged_step, logged_seconds, sums = state.step, self.trained_seconds, 0.0
+                reason = reason or self._goal()
+            reason = yield from self._keep(reason)
+        yield Finished(state.step, reason, state.elapsed, self._standings())
+
+    def _keep(self, reason: str) -> Generator[Event, None, str]:
+        """Has this step's weights judged and saved where that is due; returns `reason`, or the goal they reach."""
+        state, loss = self.state, math.inf
+        if self._unjudged(reason):
+            evaluation = self.evaluate()
+            state.elapsed = time.perf_counter() - self.began
+            yield evaluation
+            reason, loss = reason or self._goal(), evaluation.loss
+        if reason or loss < math.inf or state.step % self.save_every == 0:
+            yield CheckpointDue(state.step, loss)
+        return reason
+
+    def evaluate(self, untrained: bool = False) -> Evaluation:
+        """The whole validation split, every rank a share of it; remembers the best, unless nothing was trained yet.
+
+        That figure, the parent's or of random weights, is there to compare with: the model of step 0 is neither kept,
+        nor is it what patience and targets look at.
+        """
+        state, start = self.state, time.perf_counter()
+        micro = self.config.micro_batch_size or math.ceil(self.config.batch_size / self.world_size)
+        with self._autocast(), doing(f"evaluating step {state.step} on the validation text"):
+            nats = validation_nats(self.model, self.validation, self.config.context, micro, self.rank, self.world_size)
+        nats = self._all_reduce(nats)
+        loss = float(nats) / (self.validation.num_tokens - 1)
+        if not math.isfinite(loss):
+            raise diverged(f"validation loss is {loss}", state.step)
+        best = loss < state.best_loss and not untrained
+        if not untrained:
+            state.last_evaluated, state.last_loss = state.step, loss
+            state.since_best = 0 if best else state.since_best + 1
+        if best:
+            state.best_loss, state.best_step = loss, state.step
+        return Evaluation(
+            state.step,
+            state.step * self.tokens_per_step,
+            state.step / self.batches.steps_per_epoch,
+            loss,
+            self._bits_per_byte(loss),
+            best,
+            time.perf_counter() - start,
+            self.trained_seconds,
+        )
+
+    # --- the hot path -------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; this rank's share of the mean loss, and the gradient's norm."""
+        x, y = self.batches.batch(step, self.rank, self.world_size)  # (b, T) each
+        if self.model.config.dropout:
+            torch.manual_seed(((self.config.seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
+        size = self.config.micro_batch_size or len(x)
+        scale = self.world_size / self.tokens_per_step  # DDP averages over ranks, so each multiplies
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(x), size):
+            xs, ys = (t[start : start + size].to(self.device, non_blocking=True) for t in (x, y))
+            with self._sync(start + size >= len(x)), self._autocast():
+                loss = self.runner(xs, ys) * scale
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        self.optimizers.step(learning_rate_factor(self.config, step, self.total_steps))
+        return total, norm
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _sync(self, last: bool):
+        """Gradients travel between ranks on a step's last micro-batch only."""
+        return contextlib.nullcontext() if last or self.world_size == 1 else self.runner.no_sync()
+
+    # --- between steps ------------------------------------------------------------------------------------------
+
+    def _due(self, step: int) -> bool:
+        intervals = (self.log_every, self.judge_every, self.save_every)
+        return step >= self.total_steps or any(step % interval == 0 for interval in intervals)
+
+    def _look(self, losses: list[Tensor], norms: list[Tensor], elapsed: float) -> tuple[list[float], float, str]:
+        """Agrees with the other ranks: mean losses, the last gradient norm, and whether to stop and why."""
+        asked = 0.0
+        if self.rank == 0:
+            minutes = self.config.max_minutes
+            asked = 2.0 if self.stop_asked() else 1.0 if minutes is not None and elapsed >= 60 * minutes else 0.0
+        flag = torch.tensor([asked * self.world_size], device=self.device)
+        agreed = (self._all_reduce(torch.cat([torch.stack(losses), torch.stack(norms).float(), flag]))).tolist()
+        means, norm_list, code = (
+            [v / self.world_size for v in part]
+            for part in (agreed[: len(losses)], agreed[len(losses) : -1], agreed[-1:])
+        )
+        for i, (loss, norm) in enumerate(zip(means, norm_list, strict=True)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+                raise diverged(what, self.state.step - len(losses) + i + 1)
+        return means, norm_list[-1], {0: "", 1: "max_minutes", 2: "stopped"}[round(code[0])]
+
+    def _all_reduce(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def _progress(self, loss: float, norm: float, steps: int, seconds: float) -> Progress:
+        step, rate = self.state.step, steps * self.tokens_per_step / seconds
+        peak = peak_flops(self.device)
+        flops = self.model.flops_per_token(self.config.context)
+        left = (self.total_steps - step) * seconds / steps
+        if self.config.max_minutes is not None:
+            left = min(left, max(0.0, 60 * self.config.max_minutes - self.state.elapsed))
+        return Progress(
+            step,
+            step * self.tokens_per_step,
+            step / self.batches.steps_per_epoch,
+            loss,
+            loss * self.train.num_tokens / self.train.num_bytes / math.log(2),
+            norm,
+            self.config.learning_rate * learning_rate_factor(self.config, step - 1, self.total_steps),
+            rate,
+            rate * flops / (peak * self.world_size) if peak else None,
+            left,
+            self.total_steps if self.total_steps < UNBOUNDED else None,
+        )
+
+    def _unjudged(self, reason: str) -> bool:
+        """Whether this step's weights are to be judged and were not: at intervals, and where a limit ends the run."""
+        step = self.state.step
+        due = bool(reason) or step % self.judge_every == 0
+        return due and reason != "stopped" and self.state.last_evaluated != step
+
+    def _reached(self) -> str:
+        """The limit or goal at which the state stands, or an empty string: a resumed run may have no step to do."""
+        if self.state.step >= self.total_steps:
+            return self.limit
+        minutes = self.config.max_minutes
+        return "max_minutes" if minutes is not None and self.state.elapsed >= 60 * minutes else self._goal()
+
+    def _goal(self) -> str:
+        """The goal that the figures until now have reached, or an empty string."""
+        for standing in self._standings():
+            if standing.reached:
+                return standing.target
+        patience = self.config.patience
+        return "patience" if patience is not None and self.state.since_best >= patience else ""
+
+    def _standings(self) -> tuple[Standing, ...]:
+        best = self.state.best_loss
+        return standings(
+            self.config,
+            target_loss=best,
+            target_bits_per_byte=self._bits_per_byte(best),
+            target_train_loss=self.state.best_train_loss,
+        )
+
+    def _bits_per_byte(self, loss: float) -> float:
+        """A validation loss in nats per token as bits per UTF-8 byte."""
+        return loss * (self.validation.num_tokens - 1) / math.log(2) / self.validation.num_bytes
+
+
+def diverged(what: str, step: int) -> TrainingError:
+    """The error of a run whose figures are no numbers any more."""
+    return TrainingError(
+        f"the {what} at step {step}; the last good checkpoint is kept. "
+        "Try a lower learning rate, more warm-up steps or --precision fp32"
+    )
