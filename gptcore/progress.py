@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from gptcore.units import duration
+
 FIRST_SECONDS = 4.0
 """Of silence before a first line."""
 AGAIN_SECONDS = 30.0
@@ -110,12 +112,3 @@ def _watch() -> None:
         with contextlib.suppress(Exception):  # a line that cannot be said stops nothing
             _say(str(this))
         heard()
-
-
-def duration(seconds: float) -> str:
-    """`m:ss` or `h:mm:ss`; `?` where nothing bounds it."""
-    if seconds > 100 * 86400:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -28,8 +28,9 @@ from ray.serve.schema import LoggingConfig
 
 from gptcore.errors import ConfigError
 from gptcore.home import home
+from serve_app import quiet
 from serve_app.errors import RETRY_AFTER_SECONDS
-from serve_app.front import haproxy, quiet
+from serve_app.front import haproxy
 from serve_app.http.app import create_api
 from serve_app.metrics import METRICS, Metric, Metrics
 from serve_app.models.catalog import Models

@@ -16,6 +16,7 @@ from typing import Any
 from gptcore.engine.runners import MOST_SLOTS, SHARE
 from gptcore.errors import ConfigError, FoundryError
 from gptcore.progress import doing
+from gptcore.units import count
 from train_job.cli import Help, Parser, parse_settings, told
 from train_job.config import TrainConfig, build_config
 from train_job.planning.costs import (
@@ -30,7 +31,7 @@ from train_job.planning.costs import (
     training_step,
     work_of,
 )
-from train_job.session.console import count, lasting_output, model_text
+from train_job.session.console import lasting_output, model_text
 from train_job.training.devices import Device, Rates, assumed_rates, find_device
 
 EXAMPLES = {

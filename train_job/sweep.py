@@ -37,7 +37,8 @@ from train_job.session.begin import absolute  # noqa: E402
 from train_job.sweeps.begin import PLAN, begin_sweep  # noqa: E402
 from train_job.cluster.connect import ray_cluster, resources_per_worker, resources_text  # noqa: E402
 from train_job.config import build_config  # noqa: E402
-from train_job.session.console import Console, duration  # noqa: E402
+from gptcore.units import duration  # noqa: E402
+from train_job.session.console import Console  # noqa: E402
 from train_job.files import read_json, written_whole  # noqa: E402
 from train_job.session.history import History, read_history  # noqa: E402
 from train_job.tracking.pages import NOTE  # noqa: E402

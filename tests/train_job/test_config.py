@@ -10,10 +10,10 @@ import pytest
 
 from gptcore.config import MODEL_PRESETS
 from gptcore.errors import ConfigError
+from gptcore.units import count
 from train_job.cli import EXAMPLES, WIDEST, groups, parse_settings
 from train_job.config import PRESETS, build_config, read_yaml, resume_config, write_yaml
 from train_job.planning import presets
-from train_job.session.console import count
 from train_job.training.devices import assumed_rates, find_device
 
 

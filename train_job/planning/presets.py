@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptcore.errors import ConfigError
+from gptcore.units import count, duration
 from train_job.config import PRESETS, build_config
-from train_job.session.console import count, duration
 
 NOTES = {
     "quick": "4.3M parameters; the default: for two cores of a CPU, minutes",

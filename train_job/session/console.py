@@ -19,7 +19,7 @@ from typing import Any
 
 from gptcore import progress
 from gptcore.config import ModelConfig
-from gptcore.progress import duration
+from gptcore.units import count, duration
 from train_job.config import TrainConfig
 from train_job.training.events import Evaluation, Progress
 
@@ -193,11 +193,3 @@ def model_text(config: TrainConfig, shape: ModelConfig, parameters: int) -> str:
     if config.init_from:
         return f"fine-tunes {config.init_from} ({size}, {rest})"
     return f"{config.preset}: {size}, {rest}"
-
-
-def count(number: float) -> str:
-    """4262656 -> '4.3M'."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.1f}{suffix}"
-    return str(round(number))

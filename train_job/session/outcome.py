@@ -18,11 +18,11 @@ from gptcore.package import Package, open_package, save_package
 from gptcore.progress import doing
 from gptcore.redact import without_password
 from gptcore.sampling import SamplingParams, generate_text
+from gptcore.units import duration
 from train_job import figures
 from train_job.config import LIMITS, TrainConfig
 from train_job.data.inputs import cache_dir
 from train_job.files import read_json, written_whole
-from train_job.session.console import duration
 from train_job.session.history import read_history
 from train_job.session.record import read_record, tracked_at
 from train_job.session.whatnow import Ended, lines

@@ -1,0 +1,18 @@
+"""Numbers as people read them."""
+
+
+def duration(seconds: float) -> str:
+    """`m:ss` or `h:mm:ss`; `?` where nothing bounds it."""
+    if seconds > 100 * 86400:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def count(number: float) -> str:
+    """4262656 -> '4.3M'."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f}{suffix}"
+    return str(round(number))
