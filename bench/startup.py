@@ -32,14 +32,14 @@ FIRST = "Python and what the command imports"
 SEAMS = (
     ("train_job.run", "begin", "flags, the imports of MLflow and Ray, the text and its tokens"),
     ("ray", "init", "Ray starts"),
-    ("train_job.run", "Run.open", "MLflow's run is opened"),
-    ("train_job.run", "Run.introduce", "what is planned is said"),
-    ("train_job.run", "torch_trainer", "Ray Train: a controller, a worker, both of which import torch"),
-    ("train_job.session.outcome", "build", "the package is written"),
-    ("train_job.session.outcome", "_figures", "figures"),
+    ("train_job.session.session", "open_session", "MLflow's run is opened"),
+    ("train_job.cluster.training", "Training.introduce", "the plan is printed"),
+    ("train_job.cluster.training", "torch_trainer", "Ray Train: a controller, a worker, both of which import torch"),
+    ("train_job.session.finish", "build", "the package is written"),
+    ("train_job.session.finish", "_figures", "figures"),
     ("train_job.tracking.registry", "publish", "the version is registered and tried"),
-    ("train_job.session.outcome", "show", "a sample, the summary"),
-    ("train_job.session.outcome", "close", "MLflow's run is closed"),
+    ("train_job.session.finish", "show", "a sample, the summary"),
+    ("train_job.session.finish", "close", "MLflow's run is closed"),
     ("ray", "shutdown", "Ray ends"),
 )
 """Functions of the job, and what begins when they are first entered."""
@@ -126,16 +126,10 @@ def traced(file: Path, flags: list[str]) -> int:
 
         return marked
 
-    from train_job.run import Run
+    from train_job.run import TrainingJob
     from train_job.run import main as job
 
-    execute, show = Run.execute, Run.show
-
-    def told(self: Run, news: list[Any]) -> None:
-        for event in news:
-            if type(event).__name__ in EVENTS:
-                mark(EVENTS[type(event).__name__])
-        show(self, news)
+    execute = TrainingJob.execute
 
     def seamed(names: Callable[[str], bool]) -> None:
         for module, path, phase in SEAMS:
@@ -144,12 +138,23 @@ def traced(file: Path, flags: list[str]) -> int:
                 owner = functools.reduce(getattr, above, importlib.import_module(module))
                 setattr(owner, name, after(getattr(owner, name), phase))
 
-    def executed(self: Run) -> int:
+    def executed(self: TrainingJob) -> int:
+        from train_job.cluster.training import Training
+
         seamed(lambda module: module != "train_job.run")  # what the job itself imports only now
+        show = Training._show
+
+        def shown(self: Training, events: list[Any]) -> list[Any]:
+            for event in events:
+                if type(event).__name__ in EVENTS:
+                    mark(EVENTS[type(event).__name__])
+            return show(self, events)
+
+        Training._show = shown  # type: ignore[method-assign]
         return execute(self)
 
     seamed(lambda module: module == "train_job.run")
-    Run.execute, Run.show = executed, told  # type: ignore[method-assign]
+    TrainingJob.execute = executed  # type: ignore[method-assign]
     code = job(flags)
     mark("Python ends" if code == 0 else "the error is said")
     file.write_text(json.dumps(marks))

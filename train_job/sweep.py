@@ -26,8 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == ROOT / "train_job":  # run as a script: our modules are train_job.*, not top-level
     sys.path[0] = str(ROOT)
 
-from train_job import run as single  # noqa: E402, I001  # first: it sets the environment that libraries read
-
+import train_job.environment  # noqa: E402, F401, I001  # first: it sets what libraries read when they are imported
 from gptcore.errors import ConfigError, FoundryError, RecordError, TrainingError  # noqa: E402
 from gptcore.home import home  # noqa: E402
 from gptcore.package import open_package  # noqa: E402
@@ -42,7 +41,8 @@ from train_job.session.console import Console  # noqa: E402
 from train_job.files import read_json, written_whole  # noqa: E402
 from train_job.session.history import History, read_history  # noqa: E402
 from train_job.tracking.pages import NOTE  # noqa: E402
-from train_job.session.record import origins_of, read_record, tracked_at, write_record  # noqa: E402
+from train_job.session.exit_code import as_problem, exit_code  # noqa: E402
+from train_job.session.record import RUN, Record, origins_of, read_record, tracked_at, write_record  # noqa: E402
 from train_job.sweeps.space import SweepConfig, described, shown  # noqa: E402
 from train_job.session.stop import StopSignals  # noqa: E402
 from train_job.training.storage import drop  # noqa: E402
@@ -51,6 +51,7 @@ from train_job.session.whatnow import Ended, lines, script_command  # noqa: E402
 
 if TYPE_CHECKING:
     from train_job.data.inputs import Inputs
+    from train_job.session.session import Session
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         with begin_sweep(sys.argv[1:] if argv is None else argv) as (config, run_dir):
             return Sweep(config, run_dir).execute()
 
-    return single.answered(job)
+    return exit_code(job)
 
 
 class Sweep:
@@ -77,7 +78,7 @@ class Sweep:
             self.trials.append(Trial(number, values, run, run_dir / name))
         self.stops = StopSignals(self._stop)
         self.run_id = self.experiment_id = ""
-        self.board: Any = None
+        self.channel: Any = None
         self.began = False
         self.told: set[int] = set()
         self.dropped: set[int] = set()
@@ -120,12 +121,14 @@ class Sweep:
                     self._what_now()
                     return 128 + self.stops.number
                 self._end("FAILED")  # whatever it is, the run must not be left as running
-                problem = single.told(error, self.run_dir) if isinstance(error, (FoundryError, OSError)) else None
+                from train_job.session.finish import failure_code
+
+                problem = as_problem(error, self.run_dir) if isinstance(error, (FoundryError, OSError)) else None
                 if not problem:
                     raise
                 self.console.say(f"error: {problem}")
                 self._what_now()
-                return 1 if isinstance(problem, TrainingError) or self.began else 2
+                return failure_code(problem, self.began)
 
     def resume_command(self) -> str:
         """What goes on with this sweep."""
@@ -135,12 +138,12 @@ class Sweep:
 
     @property
     def _record(self) -> Path:
-        return self.run_dir / "run.json"
+        return self.run_dir / RUN
 
     def _stop(self) -> None:
         """What a signal does at once: the trials save what they have, and MLflow is told."""
-        if self.board:
-            self.board.ask_stop.remote()
+        if self.channel:
+            self.channel.set_stop.remote()
         self.console.say("stopping: trials that run are saving a checkpoint (once more to leave at once)")
         self._end("KILLED")
 
@@ -148,7 +151,7 @@ class Sweep:
         """Ends the sweep's MLflow run, and those of trials that have not ended; for where there is one."""
         for folder in (*(trial.folder for trial in self.trials), self.run_dir):
             if not (folder / ENDING).exists():
-                self._end_run(folder / "run.json", status)
+                self._end_run(folder / RUN, status)
 
     def _end_run(self, record: Path, status: str) -> None:
         from train_job.tracking import client as tracking
@@ -161,6 +164,7 @@ class Sweep:
 
     def _prepare(self, cluster: Any) -> dict[int, Inputs]:
         """Every trial's inputs. Shards are made here, once for each tokenizer, before any trial begins."""
+        from train_job.cluster.prepare import prepare_on_cluster
         from train_job.tracking.registry import pin
 
         if parent := self.config.base.get("init_from"):
@@ -174,7 +178,7 @@ class Sweep:
                 one = inputs[1].config
                 config = replace(trial.config, log_interval=one.log_interval, eval_interval=one.eval_interval)
                 self.trials[place] = trial = replace(trial, config=config)
-            inputs[trial.number] = single.inputs_of(trial.config, cluster, begun)
+            inputs[trial.number] = prepare_on_cluster(trial.config, cluster, begun)
             begun = origins_of(inputs[trial.number])  # all have the text of the first
         return inputs
 
@@ -192,6 +196,7 @@ class Sweep:
         """Opens the parent run in MLflow, or goes on with the one that this folder names."""
         import yaml
 
+        from train_job.session.session import dataset_uses
         from train_job.tracking import client as tracking
 
         if self.record:
@@ -203,7 +208,7 @@ class Sweep:
                 self.uri,
                 asdict(self.config) | {"base": {k: v for k, v in self.config.base.items() if k != "storage_path"}},
                 name=self.name,
-                datasets=single.dataset_uses(inputs),
+                datasets=dataset_uses(inputs),
                 tags={
                     "sweep": self.name,
                     NOTE: f"A sweep of {len(self.trials)} trials: {described(self.config.search)}",
@@ -247,36 +252,36 @@ class Sweep:
 
     def _tune(self, ray: Any, left: list[Trial]) -> None:
         """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
-        from train_job.cluster.board import Board
+        from train_job.cluster.channel import start_channel
         from train_job.cluster.failures import why
-        from train_job.sweeps.tune import Plan, tuner
+        from train_job.cluster.training import POLL_SECONDS
+        from train_job.sweeps.tune import TrialContext, tuner
 
-        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        board = ray.remote(Board).options(num_cpus=0, label_selector=here).remote()
+        channel = start_channel(ray)
         tags = {"mlflow.parentRunId": self.run_id, "sweep": self.name}
-        plan = Plan(self.trials, self.resources, tags, self.uri, board)
+        context = TrialContext(self.trials, self.resources, tags, self.uri, channel)
         ended: list[Any] = []
 
         def fit() -> None:
             try:
                 with tempfile.TemporaryDirectory() as folder:  # what Tune keeps; we know it from the trials' folders
                     judge = (self.grace_steps, self.config.reduction) if self.config.asha else None
-                    ended.append(tuner(plan, left, judge, self.at_once, folder).fit())
+                    ended.append(tuner(context, left, judge, self.at_once, folder).fit())
             except Exception as error:
                 ended.append(error)
 
         self.told = {trial.number for trial in self.trials if trial not in left}
         thread = threading.Thread(target=fit, daemon=True)
         self.stops.check()
-        self.board, self.began = board, True
+        self.channel, self.began = channel, True
         thread.start()
-        with doing(lambda: "waiting for news of the trials: " + " | ".join(self._live(ranked(self.trials)))):
+        with doing(lambda: "waiting for news of the trials: " + " | ".join(self._status(ranked(self.trials)))):
             while thread.is_alive():
-                self._look()
-                thread.join(single.LOOK_SECONDS)
-        self.board = None
+                self._show()
+                thread.join(POLL_SECONDS)
+        self.channel = None
         self.stops.check()
-        if problem := ray.get(board.failed.remote()):
+        if problem := ray.get(channel.failed.remote()):
             raise problem
         if isinstance(ended[0], Exception):
             raise ended[0]
@@ -285,14 +290,14 @@ class Sweep:
             if not trial.ending():  # its actor could not tell
                 reason = why(result.error) if result.error else "it was lost"
                 trial.end(Ending("FAILED", reason, int(trial.best()["step"]), 0.0))
-                self._end_run(trial.folder / "run.json", "FAILED")
-        self._look()
+                self._end_run(trial.folder / RUN, "FAILED")
+        self._show()
 
-    def _look(self) -> None:
+    def _show(self) -> None:
         """Tells of trials that have ended, and on the live line of those that run; drops what is not to be kept."""
         import ray
 
-        for line in ray.get(self.board.read.remote()) if self.board else ():
+        for line in ray.get(self.channel.read.remote()) if self.channel else ():
             self.console.say(line)
         ended = ranked(self.trials)
         for trial, ending in sorted(ended, key=lambda pair: pair[0].number):
@@ -306,9 +311,9 @@ class Sweep:
         for place, (trial, ending) in enumerate(ended):
             if place >= self.config.keep or ending.status == "FAILED":
                 self._drop(trial)
-        self.console.live(" | ".join(self._live(ended)))
+        self.console.live(" | ".join(self._status(ended)))
 
-    def _live(self, ended: list[tuple[Trial, Ending]]) -> Iterator[str]:
+    def _status(self, ended: list[tuple[Trial, Ending]]) -> Iterator[str]:
         yield f"{len(ended)} of {len(self.trials)} trials"
         for trial in self.trials:
             if not trial.ending() and (rows := read_history(trial.folder / "history.jsonl")):
@@ -326,7 +331,8 @@ class Sweep:
 
     def _conclude(self) -> int:
         """The table, and the best trial's package as a version; returns the exit code."""
-        from train_job.session import outcome
+        from train_job.session.finish import OUTCOME, deliver, register
+        from train_job.session.session import Trained
         from train_job.tracking import client as tracking
         from train_job.tracking.spool import Spool
 
@@ -338,8 +344,9 @@ class Sweep:
         tags, code = {}, 1
         if ending.status == "FINISHED":
             self.console.say(f"best      {best.title}")
-            code = outcome.register(self._run_of(best), open_package(best.folder / "package"), tell_what_now=False)
-        version = read_json(best.folder / outcome.OUTCOME, "the version is in MLflow") if code == 0 else None
+            package = open_package(best.folder / "package")
+            code = register(self._session_of(best), Trained(), package, tell_what_now=False)
+        version = read_json(best.folder / OUTCOME, "the version is in MLflow") if code == 0 else None
         self._what_now(best, version)
         if version:
             tags = {"sweep.best": best.name, "sweep.version": f"{version['name']} {version['version']}"}
@@ -350,7 +357,7 @@ class Sweep:
             until = min(until, trial.best()["bits_per_byte"])
             if math.isfinite(until):
                 spool.metrics(trial.number, {"best_bits_per_byte": until})
-        outcome.deliver(spool, files, self.console.say)
+        deliver(spool, files, self.console.say)
         try:
             tracking.tag_run(self.uri, self.run_id, tags)
         except TrainingError as error:
@@ -360,9 +367,13 @@ class Sweep:
 
     def _what_now(self, best: Trial | None = None, version: Mapping[str, Any] | None = None) -> None:
         """Says how to go on: with the best trial's model where it is there, and with the sweep where it is not over."""
-        from train_job.session import outcome
+        from train_job.session.report import ended
 
-        there = outcome.ended(self._run_of(best), version) if best else None
+        there = None
+        if best:
+            run_id = self._record_of(best).run_id
+            config = self.inputs[best.number].config
+            there = ended(config, best.folder, self.uri, run_id, self.experiment_id, version)
         resume = self.resume_command() if self.run_id else ""  # before, there is nothing to go on with
         own = Ended(self.uri, self.experiment_id, self.run_id, resume=resume)
         if there and version:
@@ -376,15 +387,28 @@ class Sweep:
         for line in lines(own):
             self.console.say(line)
 
-    def _run_of(self, trial: Trial) -> single.Run:
-        """The trial as a run that has been trained and waits for its registration."""
-        run = single.Run(self.inputs[trial.number].config, trial.folder)
-        run.uri, run.inputs, run.stops, run.console = self.uri, self.inputs[trial.number], self.stops, self.console
-        record = read_record(trial.folder / "run.json")
-        assert record, "a trial that has ended was begun"
-        run.run_id, run.experiment_id = record.run_id, self.experiment_id
-        run.history = History(trial.folder / "history.jsonl")
-        return run
+    def _session_of(self, trial: Trial) -> Session:
+        """The session of a trial that has ended, so that its model can be registered."""
+        from train_job.session.session import Session
+
+        inputs, record = self.inputs[trial.number], self._record_of(trial)
+        history = History(trial.folder / "history.jsonl")
+        return Session(
+            inputs.config,
+            trial.folder,
+            inputs,
+            self.uri,
+            record.run_id,
+            self.experiment_id,
+            history,
+            self.console,
+            self.stops,
+        )
+
+    def _record_of(self, trial: Trial) -> Record:
+        record = read_record(trial.folder / RUN)
+        assert record, "a trial that has ended was opened"
+        return record
 
     def _figures(self) -> list[Path]:
         """The curves of all trials, and the best so far."""

@@ -14,7 +14,7 @@ from train_job.config import build_config
 CHILDREN = """
 import os, subprocess, sys
 from train_job.cluster.connect import training_first
-names = ["ray::RayTrainWorker", "ray::Board"]
+names = ["ray::RayTrainWorker", "ray::Channel"]
 children = [subprocess.Popen([sys.executable, "-c", "input()", name], stdin=subprocess.PIPE) for name in names]
 training_first()
 print(*(os.sched_getscheduler(pid) for pid in [0, *(child.pid for child in children)]))
@@ -38,7 +38,7 @@ def test_runs_at_the_same_time_share_the_cluster_and_too_many_are_refused() -> N
 
 
 def test_the_messages_of_a_run_pass_without_torch_or_ray() -> None:
-    code = "import sys, train_job.cluster.board; print({'torch', 'ray', 'mlflow', 'numpy'} & sys.modules.keys())"
+    code = "import sys, train_job.cluster.channel; print({'torch', 'ray', 'mlflow', 'numpy'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

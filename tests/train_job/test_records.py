@@ -4,8 +4,6 @@ import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -16,10 +14,10 @@ from tests.train_job.test_sweep_input import GOOD
 from train_job import run, sweep
 from train_job.config import build_config
 from train_job.files import storage_problem, written_whole
-from train_job.run import answered
-from train_job.session import outcome
 from train_job.session.begin import begin
 from train_job.session.console import Console
+from train_job.session.exit_code import exit_code
+from train_job.session.finish import ended_with, failure_code
 from train_job.session.history import History, read_history
 from train_job.sweeps.trials import ENDING, Ending, Trial
 from train_job.tracking import client as tracking
@@ -157,10 +155,10 @@ def test_a_damaged_outcome_is_made_again_and_that_is_said(
     mine: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     config = build_config({"name": "mine"})
-    assert outcome.ended_with(mine, config) is None
+    assert ended_with(mine, config) is None
     assert capsys.readouterr().out == ""
     (mine / "outcome.json").write_text(json.dumps({"config": config.flat()}) if content == "same config" else content)
-    assert outcome.ended_with(mine, config) is None
+    assert ended_with(mine, config) is None
     assert ("outcome.json" in capsys.readouterr().out) == (content != "{}"), "{} is of another config"
 
 
@@ -228,13 +226,13 @@ def raises(error: BaseException) -> Callable[[], int]:
 def test_a_full_disk_is_no_wrong_input(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
 ) -> None:
-    assert answered(raises(error)) == code
+    assert exit_code(raises(error)) == code
     assert one_error(capsys.readouterr().err).startswith(f"error: {said}")
 
 
 def test_other_errors_of_the_system_are_not_hidden() -> None:
     with pytest.raises(FileNotFoundError):
-        answered(raises(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")))
+        exit_code(raises(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")))
 
 
 @pytest.mark.parametrize(
@@ -281,11 +279,5 @@ def test_a_log_that_takes_no_more_costs_no_run(tmp_path: Path, capsys: pytest.Ca
         (StorageFull("x"), True, 1),
     ],
 )
-def test_once_a_worker_trains_nothing_is_the_inputs_fault(
-    mine: Path, problem: FoundryError, began: bool, code: int
-) -> None:
-    said: list[str] = []
-    failed: Any = run.Run(build_config({"name": "mine"}), mine)
-    failed.uri, failed.began, failed.console = "", began, SimpleNamespace(say=said.append)
-    assert outcome.fail(failed, problem) == code
-    assert said[0] == "error: x"
+def test_once_a_worker_trains_nothing_is_the_inputs_fault(problem: FoundryError, began: bool, code: int) -> None:
+    assert failure_code(problem, began) == code

@@ -142,28 +142,28 @@ def require_room(shape: ModelConfig, workers: int) -> None:
     require_memory("training this model", what, free_memory(torch.device("cpu")))
 
 
-def torch_trainer(train_worker: Any, job: Any, resources: dict[str, float]) -> Any:
-    """Ray Train's trainer for a Job: its workers, where it keeps checkpoints, how often it tries again."""
+def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float]) -> Any:
+    """Ray Train's trainer for a `WorkerSpec`: its workers, where it keeps checkpoints, how often it tries again."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from train_job.cluster.failures import Restarts
 
-    low, high = job.config.workers
+    low, high = spec.config.workers
     return TorchTrainer(
         train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"spec": spec},
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
-            use_gpu=job.config.use_gpu,
+            use_gpu=spec.config.use_gpu,
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=job.config.name,
-            storage_path=job.config.storage_path,
-            worker_runtime_env={} if job.config.use_gpu else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
-            callbacks=[Restarts(job.board)],  # type: ignore[list-item]  # it wants Tune's
-            failure_config=FailureConfig(max_failures=job.config.max_failures),
+            name=spec.config.name,
+            storage_path=spec.config.storage_path,
+            worker_runtime_env={} if spec.config.use_gpu else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
+            callbacks=[Restarts(spec.channel)],  # type: ignore[list-item]  # it wants Tune's
+            failure_config=FailureConfig(max_failures=spec.config.max_failures),
             # Ray keeps the latest beside the best two: there should be another if one is damaged.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"

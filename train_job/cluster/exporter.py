@@ -34,8 +34,8 @@ class Exporter:
             gauge.set_default_tags({"run": run})
         self._set(start_time_seconds=time.time())
 
-    def tell(self, event: Event) -> None:
-        """Sets what the event says."""
+    def report(self, event: Event) -> None:
+        """Sets the gauges that the event has figures for."""
         if isinstance(event, Progress):
             self._set(
                 step=event.step,

@@ -1,7 +1,7 @@
 """What Ray restarts, kills or gives up, in our words: why, and the way on.
 
 In: the exceptions that Ray Train has of its workers. Out: a line for the run's console, without Ray's paragraphs and
-addresses. `Restarts` is told by Ray Train's controller, and puts the reason on the run's board.
+addresses. `Restarts` is told by Ray Train's controller, and posts the reason to the run's channel.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ class Failure:
 
 
 class Restarts(UserCallback):
-    """Tells the board why workers failed, before Ray Train begins again or gives up."""
+    """Tells the channel why workers failed, before Ray Train starts them again or gives up."""
 
-    def __init__(self, board: Any) -> None:
-        self.board, self.address, self.kills = board, ray.util.get_node_ip_address(), kernel_kills()
+    def __init__(self, channel: Any) -> None:
+        self.channel, self.address, self.kills = channel, ray.util.get_node_ip_address(), kernel_kills()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called on Ray Train's controller. What Linux killed is known of the machine that both of us are on."""
         here = self.address == ray.util.get_node_ip_address() and any(
             f"ip: {self.address}" in str(_inner(error)) for error in worker_exceptions.values()
         )
-        self.board.post.remote(Failure(explained(worker_exceptions, here and kernel_kills() > self.kills)))
+        self.channel.post.remote(Failure(explained(worker_exceptions, here and kernel_kills() > self.kills)))
 
 
 def explained(failures: dict[int, Exception], kernel_killed: bool = False) -> str:

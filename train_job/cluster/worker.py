@@ -1,6 +1,6 @@
 """The loop inside a Ray Train worker: checkpoints through Ray, figures through the spool, news to the driver.
 
-In: a `Job` from the driver. Out: checkpoints in the run's storage, metrics in MLflow, events on the `Board`.
+In: a `WorkerSpec` from the driver. Out: checkpoints in the run's storage, metrics in MLflow, events on the `Channel`.
 Rank 0 speaks; the other ranks only train. Ray restarts this function after a failure, and it goes on from the last
 checkpoint.
 """
@@ -49,7 +49,7 @@ SPOOL_PATIENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerSpec:
     """What the driver hands to every worker; all paths absolute, since workers change folder."""
 
     config: TrainConfig
@@ -62,14 +62,14 @@ class Job:
     run_id: str
     tracking_uri: str = field(repr=False)  # it may have a password, and Ray's dashboard shows a run's config
     run_dir: Path
-    board: Any
+    channel: Any
 
 
 class StopFlag:
-    """Whether the driver asked to stop: one question, asked once, whose answer no step waits for."""
+    """Non-blocking check of the channel's stop flag."""
 
-    def __init__(self, board: Any) -> None:
-        self.answer, self.next_look, self.asked = board.until_stop.remote(), 0.0, False
+    def __init__(self, channel: Any) -> None:
+        self.answer, self.next_look, self.asked = channel.wait_for_stop.remote(), 0.0, False
 
     def __call__(self) -> bool:
         if not self.asked and time.monotonic() >= self.next_look:
@@ -78,34 +78,34 @@ class StopFlag:
         return self.asked
 
 
-def train_worker(settings: dict[str, Job]) -> dict[str, float]:
+def train_worker(settings: dict[str, WorkerSpec]) -> dict[str, float]:
     """One rank of one run; returns every rank's peak memory in MiB. A FoundryError ends the run without restarts."""
-    job = settings["job"]
+    spec = settings["spec"]
     # One of them speaks, through the driver.
-    spoken: Any = job.board.post.remote if ray.train.get_context().get_world_rank() == 0 else len
+    spoken: Any = spec.channel.post.remote if ray.train.get_context().get_world_rank() == 0 else len
     progress.speak_through(spoken)
-    if ray.get(job.board.failed.remote()):
+    if ray.get(spec.channel.failed.remote()):
         return {}
     try:
-        return _train(job)
+        return _train(spec)
     except (FoundryError, OSError) as error:
-        problem = error if isinstance(error, FoundryError) else storage_problem(error, job.run_dir)
+        problem = error if isinstance(error, FoundryError) else storage_problem(error, spec.run_dir)
         if not isinstance(error, FoundryError) and not isinstance(problem, StorageFull):
             raise  # it may pass
-        ray.get(job.board.fail.remote(problem))
+        ray.get(spec.channel.fail.remote(problem))
         if ray.train.get_context().get_world_size() > 1:
-            raise  # the other ranks may be waiting for this one; Ray ends them, and a restart sees the board
+            raise  # the other ranks may be waiting: Ray ends them, and a restart finds the problem in the channel
         return {}
 
 
-def _train(job: Job) -> dict[str, float]:
-    config, rank = job.config, ray.train.get_context().get_world_rank()
+def _train(spec: WorkerSpec) -> dict[str, float]:
+    config, rank = spec.config, ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device() if config.use_gpu else pick_device(config.device)
-    initial = ray.get(job.initial) if job.initial is not None else None
+    initial = ray.get(spec.initial) if spec.initial is not None else None
     with doing("preparing the worker: model and text"):
-        model = build_model(config, job.model, initial)
-        train = prepare(job.train, job.tokenizer, cache_dir(config), store=shard_store(config))
-        validation = prepare(job.validation, job.tokenizer, cache_dir(config), store=shard_store(config))
+        model = build_model(config, spec.model, initial)
+        train = prepare(spec.train, spec.tokenizer, cache_dir(config), store=shard_store(config))
+        validation = prepare(spec.validation, spec.tokenizer, cache_dir(config), store=shard_store(config))
     trainer = Trainer(
         config,
         model,
@@ -115,22 +115,22 @@ def _train(job: Job) -> dict[str, float]:
         wrap=lambda model: ray.train.torch.prepare_model(
             model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False}
         ),
-        stop_asked=StopFlag(job.board) if rank == 0 else lambda: False,
+        stop_asked=StopFlag(spec.channel) if rank == 0 else lambda: False,
     )
-    identity = trainer.identity(job.tokenizer.fingerprint)
-    _restore(job, trainer, identity)
-    voice = Voice(job, trainer) if rank == 0 else None
+    identity = trainer.identity(spec.tokenizer.fingerprint)
+    _restore(spec, trainer, identity)
+    reporter = Reporter(spec, trainer) if rank == 0 else None
     with doing(lambda: f"training: {trainer.state.step} steps are done"):
         for event in trainer.run():
             progress.heard()
-            if voice:
-                voice.tell(event)
+            if reporter:
+                reporter.report(event)
             if isinstance(event, CheckpointDue):
                 with doing(f"saving a checkpoint of step {event.step}"):
                     _save(trainer, identity, event, config)
     memory = _gather(peak_memory_mb(device))
-    if voice:
-        voice.close(memory)
+    if reporter:
+        reporter.close(memory)
     return memory
 
 
@@ -157,16 +157,16 @@ def _gather(figures: dict[str, float]) -> dict[str, float]:
     return {f"worker {n} {name}": value for n, theirs in enumerate(everyone) for name, value in theirs.items()}
 
 
-def _restore(job: Job, trainer: Trainer, identity: Identity) -> None:
+def _restore(spec: WorkerSpec, trainer: Trainer, identity: Identity) -> None:
     """Puts every rank where the newest checkpoint that is whole was taken, if there is any; rank 0 chooses it."""
     used, problem = None, None
     if trainer.rank == 0:
 
         def say(text: str) -> None:
-            ray.get(job.board.post.remote(text))
+            ray.get(spec.channel.post.remote(text))
 
         try:
-            found = checkpoints(job.config)
+            found = checkpoints(spec.config)
             if choice := first_whole(found, lambda folder: load_checkpoint(folder, identity), say):
                 used, checkpoint = choice
                 trainer.restore(checkpoint)
@@ -215,21 +215,21 @@ def _raise_together(problem: Exception | None) -> None:
         raise problem
 
 
-class Voice:
-    """Rank 0's: puts every event on the board, and its figures into the spool and before Ray's exporter."""
+class Reporter:
+    """Sends rank 0's events to the driver, and their figures to MLflow's spool and Ray's exporter."""
 
-    def __init__(self, job: Job, trainer: Trainer) -> None:
-        self.job, self.trainer = job, trainer
-        job.run_dir.mkdir(parents=True, exist_ok=True)
-        self.spool = Spool(job.run_dir / "spool", job.run_id, job.tracking_uri)
+    def __init__(self, spec: WorkerSpec, trainer: Trainer) -> None:
+        self.spec, self.trainer = spec, trainer
+        spec.run_dir.mkdir(parents=True, exist_ok=True)
+        self.spool = Spool(spec.run_dir / "spool", spec.run_id, spec.tracking_uri)
         self.system = SystemMetrics(self.spool)
-        self.exporter = Exporter(str(job.config.name))
-        self.samples = job.run_dir / "samples.json"
+        self.exporter = Exporter(str(spec.config.name))
+        self.samples = spec.run_dir / "samples.json"
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Posts the event; figures of steps that were logged before a restart are not logged again."""
-        self.job.board.post.remote(event)
-        self.exporter.tell(event)
+        self.spec.channel.post.remote(event)
+        self.exporter.report(event)
         if isinstance(event, Progress):
             figures = {
                 "train/loss": event.loss,
@@ -247,13 +247,14 @@ class Voice:
 
     def _sample(self, step: int) -> None:
         """Adds the model's continuation of every prompt to a table that MLflow's UI shows."""
-        config, model = self.job.config, self.trainer.model
+        config, model = self.spec.config, self.trainer.model
         if not config.sample_tokens:
             return
         rows = [row for row in self._samples() if row[0] < step]
         params = SamplingParams(max_new_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
         rows += [
-            [step, prompt, continue_text(model, self.job.tokenizer, prompt, params)] for prompt in config.sample_prompts
+            [step, prompt, continue_text(model, self.spec.tokenizer, prompt, params)]
+            for prompt in config.sample_prompts
         ]
         with written_whole(self.samples) as file:
             file.write(json.dumps({"columns": ["step", "prompt", "continuation"], "data": rows}).encode())
@@ -267,7 +268,7 @@ class Voice:
             rows = read_json(self.samples, "")["data"]
             if all(isinstance(step, int) for step, _, _ in rows):
                 return list(rows)
-        self.job.board.post.remote(f"{self.samples} was damaged; its table begins anew")
+        self.spec.channel.post.remote(f"{self.samples} was damaged; its table begins anew")
         return []
 
     def close(self, memory: dict[str, float]) -> None:
@@ -276,7 +277,9 @@ class Voice:
         self.system.stop()
         if left := self.spool.close(SPOOL_PATIENCE_SECONDS):
             ray.get(
-                self.job.board.post.remote(f"{left} metric lines wait for the tracking server in {self.spool.folder}")
+                self.spec.channel.post.remote(
+                    f"{left} metric lines wait for the tracking server in {self.spool.folder}"
+                )
             )
 
 

@@ -17,7 +17,7 @@ from gptcore.home import expanded, home
 from train_job.config import TrainConfig, build_config, resume_config
 from train_job.files import LONGEST_NAME
 from train_job.session.lock import Taken, claimed, held
-from train_job.session.record import CONFIG, saved_settings
+from train_job.session.record import CONFIG, RUN, saved_settings
 from train_job.training.storage import check_storage, fetch_record
 
 
@@ -98,7 +98,7 @@ def default_names(beginning: str) -> Iterable[str]:
 
 def begun(run_dir: Path) -> bool:
     """Whether a run has left something there."""
-    return any((run_dir / name).exists() for name in (CONFIG, "run.json")) or any(run_dir.glob("checkpoint_*"))
+    return any((run_dir / name).exists() for name in (CONFIG, RUN)) or any(run_dir.glob("checkpoint_*"))
 
 
 def places(given: dict[str, Any]) -> tuple[str, Path]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 """In a run's folder: every setting that it was begun with."""
+RUN = "run.json"
+"""In a run's folder: its run in MLflow, and the objects that its text was read from."""
 LATER = frozenset({"document_separator"})
 """Settings that earlier versions did not have. Their runs lack them, and began as the default has it."""
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptcore import memory
+from gptcore import devices, memory
 from gptcore.config import ModelConfig
 from gptcore.engine import runners
+from gptcore.engine import torch_runner as torch_runner_module
 from gptcore.engine.engine import Engine
 from gptcore.engine.interface import Chunk, Request
 from gptcore.engine.runners import make_runner
@@ -36,7 +37,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention of several widths in a context of 64."""
-    monkeypatch.setattr(runners, "NARROWEST", 16)
+    monkeypatch.setattr(torch_runner_module, "NARROWEST", 16)
 
 
 @pytest.fixture
@@ -282,13 +283,13 @@ def test_a_containers_limit_counts(
 )
 def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
-        runners.pick_device(name)
+        devices.pick_device(name)
     assert error.value.param == "device"
 
 
 def test_half_precision_is_picked_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runners.pick_device("cpu") == CPU
+    assert devices.pick_device("cpu") == CPU
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        assert runners.pick_dtype("auto", CPU) == dtype
-        assert runners.pick_dtype("bfloat16", CPU) == torch.bfloat16
+        assert devices.pick_dtype("auto", CPU) == dtype
+        assert devices.pick_dtype("bfloat16", CPU) == torch.bfloat16
