@@ -1,10 +1,10 @@
-"""The sweep: many trials of one recipe, the hopeless ones stopped early, the best one registered.
+"""The sweep: many trials of one recipe, poor ones stopped early, the best one registered.
 
     python train_job/sweep.py train_job/sweeps/quick.yaml --data notes.txt
 
-In: a YAML file (`space.SweepConfig` says what may stand in it) and flags, those of run.py among them. Out: a parent
-run in MLflow with a run for each trial below it, a table, and a version of the best trial's model. Ray Tune has the
-trials run, a few at a time; what is known of them is in their folders, so a sweep that was stopped goes on from there.
+In: a YAML file (its keys are the fields of `train_job.sweeps.space.SweepConfig`) and flags, those of run.py included.
+Out: a parent run in MLflow with one run per trial below it, a table, and a version of the best trial's model. Ray Tune
+runs a few trials at a time. Their state is in their folders, so a sweep that was stopped can be resumed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Sweep:
-    """One sweep from the driver's side: its trials, what is heard of them, and the outcome."""
+    """One sweep from the driver's side: its trials, their progress, and the outcome."""
 
     def __init__(self, config: SweepConfig, run_dir: Path) -> None:
         self.config, self.run_dir, self.name = config, run_dir, str(config.base["name"])
@@ -84,10 +84,10 @@ class Sweep:
         self.dropped: set[int] = set()
 
     def execute(self) -> int:
-        """Plans, has the trials run, registers the best. Raises FoundryError before anything is begun."""
+        """Plans, runs the trials, registers the best; returns the exit code. Raises FoundryError for wrong input."""
         from train_job.tracking import client as tracking
 
-        # A trial is several processes, of which each but one waits: nothing to warn of.
+        # A trial is several processes, but only one of them computes: no need for Ray's warning.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
         self.record = read_record(self._record)
         self.uri = tracked_at(self.record)
@@ -131,7 +131,7 @@ class Sweep:
                 return failure_code(problem, self.began)
 
     def resume_command(self) -> str:
-        """What goes on with this sweep."""
+        """The command that resumes this sweep."""
         default = self.run_dir.parent == home() / "runs"
         storage = [] if default else ["--storage-path", str(self.run_dir.parent)]
         return script_command("train_job/sweep.py", "--resume", self.name, *storage)
@@ -141,14 +141,14 @@ class Sweep:
         return self.run_dir / RUN
 
     def _stop(self) -> None:
-        """What a signal does at once: the trials save what they have, and MLflow is told."""
+        """What a signal does at once: the trials are asked to save and end, and MLflow's runs are marked."""
         if self.channel:
             self.channel.set_stop.remote()
         self.console.say("stopping: trials that run are saving a checkpoint (once more to leave at once)")
         self._end("KILLED")
 
     def _end(self, status: str) -> None:
-        """Ends the sweep's MLflow run, and those of trials that have not ended; for where there is one."""
+        """Ends the MLflow runs of the sweep and of trials that have not ended."""
         for folder in (*(trial.folder for trial in self.trials), self.run_dir):
             if not (folder / ENDING).exists():
                 self._end_run(folder / RUN, status)
@@ -163,7 +163,7 @@ class Sweep:
             self.console.say(f"warning: the end of {record.parent.name} could not be recorded: {error}")
 
     def _prepare(self, cluster: Any) -> dict[int, Inputs]:
-        """Every trial's inputs. Shards are made here, once for each tokenizer, before any trial begins."""
+        """Every trial's inputs. Shards are made here, once per tokenizer, before the first trial starts."""
         from train_job.cluster.prepare import prepare_on_cluster
         from train_job.tracking.registry import pin
 
@@ -174,16 +174,16 @@ class Sweep:
         begun = self.record.text if self.record else None
         inputs: dict[int, Inputs] = {}
         for place, trial in enumerate(self.trials):
-            if place:  # all are looked at as often as the first
+            if place:  # all are evaluated as often as the first
                 one = inputs[1].config
                 config = replace(trial.config, log_interval=one.log_interval, eval_interval=one.eval_interval)
                 self.trials[place] = trial = replace(trial, config=config)
             inputs[trial.number] = prepare_on_cluster(trial.config, cluster, begun)
-            begun = origins_of(inputs[trial.number])  # all have the text of the first
+            begun = origins_of(inputs[trial.number])  # all read the text of the first
         return inputs
 
     def _share(self, nodes: list[dict[str, Any]], left: int, alone: bool) -> None:
-        """How many trials run at a time, and what each of their workers gets. Raises ConfigError if there's no room."""
+        """Decides how many trials run at a time and what their workers get. Raises ConfigError if there is no room."""
         config = self.trials[0].config
         alive = [node["Resources"] for node in nodes if node["Alive"]]
         room = sum(
@@ -193,7 +193,7 @@ class Sweep:
         self.resources = resources_per_worker(config, nodes, alone, self.at_once)
 
     def _open(self) -> None:
-        """Opens the parent run in MLflow, or goes on with the one that this folder names."""
+        """Opens the parent run in MLflow, or reopens the one that the folder names."""
         import yaml
 
         from train_job.session.session import dataset_uses
@@ -216,13 +216,13 @@ class Sweep:
                 experiment=inputs.config.experiment,
             )
             write_record(self._record, self.run_id, self.uri, inputs)
-        with contextlib.suppress(TrainingError):  # for its address alone, no sweep ends
+        with contextlib.suppress(TrainingError):  # it is only needed for a link
             self.experiment_id = tracking.experiment_of(self.uri, self.run_id)
         with written_whole(self.run_dir / PLAN) as file:
             file.write(yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True).encode())
 
     def _introduce(self, ray: Any) -> None:
-        """Says what is about to happen, before the first step."""
+        """Prints what is about to happen, before the first step."""
         c, i, say = self.config, self.inputs[1], self.console.say
         one = self.trials[0].config
         how = "every combination" if c.grid else f"drawn with seed {c.draw_seed}"
@@ -247,11 +247,11 @@ class Sweep:
 
     @property
     def grace_steps(self) -> int:
-        """The step from which on ASHA judges."""
+        """The first step at which ASHA may stop a trial."""
         return self.config.grace_steps or self.inputs[1].config.eval_interval or 1
 
     def _tune(self, ray: Any, left: list[Trial]) -> None:
-        """Has Ray Tune run the trials, in a thread, so that this one can show progress and hear signals."""
+        """Runs the trials with Ray Tune in a thread, so that this one can show progress and act on signals."""
         from train_job.cluster.channel import start_channel
         from train_job.cluster.failures import why
         from train_job.cluster.training import POLL_SECONDS
@@ -264,7 +264,7 @@ class Sweep:
 
         def fit() -> None:
             try:
-                with tempfile.TemporaryDirectory() as folder:  # what Tune keeps; we know it from the trials' folders
+                with tempfile.TemporaryDirectory() as folder:  # Tune's own state; ours is in the trials' folders
                     judge = (self.grace_steps, self.config.reduction) if self.config.asha else None
                     ended.append(tuner(context, left, judge, self.at_once, folder).fit())
             except Exception as error:
@@ -287,14 +287,14 @@ class Sweep:
             raise ended[0]
         for result in ended[0]:
             trial = self.trials[result.config["index"]]
-            if not trial.ending():  # its actor could not tell
+            if not trial.ending():  # its actor was lost
                 reason = why(result.error) if result.error else "it was lost"
                 trial.end(Ending("FAILED", reason, int(trial.best()["step"]), 0.0))
                 self._end_run(trial.folder / RUN, "FAILED")
         self._show()
 
     def _show(self) -> None:
-        """Tells of trials that have ended, and on the live line of those that run; drops what is not to be kept."""
+        """Prints trials that have ended, updates the live line, and drops weights that are not kept."""
         import ray
 
         for line in ray.get(self.channel.read.remote()) if self.channel else ():
@@ -323,14 +323,14 @@ class Sweep:
             yield f"best {ended[0][0].best()['bits_per_byte']:.4f} ({ended[0][0].number:02})"
 
     def _drop(self, trial: Trial) -> None:
-        """Removes the trial's weights; its figures stay."""
+        """Removes the trial's weights; its metrics stay."""
         if trial.number not in self.dropped:
             self.dropped.add(trial.number)
             shutil.rmtree(trial.folder / "package", ignore_errors=True)
             drop(trial.config, say=self.console.say)
 
     def _conclude(self) -> int:
-        """The table, and the best trial's package as a version; returns the exit code."""
+        """Prints the table and registers the best trial's package; returns the exit code."""
         from train_job.session.finish import OUTCOME, deliver, register
         from train_job.session.session import Trained
         from train_job.tracking import client as tracking
@@ -366,7 +366,7 @@ class Sweep:
         return code
 
     def _what_now(self, best: Trial | None = None, version: Mapping[str, Any] | None = None) -> None:
-        """Says how to go on: with the best trial's model where it is there, and with the sweep where it is not over."""
+        """Prints how to go on: with the best trial's model if there is one, and with the sweep if it is not over."""
         from train_job.session.report import ended
 
         there = None
@@ -374,14 +374,14 @@ class Sweep:
             run_id = self._record_of(best).run_id
             config = self.inputs[best.number].config
             there = ended(config, best.folder, self.uri, run_id, self.experiment_id, version)
-        resume = self.resume_command() if self.run_id else ""  # before, there is nothing to go on with
+        resume = self.resume_command() if self.run_id else ""  # before that there is nothing to resume
         own = Ended(self.uri, self.experiment_id, self.run_id, resume=resume)
         if there and version:
             more = 2 * len(self.trials)
             try:
                 replace(self.config, trials=more).values()
                 further = "" if self.config.grid else f"{own.resume} --trials {more}"
-            except ConfigError:  # there is no more to try
+            except ConfigError:  # the search space has no more values
                 further = ""
             own = replace(there, run_id=self.run_id, resume=further)
         for line in lines(own):
@@ -411,7 +411,7 @@ class Sweep:
         return record
 
     def _figures(self) -> list[Path]:
-        """The curves of all trials, and the best so far."""
+        """Draws the curves of all trials, and the best result so far by trial."""
         from train_job import figures
 
         folder = self.run_dir / "figures"

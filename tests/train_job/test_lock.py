@@ -20,7 +20,7 @@ from tests.train_job.test_sweep_input import GOOD
 from train_job import run, sweep
 from train_job.config import build_config, write_yaml
 from train_job.session import begin, lock
-from train_job.session.lock import LOCK, Taken, claimed, held, this_process
+from train_job.session.lock import LOCK, Taken, claimed, locked, this_process
 
 AT_ONCE = 8
 
@@ -64,7 +64,7 @@ def passed(enter: Callable[[], contextlib.AbstractContextManager[Any]]) -> int:
 
 
 def test_of_many_that_begin_a_run_in_the_same_moment_one_passes(tmp_path: Path) -> None:
-    assert passed(lambda: held(tmp_path / "twin")) == 1
+    assert passed(lambda: locked(tmp_path / "twin")) == 1
     assert not (tmp_path / "twin").exists(), "nothing was begun, so nothing is left"
 
 
@@ -77,7 +77,7 @@ def test_of_many_that_claim_a_run_behind_a_url_in_the_same_moment_one_passes(
 
 
 def test_the_second_is_refused_in_one_line_that_names_the_first(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with held(begin_run(runs / "twin")):
+    with locked(begin_run(runs / "twin")):
         for flags in (["--name=twin"], ["--resume=twin"]):
             assert run.main(flags) == 2
             said = one_error(capsys.readouterr().err)
@@ -111,12 +111,12 @@ def test_a_sweep_and_its_trials_have_one_owner(runs: Path, tmp_path: Path, capsy
     (tmp_path / "rates.yaml").write_text(GOOD)
     trial = begin_run(runs / "rates" / "rates-01")
     (runs / "rates" / "sweep.yaml").write_text(f"base: {{name: rates, storage_path: {runs}}}\n{GOOD}")
-    with held(runs / "rates"):
+    with locked(runs / "rates"):
         assert sweep.main([str(tmp_path / "rates.yaml"), "--name=rates"]) == 2
         assert sweep.main(["--resume=rates"]) == 2
         assert run.main(["--name=rates"]) == 2
         assert run.main(["--resume=rates-01", f"--storage-path={runs / 'rates'}"]) == 2
-    with held(trial):
+    with locked(trial):
         assert sweep.main(["--resume=rates"]) == 2
     said = PROGRESS.sub("", capsys.readouterr().err).splitlines()
     assert [line.split(" by ")[0] for line in said] == ["error: 'rates' is being run"] * 5
@@ -205,9 +205,9 @@ def test_a_file_system_without_locks_is_claimed_instead(tmp_path: Path, monkeypa
         raise OSError(lock.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock.fcntl, "flock", unsupported)
-    with held(tmp_path / "one"):
-        with pytest.raises(Taken), held(tmp_path / "one"):
+    with locked(tmp_path / "one"):
+        with pytest.raises(Taken), locked(tmp_path / "one"):
             pass
         assert list(tmp_path.glob(".one.claim-*"))
-    with held(tmp_path / "one"):
+    with locked(tmp_path / "one"):
         pass

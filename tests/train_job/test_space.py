@@ -87,7 +87,10 @@ def test_what_is_shown_is_what_is_tried():
         (dict(search={"seed": [1]}, trials=0), "trials is 0"),
         (dict(search={"seed": [1]}, trials="many"), "trials is 'many'; expected a whole number"),
         (dict(search={"seed": [1]}, reduction=1), "reduction is 1"),
-        (dict(search={"num_heads": {"uniform": [0, 4]}}), "search allows num_heads=0, which cannot be: num_heads is 0"),
+        (
+            dict(search={"num_heads": {"uniform": [0, 4]}}),
+            "search allows num_heads=0, which is not valid: num_heads is 0",
+        ),
         (dict(search={"hidden_size": [256, 100]}, base={"num_heads": 16}), "hidden_size 100 is not divisible"),
         (dict(search={"preset": ["quick", "shakespeare"]}), "different texts (builtin, shakespeare)"),
     ],

@@ -1,7 +1,7 @@
-"""The Ray that a job runs on: joined or started, what each worker gets of it, and the trainer that runs there.
+"""Joins or starts the Ray that a job runs on, and sets up its trainer.
 
-In: a config, and what the environment says of clusters. Out: Ray, connected; resources; a TorchTrainer. Ray is
-imported inside functions, since importing it takes a second.
+In: a config, and RAY_ADDRESS. Out: Ray, connected; resources; a TorchTrainer. Ray is imported inside functions, since
+that takes a second.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from train_job.session.console import without_log_lines
 from train_job.training.hardware import WORKER_ENV
 
 LOCAL_RAY = {
-    "RAY_worker_niceness": "0",  # by default Ray's workers, and so training, stand behind everything else (15)
-    # Housekeeping for a cluster's dashboard, autoscaler and cloud, which a Ray of our own has not; each of these
-    # wakes processes several times a second, and they take their time from the training threads.
+    "RAY_worker_niceness": "0",  # Ray's default of 15 gives training what other processes leave
+    # Housekeeping for a dashboard, an autoscaler and a cloud, which our own Ray does not have. Each wakes processes
+    # several times a second, at the expense of the training threads.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
@@ -39,7 +39,7 @@ LOCAL_RAY = {
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[tuple[Any, bool]]:
-    """Ray, connected, and whether it was started for this run: else it is what RAY_ADDRESS names or what runs here."""
+    """Connects to Ray within the block; yields the module, and whether this Ray was started for this run alone."""
     import ray
 
     quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
@@ -48,7 +48,7 @@ def ray_cluster() -> Iterator[tuple[Any, bool]]:
     if alone:
         for name, value in LOCAL_RAY.items():
             os.environ.setdefault(name, value)
-        _out_of_the_process_group()
+        _use_own_process_groups()
         with doing("starting a Ray of this job's own"):
             _connect(ray, address="local", include_dashboard=False, **quiet)
     else:
@@ -65,10 +65,11 @@ def ray_cluster() -> Iterator[tuple[Any, bool]]:
 
 
 def training_first() -> None:
-    """Has Linux run the helpers of a Ray of our own, a child of this process, only when training leaves a core idle.
+    """Gives Ray's helper processes, children of this one, Linux's idle priority, so that training comes first.
 
-    Each of Ray's actors wakes a hundred times a second. To interrupt a training thread so often costs more than the
-    work itself, since the other threads wait for it. Ray's two servers stay as they are: their heartbeats are awaited.
+    Each of Ray's actors wakes a hundred times a second. Interrupting a training thread so often costs more than the
+    work itself, since the other threads wait for it. Ray's two servers keep their priority: others wait for their
+    heartbeats.
     """
     import psutil
 
@@ -82,12 +83,12 @@ def training_first() -> None:
                 os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _out_of_the_process_group() -> None:
-    """Has the servers of a Ray of our own start in process groups of their own.
+def _use_own_process_groups() -> None:
+    """Makes Ray start its servers in process groups of their own.
 
-    A stop often reaches the whole group: from `timeout`, from a terminal that is closed. Ray's servers would end at
-    once, and the job could no longer tell its workers to keep a last checkpoint. They still end with the job, since the
-    kernel kills them when their parent dies.
+    A stop often goes to the whole group: from `timeout`, or a terminal that closes. Ray's servers would end at once,
+    and the job could not ask its workers for a last checkpoint. They still end with the job: the kernel kills them
+    when their parent dies. Tried with Ray 2.60; tests/system/test_job_ends.py says when it no longer works.
     """
     from ray._private import services
 
@@ -95,16 +96,16 @@ def _out_of_the_process_group() -> None:
 
 
 def _connect(ray: Any, **options: Any) -> None:
-    """ray.init, with SIGTERM left to whom it was: Ray would have it exit with its own number from here on."""
+    """Calls ray.init and then restores the handler of SIGTERM, which Ray replaces by one that exits."""
     before = signal.getsignal(signal.SIGTERM)
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what raylets report: `failures` says it
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # raylets' reports; `failures` explains them
     try:
         with without_log_lines():
             ray.init(**options)
     except SystemExit as left:
         if left.code != signal.SIGTERM:
             raise
-        raise KeyboardInterrupt(int(signal.SIGTERM)) from None  # it came in these seconds
+        raise KeyboardInterrupt(int(signal.SIGTERM)) from None  # the signal came during ray.init
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -112,10 +113,10 @@ def _connect(ray: Any, **options: Any) -> None:
 def resources_per_worker(
     config: TrainConfig, nodes: list[dict[str, Any]], fixed: bool = False, runs: int = 1
 ) -> dict[str, float]:
-    """CPUs (and a GPU) for each worker: the largest whole share of which the cluster holds as many as asked for.
+    """CPUs (and a GPU) for each worker: the largest whole number with which all workers fit into the cluster.
 
-    `runs` is how many such runs go on at once. Raises ConfigError if a `fixed` cluster, which no autoscaler can grow,
-    can never hold the fewest workers.
+    `runs` is how many such runs there are at once. Raises ConfigError if the cluster is `fixed`, so no autoscaler can
+    grow it, and too small for the fewest workers.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus, gpus = [r.get("CPU", 0) for r in alive], sum(r.get("GPU", 0) for r in alive)
@@ -136,14 +137,14 @@ def resources_per_worker(
 
 
 def require_room(shape: ModelConfig, workers: int) -> None:
-    """Raises NoMemory if so many workers' weights, gradients and moments cannot fit into this machine, in fp32."""
+    """Raises NoMemory if the workers' weights, gradients and moments in fp32 need more memory than is free here."""
     needed = workers * 4 * count_parameters(shape)
     what = {"weights": needed, "gradients": needed, "at least one moment of each": needed}
     require_memory("training this model", what, free_memory(torch.device("cpu")))
 
 
 def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float]) -> Any:
-    """Ray Train's trainer for a `WorkerSpec`: its workers, where it keeps checkpoints, how often it tries again."""
+    """Ray Train's trainer for a `WorkerSpec`: workers, storage, checkpoints to keep, retries."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -162,9 +163,9 @@ def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float]) -> 
             name=spec.config.name,
             storage_path=spec.config.storage_path,
             worker_runtime_env={} if spec.config.use_gpu else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
-            callbacks=[Restarts(spec.channel)],  # type: ignore[list-item]  # it wants Tune's
+            callbacks=[Restarts(spec.channel)],  # type: ignore[list-item]  # typed for Tune's callbacks
             failure_config=FailureConfig(max_failures=spec.config.max_failures),
-            # Ray keeps the latest beside the best two: there should be another if one is damaged.
+            # Ray keeps the latest beside the best two, so there is another one if one is damaged.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
             ),

@@ -1,8 +1,8 @@
-"""Which Ray a job runs on: the one that RAY_ADDRESS names, one that `ray start` began on this machine, or its own.
+"""Finds the Ray that a job runs on: what RAY_ADDRESS names, what `ray start` started on this machine, or its own.
 
-Out: an address that has answered within seconds, or None for a Ray of one's own. A Ray that a program started for
-itself, such as another run or `serve run`, is nobody else's: it ends with that program. Ray tells the two apart by a
-file in its temporary folder, which `ray start` alone writes.
+Out: an address that has answered within seconds, or None if the job should start its own Ray. A Ray that a program
+started for itself, such as another run or `serve run`, is not joined: it ends with that program. Only `ray start`
+writes a certain file into Ray's temporary folder, which tells the two apart.
 """
 
 import json
@@ -20,28 +20,28 @@ from gptcore.progress import doing
 LOOK_SECONDS = 10.0
 """How long an address may take to answer."""
 CURRENT = "ray_current_cluster"
-"""In Ray's temporary folder: the address of what `ray start` began last."""
+"""The file in Ray's temporary folder with the address of the cluster that `ray start` started last."""
 TOKEN = "it wants another token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-OWN = "RAY_ADDRESS=local starts one of your own"
+OWN = "RAY_ADDRESS=local starts a Ray for this job alone"
 
 
 @dataclass(frozen=True)
 class Local:
-    """A node of Ray on this machine: the cluster's address, and the temporary folder that it was started with."""
+    """A Ray node on this machine: its cluster's address and its temporary folder."""
 
     address: str
     temp_dir: Path
 
     @property
     def is_shared(self) -> bool:
-        """Whether `ray start` began it."""
+        """Whether `ray start` started it."""
         return written(self.temp_dir) == self.address
 
 
 def cluster_address(named: str | None) -> str | None:
-    """The cluster to join; None: there is none, and the job starts its own. `named` is RAY_ADDRESS.
+    """The cluster to join, or None if the job should start its own Ray. `named` is RAY_ADDRESS.
 
-    Raises ConfigError if the one that is named, or that `ray start` began here, does not answer.
+    Raises ConfigError if the named cluster, or the one that `ray start` started here, does not answer.
     """
     if named == "local":
         return None
@@ -57,19 +57,19 @@ def cluster_address(named: str | None) -> str | None:
     shared = [local for local in running_here() if local.is_shared]
     if not shared:
         if named:
-            raise ConfigError(f"RAY_ADDRESS is {named!r}, but `ray start` has begun no cluster on this machine; {OWN}")
+            raise ConfigError(f"RAY_ADDRESS is {named!r}, but `ray start` has started no cluster here; {OWN}")
         return None
     found = max(shared, key=lambda local: (local.temp_dir / CURRENT).stat().st_mtime)  # as Ray does: the latest
     if problem := unanswered(found.address):
         raise ConfigError(
-            f"a Ray cluster on this machine, {found.address}, does not answer ({problem}); {OWN}, `ray stop` ends "
-            "those that are yours"
+            f"a Ray cluster on this machine, {found.address}, does not answer ({problem}); {OWN}, and `ray stop` "
+            "stops your own clusters"
         )
     return found.address
 
 
 def written(temp_dir: Path) -> str:
-    """The address that `ray start` has left in this temporary folder of Ray's, or an empty string."""
+    """The address that `ray start` wrote into this temporary folder; empty if there is none."""
     try:
         return (temp_dir / CURRENT).read_text().strip()
     except OSError:
@@ -77,7 +77,7 @@ def written(temp_dir: Path) -> str:
 
 
 def running_here() -> list[Local]:
-    """The nodes of Ray clusters whose processes are seen on this machine."""
+    """The Ray nodes whose processes are visible on this machine."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or [""]
@@ -89,7 +89,10 @@ def running_here() -> list[Local]:
 
 
 def unanswered(address: str, seconds: float = LOOK_SECONDS) -> str:
-    """Why the head of the Ray cluster at this address does not answer, or an empty string if it does."""
+    """Why the Ray cluster at this address does not answer; empty if it does.
+
+    Uses private modules of Ray, tried with 2.60; tests/train_job/test_discovery.py says when they change.
+    """
     import grpc
     import ray
     from ray._common.usage import usage_constants

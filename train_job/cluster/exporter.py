@@ -1,7 +1,7 @@
-"""A run's figures for Prometheus, by way of Ray's exporter, where their names begin with `ray_`.
+"""A run's metrics for Prometheus, through Ray's exporter, which adds the prefix `ray_`.
 
-In come rank 0's events; out goes what deploy/grafana and deploy/prometheus look at. MLflow keeps a run's history, this
-is for watching it now: the figures are gone when the worker is.
+In: rank 0's events. Out: the gauges that deploy/grafana and deploy/prometheus use. MLflow keeps a run's history; these
+are for watching it now, and end with the worker.
 """
 
 import time
@@ -22,7 +22,7 @@ FIGURES = {
     "gpt_training_validation_bits_per_byte": "The same in bits per byte of text.",
     "gpt_training_start_time_seconds": "When the workers started last, in Unix time: a change is a restart.",
 }
-"""Every gauge and what it says; each has the label `run`."""
+"""Every gauge with its help text; each has the label `run`."""
 
 
 class Exporter:

@@ -1,7 +1,7 @@
-"""What Ray restarts, kills or gives up, in our words: why, and the way on.
+"""Explains in one line why workers failed and what to do about it.
 
-In: the exceptions that Ray Train has of its workers. Out: a line for the run's console, without Ray's paragraphs and
-addresses. `Restarts` is told by Ray Train's controller, and posts the reason to the run's channel.
+In: the exceptions that Ray Train has from its workers. Out: a line for the run's console, without Ray's paragraphs and
+addresses. Ray Train's controller calls `Restarts`, which posts the reason to the run's channel.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from ray.train import UserCallback
 
 SMALLER = "a smaller --micro-batch-size takes less memory"
 PRESSURE = ("OutOfMemory", "out of memory", "not enough memory", "can't allocate memory", "low on memory", "OOM kill ")
-"""How Ray, torch and CUDA call it."""
+"""What Ray, torch and CUDA call a lack of memory."""
 GUESSES = re.compile(r"Some common causes include.*", re.DOTALL)
-"""What Ray says of any process that it lost."""
+"""Ray's guesses about any process that it lost."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """News for the driver: workers failed, and why."""
+    """An event for the driver: workers failed, and why."""
 
     why: str
 
@@ -34,7 +34,7 @@ class Restarts(UserCallback):
         self.channel, self.address, self.kills = channel, ray.util.get_node_ip_address(), kernel_kills()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called on Ray Train's controller. What Linux killed is known of the machine that both of us are on."""
+        """Called on Ray Train's controller. Linux's kills are known only on the controller's own machine."""
         here = self.address == ray.util.get_node_ip_address() and any(
             f"ip: {self.address}" in str(_inner(error)) for error in worker_exceptions.values()
         )
@@ -42,12 +42,14 @@ class Restarts(UserCallback):
 
 
 def explained(failures: dict[int, Exception], kernel_killed: bool = False) -> str:
-    """Why workers failed, by rank: the failure that tells most, in one line. `kernel_killed`: Linux killed something
-    for memory meanwhile."""
+    """The most telling of the workers' failures, in one line.
+
+    `failures` is by rank; `kernel_killed`: Linux has killed a process for lack of memory meanwhile.
+    """
     causes = [(_cause(error, kernel_killed), rank) for rank, error in sorted(failures.items())]
     if not causes:
         return "a worker failed"
-    # What one worker dies of makes the others fail at the same step: memory and a lost machine tell more than that.
+    # One worker's death makes the others fail at the same step, so memory and a lost machine come first.
     for told in ("memory", "machine", "process"):
         for cause, rank in causes:
             if told in cause:
@@ -57,7 +59,7 @@ def explained(failures: dict[int, Exception], kernel_killed: bool = False) -> st
 
 
 def _inner(error: Exception) -> Exception:
-    """What Ray Train's look at a worker met: a worker that has died fails its health check."""
+    """The error behind a failed health check, if that is what Ray Train reports."""
     return getattr(error, "health_check_failure", None) or error
 
 
@@ -79,14 +81,14 @@ def _cause(error: Exception, kernel_killed: bool) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an exception that says something: with Ray's, the one that a worker died of. No addresses."""
+    """The last line of an exception without an address; in Ray's exceptions it names the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if "://" not in line), "")
     return re.sub(r"\x1b\[[0-9;]*m", "", said) or type(error).__name__
 
 
 def why(error: Exception) -> str:
-    """The same of what Ray Train or Tune raises in the end."""
+    """The same for the exception that Ray Train or Tune raises in the end."""
     if failures := getattr(error, "worker_failures", None):
         return explained(failures)
     inner = getattr(error, "controller_failure", None) or error
@@ -98,7 +100,7 @@ def why(error: Exception) -> str:
 
 
 def kernel_kills() -> int:
-    """How often Linux has killed for memory since this machine was started; 0 where that is not known."""
+    """How many processes Linux has killed for lack of memory since boot; 0 if unknown."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

@@ -1,7 +1,6 @@
-"""Many pieces at once through Ray Data: a mapper for `train_job.data.shards.prepare`.
+"""Maps a function over items with Ray Data, on whatever CPUs the cluster has.
 
-A function and its items go in, its results come out in the items' order. The calls run as Ray tasks on whatever
-CPUs the cluster has; a call that fails for a reason of ours fails here with the same error.
+In: a function and its items. Out: results in the items' order. A FoundryError of a call is raised here again.
 """
 
 import logging
@@ -30,7 +29,7 @@ def ray_map(fn: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]
 
     rows = [{"index": index, "item": cloudpickle.dumps(item)} for index, item in enumerate(items)]
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan and timing are not the user's news
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # users need neither its plan nor its timing
     done: list[dict[str, Any]] = []
     for row in ray.data.from_items(rows, override_num_blocks=len(rows) or None).map(call).iter_rows():
         done.append(row)

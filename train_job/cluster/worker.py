@@ -79,11 +79,11 @@ class StopFlag:
 
 
 def train_worker(settings: dict[str, WorkerSpec]) -> dict[str, float]:
-    """One rank of one run; returns every rank's peak memory in MiB. A FoundryError ends the run without restarts."""
+    """Trains one rank; returns every rank's peak memory in MiB. A FoundryError ends the run without restarts."""
     spec = settings["spec"]
-    # One of them speaks, through the driver.
-    spoken: Any = spec.channel.post.remote if ray.train.get_context().get_world_rank() == 0 else len
-    progress.speak_through(spoken)
+    # Rank 0 reports progress, through the driver.
+    say: Any = spec.channel.post.remote if ray.train.get_context().get_world_rank() == 0 else len
+    progress.speak_through(say)
     if ray.get(spec.channel.failed.remote()):
         return {}
     try:
@@ -91,7 +91,7 @@ def train_worker(settings: dict[str, WorkerSpec]) -> dict[str, float]:
     except (FoundryError, OSError) as error:
         problem = error if isinstance(error, FoundryError) else storage_problem(error, spec.run_dir)
         if not isinstance(error, FoundryError) and not isinstance(problem, StorageFull):
-            raise  # it may pass
+            raise  # a restart may help
         ray.get(spec.channel.fail.remote(problem))
         if ray.train.get_context().get_world_size() > 1:
             raise  # the other ranks may be waiting: Ray ends them, and a restart finds the problem in the channel
@@ -135,7 +135,7 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
 
 
 def _save(trainer: Trainer, identity: Identity, event: CheckpointDue, config: TrainConfig) -> None:
-    """Writes the state on rank 0, and has Ray keep it; raises its problem on every rank."""
+    """Writes a checkpoint on rank 0 and reports it to Ray; raises rank 0's problem on every rank."""
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
         folder = Path(scratch) / "checkpoint"
         problem = None
@@ -158,7 +158,7 @@ def _gather(figures: dict[str, float]) -> dict[str, float]:
 
 
 def _restore(spec: WorkerSpec, trainer: Trainer, identity: Identity) -> None:
-    """Puts every rank where the newest checkpoint that is whole was taken, if there is any; rank 0 chooses it."""
+    """Restores every rank from the newest checkpoint that is whole, if there is one; rank 0 chooses it."""
     used, problem = None, None
     if trainer.rank == 0:
 
@@ -170,7 +170,7 @@ def _restore(spec: WorkerSpec, trainer: Trainer, identity: Identity) -> None:
             if choice := first_whole(found, lambda folder: load_checkpoint(folder, identity), say):
                 used, checkpoint = choice
                 trainer.restore(checkpoint)
-                if not ray.train.get_checkpoint():  # of those that it was given, Ray removes what it does not need
+                if not ray.train.get_checkpoint():  # Ray removes those that it knows itself
                     _remove(superseded(found, used), say)
         except FoundryError as error:
             problem = error
@@ -182,7 +182,7 @@ def _restore(spec: WorkerSpec, trainer: Trainer, identity: Identity) -> None:
 
 
 def _remove(checkpoints: list[Kept], say: Callable[[str], None]) -> None:
-    """Those that an earlier worker has left, unknown to the Ray Train of now."""
+    """Removes checkpoints of an earlier worker, which this Ray Train does not know."""
     for kept in checkpoints:
         try:
             kept.fs.delete_dir(kept.path)
@@ -191,10 +191,10 @@ def _remove(checkpoints: list[Kept], say: Callable[[str], None]) -> None:
 
 
 def _report(event: CheckpointDue, folder: Path | None, config: TrainConfig) -> None:
-    """Hands the checkpoint to Ray, which uploads it and lets all ranks go on together."""
+    """Reports the checkpoint to Ray, which uploads it; a barrier for all ranks."""
     checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
     try:
-        # Ray keeps metrics as JSON, which has no infinity.
+        # Ray stores metrics as JSON, which has no infinity.
         ray.train.report({"val_loss": min(event.loss, UNJUDGED), "step": event.step}, checkpoint=checkpoint)
     except OSError as error:
         raise (unsaved(error, config.storage_path) or error) from None
@@ -210,7 +210,7 @@ def _from_rank_0(value: Any) -> Any:
 
 
 def _raise_together(problem: Exception | None) -> None:
-    """Raises rank 0's problem on every rank, so that none waits for one that has left."""
+    """Raises rank 0's problem on every rank, so that none waits for rank 0 in vain."""
     if problem := _from_rank_0(problem):
         raise problem
 
@@ -227,7 +227,7 @@ class Reporter:
         self.samples = spec.run_dir / "samples.json"
 
     def report(self, event: Event) -> None:
-        """Posts the event; figures of steps that were logged before a restart are not logged again."""
+        """Posts the event; metrics of steps that were logged before a restart are not logged again."""
         self.spec.channel.post.remote(event)
         self.exporter.report(event)
         if isinstance(event, Progress):
@@ -261,7 +261,7 @@ class Reporter:
         self.spool.artifact(self.samples, table=True)
 
     def _samples(self) -> list[Any]:
-        """The table's rows until now; none, and a line that says so, if the file is damaged."""
+        """The rows of the table; if the file is damaged, none, and a line says so."""
         if not self.samples.exists():
             return []
         with suppress(RecordError, KeyError, TypeError, ValueError):
@@ -272,7 +272,7 @@ class Reporter:
         return []
 
     def close(self, memory: dict[str, float]) -> None:
-        """Logs the workers' peak memory and waits a while for the server to take the rest."""
+        """Logs the workers' peak memory and waits up to SPOOL_PATIENCE_SECONDS until the server has everything."""
         self.spool.metrics(self.trainer.state.step, {f"{PEAK} {name}": value for name, value in memory.items()})
         self.system.stop()
         if left := self.spool.close(SPOOL_PATIENCE_SECONDS):

@@ -1,7 +1,7 @@
-"""From what a command line gives to a run's config and its folder, which is this process's alone from then on.
+"""From the settings of a command line to a run's config and its locked folder.
 
-In: settings. Out: a new run's, under a name that is free, or an earlier one's that goes on. Nothing is left of it if
-the input turns out to be wrong.
+In: settings. Out: a new run under a free name, or an earlier run that is resumed. If the input turns out to be wrong,
+no folder is left behind.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from gptcore.errors import ConfigError, did_you_mean
 from gptcore.home import expanded, home
 from train_job.config import TrainConfig, build_config, resume_config
 from train_job.files import LONGEST_NAME
-from train_job.session.lock import Taken, claimed, held
+from train_job.session.lock import Taken, claimed, locked
 from train_job.session.record import CONFIG, RUN, saved_settings
 from train_job.training.storage import check_storage, fetch_record
 
 
 @contextlib.contextmanager
 def begin(given: dict[str, Any]) -> Iterator[tuple[TrainConfig, Path]]:
-    """The config and folder of the run that was asked for, locked within the block.
+    """The config and folder of the new or resumed run; the folder is locked within the block.
 
     Raises ConfigError if the name is taken, if another process has the run, or if there is no such run to resume;
     RecordError if the run's config.yaml is damaged.
@@ -44,7 +44,7 @@ def _resumed(given: dict[str, Any], storage: str, local: Path, stack: contextlib
         raise ConfigError(f"name is {given['name']!r}, and the run that goes on is {name!r}; it keeps its name")
     run_dir, us = local / name, None
     if run_dir.is_dir() or "://" in storage:
-        us, before = stack.enter_context(held(run_dir))
+        us, before = stack.enter_context(locked(run_dir))
     if "://" in storage:
         fetch_record(storage, run_dir)
     if not us or not begun(run_dir):
@@ -65,7 +65,7 @@ def new_folder(
     used: Callable[[Path], bool],
     stack: contextlib.ExitStack,
 ) -> Path:
-    """The folder of a new run, locked on the stack: of this name, or of the first of its default ones that is free.
+    """Creates and locks a new run's folder, with this name or with the first default name that is free.
 
     Raises ConfigError if a run that is `used` or runs now has the name.
     """
@@ -73,7 +73,7 @@ def new_folder(
         run_dir = local / checked_name(candidate)
         try:
             with contextlib.ExitStack() as attempt:
-                us, before = attempt.enter_context(held(run_dir))
+                us, before = attempt.enter_context(locked(run_dir))
                 if "://" in storage:
                     attempt.enter_context(claimed(storage, candidate, us, before))
                     fetch_record(storage, run_dir)
@@ -91,18 +91,18 @@ def new_folder(
 
 
 def default_names(beginning: str) -> Iterable[str]:
-    """Names with the time, then with a number too, for runs that begin in the same second."""
+    """Names made of the time, then also of a number, for runs that start in the same second."""
     name = f"{beginning}-{datetime.now():%Y%m%d-%H%M%S}"
     return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
 
 
 def begun(run_dir: Path) -> bool:
-    """Whether a run has left something there."""
+    """Whether a run has left files in the folder."""
     return any((run_dir / name).exists() for name in (CONFIG, RUN)) or any(run_dir.glob("checkpoint_*"))
 
 
 def places(given: dict[str, Any]) -> tuple[str, Path]:
-    """Where checkpoints are kept, a folder or a URL, and the folder of this machine's own records of runs."""
+    """Where checkpoints are kept, a folder or a URL, and the local folder of runs."""
     storage = str(given.get("storage_path") or home() / "runs")
     if "://" in storage:
         check_storage(storage)
@@ -110,9 +110,9 @@ def places(given: dict[str, Any]) -> tuple[str, Path]:
 
 
 def checked_name(name: str, setting: str = "name") -> str:
-    """The name, if a folder can have it; raises ConfigError."""
+    """Returns the name. Raises ConfigError if a folder cannot have it."""
     if "/" in name or name.startswith("."):
-        raise ConfigError(f"{setting} is {name!r}; expected a name that can be a folder's")
+        raise ConfigError(f"{setting} is {name!r}; expected a name that a folder can have")
     if len(name.encode()) > LONGEST_NAME:
         raise ConfigError(
             f"{setting} has {len(name.encode())} bytes; expected at most {LONGEST_NAME}, as a folder's may have"
@@ -121,7 +121,7 @@ def checked_name(name: str, setting: str = "name") -> str:
 
 
 def absolute(config: TrainConfig, storage: str, local: Path) -> TrainConfig:
-    """Workers have another folder and another environment than the driver: what they look up is made absolute."""
+    """Makes paths absolute, since workers have another working folder and environment than the driver."""
     cache = config.cache_dir or str(home() / ".cache")
     cache = cache if "://" in cache else str(expanded(cache).absolute())
     return replace(config, storage_path=storage if "://" in storage else str(local), cache_dir=cache)

@@ -1,4 +1,4 @@
-"""What the person at the keyboard sees: a header, one live progress line, and a log file with all of it.
+"""Prints a run's lines and its live progress, and keeps all of it in a log file.
 
 In: events. Out: text on stdout (one line rewritten in place on a terminal, a new line every few seconds elsewhere,
 so that `ray job logs` stays readable) and `training_YYYYMMDD_HHMMSS.log` in the run's folder.
@@ -24,16 +24,16 @@ from train_job.config import TrainConfig
 from train_job.training.events import Evaluation, Progress
 
 LINE_SECONDS = 5.0
-"""Progress lines are at least this far apart where they cannot be rewritten in place."""
+"""The least time between progress lines that cannot be rewritten in place."""
 FEW_STEPS = 50
-"""Of a shorter run every progress line is shown: there are a handful."""
+"""A run with fewer steps prints every progress line."""
 
 
 class Output:
-    """A stream that goes on without its reader: what nobody can read any more is dropped, and stops nothing.
+    """A stream whose reader may go away: text that can no longer be written is dropped, and raises nothing.
 
-    A pipe's reader may end (`| head -1`, `| tee log` at Ctrl-C) or a terminal may close, and work is worth more than
-    its lines. Everything else is the stream's own.
+    A pipe's reader may end (`| head -1`, `| tee log` at Ctrl-C) or a terminal may close; training goes on. Everything
+    else behaves as the wrapped stream.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -43,7 +43,7 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes what can be written; returns its length."""
+        """Writes what can be written; returns the length of `text`."""
         try:
             self._stream.write(text)
             if "\n" in text:
@@ -53,14 +53,14 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Flushes, if there is somebody to read it."""
+        """Flushes if there still is a reader."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
             self._drop()
 
     def _drop(self) -> None:
-        """From here on to nowhere, below Python too, which would try the rest again as it exits."""
+        """Redirects the stream to /dev/null, its file descriptor too: Python would flush it once more at exit."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -69,7 +69,7 @@ class Output:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within it, stdout and stderr are such streams; what is closed from the start leads nowhere."""
+    """Wraps stdout and stderr in `Output` within the block; streams that are closed from the start go to /dev/null."""
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:
         sys.stdout, sys.stderr = (Output(stream if stream is not None else nowhere) for stream in before)
@@ -82,12 +82,12 @@ def lasting_output() -> Iterator[None]:
 
 
 LOG_LINE = re.compile(rb"\[[^]]*\] (\([^)]*\) )?\w+\.cc:\d+: ")
-"""As C++ libraries, and so Ray's core, write it."""
+"""A log line of a C++ library, such as Ray's core."""
 
 
 @contextlib.contextmanager
 def without_log_lines() -> Iterator[None]:
-    """Within it, nothing below Python writes to stderr; then what was written is shown, but log lines of C++."""
+    """Holds back what native code writes to stderr within the block, then prints it without C++ log lines."""
     try:
         shown = os.dup(2)
     except OSError:  # it is closed
@@ -111,7 +111,7 @@ def without_log_lines() -> Iterator[None]:
 
 
 class Console:
-    """Prints, and keeps a timestamped copy of every line in the log file. Any thread may speak."""
+    """Prints lines and writes timestamped copies to the log file; safe to use from any thread."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,14 +125,14 @@ class Console:
         progress.speak_through(self.say)
 
     def say(self, text: str = "") -> None:
-        """A line that stays."""
+        """Prints a line."""
         with self._turn:
             self._keep(text)
             self._write(("\r\x1b[K" if self._open_line else "") + text + "\n")
             self._open_line = False
 
     def progress(self, event: Progress) -> None:
-        """The live line."""
+        """Updates the live line with training progress."""
         of = f"/{event.total_steps}" if event.total_steps else ""
         self.live(
             f"step {event.step:>5}{of} | loss {event.loss:.4f} | {event.bits_per_byte:.3f} bits/byte | "
@@ -141,7 +141,7 @@ class Console:
         )
 
     def live(self, text: str, every: bool = False) -> None:
-        """A line that the next one replaces on a terminal; else one every LINE_SECONDS, or `every` one."""
+        """Rewrites the live line on a terminal; elsewhere prints a line every LINE_SECONDS, or `every` one."""
         if text == self._said:
             return
         with self._turn:
@@ -155,7 +155,7 @@ class Console:
                 self._write(text + "\n")
 
     def evaluation(self, event: Evaluation, untrained: str = "before training") -> None:
-        """A line per evaluation; `untrained` says what the model of step 0 is."""
+        """Prints an evaluation; `untrained` describes the model of step 0."""
         best = "  best so far" if event.best else f"  {untrained}" if event.step == 0 else ""
         self.say(
             f"step {event.step:>5} | validation loss {event.loss:.4f} | {event.bits_per_byte:.4f} bits/byte | "
@@ -180,14 +180,14 @@ class Console:
             return
         try:
             self._log.write(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {text}\n")
-        except OSError as error:  # a full disk: no reason to end a run, and none to keep the next lines from a terminal
+        except OSError as error:  # a full disk must not end the run, nor keep lines from the terminal
             with contextlib.suppress(OSError):
                 self._log.close()
             self._write(f"warning: {self.path} gets no more lines: {error.strerror}\n")
 
 
 def model_text(config: TrainConfig, shape: ModelConfig, parameters: int) -> str:
-    """What is trained, in a line: the preset's name, or the parent's where a model is fine-tuned."""
+    """One line about the model: its preset, or its parent if it is fine-tuned, and its size."""
     size = f"{count(parameters)} parameters"
     rest = f"{shape.family}, {shape.num_layers} layers, {shape.hidden_size} wide, context {shape.context_length}"
     if config.init_from:

@@ -1,7 +1,7 @@
-"""The points of a run's loss curve, kept in `history.jsonl`, so that a run that goes on draws the whole of it.
+"""The points of a run's loss curve, kept in `history.jsonl`, so that a resumed run draws the whole curve.
 
-In: events of the loop, and what MLflow knows of a run that comes from another machine. Out: rows for
-`figures.loss_curve`. A step that is repeated after a restart is kept once.
+In: events of the loop, and MLflow's metrics if the run comes from another machine. Out: rows for `figures.loss_curve`.
+A step that is repeated after a restart is kept once.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ from train_job.training.events import Evaluation, Progress
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a file that another process may be writing, or that is not there yet; damaged lines are left out."""
+    """Reads rows while another process may write them; without a file there are none, and damaged lines are skipped."""
     lines = _content(path).rpartition(b"\n")[0].splitlines()
     return [row for line in lines if (row := _row(line))]
 
 
 def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""  # a device has no end
+    return path.read_bytes() if path.is_file() else b""  # reading a device would not end
 
 
 def _row(line: bytes) -> dict[str, float] | None:
-    """The row that a line holds; None if it holds none."""
+    """The row that a line holds; None if it is damaged."""
     with contextlib.suppress(ValueError):
         row = json.loads(line)
         if isinstance(row, dict) and "step" in row and all(isinstance(value, int | float) for value in row.values()):
@@ -33,9 +33,9 @@ def _row(line: bytes) -> dict[str, float] | None:
 
 
 class History:
-    """The rows of a file that may hold some already; each row has `step`, `tokens`, `epoch` and a loss.
+    """The rows of a run, earlier ones included; each has `step`, `tokens`, `epoch` and a loss.
 
-    `damaged` is how many lines were no rows, one aside that a crash tore at the end. All these are taken out.
+    `damaged` counts lines that were not rows, apart from a last one that a crash cut short. All of them are removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,16 +49,16 @@ class History:
 
     @property
     def last_step(self) -> int:
-        """The last step of which anything is known."""
+        """The last step that has a row."""
         return int(max(self._last.values(), default=0))
 
     @property
     def untrained_bits_per_byte(self) -> float | None:
-        """What the model of step 0 (the parent, in fine-tuning) needed on the validation text; None if unknown."""
+        """Bits per byte of the model of step 0, the parent in fine-tuning; None if it was not evaluated."""
         return next((row["bits_per_byte"] for row in self.rows if row["step"] == 0 and "bits_per_byte" in row), None)
 
     def add(self, event: Progress | Evaluation) -> None:
-        """Keeps the event's losses, unless those of its step are there already."""
+        """Adds a row for the event unless its step has one."""
         row: dict[str, float] = {"step": event.step, "tokens": event.tokens, "epoch": event.epoch}
         if isinstance(event, Progress):
             self._keep("train_loss", row | {"train_loss": event.loss})
@@ -66,7 +66,7 @@ class History:
             self._keep("val_loss", row | {"val_loss": event.loss, "bits_per_byte": event.bits_per_byte})
 
     def recall(self, points: Mapping[str, Mapping[int, float]], tokens_per_step: int, steps_per_epoch: float) -> None:
-        """Keeps what `tracking.losses` found beyond the steps that are here: the run was on another machine."""
+        """Adds what `tracking.losses` found beyond the last row: the run was on another machine."""
         for kind, beside in (("train_loss", ()), ("val_loss", ("bits_per_byte",))):
             for step in sorted(points[kind]):
                 row = {"step": step, "tokens": step * tokens_per_step, "epoch": step / steps_per_epoch}

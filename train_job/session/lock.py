@@ -1,10 +1,10 @@
-"""A run is one run: whoever begins or resumes it has its folder to itself until it ends.
+"""Locks a run's folder, so that only one process at a time starts or resumes the run.
 
-In: a run's folder, and the URL of its checkpoints where they are kept behind one. Out: the lock, or one line that says
-who has it. A folder is locked by the system (`flock` on its file `.lock`), so the lock goes with the process, however
-that ends; it holds between machines that share the folder as far as their file system passes locks on. A URL knows no
-such lock. There the owner keeps a claim beside the checkpoints and renews it; one that was not renewed for
-STALE_SECONDS is nobody's any more.
+In: a run's folder, and the URL of its checkpoints if they are kept behind one. Out: the lock, or one line that names
+the owner. A folder is locked by the system (`flock` on its file `.lock`), so the lock goes with the process, however
+that ends. Between machines that share the folder it holds as far as their file system supports locks. A URL has no such
+lock: there the owner writes a claim beside the checkpoints and renews it. A claim that was not renewed for
+STALE_SECONDS has expired.
 """
 
 import contextlib
@@ -30,29 +30,29 @@ LOCK = ".lock"
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 120.0
 ATTEMPTS = 5
-"""How often one tries again who meets another in the same moment: both step back, and wait for a random while."""
+"""How often two processes that claim a run at the same moment try again; both back off for a random time."""
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 Owner = dict[str, Any]
-"""Who has a folder: `claim` (an id of its own), `host`, `pid` and `since`."""
+"""The owner of a folder: `claim` (a unique id), `host`, `pid` and `since`."""
 
 
 class Taken(ConfigError):
-    """A run's folder that is somebody else's now, or a name that a run has."""
+    """Another process has the run's folder, or another run has its name."""
 
 
 def this_process() -> Owner:
-    """Who we are, as others read it."""
+    """This process as an owner."""
     since = datetime.now().isoformat(sep=" ", timespec="seconds")
     return {"claim": uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "since": since}
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[tuple[Owner, Owner]]:
-    """Within it the folder, which is made if need be, is this process's: yields us, and who had it before, if known.
+def locked(folder: Path) -> Iterator[tuple[Owner, Owner]]:
+    """Locks the folder within the block, creating it if needed; yields this owner and the previous one, if known.
 
-    A run inside a sweep's folder shares the sweep's lock, so neither goes on while the other does. If nothing was put
-    into the folder, it is gone afterwards. Raises Taken, at once, if another process has it.
+    A run inside a sweep's folder takes a shared lock on the sweep's, so the two never run at once. A folder that is
+    still empty at the end is removed. Raises Taken, without waiting, if another process has the lock.
     """
     us = this_process()
     with contextlib.ExitStack() as stack:
@@ -78,7 +78,7 @@ def held(folder: Path) -> Iterator[tuple[Owner, Owner]]:
 
 @contextlib.contextmanager
 def _locked(path: Path, kind: int) -> Iterator[IO[bytes] | None]:
-    """The open file, locked; None where the file system has no locks."""
+    """Opens and locks a file; None if the file system has no locks."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _locked(path: Path, kind: int) -> Iterator[IO[bytes] | None]:
 
 
 def _is_there(file: IO[bytes], path: Path) -> bool:
-    """Whether the file is still what its path names: its folder may have been removed after it was opened."""
+    """Whether the path still names this open file: its folder may have been removed meanwhile."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -116,11 +116,11 @@ def _is_there(file: IO[bytes], path: Path) -> bool:
 
 
 def taken(name: str, owner: Owner) -> Taken:
-    """The refusal, with what is known of the owner."""
+    """The error, with what is known of the owner."""
     who = "another process"
     if owner:
         who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
-    return Taken(f"{name!r} is being run by {who}; wait for its end or stop it, or choose another --name")
+    return Taken(f"{name!r} is being run by {who}; wait until it ends, stop it, or choose another --name")
 
 
 def _owner(file: IO[bytes]) -> Owner:
@@ -129,7 +129,7 @@ def _owner(file: IO[bytes]) -> Owner:
 
 
 def _parsed(text: bytes) -> Owner:
-    """A record that may be cut or empty: then nothing is known."""
+    """The owner that a record names; empty if the record is cut short."""
     with contextlib.suppress(ValueError):
         found = json.loads(text)
         if isinstance(found, dict):
@@ -139,10 +139,10 @@ def _parsed(text: bytes) -> Owner:
 
 @contextlib.contextmanager
 def claimed(url: str, name: str, us: Owner, before: Owner) -> Iterator[None]:
-    """Within it the run `name` below a storage URL is this process's, as far as a store without locks can say.
+    """Claims the run `name` below a storage URL within the block.
 
-    `before` is who had the lock of the run's folder here, which is ours now: its claim means nothing any more. Raises
-    Taken if there is a claim that was renewed within STALE_SECONDS.
+    `before` is the previous owner of the local folder's lock: its claim is void, since that lock is ours now. Raises
+    Taken if another claim was renewed within STALE_SECONDS.
     """
     claim = Claim(url, name, us)
     claim.take(before)
@@ -153,16 +153,16 @@ def claimed(url: str, name: str, us: Owner, before: Owner) -> Iterator[None]:
 
 
 def _beginning(name: str) -> str:
-    """What the names of all claims to a run begin with."""
+    """The prefix of the names of all claims to a run."""
     return f".{name}.claim-"
 
 
 class Claim:
-    """A file beside a run's folder behind a URL, `.NAME.claim-ID.json`, that says who runs it; renewed in a thread.
+    """A file `.NAME.claim-ID.json` beside a run's folder behind a URL that names its owner; a thread renews it.
 
-    Everyone writes a file of his own first and looks for others' then. A store that shows what was written (S3 and
-    Google's do) shows at least the later of two the other's, so two never both pass. Nothing is written to the run's
-    folder: it could not be taken away again without a moment in which another's claim goes with it.
+    Each process first writes its own file and then looks for others. A store with read-after-write consistency (S3 and
+    Google Cloud Storage have it) shows at least the later of two processes the other's file, so two never both pass.
+    The claim is not in the run's folder: removing the folder could then remove another process's claim.
     """
 
     def __init__(self, url: str, name: str, us: Owner) -> None:
@@ -175,7 +175,7 @@ class Claim:
         self._renewing = threading.Thread(target=self._renew, daemon=True)
 
     def take(self, before: Owner) -> None:
-        """Raises Taken if it is another's."""
+        """Writes the claim. Raises Taken if another process has one."""
         if before.get("claim"):
             self._remove(self._path(before))
         for attempt in range(ATTEMPTS):
@@ -190,10 +190,10 @@ class Claim:
             time.sleep(random.uniform(0.1, 0.8))
 
     def release(self) -> None:
-        """Takes the claim away."""
+        """Removes the claim."""
         self._over.set()
         self._renewing.join()
-        with contextlib.suppress(OSError):  # then it is stale before long
+        with contextlib.suppress(OSError):  # it will expire
             self._remove(self.path)
 
     def _path(self, owner: Owner) -> str:
@@ -204,7 +204,7 @@ class Claim:
             file.write(json.dumps(self.us | {"held": held, "renewed": time.time()}).encode())
 
     def _read(self, path: str) -> Owner | None:
-        """What the file says; None if it is not there."""
+        """The owner that the file names; None if there is no such file."""
         try:
             with self.fs.open_input_stream(path) as file:
                 return _parsed(file.read())
@@ -216,7 +216,7 @@ class Claim:
             self.fs.delete_file(path)
 
     def _others(self) -> list[Owner]:
-        """The claims of others that count, one of a sweep that the run is of among them; the rest is removed."""
+        """Other processes' claims to this run or to its sweep that have not expired; those that have are removed."""
         from pyarrow.fs import FileSelector
 
         above, _, sweep = self.above.rpartition("/")
@@ -243,9 +243,9 @@ class Claim:
         while not self._over.wait(RENEW_SECONDS):
             try:
                 if self._read(self.path) is None:
-                    print(f"{self.name} was taken over, as its storage was out of reach: stopping", file=sys.stderr)
+                    print(f"{self.name} was taken over while its storage was unreachable: stopping", file=sys.stderr)
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 self._write(held=True)
-            except OSError:  # storage that is away; whether it was taken over meanwhile is seen when it is back
+            except OSError:  # unreachable storage: once it is back, the next read tells whether the run was taken over
                 continue

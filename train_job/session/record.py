@@ -1,7 +1,7 @@
-"""What a run's folder says of it in run.json and config.yaml: where it is tracked, its settings, its text.
+"""Reads and writes a run's run.json and config.yaml: where it is tracked, its settings, its text.
 
-In and out: these files. A run that goes on finds its MLflow run, its settings and the objects that its text was read
-from by them, so what is damaged in them is refused by name rather than guessed.
+A resumed run finds its MLflow run, its settings and the objects that its text was read from in these files. Damage in
+them is an error that names the file: guessing would make it another run.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ CONFIG = "config.yaml"
 RUN = "run.json"
 """In a run's folder: its run in MLflow, and the objects that its text was read from."""
 LATER = frozenset({"document_separator"})
-"""Settings that earlier versions did not have. Their runs lack them, and began as the default has it."""
+"""Settings that earlier versions did not have; runs without them started with the default."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What run.json says: the run in MLflow, where that is, and by corpus the objects that its text was read from."""
+    """The content of run.json: the run in MLflow, its address, and the objects that each corpus was read from."""
 
     run_id: str
     tracking_uri: str
@@ -42,7 +42,7 @@ class Record:
 
 
 def read_record(path: Path) -> Record | None:
-    """What run.json says; None if there is none, as the run has not begun. Raises RecordError if it is damaged."""
+    """Reads run.json; None if there is none, since the run was never opened. Raises RecordError if it is damaged."""
     from train_job.data.remote import Origin
 
     if not os.path.lexists(path):
@@ -67,7 +67,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def tracked_at(record: Record | None) -> str:
-    """Where a run is tracked: for one that goes on, where it was, unless the environment says otherwise."""
+    """MLflow's address for a run: a resumed run keeps its own unless MLFLOW_TRACKING_URI is set."""
     from train_job.tracking.client import tracking_uri
 
     if record and not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -76,22 +76,21 @@ def tracked_at(record: Record | None) -> str:
 
 
 def write_record(path: Path, run_id: str, uri: str, inputs: Inputs) -> None:
-    """Keeps which MLflow run a folder belongs to, and the objects that its text was read from."""
-
+    """Writes run.json."""
     text = {name: [astuple(origin) for origin in origins] for name, origins in origins_of(inputs).items()}
     with written_whole(path) as file:
         file.write(json.dumps({"run_id": run_id, "tracking_uri": without_password(uri), "text": text}).encode())
 
 
 def origins_of(inputs: Inputs) -> Begun:
-    """The objects that the text of inputs was read from, by what the corpus is called."""
+    """The objects that the text was read from, by corpus."""
     return {corpus.name: corpus.origins for corpus in (inputs.train_corpus, inputs.validation_corpus)}
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings in a run's config.yaml. Raises ConfigError or RecordError unless every setting is there.
+    """Reads config.yaml. Raises ConfigError or RecordError unless every setting is there.
 
-    One that was lost would take its default, and the steps to come would be another run's.
+    A missing setting would take its default, and the next steps would be those of another run.
     """
     if not path.exists():
         raise RecordError(f"{path} is missing; put a copy back, or begin a new run")

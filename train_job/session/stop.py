@@ -1,8 +1,8 @@
-"""What Ctrl-C, `ray job stop` and a terminal that closes do to the driver once it has begun something: their signals.
+"""Handles the signals of Ctrl-C, `ray job stop` and a closed terminal while a run is open.
 
-In: signals. Out: a call at once, in a thread, and a KeyboardInterrupt where the driver asks for it. Nothing is
-interrupted anywhere else: libraries lose or mistake an exception that comes from nowhere, and files and records would
-be left half-written. A second signal ends the process at once.
+In: signals. Out: one call at once, in a thread, and a KeyboardInterrupt at the next `check`. Nothing is interrupted
+anywhere else: libraries lose or misread an exception in an unexpected place, and files would be left half-written. A
+second signal ends the process at once.
 """
 
 import os
@@ -15,20 +15,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """Listens while it is entered, in the main thread. `number` is the signal to stop by, or 0.
+    """Handles stop signals within its block, in the main thread. `number` is the signal that came, or 0.
 
-    A first signal that is too `late` changes nothing.
+    Once `late` is set, a first signal is ignored. `on_stop` is called in a thread.
     """
 
-    def __init__(self, heard: Callable[[], None]) -> None:
+    def __init__(self, on_stop: Callable[[], None]) -> None:
         self.number, self.late, self._came = 0, False, False
-        self._telling = threading.Thread(target=heard, daemon=True)
+        self._thread = threading.Thread(target=on_stop, daemon=True)
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        # Of nohup's processes SIGHUP is ignored, and so it stays.
-        heard = [n for n in SIGNALS if n is not signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._hear) for number in heard}
+        # Under nohup SIGHUP is ignored, and stays so.
+        numbers = [n for n in SIGNALS if n is not signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -36,18 +36,18 @@ class StopSignals:
             signal.signal(number, handler)
 
     def check(self, last: bool = False) -> None:
-        """Raises KeyboardInterrupt if a stop was asked for. After the `last` check it is too late for one."""
+        """Raises KeyboardInterrupt if a signal came. After the `last` check, signals come too late."""
         self.late = self.late or last
         if self.number:
-            self._telling.join()
+            self._thread.join()
             raise KeyboardInterrupt(self.number)
 
-    def _hear(self, number: int, frame: Any) -> None:
-        if self._came and number != signal.SIGHUP:  # that one, shell and kernel may both send
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._came and number != signal.SIGHUP:  # the shell and the kernel may both send SIGHUP
             os._exit(128 + number)
         if self._came:
             return
         self._came = True
         if not self.late:
             self.number = number
-            self._telling.start()
+            self._thread.start()

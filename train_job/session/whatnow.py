@@ -1,7 +1,7 @@
-"""What now: the commands that go on from where a run has ended, each as it can be pasted into a shell.
+"""The "what now" block: commands that continue from where a run has ended, ready to paste into a shell.
 
-In: what is there at the end: a package or none, a version, an MLflow run, a command that resumes. Out: lines. A path or
-name that the shell would take apart is quoted; what needs another environment than the usual one says so in front.
+In: what there is at the end: a package, a version, an MLflow run, a command that resumes. Out: lines. Arguments are
+quoted where a shell needs it; environment variables that a command needs stand in front of it.
 """
 
 import os
@@ -20,7 +20,7 @@ from train_job.tracking.pages import UI, experiment_page, run_page
 
 @dataclass(frozen=True)
 class Ended:
-    """What there is when a run has ended, however it did. A text that is empty stands for what there is not."""
+    """What there is when a run has ended. An empty text means that there is none."""
 
     uri: str
     """Of MLflow."""
@@ -30,14 +30,14 @@ class Ended:
     version: str = ""
     """As `gpt version 3`."""
     promote: str = ""
-    """The command that makes the version @champion, where it is not."""
+    """The command that makes the version @champion, if it is not."""
     resume: str = ""
-    """The command that goes on with the run."""
+    """The command that resumes the run."""
     prompt: str = "The"
 
 
 def lines(ended: Ended) -> list[str]:
-    """The block, its first line a heading; empty where nothing can be done."""
+    """The block with its heading; empty if there is nothing to do."""
     steps: list[tuple[str, str]] = []
     if ended.package:
         steps.append(("serve it", serve_command(ended.package)))
@@ -69,7 +69,7 @@ def chat_command() -> str:
 
 
 def page_steps(ended: Ended) -> list[tuple[str, str]]:
-    """Where the run's page is: on the server, or on the UI that one starts beside the database."""
+    """The run's page: on the server, or in a UI that the user starts on the database."""
     scheme = urlsplit(ended.uri).scheme
     base, steps = UI, []
     if scheme in ("http", "https"):
@@ -83,7 +83,7 @@ def page_steps(ended: Ended) -> list[tuple[str, str]]:
 
 
 def ui_command(uri: str) -> str:
-    """What starts MLflow's UI on the database, the usual one if `uri` is that or empty."""
+    """The command that starts MLflow's UI on the database; an empty `uri` is the default one."""
     other = {"MLFLOW_TRACKING_URI": uri} if uri not in ("", f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}") else {}
     folder = checkout()
     if folder is None:  # installed without the Makefile
@@ -94,38 +94,38 @@ def ui_command(uri: str) -> str:
 
 
 def script_command(script: str, *arguments: str) -> str:
-    """One of our scripts, `train_job/run.py`, with this Python and the home that it has now."""
+    """A command for one of our scripts, such as `train_job/run.py`, with this Python and this home."""
     called = [script] if Path(script).exists() else ["-m", script.removesuffix(".py").replace("/", ".")]
     return environment({}) + shlex.join([python(), *called, *arguments])
 
 
 def environment(more: Mapping[str, str]) -> str:
-    """The assignments that go before a command: where the home is, if that was said, and `more`."""
+    """The assignments in front of a command: GPT_FOUNDRY_HOME, if it is set, and `more`."""
     named = {name: os.environ[name] for name in ("GPT_FOUNDRY_HOME",) if os.environ.get(name)} | dict(more)
     return "".join(f"{name}={shlex.quote(value)} " for name, value in named.items())
 
 
 def python() -> str:
-    """This Python, as it is called from here."""
+    """The path of this Python."""
     return near(sys.executable)
 
 
 def near(path: str | Path) -> str:
-    """`path` from the folder that one is in, if it is below it; absolute otherwise, and in a job on a cluster."""
+    """`path` relative to the working folder if it is below it; absolute otherwise, and in a submitted job."""
     path, here = Path(os.path.abspath(path)), Path.cwd()  # not resolved: a virtual environment's python is a link
     return str(path.relative_to(here)) if path.is_relative_to(here) and not submitted() else str(path)
 
 
 def submitted() -> bool:
-    """Whether this is a job on a cluster, whose folder is not that of whoever reads its lines."""
+    """Whether `ray job submit` started this: then the reader's working folder is another one."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def place() -> str:
-    """Where these commands work, for someone who may be on another machine."""
+    """The machine and folder where these commands work, if the reader may be elsewhere."""
     return f"  (on {socket.gethostname()}, in {checkout() or home()})" if submitted() else ""
 
 
 def comment(text: str) -> str:
-    """A remark that a shell passes over."""
+    """A shell comment."""
     return f"  # {text}"

@@ -1,6 +1,6 @@
-"""From what a command line gives to a sweep's plan and its folder, which is this process's alone from then on.
+"""From a command line to a sweep's config and its locked folder.
 
-In: flags and a YAML file. Out: a new sweep's, under a name that is free, or an earlier one's that goes on.
+In: flags and a YAML file. Out: a new sweep under a free name, or an earlier one that is resumed.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from gptcore.errors import ConfigError, RecordError, did_you_mean
 from train_job.cli import add_flag, given_settings, settings_parser
 from train_job.config import read_yaml
 from train_job.session.begin import begun, new_folder, places
-from train_job.session.lock import claimed, held
+from train_job.session.lock import claimed, locked
 from train_job.sweeps.space import FIELDS, FLAGS, HINTS, SweepConfig, build_sweep
 
 EXAMPLES = {
@@ -22,9 +22,9 @@ EXAMPLES = {
     "--resume NAME": "go on with a sweep that was stopped",
 }
 PLAN = "sweep.yaml"
-"""In a sweep's folder: what it was told."""
+"""The file in a sweep's folder with its config."""
 EXTENSIBLE = {"trials", "concurrency", "keep"}
-"""What of a sweep's own may change when it goes on; of its trials' settings, those of the machine and the registry."""
+"""A sweep's own settings that a resume may change; of its trials' settings it may change MACHINE."""
 MACHINE = frozenset(
     {"num_workers", "use_gpu", "cpus_per_worker", "micro_batch_size", "max_failures", "device"}
     | {"register_as", "promote"}
@@ -33,7 +33,7 @@ MACHINE = frozenset(
 
 @contextlib.contextmanager
 def begin_sweep(argv: list[str]) -> Iterator[tuple[SweepConfig, Path]]:
-    """The sweep and the folder that were asked for, locked: a new one, or an earlier one that goes on.
+    """The config and folder of the new or resumed sweep; the folder is locked within the block.
 
     Raises ConfigError or RecordError.
     """
@@ -69,7 +69,7 @@ def begin_sweep(argv: list[str]) -> Iterator[tuple[SweepConfig, Path]]:
 
 
 def used(run_dir: Path) -> bool:
-    """Whether a sweep or a run has left something there."""
+    """Whether a sweep or a run has left files in the folder."""
     return (run_dir / PLAN).exists() or begun(run_dir)
 
 
@@ -83,7 +83,7 @@ def _resumed(
     if not (run_dir / PLAN).exists():
         known = sorted(path.parent.name for path in local.glob(f"*/{PLAN}"))
         raise ConfigError(f"no sweep {name!r} in {local}.{did_you_mean(name, known)}")
-    us, before = stack.enter_context(held(run_dir))
+    us, before = stack.enter_context(locked(run_dir))
     if changed := sorted((own.keys() - EXTENSIBLE) | (given.keys() - MACHINE)) or file:
         what = changed[0] if isinstance(changed, list) else changed
         raise ConfigError(f"{what} cannot be given to a sweep that goes on; leave it out, or begin a new sweep")

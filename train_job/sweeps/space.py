@@ -1,7 +1,7 @@
-"""What a sweep is told: the settings that all trials share, and where the others are looked for.
+"""A sweep's config: the settings that all trials share, and the search space of the others.
 
-In: a YAML file and flags. Out: a `SweepConfig`, and for each trial the values that it tries. A value follows from
-(draw_seed, the draw's number, the setting's name), so more trials later leave the earlier ones as they were.
+In: a YAML file and flags. Out: a `SweepConfig`, and the values of each trial. A value is a function of (draw_seed, the
+draw's number, the setting's name), so adding trials later does not change the earlier ones.
 """
 
 import itertools
@@ -18,18 +18,18 @@ from train_job.config import LIMITS, RESUMABLE, build_config, convert, setting_t
 
 RANGES = ("uniform", "log_uniform")
 TEXT = frozenset({"data", "val_data", "val_fraction", "text_column", "document_separator"})
-"""All trials read the same text and are judged on the same bytes."""
+"""All trials read the same text and are evaluated on the same bytes."""
 FIXED = RESUMABLE - LIMITS | TEXT | {"init_from"}
-"""Settings that are the same for all trials: text, parent, and those that do not decide what a step is."""
+"""Settings that all trials share: text, parent, and those that do not affect what a step computes."""
 DRAWS_PER_TRIAL = 100
 MOST_CORNERS = 1024
 DIGITS = 4
-"""A number that is drawn has so many significant digits: what is read in a table is what was tried."""
+"""Significant digits of drawn numbers, so that tables show exactly what was tried."""
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Everything a sweep is told. Raises ConfigError if a value cannot be."""
+    """A sweep's settings. Raises ConfigError for an invalid value."""
 
     search: dict[str, Any] = field(
         default_factory=dict,
@@ -61,7 +61,7 @@ class SweepConfig:
             raise ConfigError("search names no setting; expected lines such as `learning_rate: {log_uniform: [a, b]}`")
 
     def values(self) -> list[dict[str, Any]]:
-        """What each trial tries, one after the other. Raises ConfigError if there are not as many as asked for."""
+        """The values of each trial. Raises ConfigError if there are fewer different ones than `trials`."""
         axes = {name: _axis(name, space) for name, space in self.search.items()}
         if self.grid:
             if ranges := [name for name, axis in axes.items() if isinstance(axis, _Range)]:
@@ -80,7 +80,7 @@ class SweepConfig:
         )
 
     def corners(self) -> Iterator[dict[str, Any]]:
-        """Every combination of the ends of ranges and the members of lists, up to a thousand."""
+        """Every combination of range ends and list members, up to MOST_CORNERS."""
         axes = {name: _axis(name, space) for name, space in self.search.items()}
         ends = [axis.ends if isinstance(axis, _Range) else axis for axis in axes.values()]
         for combination in itertools.islice(itertools.product(*ends), MOST_CORNERS):
@@ -90,11 +90,11 @@ class SweepConfig:
 FIELDS = {f.name: f for f in fields(SweepConfig)}
 HINTS = typing.get_type_hints(SweepConfig)
 FLAGS = tuple(name for name in FIELDS if HINTS[name] != dict[str, Any])
-"""Those that the command line may give too."""
+"""Settings that are also flags."""
 
 
 def build_sweep(given: Mapping[str, Any]) -> SweepConfig:
-    """A sweep as the YAML says it, every trial of which is a run that can be. Raises ConfigError, naming the key."""
+    """Builds a sweep from YAML values and checks every trial's config. Raises ConfigError, naming the key."""
     values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in FIELDS:
@@ -118,7 +118,7 @@ def build_sweep(given: Mapping[str, Any]) -> SweepConfig:
         try:
             config = build_config(sweep.base, chosen)
         except ConfigError as error:
-            raise ConfigError(f"search allows {shown(chosen)}, which cannot be: {error}") from None
+            raise ConfigError(f"search allows {shown(chosen)}, which is not valid: {error}") from None
         texts[tuple(getattr(config, name) for name in TEXT)] = config.data
     if len(texts) > 1:
         data = ", ".join(texts.values())
@@ -158,7 +158,7 @@ class _Range:
 
 
 def _axis(name: str, space: Any) -> _Range | tuple[Any, ...]:
-    """What `search` says of one setting. Raises ConfigError if it cannot be."""
+    """The range or list of one setting under `search`. Raises ConfigError if it is not valid."""
     wanted = setting_type(name)
     if name in FIXED:
         raise ConfigError(f"{name} cannot be searched: it is the same for all trials; give it under base")
@@ -174,7 +174,7 @@ def _axis(name: str, space: Any) -> _Range | tuple[Any, ...]:
             f"search.{name} is {kind!r}; expected {' or '.join(RANGES)}.{did_you_mean(str(kind), RANGES)}"
         )
     if wanted not in (int, float):
-        raise ConfigError(f"search.{name} is a range, but {name} is no number; expected a list of values")
+        raise ConfigError(f"search.{name} is a range, but {name} is not a number; expected a list of values")
     if not isinstance(bounds, list) or len(bounds) != 2:
         raise ConfigError(f"search.{name}.{kind} is {bounds!r}; expected [low, high]")
     low, high = (setting_value(name, bound) for bound in bounds)
@@ -186,7 +186,7 @@ def _axis(name: str, space: Any) -> _Range | tuple[Any, ...]:
 
 
 def _drawn(axis: _Range | tuple[Any, ...], key: str) -> Any:
-    """The value that `key` leads to, the same at any time and on any machine."""
+    """The value that `key` determines, the same on any machine."""
     u = random.Random(key).random()
     if not isinstance(axis, _Range):
         return axis[int(u * len(axis))]

@@ -1,7 +1,7 @@
-"""What came of a sweep's trials, read from their folders: a ranking, and a table for people, MLflow and spreadsheets.
+"""The results of a sweep's trials, read from their folders: a ranking, and a table for people, MLflow, spreadsheets.
 
-In: the trials. A trial's folder is a run's folder: `history.jsonl` says how it goes, and `trial.json`, which is
-written last, that it has ended and how. Out: rows, best first.
+In: the trials. A trial's folder is a run's folder: `history.jsonl` has its losses, and `trial.json`, written last, how
+it ended. Out: rows, best first.
 """
 
 import csv
@@ -30,7 +30,7 @@ class Ending:
     why: str
     steps: int
     seconds: float
-    """Since its workers began, last time."""
+    """Since its workers last started."""
 
     def __str__(self) -> str:
         return {"FAILED": f"failed: {self.why}"}.get(self.status, f"{self.why} at step {self.steps}")
@@ -38,7 +38,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: what it tries, and where it leaves what it comes to."""
+    """One run of a sweep: its values and its folder."""
 
     number: int
     values: dict[str, Any]
@@ -47,26 +47,26 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The run's name, and its folder's."""
+        """The name of the run and of its folder."""
         return str(self.config.name)
 
     @property
     def title(self) -> str:
-        """What MLflow calls it."""
+        """The run's name in MLflow."""
         return f"{self.name} {shown(self.values)}"
 
     def evaluations(self) -> list[dict[str, float]]:
-        """Each with its `step` and `bits_per_byte`, until now; that of step 0 is none of the trial's."""
+        """The rows with `step` and `bits_per_byte` so far, without step 0."""
         rows = read_history(self.folder / "history.jsonl")
         return [row for row in rows if "bits_per_byte" in row and row["step"] > 0]
 
     def best(self) -> dict[str, float]:
-        """The evaluation with the fewest bits per byte; infinitely many at step 0 where there is none."""
+        """The evaluation with the fewest bits per byte; inf at step 0 if there is none."""
         none = {"step": 0, "bits_per_byte": math.inf}
         return min(self.evaluations(), key=lambda row: row["bits_per_byte"], default=none)
 
     def ending(self) -> Ending | None:
-        """How it ended, if it has. Raises RecordError if what was recorded of it is damaged."""
+        """How it ended; None if it has not. Raises RecordError if trial.json is damaged."""
         path, remedy = self.folder / ENDING, "remove it, and the trial goes on when the sweep does"
         if not path.exists():
             return None
@@ -77,19 +77,19 @@ class Trial:
             raise RecordError(f"{path} is damaged; {remedy}") from None
 
     def end(self, ending: Ending) -> None:
-        """Records that it has ended: it will not be run again."""
+        """Writes trial.json, so that the trial is not run again."""
         with written_whole(self.folder / ENDING) as file:
             file.write(json.dumps(asdict(ending), indent=1).encode())
 
 
 def ranked(trials: Iterable[Trial]) -> list[tuple[Trial, Ending]]:
-    """Those that have ended, best first; those that failed last."""
+    """The trials that have ended, best first, failed ones last."""
     ended = [(trial, ending) for trial in trials if (ending := trial.ending())]
     return sorted(ended, key=lambda pair: (pair[1].status == "FAILED", pair[0].best()["bits_per_byte"], pair[0].number))
 
 
 def table(trials: Sequence[Trial]) -> dict[str, list[Any]]:
-    """`columns`, and as `data` a row for each trial that has ended, best first: what MLflow shows as a table."""
+    """A table for MLflow: `columns`, and under `data` a row for each trial that has ended, best first."""
     names = list(trials[0].values)
     data = []
     for rank, (trial, ending) in enumerate(ranked(trials), start=1):
@@ -101,7 +101,7 @@ def table(trials: Sequence[Trial]) -> dict[str, list[Any]]:
 
 
 def write_table(rows: dict[str, list[Any]], folder: Path) -> list[Path]:
-    """`trials.json` and `trials.csv` in the folder."""
+    """Writes `trials.json` and `trials.csv` into the folder; returns their paths."""
     with written_whole(folder / "trials.json") as file:
         file.write(json.dumps(rows).encode())
     with (folder / "trials.csv").open("w", newline="") as text:
@@ -110,7 +110,7 @@ def write_table(rows: dict[str, list[Any]], folder: Path) -> list[Path]:
 
 
 def table_text(rows: dict[str, list[Any]]) -> list[str]:
-    """The table in lines of even columns; the reason of a failure is left to the line that told it."""
+    """The table as aligned lines, without the reasons of failures, which were printed before."""
     end = rows["columns"].index("end")
     lines = [list(map(str, rows["columns"]))]
     for row in rows["data"]:
