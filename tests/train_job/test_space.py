@@ -77,7 +77,7 @@ def test_what_is_shown_is_what_is_tried():
         (dict(search={"beta1": {"uniform": [0.3, 0.1]}}), "expected the lower end first"),
         (dict(search={"beta1": {"uniform": 0.3}}), "expected [low, high]"),
         (dict(search={"weight_decay": {"log_uniform": [0, 1]}}), "expected more than 0"),
-        (dict(search={"tokenizer": {"uniform": [1, 2]}}), "tokenizer is no number"),
+        (dict(search={"tokenizer": {"uniform": [1, 2]}}), "tokenizer is not a number"),
         (dict(search={"learning_rate": ["fast"]}), "learning_rate is 'fast'; expected a number"),
         (dict(search={"num_layers": {"uniform": [1, 2.5]}}), "num_layers is 2.5; expected a whole number"),
         (dict(search={"seed": [1]}, base={"seed": 2}), "seed stands under base and under search"),
