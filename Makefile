@@ -1,6 +1,6 @@
-# Two commands for a newcomer: `make demo` and `make test`. Everything else is `make help`.
+# Start with `make demo` and `make test`. `make help` lists the rest.
 PYTHON ?= python3.11 python3.12 python3.13 python3
-# The first of these that is there and new enough makes the environment.
+# The first of these that exists and is new enough makes the environment.
 FITS := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 # Tests on a cluster wait half of their time, so two at once keep two cores busy; more make their time limits run out.
@@ -16,16 +16,16 @@ export RAY_USAGE_STATS_ENABLED := 0
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: .venv/installed ## text in, a model trained, promoted and answering over HTTP out (minutes)
+demo: .venv/installed ## train a first model, promote it and ask it over HTTP (minutes)
 	@$(BIN)/python -m train_job.demo && $(BIN)/python -m serve_app.demo
 
-test: .venv/installed-dev ## every fast test
+test: .venv/installed-dev ## the fast tests
 	@$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed-clients ## the tests that take minutes each
 	@$(PYTEST) -m slow
 
-fuzz: .venv/installed-dev ## the property tests with thousands of examples each, drawn by chance; SEED=N draws them again
+fuzz: .venv/installed-dev ## property tests, thousands of random examples; SEED=N repeats a run
 	@seed=$(SEED); seed=$${seed:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; echo "fuzz with SEED=$$seed"; \
 	$(PYTEST) -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$$seed --timeout=3600 $(TESTS) || \
 	{ echo "to repeat it: make fuzz SEED=$$seed, and TESTS=FILE::TEST for one test alone"; exit 1; }
@@ -33,34 +33,34 @@ fuzz: .venv/installed-dev ## the property tests with thousands of examples each,
 check: .venv/installed-dev ## lint, format, types, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-format: .venv/installed-dev ## put every file into the house format
+format: .venv/installed-dev ## format every file
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-docs: .venv/installed ## write docs/configuration.md anew from the code
+docs: .venv/installed ## write docs/configuration.md from the code
 	@$(BIN)/python -m docs.configuration
 
-pictures: .venv/installed-dev ## make the pictures and the tour's outputs anew (minutes; wants chromium)
+pictures: .venv/installed-dev ## redraw docs/images and docs/tour.ipynb (minutes; needs chromium)
 	@$(BIN)/python -m docs.pictures.loss_curve
 	@$(BIN)/python -m docs.pictures.playground
 	@$(BIN)/python -m docs.pictures.decoding
 	@$(BIN)/python -m docs.pictures.mlflow
 	@$(BIN)/python -m docs.tour
 
-serve: .venv/installed ## serve a model on loopback: MODEL=models:/gpt@champion PORT=8000
+serve: .venv/installed ## serve on loopback: MODEL=models:/gpt@champion PORT=8000
 	@$(if $(PORT),GPT_PORT="$$PORT") $(BIN)/serve run serve_app:build_app $(if $(MODEL),"model=$$MODEL")
 
-chat: .venv/installed ## chat with what `make serve` serves: PORT=8000 MODEL=one of its names
+chat: .venv/installed ## chat with what `make serve` serves: PORT=8000 MODEL=NAME
 	@$(BIN)/python -m serve_app.chat --url "http://127.0.0.1:$${PORT:-$${GPT_PORT:-8000}}"$(if $(MODEL), --model "$$MODEL")
 
 ui: .venv/installed ## MLflow's UI on loopback: PORT=5000
 	@$(BIN)/python -m train_job.tracking pages --ui http://127.0.0.1:$${PORT:-5000}
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"
 
-constraints: .venv/installed-dev ## write constraints.txt anew from what is installed
+constraints: .venv/installed-dev ## write constraints.txt from what is installed
 	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,clients,dev,gcs,gpu,hub,notebook,s3]'
 	@$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' > constraints.txt
 
-clean: ## remove what training and tests wrote; the environment stays
+clean: ## delete runs, caches and the embedded MLflow; .venv stays
 	rm -rf runs .cache mlflow/mlflow.db* mlflow/artifacts .pytest_cache .mypy_cache .ruff_cache
 
 .venv/installed: pyproject.toml constraints.txt

@@ -30,12 +30,12 @@ from train_job.training.hardware import WORKER_ENV
 PAGE = Path(__file__).with_suffix(".md")
 COMMAND = "make docs"
 NAMES_THE_RUN = {"name", "resume"}
-"""Which run goes on is no setting of it."""
+"""They name the run that resumes; they are not settings of a run."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable: what it is for, and what stands for it where it is not set. `X_*`: all that begin so."""
+    """An environment variable: what it is for, and its default. `X_*` stands for every name that begins so."""
 
     name: str
     help: str
@@ -62,12 +62,12 @@ THEIRS = (
     Variable(
         "MLFLOW_TRACKING_URI", "Where runs are tracked and models registered.", "the embedded database, a file at home"
     ),
-    Variable("MLFLOW_TRACKING_USERNAME", "Who asks a tracking server that wants to know."),
+    Variable("MLFLOW_TRACKING_USERNAME", "The user, where a tracking server asks for one."),
     Variable("MLFLOW_TRACKING_PASSWORD", "The password of that user."),
     Variable("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "`false`: MLflow opens no pickled model.", "`true`"),
     Variable(
         "RAY_ADDRESS",
-        "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of one's own.",
+        "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of this job alone.",
         "what `ray start` began here",
     ),
     Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` where that file is"),
@@ -95,7 +95,7 @@ SET = (
     Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "Seconds between Ray Train's looks at its workers.", "`0.5`"),
     Variable(
         "RAY_SERVE_*",
-        "How the front of a service starts and answers, its own files and ports; `python -m serve_app.haproxy`.",
+        "How the front of a service starts and answers, its own files and ports; `python -m serve_app.front.haproxy`.",
     ),
     Variable("MLFLOW_CONFIGURE_LOGGING", "MLflow's INFO lines, which would stand between ours.", "`false`"),
     Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "Its progress bar.", "`false`"),
@@ -115,13 +115,13 @@ SET = (
 INTRODUCTION = f"""\
 # Every setting
 
-Made by `{COMMAND}` from the code; a test keeps it current. What the settings are good for is in the
-[README](../README.md) and in [serving.md](serving.md).
+Made by `{COMMAND}` from the code; a test keeps it current. What the settings are for is in
+[training.md](training.md) and in [serving.md](serving.md).
 
 - [Training](#training): flags of `python train_job/run.py`, and names in its YAML
 - [Presets](#presets): named shapes with their recipes
 - [The service](#the-service): `GPT_…` in the environment, or arguments of `serve_app:build_app`
-- [Environment variables](#environment-variables): what this project reads, speaks of, or sets"""
+- [Environment variables](#environment-variables): what this project reads, mentions, or sets"""
 
 TRAINING = """\
 ## Training
@@ -129,7 +129,7 @@ TRAINING = """\
 A setting is `--batch-size 16` on the command line and `batch_size: 16` in the YAML file of `--config`; a switch is
 `--compile` or `--no-compile` here and `compile: true` there. Flags win over the YAML, which wins over the preset, which
 wins over the default below; the preset is `quick` unless one is named. `none` empties a setting whose default is
-empty. *Resume* says what may change when a run goes on (`--resume NAME`); the rest decides what a step is."""
+empty. *Resume* says what may change when a run resumes (`--resume NAME`); the rest decides what a step is."""
 
 THE_PRESETS = """\
 ## Presets

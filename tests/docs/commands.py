@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,17 +27,20 @@ from tests.ports import free_port
 from tests.system.conftest import ROOT, Cluster, environment
 from train_job.data.pieces import builtin_bytes
 
-STARTERS = (".venv/", "curl ", "ray ", "docker ", "make ", "cat ", "ls ", "echo ", "export ", "mlflow ")
+STARTERS = (
+    *(".venv/", "curl ", "ray ", "docker ", "make ", "cat ", "ls ", "echo ", "export ", "mlflow "),
+    *("aws ", "git ", "hf ", "prometheus ", "python ", "sed ", "serve ", "ssh "),
+)
 SHAPE = ["--num-layers=1", "--num-heads=2", "--hidden-size=32"]
 SHORT = ["--batch-size=4", "--max-steps=4", "--eval-interval=2", "--sample-tokens=4", "--cpus-per-worker=1"]
 START_SECONDS = 180
 
 
 def commands_of(page: Path) -> list[str]:
-    """Every command of a page in its order: lines of fences without a language, and code in tables' last column."""
+    """Every command of a page, in order: lines of fences without a language, and code in tables' last column."""
     found: list[str] = []
     fence: str | None = None
-    for line in page.read_text().replace("\\\n", "").splitlines():
+    for line in map(str.strip, page.read_text().replace("\\\n", "").splitlines()):
         if line.startswith("```"):
             fence = line[3:].strip() if fence is None else None
         elif fence == "" or fence in ("bash", "sh"):
@@ -52,6 +55,33 @@ def commands_of(page: Path) -> list[str]:
 
 def is_command(text: str) -> bool:
     return re.sub(r"^(\w+=(\"[^\"]*\"|\S*) )*", "", text).startswith(STARTERS)
+
+
+STARTS_SERVICE, ASKS_SERVICE = re.compile("serve run "), re.compile(r"curl|.*serve_app\.chat")
+
+
+def shared_out(commands: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """What is run for each page: a command that stands on several pages, or twice on one, is run for the first alone.
+
+    A service is started again where a command that is run for this page asks it.
+    """
+    shares: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for page, on_page in commands.items():
+        shares[page] = share = []
+        starts: str | None = None
+        for command in on_page:
+            known = command in seen
+            seen.add(command)
+            if STARTS_SERVICE.search(command):
+                starts = command if known else None
+            if known:
+                continue
+            if starts and ASKS_SERVICE.match(command):
+                share.append(starts)
+                starts = None
+            share.append(command)
+    return shares
 
 
 def blocks_of(page: Path, language: str) -> list[str]:
@@ -86,11 +116,11 @@ class Checkout:
 
     def run(self, command: str) -> str:
         """What the command prints; fails with it if it ends with another code than 0."""
-        if "serve run " in command:
+        if STARTS_SERVICE.search(command):
             self.serve(self.here(command))
             return ""
-        if self.service is None and re.match(r"curl|.*serve_app\.chat", command):
-            self.serve(".venv/bin/serve run serve_app:app")  # which the page has told to leave running
+        if self.service is None and ASKS_SERVICE.match(command):
+            self.start_service()
         command = self.here(command)
         ended = subprocess.run(
             ["/bin/bash", "-c", command],
@@ -102,6 +132,11 @@ class Checkout:
         )
         assert ended.returncode == 0, f"{command}\nended with {ended.returncode}:\n{ended.stdout}{ended.stderr}"
         return ended.stdout
+
+    def start_service(self) -> None:
+        """Starts the service that a page has told people to leave running."""
+        if self.service is None:
+            self.serve(".venv/bin/serve run serve_app:app")
 
     def here(self, command: str) -> str:
         """The command as this test can run it: small, and on a port of its own."""

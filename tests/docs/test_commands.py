@@ -1,4 +1,4 @@
-"""Every command that the README and docs/predecessors.md tell people to run is run here, or named with who runs it."""
+"""Every command that the README or a page of docs tells people to run is run here, or named with what runs it."""
 
 import re
 from collections.abc import Iterator
@@ -7,24 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.commands import Checkout, blocks_of, checkout, commands_of
+from tests.docs.commands import Checkout, blocks_of, checkout, commands_of, shared_out
 from tests.hugging_face import publish_gpt2, put_into_cache
 from tests.system.conftest import ROOT, Cluster, cluster
 
 __all__ = ["cluster"]  # a fixture, used here too
 
 README, PREDECESSORS = ROOT / "README.md", ROOT / "docs" / "predecessors.md"
-COMMANDS = commands_of(README) + commands_of(PREDECESSORS)
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md")
+COMMANDS = {page.name: commands_of(page) for page in PAGES}
+EVERY = [command for commands in COMMANDS.values() for command in commands]
 
 ELSEWHERE = {
-    r"^make (demo|test)": "tests/system/test_demo.py; this is one",
+    r"^make (demo|test|check)$|^make demo PYTHON": "tests/system/test_demo.py; this is one; .ci/run",
     r"make ui$": "tests/train_job/test_tracking.py",
     r"^docker ": "no Docker here: tests/deploy/test_image.py builds the image by buildah and runs its entry points",
     r"^(ray |export RAY|RAY_)": "tests/system/conftest.py starts and stops clusters, test_job_ends.py submits to them",
     r"--use-gpu": "wants a GPU",
     r"HOST:|BUCKET|example\.org": "wants another machine; tests/deploy and test_corpus.py have theirs",
     r"mlflow models serve|:5001/invocations": "tests/gptcore/test_pyfunc.py",
-    r"^export TIKTOKEN|tiktoken\.get_encoding|--torch-backend": "downloads",
+    r"^export TIKTOKEN|tiktoken\.get_encoding|^\.venv/bin/pip install|^git pull|^make .venv/": "downloads",
+    r"^hf download": "downloads; tests/gptcore/test_hub.py opens such folders",
+    r"^sed |^git (diff|checkout)|-m pytest": "tests/docs/test_contributing_tour.py",
+    r"^aws ": "wants an account",
+    r"serve deploy": "tests/system/test_serve_commands.py",
+    r"^prometheus ": "tests/system/test_prometheus.py",
+    r"^(python train_job/run\.py|serve run serve_app:build_app key=value) …": "tests/deploy/test_image.py",
     r"--device mps": "wants Apple's GPU",
     r"-m bench\.(?!plan|gpu_train|decode)": "tests/bench; minutes each",
     r"-m bench\.(plan|decode --peers)": "tests/bench; minutes each",
@@ -36,9 +44,9 @@ ELSEWHERE = {
 
 
 def test_every_exception_is_still_needed():
-    stale = [pattern for pattern in ELSEWHERE if not any(re.search(pattern, command) for command in COMMANDS)]
+    stale = [pattern for pattern in ELSEWHERE if not any(re.search(pattern, command) for command in EVERY)]
     assert stale == []
-    assert len(COMMANDS) > 80
+    assert len(EVERY) > 160
 
 
 def test_every_exception_names_tests_that_are_there():
@@ -48,6 +56,26 @@ def test_every_exception_names_tests_that_are_there():
 
 def elsewhere(command: str) -> bool:
     return any(re.search(pattern, command) for pattern in ELSEWHERE)
+
+
+SHARES = shared_out({name: [c for c in commands if not elsewhere(c)] for name, commands in COMMANDS.items()})
+"""What is run for each page."""
+
+
+def test_every_command_is_run_once_or_named() -> None:
+    run = [command for share in SHARES.values() for command in share]
+    assert set(run) == {command for command in EVERY if not elsewhere(command)}
+    twice = {command for command in run if run.count(command) > 1}
+    assert [command for command in twice if "serve run " not in command] == []
+
+
+def test_a_service_is_started_again_only_for_commands_that_are_new() -> None:
+    pages = {
+        "one": ["a serve run 1", "curl 1"],
+        "two": ["a serve run 1", "curl 1"],
+        "three": ["a serve run 1", "curl 2"],
+    }
+    assert shared_out(pages) == {"one": pages["one"], "two": [], "three": pages["three"]}
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +93,11 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.usefixtures("gpt2_cache", "shakespeare")
-@pytest.mark.parametrize("page", [README, PREDECESSORS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if SHARES[page.name]], ids=lambda page: page.name)
 def test_every_command_of_the_page_runs(page: Path, place: Checkout):
     for number, text in enumerate(blocks_of(page, "yaml")):
         (place.folder / f"{re.search('# (.*)', text)[1] if '# ' in text else number}").write_text(text)  # type: ignore[index]
-    run_all(place, [command for command in commands_of(page) if not elsewhere(command)])
+    run_all(place, SHARES[page.name])
     place.close()
 
 
@@ -94,17 +122,19 @@ def follows(command: str, earlier: str) -> bool:
     return bool(names[0] & names[1])
 
 
+BLOCKS = [(page, text) for page in PAGES for text in blocks_of(page, "python")]
+
+
 @pytest.mark.slow
-def test_every_python_block_of_the_readme_runs(place: Checkout):
-    for text in blocks_of(README, "python"):
-        (place.folder / "block.py").write_text(text)
-        assert place.run(".venv/bin/python block.py").strip()
-
-
-def test_the_tables_name_only_files_that_are_there():
-    for page in (README, PREDECESSORS, *sorted((ROOT / "docs").glob("*.md"))):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} leads to {target}"
+@pytest.mark.usefixtures("gpt2_cache")
+def test_every_python_block_of_the_pages_runs(place: Checkout):
+    assert len(BLOCKS) >= 3
+    for page, text in BLOCKS:
+        if "127.0.0.1:8000" in text:
+            place.start_service()
+        (place.folder / "block.py").write_text(place.here(text))
+        assert place.run(".venv/bin/python block.py").strip(), f"{page.name}: {text}"
+    place.close()
 
 
 def test_predecessors_page_has_a_command_for_every_feature():

@@ -41,7 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def started(home: Path, **env: str) -> Iterator[Cluster]:
-    """Four CPUs' worth of Ray, started as the README says and stopped by its process id."""
+    """Four CPUs' worth of Ray, started as docs/cluster.md says and stopped by its process id."""
     port, dashboard, agent, client = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:  # socket paths are short
         head = subprocess.Popen(
@@ -62,7 +62,7 @@ def started(home: Path, **env: str) -> Iterator[Cluster]:
                 "--disable-usage-stats",
             ],
             cwd=ROOT,
-            env=environment(home, RAY_JOB_STOP_WAIT_TIME_S="60", **env),  # as the README advises
+            env=environment(home, RAY_JOB_STOP_WAIT_TIME_S="60", **env),  # as docs/cluster.md advises
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

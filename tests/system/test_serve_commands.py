@@ -1,4 +1,4 @@
-"""Claims about the commands that start the service: each on its own, as the README has them."""
+"""Claims about the commands that start the service: each on its own, as docs/serving.md has them."""
 
 import os
 import socket
