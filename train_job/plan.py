@@ -17,7 +17,7 @@ from gptcore.engine.runners import MOST_SLOTS, SHARE
 from gptcore.errors import ConfigError, FoundryError
 from gptcore.progress import doing
 from gptcore.units import count
-from train_job.cli import Help, Parser, parse_settings, told
+from train_job.cli import Help, Parser, format_examples, parse_settings
 from train_job.config import TrainConfig, build_config
 from train_job.planning.costs import (
     Memory,
@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> tuple[Asked, dict[str, Any]]:
         prog=command,
         usage=f"{command} [--gpu NAME] [--gpus N] [--load N] [--SETTING VALUE ...]",
         description="Memory, speed, time and cost of a run. Takes every setting of train_job/run.py as well.\n\n"
-        + told(command, EXAMPLES),
+        + format_examples(command, EXAMPLES),
         formatter_class=Help,
         allow_abbrev=False,
     )
