@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from train_job.cluster.failures import Failure
     from train_job.data.inputs import Inputs
     from train_job.session.record import Begun
-    from train_job.tracking.client import DatasetUse
+    from train_job.tracking.runs import DatasetUse
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def inputs_of(config: TrainConfig, cluster: Callable[[], Any], begun: Begun | No
 
 def dataset_uses(inputs: Inputs) -> list[DatasetUse]:
     """The two splits, as MLflow is told of them."""
-    from train_job.tracking.client import DatasetUse
+    from train_job.tracking.runs import DatasetUse
 
     return [
         DatasetUse(context, corpus.name, inputs.config.data, corpus.fingerprint, t.num_bytes, t.num_tokens)
@@ -230,7 +230,7 @@ class Run:
     def open(self) -> None:
         """Opens the MLflow run, or goes on with the one that this folder names."""
         from gptcore.redact import without_password
-        from train_job.tracking import client as tracking
+        from train_job.tracking import runs as tracking
         from train_job.tracking.pages import NOTE
 
         self.history = History(self.run_dir / "history.jsonl")

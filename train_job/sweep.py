@@ -151,7 +151,7 @@ class Sweep:
                 self._end_run(folder / "run.json", status)
 
     def _end_run(self, record: Path, status: str) -> None:
-        from train_job.tracking import client as tracking
+        from train_job.tracking import runs as tracking
 
         try:
             if found := read_record(record):
@@ -192,7 +192,7 @@ class Sweep:
         """Opens the parent run in MLflow, or goes on with the one that this folder names."""
         import yaml
 
-        from train_job.tracking import client as tracking
+        from train_job.tracking import runs as tracking
 
         if self.record:
             self.run_id = self.record.run_id
@@ -327,7 +327,7 @@ class Sweep:
     def _conclude(self) -> int:
         """The table, and the best trial's package as a version; returns the exit code."""
         from train_job.session import outcome
-        from train_job.tracking import client as tracking
+        from train_job.tracking import runs as tracking
         from train_job.tracking.spool import Spool
 
         rows = table(self.trials)

@@ -27,7 +27,7 @@ from gptcore.package import Package, open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.tokenizer import load_tokenizer
 from tests.ports import free_port
-from train_job.tracking import client as tracking
+from train_job.tracking import runs as tracking
 from train_job.tracking.registry import Candidate, Champion, Published, Validation, _pass_gate, decide, pin, publish
 
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz", ".pyc"}

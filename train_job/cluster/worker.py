@@ -34,7 +34,7 @@ from train_job.data.corpus import Corpus
 from train_job.data.inputs import build_model, cache_dir, shard_store
 from train_job.data.shards import prepare
 from train_job.files import read_json, storage_problem, written_whole
-from train_job.tracking.client import PEAK, SystemMetrics
+from train_job.tracking.runs import PEAK, SystemMetrics
 from train_job.tracking.spool import Spool
 from train_job.training.checkpoint import Identity, load_checkpoint, save_checkpoint, unsaved
 from train_job.training.events import CheckpointDue, Evaluation, Event, Progress

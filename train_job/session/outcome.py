@@ -26,8 +26,8 @@ from train_job.files import read_json, written_whole
 from train_job.session.history import read_history
 from train_job.session.record import read_record, tracked_at
 from train_job.session.whatnow import Ended, lines
-from train_job.tracking import client as tracking
 from train_job.tracking import registry
+from train_job.tracking import runs as tracking
 from train_job.tracking.spool import Spool
 from train_job.training.checkpoint import load_model
 from train_job.training.evaluate import bits_per_byte

@@ -66,7 +66,7 @@ def read_record(path: Path) -> Record | None:
 
 def tracked_at(record: Record | None) -> str:
     """Where a run is tracked: for one that goes on, where it was, unless the environment says otherwise."""
-    from train_job.tracking.client import tracking_uri
+    from gptcore.home import tracking_uri
 
     if record and not os.environ.get("MLFLOW_TRACKING_URI"):
         return record.tracking_uri

@@ -26,7 +26,7 @@ from train_job.session import outcome
 from train_job.session.console import Console
 from train_job.session.record import read_record
 from train_job.sweeps.trials import Ending, Trial, ranked
-from train_job.tracking import client as tracking
+from train_job.tracking import runs as tracking
 from train_job.training.events import Evaluation, Started
 
 

@@ -22,8 +22,8 @@ from gptcore.progress import doing
 from gptcore.pyfunc import PARAMS
 from gptcore.redact import without_password
 from train_job.files import locked, sha256
+from train_job.tracking.client import mlflow_client, translated_errors
 from train_job.tracking.pages import model_note
-from train_job.tracking.spool import answers_expected, mlflow_client
 
 MODES = ("if-better", "always", "never")
 CHAMPION = "champion"
@@ -125,7 +125,7 @@ def publish(
         bits_per_byte = validation.judge(package)
     weights = sha256(package.path / WEIGHTS)
     mlflow.set_tracking_uri(uri)  # logging a model knows only the process-wide one
-    with answers_expected(uri):
+    with translated_errors(uri):
         client = mlflow_client(uri)
         earlier = _registered_before(client, run_id, name, weights)
         if earlier is not None and earlier.tags.get("promotion_mode") == promote:

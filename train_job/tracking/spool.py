@@ -7,7 +7,6 @@ order, however long the server is away and however often the process dies. Only 
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,9 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptcore.errors import FoundryError, TrainingError
+from gptcore.errors import RecordError, TrainingError
+from gptcore.home import tracking_uri
 from gptcore.redact import without_password
-from train_job.files import storage_problem, written_whole
+from train_job.files import read_json, storage_problem, written_whole
+from train_job.tracking.client import check_server, connected, mlflow_client, request_limits
 
 log = logging.getLogger(__name__)
 
@@ -25,54 +26,6 @@ POINTS_PER_BATCH = 1000  # the most that MLflow takes in one log_batch
 DELIVERY_INTERVAL_S = 5.0  # points are sent in batches this far apart: a request per step would cost training time
 LONGEST_BACKOFF_S = 15.0
 FILE_KEYS = {"artifact", "to", "table"}
-
-_environment = threading.Lock()
-
-
-def mlflow_client(uri: str) -> Any:
-    """An MlflowClient, imported when first needed."""
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints passwords too
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
-
-
-@contextlib.contextmanager
-def impatient_requests(timeout_s: int, retries: int) -> Iterator[None]:
-    """Within it, MLflow's HTTP calls give up sooner than the minutes they take by default.
-
-    MLflow reads these from the environment at each call, so one thread at a time may change them.
-    """
-    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
-    with _environment:
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-
-
-@contextlib.contextmanager
-def answers_expected(uri: str) -> Iterator[None]:
-    """Turns whatever MLflow raises within it into one TrainingError; our own errors pass."""
-    try:
-        yield
-    except FoundryError:
-        raise
-    except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own types through
-        if getattr(error, "error_code", "") == "UNAUTHENTICATED":
-            user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-            whom = f"user {user!r} with this password" if user else "requests without a user"
-            raise TrainingError(
-                f"MLflow at {without_password(uri)} does not accept {whom}; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD"
-            ) from error
-        raise TrainingError(without_password(f"MLflow at {uri} refused: {error}")) from error
 
 
 @dataclass
@@ -275,5 +228,25 @@ class Spool:
                 self._closing.wait(pause)
 
     def _deliver_batch(self) -> bool:
-        with impatient_requests(timeout_s=10, retries=0):
+        with request_limits(timeout_s=10, retries=0):
             return deliver_batch(self.folder, self.run_id, mlflow_client(self.tracking_uri))
+
+
+def deliver(folder: Path) -> int:
+    """Sends what a finished or killed process left in its spool; returns the number of lines sent.
+
+    Raises TrainingError if `folder` is no spool or the server does not answer.
+    """
+    if not (folder / "spool.json").exists():
+        raise TrainingError(f"{folder} is no spool: it has no spool.json; expected the spool folder of a run")
+    spool = read_json(folder / "spool.json", "put there what the run's run.json has: run_id and tracking_uri")
+    if not {"run_id", "tracking_uri"} <= spool.keys():
+        raise RecordError(f"{folder / 'spool.json'} lacks run_id or tracking_uri; the run's run.json has both")
+    waiting, uri = undelivered(folder), tracking_uri()
+    if without_password(uri) != spool["tracking_uri"]:  # else the environment's, which may have a password
+        uri = str(spool["tracking_uri"])
+    check_server(uri)
+    with connected(uri, retries=2) as client:
+        while deliver_batch(folder, spool["run_id"], client):
+            pass
+    return waiting
