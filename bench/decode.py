@@ -159,7 +159,7 @@ def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[Play, s
 
 
 @dataclass(frozen=True)
-class Row:
+class ContestantResult:
     """What one contestant came to at one batch: medians over the turns."""
 
     label: str
@@ -211,7 +211,7 @@ def measure_batch(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, 
 
 def row_of(
     contestant: Contestant, results: Results, config: ModelConfig, task: DecodeTask, floor: Contestant, ours: Contestant
-) -> Row:
+) -> ContestantResult:
     """The medians of one contestant; the share of the floor is taken round by round, as ratios are."""
     turns: list[DecodeTurn] = results.turns[contestant.label]
     rates = [turn.decode_rate for turn in turns]
@@ -220,7 +220,7 @@ def row_of(
     read = step_bytes(config, task.batch, task.prompt_tokens + task.new_tokens / 2, contestant.precision)
     best: list[DecodeTurn] = results.turns[ours.label]
     equal: list[DecodeTurn] = results.turns.get(f"{ENGINE} {contestant.precision}", [])
-    return Row(
+    return ContestantResult(
         label=contestant.label,
         note=results.notes[contestant.label],
         decode_tokens_per_second=round(statistics.median(rates), 1),
@@ -237,7 +237,7 @@ def row_of(
     )
 
 
-def print_table(task: DecodeTask, rows: list[Row], results: Results, step: float, read: float) -> None:
+def print_table(task: DecodeTask, rows: list[ContestantResult], results: Results, step: float, read: float) -> None:
     """For people; `step` in seconds and `read` in bytes per second are the floor."""
     print(f"\nbatch {task.batch}, prompt {task.prompt_tokens}, {task.new_tokens} new tokens, median of the turns")
     print(f"{'':24}{'decode':>10}{'whole':>10}{'step':>10}{'read':>8}{'floor':>7}{'engine is':>11}")

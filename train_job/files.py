@@ -7,34 +7,23 @@ killed process left behind is told from one in use, and swept up.
 import errno
 import fcntl
 import hashlib
-import http.client
 import json
-import logging
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from gptcore.errors import CorpusError, RecordError, StorageFull, TrainingError
-from gptcore.progress import at, doing
+from gptcore.errors import RecordError, StorageFull, TrainingError
 
-log = logging.getLogger(__name__)
-
-DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
-BLOCK_BYTES = 2**20
+LONGEST_NAME = 200
+"""Bytes in a name that comes from the user; file systems allow 255, and our prefixes and suffixes need some."""
 DRAFT = ".draft-"
 SETTLED_SECONDS = 60.0
 """A draft written to within this time is left alone, lock or not: its writer may be about to lock or rename it."""
-
-
-LONGEST_NAME = 200
-"""Bytes in a name that somebody chose; file systems take 255, and what we put before or after it needs some."""
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -70,12 +59,6 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RecordError(f"{path} is damaged; {remedy}")
     return found
-
-
-def copy_name(source: str, name: str) -> str:
-    """What the cache calls its copy of `source`. It ends as `name` does, so that its kind is known."""
-    tail = name.encode()[-LONGEST_NAME:].decode(errors="ignore")
-    return f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{tail}"
 
 
 @contextmanager
@@ -133,43 +116,3 @@ def sha256(path: Path) -> str:
     """The file's SHA-256 in hex, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(url: str, path: Path, refresh: bool = False) -> Path:
-    """`url`'s content at `path`, fetched if it is not there yet; with `refresh`, fetched anew if it has changed.
-
-    Whether it has changed is the server's word on the ETag or date that came with the copy; a copy that came without
-    is kept. If the server cannot be reached, the copy is used and a warning says so. Raises CorpusError if there is
-    no copy either.
-    """
-    notes = path.with_name(f"{path.name}.headers")
-    known = {}
-    with suppress(RecordError):  # without notes, or with damaged ones, the copy is kept as it is
-        known = read_json(notes, "") if path.exists() else {}
-    if path.exists() and not (refresh and known):
-        return path
-    try:
-        request = urllib.request.Request(url, headers=known)
-        with doing(f"downloading {url}"), urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as answer:
-            with written_whole(path) as file:
-                expected = int(answer.headers.get("Content-Length") or 0)
-                while block := answer.read(BLOCK_BYTES):
-                    file.write(block)
-                    at(file.tell(), expected)
-                expected = expected or file.tell()
-                if file.tell() != expected:
-                    raise OSError(f"{file.tell()} of {expected} bytes came")
-            conditions = {"If-None-Match": answer.headers["ETag"], "If-Modified-Since": answer.headers["Last-Modified"]}
-        with written_whole(notes) as file:
-            file.write(json.dumps({name: value for name, value in conditions.items() if value}).encode())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code == http.client.NOT_MODIFIED:
-            return path
-        reason = getattr(error, "reason", error)
-        if not path.exists():
-            raise CorpusError(f"cannot download {url}: {reason}") from error
-        log.warning("cannot ask %s for a newer text (%s); using the copy in %s", url, reason, path)
-        return path
-    if known:
-        log.warning("%s has changed and was downloaded again", url)
-    return path

@@ -23,13 +23,13 @@ from train_job.planning.costs import (
     Memory,
     Serving,
     Step,
-    Work,
+    Workload,
     largest_micro_batch,
     micro_batch,
     serving,
     training_memory,
     training_step,
-    work_of,
+    workload,
 )
 from train_job.session.console import lasting_output, model_text
 from train_job.training.devices import Device, Rates, assumed_rates, find_device
@@ -44,7 +44,7 @@ FAILURE_GPU_HOURS = 50_700
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanOptions:
     """The command line, less the settings of the run."""
 
     gpus: int | None
@@ -58,7 +58,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """All that is known of a run on some number of GPUs."""
 
     workers: int
@@ -76,24 +76,24 @@ class Plan:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the plan; returns the exit code, 2 for wrong input."""
     try:
-        asked, given = parse(sys.argv[1:] if argv is None else argv)
+        options, given = parse(sys.argv[1:] if argv is None else argv)
         config, work = planned(given)
-        gpus = asked.gpus if asked.gpus is not None else config.workers[1]
+        gpus = options.gpus if options.gpus is not None else config.workers[1]
         if not 1 <= gpus <= config.batch_size:
             raise ConfigError(
                 f"gpus is {gpus}; expected 1 to {config.batch_size}, since a step has batch_size "
                 f"{config.batch_size} sequences to divide"
             )
-        device, rates = device_of(asked, work, gpus)
+        device, rates = device_of(options, work, gpus)
         plan = make_plan(config, work, device, rates, gpus)
-        served = serve_plan(asked, work, device, rates) if asked.load is not None else None
+        served = serve_plan(options, work, device, rates) if options.load is not None else None
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
-    if asked.as_json:
+    if options.as_json:
         shown = {"device": asdict(device), "rates": asdict(rates), "plan": asdict(plan)}
         shown["plan"] |= {"memory_bytes": plan.memory.total, "step_seconds": plan.step.seconds}
         print(json.dumps(shown | ({"serving": asdict(served)} if served else {})))
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[Asked, dict[str, Any]]:
+def parse(argv: Sequence[str]) -> tuple[PlanOptions, dict[str, Any]]:
     """(what is asked about, the settings of the run). Raises ConfigError."""
     command = "python -m train_job.plan"
     parser = Parser(
@@ -130,10 +130,10 @@ def parse(argv: Sequence[str]) -> tuple[Asked, dict[str, Any]]:
         value = getattr(known, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} is {value}; expected more than 0, and finite")
-    return Asked(**vars(known)), parse_settings(rest)
+    return PlanOptions(**vars(known)), parse_settings(rest)
 
 
-def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
+def planned(given: dict[str, Any]) -> tuple[TrainConfig, Workload]:
     """The run's settings and what its model asks for; a parent brings its own shape. Raises ConfigError."""
     from gptcore.tokenizer import parse_tokenizer
     from train_job.data.inputs import check_context, padded
@@ -152,25 +152,25 @@ def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
     else:
         shape = config.model_config(padded(parse_tokenizer(config.tokenizer)))
     check_context(config, shape)
-    return config, work_of(shape, config.context)
+    return config, workload(shape, config.context)
 
 
-def device_of(asked: Asked, work: Work, gpus: int) -> tuple[Device, Rates]:
+def device_of(options: PlanOptions, work: Workload, gpus: int) -> tuple[Device, Rates]:
     """The GPU that was named, or this machine's. Raises ConfigError."""
-    if asked.gpu == "here":
-        from train_job.planning.rates import here
+    if options.gpu == "here":
+        from train_job.planning.rates import measure_in_subprocess
 
         with doing("measuring this machine: training, then decoding"):
-            device, rates = here(work.model.family)
+            device, rates = measure_in_subprocess(work.model.family)
         if device.per_machine < min(gpus, 2):
             raise ConfigError(f"gpus is {gpus}, but this machine trains on its {device.name}; expected 1, or a --gpu")
     else:
-        device = find_device(asked.gpu)
+        device = find_device(options.gpu)
         rates = assumed_rates(device)
-    return (replace(device, price=asked.price) if asked.price else device), rates
+    return (replace(device, price=options.price) if options.price else device), rates
 
 
-def make_plan(config: TrainConfig, work: Work, device: Device, rates: Rates, workers: int) -> Plan:
+def make_plan(config: TrainConfig, work: Workload, device: Device, rates: Rates, workers: int) -> TrainingPlan:
     """The run on so many workers. Raises ConfigError if its length is not known in tokens."""
     step = training_step(config, work, device, rates, workers)
     per_step = config.batch_size * work.length
@@ -178,7 +178,7 @@ def make_plan(config: TrainConfig, work: Work, device: Device, rates: Rates, wor
     steps = planned_steps(config, per_step)
     hours = steps * step.seconds / 3600
     peak = device.flops * workers if device.per_machine > 1 else None
-    return Plan(
+    return TrainingPlan(
         workers,
         training_memory(config, work, workers),
         step,
@@ -199,31 +199,31 @@ def planned_steps(config: TrainConfig, tokens_per_step: int) -> int:
     return min(known)
 
 
-def serve_plan(asked: Asked, work: Work, device: Device, rates: Rates) -> Serving:
+def serve_plan(options: PlanOptions, work: Workload, device: Device, rates: Rates) -> Serving:
     """Replicas for the load. Raises ConfigError if a request does not fit the model, or the slots the memory."""
     context = work.model.context_length
-    prompt = asked.prompt_tokens or min(256, context // 2)
-    new = asked.new_tokens or min(128, context // 4)
+    prompt = options.prompt_tokens or min(256, context // 2)
+    new = options.new_tokens or min(128, context // 4)
     if prompt + new > context:
         raise ConfigError(
             f"prompt_tokens + new_tokens is {prompt + new}; expected at most the model's context of {context}"
         )
     weights = 2 * work.read_weights
     fit = max(0, int((device.memory - weights) / (context * work.cache_bytes)))
-    if (asked.slots or 1) > fit:
+    if (options.slots or 1) > fit:
         raise ConfigError(
-            f"slots is {asked.slots or 1}; expected at most {fit}, since {device.name} has {gib(device.memory)} GiB "
+            f"slots is {options.slots or 1}; expected at most {fit}, since {device.name} has {gib(device.memory)} GiB "
             f"and the weights take {gib(weights)} of them"
         )
     usual = MOST_SLOTS.get(device.name, MOST_SLOTS["cuda"])
-    slots = asked.slots or max(1, min(usual, int(SHARE * fit)))
-    return serving(work, device, rates, slots, prompt, new, asked.load or 0)
+    slots = options.slots or max(1, min(usual, int(SHARE * fit)))
+    return serving(work, device, rates, slots, prompt, new, options.load or 0)
 
 
 # --- shown ------------------------------------------------------------------------------------------------------
 
 
-def show_training(config: TrainConfig, work: Work, device: Device, rates: Rates, plan: Plan) -> None:
+def show_training(config: TrainConfig, work: Workload, device: Device, rates: Rates, plan: TrainingPlan) -> None:
     """The run on the GPUs asked for, then on fewer and more."""
     model, micro = work.model, micro_batch(config, plan.workers)
     print(f"model     {model_text(config, model, work.parameters)}")
@@ -258,7 +258,7 @@ def show_training(config: TrainConfig, work: Work, device: Device, rates: Rates,
     print(f"\n{verdict(config, work, device, rates)}")
 
 
-def verdict(config: TrainConfig, work: Work, device: Device, rates: Rates) -> str:
+def verdict(config: TrainConfig, work: Workload, device: Device, rates: Rates) -> str:
     """From how many GPUs on communication bounds a step."""
     for workers in doublings(config.batch_size)[1:]:
         step = training_step(config, work, device, rates, workers)
@@ -271,7 +271,7 @@ def verdict(config: TrainConfig, work: Work, device: Device, rates: Rates) -> st
     return f"Not communication-bound up to {config.batch_size} GPUs, where each has one sequence of a step."
 
 
-def show_serving(work: Work, device: Device, served: Serving) -> None:
+def show_serving(work: Workload, device: Device, served: Serving) -> None:
     """Replicas, and what a client sees."""
     each = served.slots / served.step_seconds
     tokens = f"{served.prompt_tokens} prompt and {served.new_tokens} new tokens each"
@@ -304,7 +304,7 @@ def doublings(most: int) -> list[int]:
     return sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most})
 
 
-def cost(plan: Plan) -> str:
+def cost(plan: TrainingPlan) -> str:
     hours = f"{plan.hours:,.2f} h" if plan.hours >= 0.1 else f"{plan.hours * 60:.1f} min"
     dollars = f", {plan.cost:,.2f} dollars" if plan.cost is not None else "; --price gives a cost"
     together = f", {plan.hours * plan.workers:,.1f} GPU-hours" if plan.mfu else ""

@@ -8,7 +8,7 @@ import pytest
 
 from gptcore.errors import CorpusError
 from train_job.data.corpus import Corpus, open_corpus
-from train_job.data.folders import LeftOut, told
+from train_job.data.folders import LeftOut, summarize
 
 PNG = b"\x89PNG\r\n\x1a\n\0"
 
@@ -106,8 +106,7 @@ def test_a_folder_of_which_all_is_left_out_is_refused_with_the_reasons(tmp_path:
 
 
 def test_of_many_that_are_left_out_some_are_named_and_the_others_counted() -> None:
-    assert told([LeftOut("a.png", "a PNG picture")]) == "1 file: a.png (a PNG picture)"
-    assert told([LeftOut(f"{n}.png", "a PNG picture") for n in range(12)]).startswith(
-        "12 files: 0.png (a PNG picture), "
-    )
-    assert told([LeftOut(f"{n}.png", "a PNG picture") for n in range(12)]).endswith("9.png (a PNG picture) and 2 more")
+    assert summarize([LeftOut("a.png", "a PNG picture")]) == "1 file: a.png (a PNG picture)"
+    twelve = [LeftOut(f"{n}.png", "a PNG picture") for n in range(12)]
+    assert summarize(twelve).startswith("12 files: 0.png (a PNG picture), ")
+    assert summarize(twelve).endswith("9.png (a PNG picture) and 2 more")

@@ -89,11 +89,6 @@ class Batches:
         """Steps after which every window was seen once."""
         return self.windows / self.batch_size
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Targets in one global batch."""
-        return self.batch_size * self.context_length
-
     def window_starts(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Where in the stream the rank's windows of global batch `step` start, int64 (b,)."""
         first, last = share(self.batch_size, rank, world_size)

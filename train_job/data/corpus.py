@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 from gptcore.errors import ConfigError, CorpusError, did_you_mean
 from gptcore.home import expanded
 from train_job.data import formats
-from train_job.data.folders import LeftOut, files_below, files_matching, told
+from train_job.data.fetch import Origin, copy_name, download, fetch_all, in_store, list_objects
+from train_job.data.folders import LeftOut, files_below, files_matching, summarize
 from train_job.data.formats import HEAD_BYTES, NotText
 from train_job.data.pieces import PIECE_BYTES, Piece, Scan, builtin_piece, cut_piece, scan
-from train_job.data.remote import Origin, copies, in_store, listed
-from train_job.files import copy_name, download, sha256, written_whole
+from train_job.files import sha256, written_whole
 
 MEMO_BYTES = 8 * 2**20
 """Files from this size on are scanned once and remembered; scanning a smaller one is as quick as remembering it."""
@@ -93,11 +93,11 @@ def open_corpus(
     sources: list[tuple[Path, Origin | None]]
     try:
         if in_store(data):
-            objects = begun or listed(data)
+            objects = begun or list_objects(data)
             several = [origin.url for origin in objects] != [data]
             if several and not begun:
                 objects, left = textual(objects, data)
-            sources = list(zip(copies(objects, cache_dir), objects, strict=True))
+            sources = list(zip(fetch_all(objects, cache_dir), objects, strict=True))
         else:
             paths, left, several = locate(data, cache_dir, refresh)
             origin = Origin(data) if data.startswith(WEB) else None
@@ -120,7 +120,7 @@ def open_corpus(
         raise CorpusError(f"cannot read {error.filename or data}: {error.strerror or error}") from error
     if not pieces:
         empty = "every document in it is empty" if any(path.stat().st_size for path, _ in sources) else "it is empty"
-        raise CorpusError(f"{data} holds no text: {f'left out are {told(left)}' if left else empty}")
+        raise CorpusError(f"{data} holds no text: {f'left out are {summarize(left)}' if left else empty}")
     return Corpus(data, tuple(pieces), tuple(objects), tuple(left))
 
 

@@ -99,7 +99,7 @@ def links_to(folder: Path) -> int:
     return links_in(folder) if folder != folder.parent else 0
 
 
-def told(left: Sequence[LeftOut]) -> str:
+def summarize(left: Sequence[LeftOut]) -> str:
     """How many were left out and why, in one line: `2 files: a.png (a PNG picture), b (empty)`."""
     names = ", ".join(f"{file.name} ({file.why})" for file in left[:SHOWN])
     more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""

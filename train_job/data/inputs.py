@@ -32,8 +32,8 @@ from gptcore.tokenizer import (
 from train_job.config import TrainConfig
 from train_job.data.batches import Batches
 from train_job.data.corpus import Corpus, open_corpus, split
-from train_job.data.folders import told
-from train_job.data.remote import Origin
+from train_job.data.fetch import Origin
+from train_job.data.folders import summarize
 from train_job.data.shards import TokenSet, prepare
 from train_job.files import sweep, written_whole
 
@@ -131,7 +131,7 @@ def notes_on(config: TrainConfig, corpora: Sequence[Corpus], look: bool) -> Iter
     names = " and ".join(dict.fromkeys(corpus.name for corpus in corpora))
     for name, left_out in {corpus.name: corpus.left_out for corpus in corpora}.items():
         if left_out:
-            yield f"left out of {name}: {told(left_out)}"
+            yield f"left out of {name}: {summarize(left_out)}"
     pieces = [piece for corpus in corpora for piece in corpus.pieces]
     if config.text_column != TrainConfig.text_column and not any(piece.column for piece in pieces):
         yield f"text_column {config.text_column!r} has no use: {names} has no columns"

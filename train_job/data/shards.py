@@ -37,7 +37,7 @@ BLOCK_CHARS = 2**20
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardTask:
     """The pieces behind one shard. `opens`: it begins the stream; `closes`: its last document ends in it."""
 
     pieces: tuple[Piece, ...]
@@ -74,11 +74,6 @@ class TokenSet:
         """UTF-8 bytes of the text, what bits per byte divides by."""
         return sum(shard.num_bytes for shard in self.shards)
 
-    @property
-    def num_documents(self) -> int:
-        """Documents that end in this split."""
-        return sum(shard.num_documents for shard in self.shards)
-
     def read(self, start: int, length: int) -> np.ndarray:
         """The stream's tokens [start, start + length), int64 (length,). Raises IndexError beyond its ends."""
         return self.gather(np.array([start]), length)[0]
@@ -114,7 +109,7 @@ def prepare(
     corpus: Corpus,
     tokenizer: Tokenizer,
     cache_dir: Path,
-    mapper: Callable[[Callable[[Job], Any], list[Job]], Iterable[Any]] = map,
+    mapper: Callable[[Callable[[ShardTask], Any], list[ShardTask]], Iterable[Any]] = map,
     store: str | None = None,
 ) -> TokenSet:
     """Tokenises what is neither in `cache_dir`/shards nor in `store`, a fsspec URL, and returns the whole split.
@@ -124,13 +119,13 @@ def prepare(
     leaves no half-written shard.
     """
     folder = cache_dir.absolute() / "shards"
-    jobs = plan(corpus.within(cache_dir))
-    paths = [folder / f"{shard_key(job, tokenizer)}.bin" for job in jobs]
+    tasks = shard_tasks(corpus.within(cache_dir))
+    paths = [folder / f"{shard_key(task, tokenizer)}.bin" for task in tasks]
     write = partial(write_shard, tokenizer=tokenizer, folder=folder, store=store)
     for run in (mapper, map):  # what the mapper wrote on some other machine's disk is made again here
         missing = [
-            job
-            for job, path in zip(jobs, paths, strict=True)
+            task
+            for task, path in zip(tasks, paths, strict=True)
             if read_shard(path) is None and not (store and fetch_shard(path, store))
         ]
         with doing(f"tokenising {corpus.name}"):
@@ -150,8 +145,8 @@ def prepare(
     )
 
 
-def plan(corpus: Corpus) -> list[Job]:
-    """Gathers the corpus's pieces into jobs of up to SHARD_BYTES (a bigger piece is a job alone), in order."""
+def shard_tasks(corpus: Corpus) -> list[ShardTask]:
+    """Gathers the corpus's pieces into tasks of up to SHARD_BYTES (a bigger piece is a task alone), in order."""
     groups: list[list[Piece]] = []
     size = SHARD_BYTES
     for piece in corpus.pieces:
@@ -161,7 +156,7 @@ def plan(corpus: Corpus) -> list[Job]:
         groups[-1].append(piece)
         size += piece.num_bytes
     closes = [not before[-1].continues_in(after[0]) for before, after in pairwise(groups)] + [True]
-    return [Job(tuple(group), opens=n == 0, closes=closes[n]) for n, group in enumerate(groups)]
+    return [ShardTask(tuple(group), opens=n == 0, closes=closes[n]) for n, group in enumerate(groups)]
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -169,9 +164,9 @@ def token_dtype(tokenizer: Tokenizer) -> str:
     return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
 
 
-def shard_key(job: Job, tokenizer: Tokenizer) -> str:
+def shard_key(task: ShardTask, tokenizer: Tokenizer) -> str:
     """A name for the shard made of all that decides its content."""
-    parts = [SHARD_FORMAT, tokenizer.fingerprint, job.opens, job.closes, [piece.identity for piece in job.pieces]]
+    parts = [SHARD_FORMAT, tokenizer.fingerprint, task.opens, task.closes, [piece.identity for piece in task.pieces]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -185,16 +180,16 @@ def read_shard(path: Path) -> Shard | None:
         return None
 
 
-def write_shard(job: Job, tokenizer: Tokenizer, folder: Path, store: str | None = None) -> None:
-    """Tokenises one job into `folder` and `store`. The .json is written last: a shard without one does not count."""
-    path = folder / f"{shard_key(job, tokenizer)}.bin"
+def write_shard(task: ShardTask, tokenizer: Tokenizer, folder: Path, store: str | None = None) -> None:
+    """Tokenises one task into `folder` and `store`. The .json is written last: a shard without one does not count."""
+    path = folder / f"{shard_key(task, tokenizer)}.bin"
     dtype = token_dtype(tokenizer)
     eot = np.array([tokenizer.eot], dtype=dtype).tobytes()
     num_bytes = num_documents = 0
     with written_whole(path) as file:
-        if job.opens:
+        if task.opens:
             file.write(eot)
-        for text, closes in documents(job):
+        for text, closes in documents(task):
             for block in blocks(text):
                 file.write(np.array(tokenizer.encode(block), dtype=dtype).tobytes())
             num_bytes += len(text.encode())
@@ -235,10 +230,10 @@ def store_used(store: str) -> Iterator[tuple[Any, str]]:
         raise CorpusError(f"token shards cannot be kept at {store}: {error or type(error).__name__}") from error
 
 
-def documents(job: Job) -> Iterator[tuple[str, bool]]:
-    """The job's texts in order, each with whether its document ends there."""
-    for piece, after in zip(job.pieces, [*job.pieces[1:], None], strict=True):
-        closes = job.closes if after is None else not piece.continues_in(after)
+def documents(task: ShardTask) -> Iterator[tuple[str, bool]]:
+    """The task's texts in order, each with whether its document ends there."""
+    for piece, after in zip(task.pieces, [*task.pieces[1:], None], strict=True):
+        closes = task.closes if after is None else not piece.continues_in(after)
         yield from ((text, closes or ends) for text, ends in piece.parts())
 
 

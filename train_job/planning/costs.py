@@ -54,7 +54,7 @@ LAUNCH_SECONDS = 5e-6
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a model asks of whatever runs it."""
 
     model: ModelConfig
@@ -82,12 +82,12 @@ class Work:
         return 2 * 2 * self.model.num_layers * self.model.kv_heads * self.model.head_size
 
 
-def work_of(model: ModelConfig, length: int) -> Work:
+def workload(model: ModelConfig, length: int) -> Workload:
     """Counts, on a network without weights."""
     with torch.device("meta"):
         network = GPT(model)
     matrices = tuple((p.size(0), p.size(1)) for n, p in network.named_parameters() if p.ndim == 2 and "layers." in n)
-    return Work(model, length, network.num_parameters(), matrices, network.flops_per_token(length))
+    return Workload(model, length, network.num_parameters(), matrices, network.flops_per_token(length))
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Memory:
         return sum(vars(self).values())
 
 
-def training_memory(config: TrainConfig, work: Work, workers: int) -> Memory:
+def training_memory(config: TrainConfig, work: Workload, workers: int) -> Memory:
     """What a worker needs; an upper bound where the model is compiled or has fewer key/value heads than heads."""
     micro = micro_batch(config, workers) * work.length  # tokens
     muon = sum(a * b for a, b in work.matrices) if config.optimizer == "muon" else 0
@@ -140,7 +140,7 @@ def micro_batch(config: TrainConfig, workers: int) -> int:
     return min(config.micro_batch_size or share, share)
 
 
-def largest_micro_batch(config: TrainConfig, work: Work, workers: int, device: Device) -> int:
+def largest_micro_batch(config: TrainConfig, work: Workload, workers: int, device: Device) -> int:
     """The most sequences at once for which there is memory; 0: not even one."""
     memory = training_memory(config, work, workers)
     per_sequence = FRAGMENTATION * work.length * (saved_bytes(work.model) + LOSS_BYTES * work.model.vocab_size)
@@ -168,7 +168,7 @@ class Step:
         return self.products + self.elementwise + self.softmax + self.optimizer + self.launching + self.waiting
 
 
-def training_step(config: TrainConfig, work: Work, device: Device, rates: Rates, workers: int) -> Step:
+def training_step(config: TrainConfig, work: Workload, device: Device, rates: Rates, workers: int) -> Step:
     """Compute, then what of the gradients' way is left when the last backward ends."""
     model, fused = work.model, config.compile and device.name != "cpu"
     rows = math.ceil(config.batch_size / workers)
@@ -204,7 +204,7 @@ def all_reduce_seconds(size: float, device: Device, workers: int) -> tuple[float
     return size * ring + math.ceil(size / BUCKET) * latency, min(size, BUCKET) * ring + latency
 
 
-def optimizer_seconds(config: TrainConfig, work: Work, rates: Rates) -> float:
+def optimizer_seconds(config: TrainConfig, work: Workload, rates: Rates) -> float:
     """Every rank does all of it: AdamW reads and writes 28 bytes per parameter; Muon's five rounds are products."""
     if config.optimizer == "adamw":
         return 28 * work.parameters / rates.elementwise
@@ -235,7 +235,7 @@ class Serving:
 
 
 def serving(
-    work: Work,
+    work: Workload,
     device: Device,
     rates: Rates,
     slots: int,
@@ -259,7 +259,7 @@ def serving(
     )
 
 
-def decode_seconds(work: Work, device: Device, rates: Rates, sequences: int, context: float) -> float:
+def decode_seconds(work: Workload, device: Device, rates: Rates, sequences: int, context: float) -> float:
     """One step: the weights are read once, each sequence costs its products, its cache and some Python."""
     read = 2 * work.read_weights / rates.decode_bandwidth
     each = work.decode_flops / rates.decode_products + context * work.cache_bytes / rates.decode_bandwidth

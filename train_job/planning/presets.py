@@ -34,10 +34,10 @@ def notes() -> list[str]:
 
 def show() -> None:
     """Prints the table, after a word on why that takes a moment."""
-    from train_job.planning.rates import training_here
+    from train_job.planning.rates import measure_training_only
 
     print("measuring this machine for some seconds; train_job.plan has the same for rented GPUs", flush=True)
-    device, rates = training_here(MEASURED)
+    device, rates = measure_training_only(MEASURED)
     for line in table(device, rates):
         print(line)
     print("\nA run's first limit ends it; give --max-steps, --max-epochs, --max-tokens or --max-minutes for another.")
@@ -84,9 +84,9 @@ def _work(name: str) -> tuple[Any, Any]:
     """(the preset's config, what its model asks for). Raises ConfigError for an unknown name."""
     from gptcore.tokenizer import parse_tokenizer
     from train_job.data.inputs import padded
-    from train_job.planning.costs import work_of
+    from train_job.planning.costs import workload
 
     if name not in PRESETS:
         raise ConfigError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
     config = build_config({"preset": name})
-    return config, work_of(config.model_config(padded(parse_tokenizer(config.tokenizer))), config.context)
+    return config, workload(config.model_config(padded(parse_tokenizer(config.tokenizer))), config.context)

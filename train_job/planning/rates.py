@@ -29,7 +29,7 @@ from gptcore.model import GPT
 from gptcore.package import Package, save_package
 from gptcore.sampling import SamplingParams
 from gptcore.tokenizer import load_tokenizer
-from train_job.planning.costs import LOGIT_BYTES, block_bytes, work_of
+from train_job.planning.costs import LOGIT_BYTES, block_bytes, workload
 from train_job.training.devices import Device, Rates, device_called
 from train_job.training.hardware import WORKER_ENV
 
@@ -47,12 +47,12 @@ BATCHES = (1, 8)
 PROMPT, NEW = 128, 64  # tokens
 
 
-def here(family: str) -> tuple[Device, Rates]:
+def measure_in_subprocess(family: str) -> tuple[Device, Rates]:
     """What this machine trains on, and its rates, measured in a process that is set up as a training worker's is.
 
     Raises ConfigError if it cannot be measured.
     """
-    command = [sys.executable, "-m", "train_job.rates", family]
+    command = [sys.executable, "-m", "train_job.planning.rates", family]
     measured = subprocess.run(command, env=os.environ | WORKER_ENV, capture_output=True, text=True)
     if measured.returncode != 0:
         why = (measured.stderr.splitlines() or [f"exit code {measured.returncode}"])[-1]
@@ -61,12 +61,12 @@ def here(family: str) -> tuple[Device, Rates]:
     return Device(**device), Rates(**rates)
 
 
-def training_here(family: str) -> tuple[Device, Rates]:
+def measure_training_only(family: str) -> tuple[Device, Rates]:
     """What this machine trains on and its rates of training, decoding left out, in fewer repeats.
 
     Raises ConfigError if it cannot be measured.
     """
-    return here(f"{family}:training")
+    return measure_in_subprocess(f"{family}:training")
 
 
 def measure(family: str, serving: bool = True) -> tuple[Device, Rates]:
@@ -103,7 +103,7 @@ def measure_training(device: torch.device, family: str, repeats: int = REPEATS) 
     shallow, deep = seconds(few, lambda: few(ids, ids)), seconds(many, lambda: many(ids, ids))
     products = 6 * tokens * 4 * C * C / seconds(linear, lambda: linear(x).sum())
     block = (deep - shallow) / (LAYERS[1] - LAYERS[0])
-    flops = work_of(shape, T).flops_per_token - 6 * V * C  # of one block
+    flops = workload(shape, T).flops_per_token - 6 * V * C  # of one block
     rest = block - tokens * flops / products
     loss = shallow - LAYERS[0] * block - tokens * 6 * V * C / products
     return (
@@ -133,7 +133,7 @@ def of_family(shape: ModelConfig, family: str) -> ModelConfig:
 def measure_decoding(family: str) -> tuple[float, float, float]:
     """(bytes/s at which weights are read, FLOP/s of sequences together, FLOP/s in prompts), by an engine."""
     shape = of_family(SERVED, family)
-    work = work_of(shape, shape.context_length)
+    work = workload(shape, shape.context_length)
     with tempfile.TemporaryDirectory(prefix="rates-") as scratch:
         package = save_package(
             Path(scratch) / "package", shape, GPT(shape).state_dict(), load_tokenizer("bytes", None), {}

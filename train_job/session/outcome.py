@@ -32,8 +32,8 @@ from train_job.tracking.spool import Spool
 from train_job.training.checkpoint import load_model
 from train_job.training.evaluate import bits_per_byte
 from train_job.training.hardware import peak_memory_mb
-from train_job.training.storage import Kept, checkpoints, drop_all_but, first_whole
-from train_job.training.targets import Standing
+from train_job.training.storage import StoredCheckpoint, checkpoints, drop_all_but, first_whole
+from train_job.training.targets import TargetStatus
 
 if TYPE_CHECKING:
     from train_job.run import Run
@@ -117,7 +117,7 @@ def _why_nothing_new(run: Run, package: Package) -> str:
     return f"step {package.info['training']['step']} is still the best"
 
 
-def preferred(found: Iterable[Kept], targets: list[Standing]) -> list[Kept]:
+def preferred(found: Iterable[StoredCheckpoint], targets: list[TargetStatus]) -> list[StoredCheckpoint]:
     """Judged checkpoints by how much each should become the package: the one of the lowest validation loss first.
 
     Where a training loss was asked for and reached, the one that has it is first: the last.
@@ -163,7 +163,7 @@ def _package(run: Run, state: dict[str, Any], step: int, loss: float) -> Package
         return save_package(run.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
 
 
-def _standings(run: Run) -> list[Standing]:
+def _standings(run: Run) -> list[TargetStatus]:
     """The run's targets, but for those whose figure was never taken."""
     return [s for s in (run.finished.targets if run.finished else ()) if math.isfinite(s.best)]
 

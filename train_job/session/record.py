@@ -19,8 +19,8 @@ from train_job.config import build_config, read_yaml
 from train_job.files import read_json, written_whole
 
 if TYPE_CHECKING:
+    from train_job.data.fetch import Origin
     from train_job.data.inputs import Inputs
-    from train_job.data.remote import Origin
 
     Begun = Mapping[str, Sequence[Origin]]
 
@@ -41,7 +41,7 @@ class Record:
 
 def read_record(path: Path) -> Record | None:
     """What run.json says; None if there is none, as the run has not begun. Raises RecordError if it is damaged."""
-    from train_job.data.remote import Origin
+    from train_job.data.fetch import Origin
 
     if not os.path.lexists(path):
         return None

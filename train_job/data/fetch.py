@@ -1,15 +1,19 @@
-"""Text behind a URL that fsspec knows, such as s3://BUCKET/FOLDER: what is there, and a copy of each object.
+"""Fetches text that is behind a URL: a web page, or the objects of a store that fsspec knows, such as s3.
 
-In: the URL of an object, of a folder or a glob. Out: files in the cache, unpacked if they were packed; from there on
-they are files like any other. A copy is named after the object and the state that the store had it in: a changed one is
-fetched anew beside it, and a run that goes on finds the text that it began with. A machine that lacks a copy fetches
-it when it has to read it.
+In: a URL of a page, an object, a folder or a glob. Out: files in the cache, unpacked if they were packed. A web page is
+fetched again when the server says that it has changed. The copy of an object is named after the object and its state in
+the store: a changed object gets a new copy, and a resumed run finds the text it started with. A machine that lacks a
+copy fetches it when it reads it.
 """
 
 import glob
 import hashlib
+import http.client
+import json
+import logging
 import re
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +22,28 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gptcore.errors import CorpusError, FoundryError, did_you_mean
+from gptcore.errors import CorpusError, FoundryError, RecordError, did_you_mean
 from gptcore.hub import file_system
 from gptcore.progress import at, doing
 from train_job.data.formats import bare, unpacked
-from train_job.files import DOWNLOAD_TIMEOUT, copy_name, locked, written_whole
+from train_job.files import LONGEST_NAME, locked, read_json, written_whole
 
+log = logging.getLogger(__name__)
+
+DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
 BLOCK_BYTES = 8 * 2**20
+DOWNLOAD_BLOCK_BYTES = 2**20
 FETCHERS = 8
 """Objects that are fetched at once: of small ones, most of the time is waiting."""
 STATES = ("ETag", "generation", "etag", "md5Hash")
 """What stores call that which changes with an object's content, the best first."""
 TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+
+
+def copy_name(source: str, name: str) -> str:
+    """What the cache calls its copy of `source`. It ends as `name` does, so that its kind is known."""
+    tail = name.encode()[-LONGEST_NAME:].decode(errors="ignore")
+    return f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{tail}"
 
 
 @dataclass(frozen=True)
@@ -45,16 +59,56 @@ class Origin:
         return cache_dir.absolute() / "downloads" / copy_name(repr((self.url, self.state)), name)
 
 
+def download(url: str, path: Path, refresh: bool = False) -> Path:
+    """`url`'s content at `path`, fetched if it is not there yet; with `refresh`, fetched anew if it has changed.
+
+    Whether it has changed is the server's word on the ETag or date that came with the copy; a copy that came without
+    is kept. If the server cannot be reached, the copy is used and a warning says so. Raises CorpusError if there is
+    no copy either.
+    """
+    notes = path.with_name(f"{path.name}.headers")
+    known = {}
+    with suppress(RecordError):  # without notes, or with damaged ones, the copy is kept as it is
+        known = read_json(notes, "") if path.exists() else {}
+    if path.exists() and not (refresh and known):
+        return path
+    try:
+        request = urllib.request.Request(url, headers=known)
+        with doing(f"downloading {url}"), urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as answer:
+            with written_whole(path) as file:
+                expected = int(answer.headers.get("Content-Length") or 0)
+                while block := answer.read(DOWNLOAD_BLOCK_BYTES):
+                    file.write(block)
+                    at(file.tell(), expected)
+                expected = expected or file.tell()
+                if file.tell() != expected:
+                    raise OSError(f"{file.tell()} of {expected} bytes came")
+            conditions = {"If-None-Match": answer.headers["ETag"], "If-Modified-Since": answer.headers["Last-Modified"]}
+        with written_whole(notes) as file:
+            file.write(json.dumps({name: value for name, value in conditions.items() if value}).encode())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code == http.client.NOT_MODIFIED:
+            return path
+        reason = getattr(error, "reason", error)
+        if not path.exists():
+            raise CorpusError(f"cannot download {url}: {reason}") from error
+        log.warning("cannot ask %s for a newer text (%s); using the copy in %s", url, reason, path)
+        return path
+    if known:
+        log.warning("%s has changed and was downloaded again", url)
+    return path
+
+
 def in_store(data: str) -> bool:
     """Whether `data` is a URL that is read here; the web's are downloaded with `train_job.files`, file:// is a path."""
     return "://" in data and not data.startswith(("http://", "https://", "file://"))
 
 
-def listed(url: str) -> list[Origin]:
+def list_objects(url: str) -> list[Origin]:
     """The objects behind a URL in the order of their names, but hidden ones. Raises CorpusError if none is left."""
     if "::" in url:
         raise CorpusError(f"{url!r} is a chain of URLs; expected one, such as s3://BUCKET/FOLDER")
-    with answers(url):
+    with store_errors(url):
         fs, path = file_system(url)
         fs.invalidate_cache()
         root, found = path, fs.find(path, detail=True)
@@ -68,11 +122,11 @@ def listed(url: str) -> list[Origin]:
             if "/." not in name.removeprefix(root)
         ]
         if not names:
-            raise _nothing(fs, path, root, url)
+            raise _not_found(fs, path, root, url)
         return [Origin(fs.unstrip_protocol(name), _state(found[name])) for name in sorted(names, key=PurePosixPath)]
 
 
-def _nothing(fs: Any, path: str, root: str, url: str) -> CorpusError:
+def _not_found(fs: Any, path: str, root: str, url: str) -> CorpusError:
     """What tells best why nothing was found; `root` is what stands before a pattern."""
     if path != root:
         fs.ls(root)  # raises if there is no such bucket or folder, of which a pattern says nothing
@@ -89,7 +143,7 @@ def _state(info: dict[str, Any]) -> str:
     return str(said).strip('"') if said else str([info["size"], *(str(info[name]) for name in TIMES if name in info)])
 
 
-def copies(origins: Sequence[Origin], cache_dir: Path) -> list[Path]:
+def fetch_all(origins: Sequence[Origin], cache_dir: Path) -> list[Path]:
     """A file for each of the objects, fetched if it is not there.
 
     Raises CorpusError for an object that cannot be read, TrainingError for a full disk.
@@ -114,7 +168,7 @@ def fetch(origin: Origin, path: Path, digest: str = "", given_up: threading.Even
     """
     if path.exists():
         return
-    with locked(path.with_name(f".{path.name}.lock")), answers(origin.url):
+    with locked(path.with_name(f".{path.name}.lock")), store_errors(origin.url):
         if path.exists():
             return
         hasher = hashlib.sha256()
@@ -153,7 +207,7 @@ def _changed(origin: Origin) -> CorpusError:
 
 
 @contextmanager
-def answers(url: str) -> Iterator[None]:
+def store_errors(url: str) -> Iterator[None]:
     """Turns whatever a store's client raises within it into one CorpusError; our own errors pass."""
     try:
         yield
