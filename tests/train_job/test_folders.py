@@ -71,7 +71,7 @@ def test_what_is_no_text_among_texts_is_left_out_and_said(folder: Path, tmp_path
         "page.html": "HTML",
         "packed.gz": "a PNG picture",
         "empty.txt": "empty",
-        "gone.txt": "a link to nowhere.txt, which is not there",
+        "gone.txt": "a link to nowhere.txt, which does not exist",
         "pipe": "neither file nor folder",
     }
     corpus = opened(folder, tmp_path / "cache")
@@ -101,7 +101,7 @@ def test_a_folder_of_which_all_is_left_out_is_refused_with_the_reasons(tmp_path:
             CorpusError, match=r"holds no text: left out are 2 files: .*gone .*pic\.png \(a PNG picture"
         ):
             opened(data, tmp_path / "cache")
-    with pytest.raises(CorpusError, match="gone is a link to nowhere, which is not there"):
+    with pytest.raises(CorpusError, match="gone is a link to nowhere, which does not exist"):
         opened(tmp_path / "data" / "gone", tmp_path / "cache")
 
 

@@ -333,14 +333,14 @@ def test_the_characters_of_the_end_of_text_are_text_unless_they_are_named_as_sep
     assert parted.train_corpus.fingerprint != plain.train_corpus.fingerprint
     assert (plain.notes, parted.notes) == ((), ())
     of_none = prepare_inputs(small(data=str(tmp_path / "none.txt"), document_separator=END))
-    assert of_none.notes == (f"document_separator '{END}' has no use: it stands nowhere in {tmp_path}/none.txt",)
+    assert of_none.notes == (f"document_separator '{END}' has no effect: it does not occur in {tmp_path}/none.txt",)
 
 
 def test_a_text_column_that_has_no_use_is_said(tmp_path, small):
     (tmp_path / "a.txt").write_text("one tale of some length, " * 40)
     (tmp_path / "a.csv").write_text("story\n" + "one tale of some length\n" * 40)
     notes = prepare_inputs(small(data=str(tmp_path / "a.txt"), text_column="story")).notes
-    assert notes == (f"text_column 'story' has no use: {tmp_path}/a.txt has no columns",)
+    assert notes == (f"text_column 'story' has no effect: {tmp_path}/a.txt has no columns",)
     assert prepare_inputs(small(data=str(tmp_path / "a.csv"), text_column="story")).notes == ()
 
 
@@ -355,7 +355,7 @@ def test_a_bad_line_is_named_whatever_the_tokenizer(tmp_path, small, tokenizer):
 def test_a_text_too_small_to_train_on_is_told_what_is_wanted_and_the_flags_that_would_do(tmp_path, small):
     (tmp_path / "a.txt").write_text("thirty characters, no more: 30")
     wanted = dict(data=str(tmp_path / "a.txt"), context_length=128)
-    with pytest.raises(CorpusError, match=r"too small to train on: 27 bytes .* bpe:2048 wants about 56,889") as caught:
+    with pytest.raises(CorpusError, match=r"too small to train on: 27 bytes .* bpe:2048 needs about 56,889") as caught:
         prepare_inputs(small(**wanted, tokenizer="bpe:2048"))
     assert "--context-length 28 --tokenizer bytes" in str(caught.value)
     prepare_inputs(small(**wanted | {"context_length": 28}, tokenizer="bytes"))

@@ -345,7 +345,7 @@ def test_a_deleted_experiment_is_named_with_its_cure(database: str):
 
 def test_delivering_a_folder_that_is_no_spool_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["deliver", str(tmp_path)]) == 2
-    assert "is no spool" in capsys.readouterr().err
+    assert "is not a spool" in capsys.readouterr().err
 
 
 def test_the_tracking_uri_is_absolute_and_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

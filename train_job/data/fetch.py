@@ -34,42 +34,41 @@ DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
 BLOCK_BYTES = 8 * 2**20
 DOWNLOAD_BLOCK_BYTES = 2**20
 FETCHERS = 8
-"""Objects that are fetched at once: of small ones, most of the time is waiting."""
+"""Objects fetched at once: for small ones, most of the time is waiting."""
 STATES = ("ETag", "generation", "etag", "md5Hash")
-"""What stores call that which changes with an object's content, the best first."""
+"""Properties that change with an object's content, as stores name them; the best first."""
 TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 
 def copy_name(source: str, name: str) -> str:
-    """What the cache calls its copy of `source`. It ends as `name` does, so that its kind is known."""
+    """The name of the cached copy of `source`. It ends like `name`, so that the suffix is kept."""
     tail = name.encode()[-LONGEST_NAME:].decode(errors="ignore")
     return f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{tail}"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a copy is from: an object's URL, and the state that the store had it in; "" where it does not say."""
+    """The source of a copy: an object's URL and its state in the store; "" if the store has none."""
 
     url: str
     state: str = ""
 
     def copy_in(self, cache_dir: Path) -> Path:
-        """Where the copy is kept. It ends as the object's name does, so that its kind is known."""
+        """The path of the cached copy. It ends like the object's name, so that the suffix is kept."""
         name = bare(PurePosixPath(self.url).name)
         return cache_dir.absolute() / "downloads" / copy_name(repr((self.url, self.state)), name)
 
 
 def download(url: str, path: Path, refresh: bool = False) -> Path:
-    """`url`'s content at `path`, fetched if it is not there yet; with `refresh`, fetched anew if it has changed.
+    """Downloads `url` to `path` unless it exists; with `refresh`, downloads it again if it has changed.
 
-    Whether it has changed is the server's word on the ETag or date that came with the copy; a copy that came without
-    is kept. If the server cannot be reached, the copy is used and a warning says so. Raises CorpusError if there is
-    no copy either.
+    The server decides that by the ETag or date that came with the copy; a copy without either is kept. If the server
+    cannot be reached, the copy is used, with a warning. Raises CorpusError if there is no copy.
     """
-    notes = path.with_name(f"{path.name}.headers")
+    headers = path.with_name(f"{path.name}.headers")
     known = {}
-    with suppress(RecordError):  # without notes, or with damaged ones, the copy is kept as it is
-        known = read_json(notes, "") if path.exists() else {}
+    with suppress(RecordError):  # without readable headers, the copy is kept
+        known = read_json(headers, "") if path.exists() else {}
     if path.exists() and not (refresh and known):
         return path
     try:
@@ -82,9 +81,9 @@ def download(url: str, path: Path, refresh: bool = False) -> Path:
                     at(file.tell(), expected)
                 expected = expected or file.tell()
                 if file.tell() != expected:
-                    raise OSError(f"{file.tell()} of {expected} bytes came")
+                    raise OSError(f"{file.tell()} of {expected} bytes arrived")
             conditions = {"If-None-Match": answer.headers["ETag"], "If-Modified-Since": answer.headers["Last-Modified"]}
-        with written_whole(notes) as file:
+        with written_whole(headers) as file:
             file.write(json.dumps({name: value for name, value in conditions.items() if value}).encode())
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code == http.client.NOT_MODIFIED:
@@ -92,7 +91,7 @@ def download(url: str, path: Path, refresh: bool = False) -> Path:
         reason = getattr(error, "reason", error)
         if not path.exists():
             raise CorpusError(f"cannot download {url}: {reason}") from error
-        log.warning("cannot ask %s for a newer text (%s); using the copy in %s", url, reason, path)
+        log.warning("cannot check %s for changes (%s); using the copy in %s", url, reason, path)
         return path
     if known:
         log.warning("%s has changed and was downloaded again", url)
@@ -100,14 +99,14 @@ def download(url: str, path: Path, refresh: bool = False) -> Path:
 
 
 def in_store(data: str) -> bool:
-    """Whether `data` is a URL that is read here; the web's are downloaded with `train_job.files`, file:// is a path."""
+    """Whether `data` is the URL of a store; web pages are downloaded instead, and file:// is a path."""
     return "://" in data and not data.startswith(("http://", "https://", "file://"))
 
 
 def list_objects(url: str) -> list[Origin]:
-    """The objects behind a URL in the order of their names, but hidden ones. Raises CorpusError if none is left."""
+    """The objects at a URL, sorted by name, without hidden ones. Raises CorpusError if there are none."""
     if "::" in url:
-        raise CorpusError(f"{url!r} is a chain of URLs; expected one, such as s3://BUCKET/FOLDER")
+        raise CorpusError(f"{url!r} is a chain of URLs; expected a single one, such as s3://BUCKET/FOLDER")
     with store_errors(url):
         fs, path = file_system(url)
         fs.invalidate_cache()
@@ -118,7 +117,7 @@ def list_objects(url: str) -> list[Origin]:
         names = [
             name
             for name, info in found.items()
-            if info["type"] == "file" and not name.endswith("/")  # else a folder, or a placeholder for one
+            if info["type"] == "file" and not name.endswith("/")  # not a folder or a placeholder for one
             if "/." not in name.removeprefix(root)
         ]
         if not names:
@@ -127,12 +126,12 @@ def list_objects(url: str) -> list[Origin]:
 
 
 def _not_found(fs: Any, path: str, root: str, url: str) -> CorpusError:
-    """What tells best why nothing was found; `root` is what stands before a pattern."""
+    """The error that explains why nothing was found; `root` is the part of `path` before a pattern."""
     if path != root:
-        fs.ls(root)  # raises if there is no such bucket or folder, of which a pattern says nothing
+        fs.ls(root)  # raises if there is no such bucket or folder
         return CorpusError(f"no object matches {url!r}")
     folder, _, name = path.rpartition("/")
-    with suppress(Exception):  # whoever may not list what is beside gets no suggestion
+    with suppress(Exception):  # no suggestion without the right to list the folder
         beside = [PurePosixPath(file).name for file in fs.ls(folder, detail=False)]
         return CorpusError(f"there is nothing at {url!r}.{did_you_mean(name, beside)}")
     return CorpusError(f"there is nothing at {url!r}")
@@ -144,7 +143,7 @@ def _state(info: dict[str, Any]) -> str:
 
 
 def fetch_all(origins: Sequence[Origin], cache_dir: Path) -> list[Path]:
-    """A file for each of the objects, fetched if it is not there.
+    """Fetches the objects that have no copy yet; returns the path of each copy.
 
     Raises CorpusError for an object that cannot be read, TrainingError for a full disk.
     """
@@ -155,16 +154,16 @@ def fetch_all(origins: Sequence[Origin], cache_dir: Path) -> list[Path]:
                 for n, _ in enumerate(pool.map(lambda o, path: fetch(o, path, given_up=given_up), origins, paths)):
                     at(n + 1, len(origins))
         except BaseException:
-            given_up.set()  # or whoever stops us would have to wait for the others
+            given_up.set()  # stops the other fetches, so that the error is raised at once
             raise
     return paths
 
 
 def fetch(origin: Origin, path: Path, digest: str = "", given_up: threading.Event | None = None) -> None:
-    """Puts a copy at `path` unless there is one; many that ask for the same get one.
+    """Fetches a copy to `path` unless it exists; processes that fetch the same object wait for each other.
 
-    Raises CorpusError if the object cannot be read or has changed: if its state is not the origin's, or the content
-    has another SHA-256 than `digest`.
+    Raises CorpusError if the object cannot be read or has changed: its state differs from the origin's, or the
+    content's SHA-256 from `digest`.
     """
     if path.exists():
         return
@@ -175,7 +174,7 @@ def fetch(origin: Origin, path: Path, digest: str = "", given_up: threading.Even
         with _opened(origin) as source, written_whole(path) as file:
             while block := source.read(BLOCK_BYTES):
                 if given_up and given_up.is_set():
-                    raise CorpusError(f"fetching {origin.url} was given up")
+                    raise CorpusError(f"stopped fetching {origin.url}")
                 hasher.update(block)
                 file.write(block)
             if digest and hasher.hexdigest() != digest:
@@ -184,13 +183,13 @@ def fetch(origin: Origin, path: Path, digest: str = "", given_up: threading.Even
 
 @contextmanager
 def _opened(origin: Origin) -> Iterator[Any]:
-    """The object's content, unpacked if it is packed."""
+    """Opens the object's content, decompressed."""
     with _raw(origin) as raw, unpacked(raw, origin.url) as content:
         yield content
 
 
 def _raw(origin: Origin) -> Any:
-    """The object as it is in the store. Raises CorpusError if that is not the one that was listed."""
+    """Opens the object as stored. Raises CorpusError if its state has changed since it was listed."""
     if not in_store(origin.url):
         return urllib.request.urlopen(origin.url, timeout=DOWNLOAD_TIMEOUT)
     fs, path = file_system(origin.url)
@@ -203,19 +202,19 @@ def _raw(origin: Origin) -> Any:
 
 
 def _changed(origin: Origin) -> CorpusError:
-    return CorpusError(f"{origin.url} has changed since the run began with it; put that text back, or begin a new run")
+    return CorpusError(f"{origin.url} has changed since the run began; restore that text, or start a new run")
 
 
 @contextmanager
 def store_errors(url: str) -> Iterator[None]:
-    """Turns whatever a store's client raises within it into one CorpusError; our own errors pass."""
+    """Turns any error of a store's client into a CorpusError; our own errors pass unchanged."""
     try:
         yield
     except FoundryError:
         raise
     except FileNotFoundError as error:
         raise CorpusError(f"there is nothing at {url!r}: {_reason(error)}") from error
-    except Exception as error:  # each client has errors of its own: no network, no key, no right
+    except Exception as error:  # each client has its own types for no network, no key, no permission
         raise CorpusError(f"the text at {url!r} cannot be read: {_reason(error)}") from error
 
 

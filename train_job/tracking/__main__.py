@@ -13,13 +13,16 @@ from train_job.tracking.spool import deliver
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`deliver FOLDER` sends what a run left behind; `uri` and `pages` say where MLflow is. Returns the exit code."""
+    """Runs `uri`, `pages` or `deliver FOLDER`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m train_job.tracking", description="Where runs are tracked.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("uri", help="print the tracking URI that runs use")
-    page = commands.add_parser("pages", help="print the addresses of the experiments' pages")
+    page = commands.add_parser("pages", help="print the URLs of the experiments' pages")
     page.add_argument(
-        "--ui", default=pages.UI, metavar="URL", help="where MLflow's UI is, for a database (%(default)s)"
+        "--ui",
+        default=pages.UI,
+        metavar="URL",
+        help="URL of MLflow's UI, if runs are tracked in a database (%(default)s)",
     )
     command = commands.add_parser("deliver", help="send a spool's remaining points and files to MLflow")
     command.add_argument("folder", type=Path, help="the spool's folder")

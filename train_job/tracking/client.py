@@ -32,9 +32,9 @@ def mlflow_client(uri: str) -> Any:
 
 @contextlib.contextmanager
 def request_limits(timeout_s: int, retries: int) -> Iterator[None]:
-    """Within it, MLflow's HTTP calls give up sooner than the minutes they take by default.
+    """Shortens the time limits of MLflow's HTTP calls within the block; by default they take minutes.
 
-    MLflow reads these from the environment at each call, so one thread at a time may change them.
+    MLflow reads the limits from the environment at each call, so only one thread at a time may change them.
     """
     wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
     with _environment:
@@ -52,12 +52,12 @@ def request_limits(timeout_s: int, retries: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def translated_errors(uri: str) -> Iterator[None]:
-    """Turns whatever MLflow raises within it into one TrainingError; our own errors pass."""
+    """Turns any error that MLflow raises into a TrainingError; our own errors pass unchanged."""
     try:
         yield
     except FoundryError:
         raise
-    except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own types through
+    except Exception as error:  # MLflow's own types, SQLAlchemy's and requests'
         if getattr(error, "error_code", "") == "UNAUTHENTICATED":
             user = os.environ.get("MLFLOW_TRACKING_USERNAME")
             whom = f"user {user!r} with this password" if user else "requests without a user"
@@ -76,7 +76,7 @@ def connected(uri: str, retries: int = 3) -> Iterator[Any]:
 
 
 def _check_sqlite(path: Path) -> None:
-    """Makes the database's folder; raises OSError if something else is where the database should be."""
+    """Creates the database's folder; raises OSError if the path is not a database."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise OSError(f"{path} is a folder, expected a file")
@@ -87,26 +87,26 @@ def _check_sqlite(path: Path) -> None:
 
 
 def _check_database(uri: str, timeout_s: float) -> None:
-    """Raises OSError if the database behind an open port takes no connection within the time."""
+    """Raises OSError if the database does not accept a connection in time."""
     from sqlalchemy import create_engine, pool
     from sqlalchemy.exc import SQLAlchemyError
 
-    said: list[str] = []
+    results: list[str] = []
 
     def connect() -> None:
         try:
             create_engine(uri, poolclass=pool.NullPool).connect().close()
-            said.append("")
+            results.append("")
         except (SQLAlchemyError, ImportError) as error:
-            said.append(" ".join(str(getattr(error, "orig", None) or error).split()))
+            results.append(" ".join(str(getattr(error, "orig", None) or error).split()))
 
-    asking = threading.Thread(target=connect, daemon=True)  # drivers have time limits of different names
-    asking.start()
-    asking.join(timeout_s)
-    if not said:
+    thread = threading.Thread(target=connect, daemon=True)  # drivers name their time limits differently
+    thread.start()
+    thread.join(timeout_s)
+    if not results:
         raise TimeoutError(f"no answer within {timeout_s:g} s")
-    if said[0]:
-        raise OSError(said[0])
+    if results[0]:
+        raise OSError(results[0])
 
 
 def check_server(uri: str, timeout_s: float = 5.0) -> None:
@@ -126,16 +126,16 @@ def check_server(uri: str, timeout_s: float = 5.0) -> None:
             _check_database(uri, timeout_s)
         elif not parts.scheme.startswith("databricks"):
             raise TrainingError(
-                f"tracking URI {without_password(uri)!r} is of no known kind; expected http(s)://… or sqlite:///…"
+                f"tracking URI {without_password(uri)!r} has an unknown scheme; expected http(s)://… or sqlite:///…"
             )
-    except urllib.error.HTTPError as error:  # it answers: an older server or a gateway without /health will do
+    except urllib.error.HTTPError as error:  # an older server or a gateway without /health is fine
         if error.code >= 500:
             raise TrainingError(
                 f"the tracking server at {without_password(uri)} answers {error.code} {error.reason}"
             ) from error
     except (OSError, ValueError) as error:
-        # A ValueError is the URL's parser's, which quotes what it stumbled over: it may be part of a password.
-        reason = "it is no valid URL" if isinstance(error, ValueError) else getattr(error, "reason", None) or error
+        # A ValueError of the URL parser quotes part of the URL, which may be part of a password.
+        reason = "it is not a valid URL" if isinstance(error, ValueError) else getattr(error, "reason", None) or error
         raise TrainingError(
             f"no tracking server answers at {without_password(uri)} ({without_password(str(reason))}); "
             "start it, correct MLFLOW_TRACKING_URI, or unset that to use the embedded database"
@@ -150,7 +150,7 @@ def check_user(uri: str) -> None:
 
 
 def artifact_root(uri: str) -> str | None:
-    """Where a run's files go when no server decides: beside an sqlite database, else under home(). A file:// URI."""
+    """The folder of run files, as a file:// URI: next to an sqlite database, else under home(); None for a server."""
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https") or scheme.startswith("databricks"):
         return None

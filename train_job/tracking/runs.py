@@ -29,15 +29,15 @@ from train_job.tracking.spool import Spool
 
 log = logging.getLogger(__name__)
 
-PARAMS_PER_BATCH = 100  # the most that MLflow takes at once
+PARAMS_PER_BATCH = 100  # MLflow's limit
 PEAK = "system/peak_mb"
-"""How the metrics of peak memory (MiB) begin: MLflow's UI has its charts of system metrics last."""
-DIGEST_LENGTH = 32  # MLflow refuses a dataset digest of more than 36 characters
+"""Prefix of the peak-memory metrics (MiB); MLflow's UI shows system metrics last."""
+DIGEST_LENGTH = 32  # MLflow allows at most 36 characters
 
 
 @dataclass(frozen=True)
 class DatasetUse:
-    """One split as the run used it. `context` is "train" or "validation", `source` a path, URL or corpus name."""
+    """One split of the run's text. `context` is "train" or "validation", `source` a path, URL or corpus name."""
 
     context: str
     name: str
@@ -74,7 +74,7 @@ def start_run(
                 client.log_batch(run_id, params=params[i : i + PARAMS_PER_BATCH])
             client.log_inputs(run_id, [_dataset_input(use) for use in datasets])
         except Exception:
-            with contextlib.suppress(Exception):  # the first problem is the one to tell
+            with contextlib.suppress(Exception):  # report the first error, not this one
                 client.set_terminated(run_id, "FAILED")
             raise
     return run_id
@@ -88,7 +88,7 @@ def resume_run(uri: str, run_id: str) -> None:
 
 
 def losses(uri: str, run_id: str) -> dict[str, dict[int, float]]:
-    """The run's loss curve as MLflow has it: values by step, under the names of `train_job.session.history`."""
+    """The run's loss curve from MLflow: values by step, under the names of `train_job.session.history`."""
     names = {"train_loss": "train/loss", "val_loss": "val/loss", "bits_per_byte": "val/bits_per_byte"}
     with connected(uri) as client:
         return {
@@ -98,9 +98,9 @@ def losses(uri: str, run_id: str) -> dict[str, dict[int, float]]:
 
 
 def finish_run(uri: str, run_id: str, status: str = "FINISHED") -> None:
-    """Closes the run as FINISHED, FAILED or KILLED, unless it is. Waits about a minute for a server that is away."""
+    """Ends the run as FINISHED, FAILED or KILLED. Waits about a minute for a server that is away."""
     with connected(uri, retries=5) as client:
-        if client.get_run(run_id).info.status != status:  # its end would be now
+        if client.get_run(run_id).info.status != status:  # else its end time would change
             client.set_terminated(run_id, status)
 
 
@@ -118,7 +118,7 @@ def experiment_of(uri: str, run_id: str) -> str:
 
 
 def experiment_pages(uri: str, ui: str) -> list[tuple[str, str]]:
-    """Each experiment that has runs, and its page on the server, or on the `ui` beside a database; the latest first."""
+    """Experiments that have runs, latest first, and their pages' URLs; `ui` is MLflow's UI if there is no server."""
     base = without_password(uri).rstrip("/") if urlsplit(uri).scheme in ("http", "https") else ui.rstrip("/")
     check_server(uri)
     with connected(uri) as client:
@@ -128,18 +128,18 @@ def experiment_pages(uri: str, ui: str) -> list[tuple[str, str]]:
 
 
 def _experiment_id(client: Any, uri: str, name: str) -> str:
-    """The experiment of that name, made if there is none, with the tags that its page wants."""
+    """The id of the experiment, which is created if it does not exist; sets the tags that its page needs."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         experiment = client.get_experiment(client.create_experiment(name, artifact_location=artifact_root(uri)))
     if experiment.lifecycle_stage != "active":
         raise TrainingError(
-            f"experiment {name!r} is deleted; choose another one, or bring it back with "
+            f"experiment {name!r} is deleted; choose another one, or restore it with "
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
         )
     found = str(experiment.experiment_id)
     for key, value in pages.experiment_tags(found, experiment.tags, int(experiment.creation_time or 0)).items():
-        with contextlib.suppress(Exception):  # a user who may add runs need not be one who may edit the experiment
+        with contextlib.suppress(Exception):  # the user may lack the right to edit the experiment
             client.set_experiment_tag(found, key, value)
     return found
 
@@ -170,14 +170,14 @@ def _dataset_input(use: DatasetUse) -> Any:
 
 
 def source_tags() -> dict[str, str]:
-    """Who runs what: MLflow's user and source tags, the git commit, and whether the checkout differs from it."""
+    """MLflow's user and source tags, the git commit, and whether the checkout has changes."""
     from mlflow.tracking.context.git_context import GitRunContext
     from mlflow.tracking.context.registry import resolve_tags
 
-    # MLflow's own git tags name the remote's URL, password included, and look beside the main file only.
-    tags: dict[str, str] = resolve_tags(ignore=[GitRunContext])  # type: ignore[list-item]  # it wants the class
-    beside_us = Path(__file__).resolve().parents[2]
-    for folder in (beside_us, checkout()):
+    # MLflow's own git tags contain the remote's URL with its password, and only look in the main file's folder.
+    tags: dict[str, str] = resolve_tags(ignore=[GitRunContext])  # type: ignore[list-item]  # it expects the class
+    our_checkout = Path(__file__).resolve().parents[2]
+    for folder in (our_checkout, checkout()):
         if folder and (folder / ".git").exists() and (commit := _git(folder, "rev-parse", "HEAD")):
             dirty = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
             return tags | {"mlflow.source.git.commit": commit, "git.dirty": str(dirty).lower()}
@@ -193,7 +193,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def hardware_tags() -> dict[str, str]:
-    """This machine: CPU model, cores, GPUs, and the versions of Python and torch."""
+    """Tags of this machine: CPU model, cores, GPUs, and the versions of Python and torch."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -211,9 +211,9 @@ def hardware_tags() -> dict[str, str]:
 
 
 class SystemMetrics:
-    """Spools what MLflow's own monitors see (CPU, memory, disk, network, GPUs) as "system/…" until `stop()`.
+    """Logs the figures of MLflow's monitors (CPU, memory, disk, network, GPUs) as "system/…" until `stop()`.
 
-    Their step is the run's age in whole seconds, so that a resumed run's go on behind the earlier ones.
+    Their step is the run's age in whole seconds, so that a resumed run's figures follow the earlier ones.
     """
 
     def __init__(self, spool: Spool, interval_s: float = 10.0) -> None:
@@ -223,7 +223,7 @@ class SystemMetrics:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; call it before the spool is closed."""
+        """Ends the thread; call this before closing the spool."""
         self._stopped.set()
         self._thread.join(self._interval_s)
 
@@ -239,7 +239,7 @@ class SystemMetrics:
                     monitor.clear_metrics()
                 if not self._stopped.is_set():
                     self._spool.metrics(int(time.time() - started / 1000), values)
-            except Exception as error:  # a figure about the machine is not worth a run
+            except Exception as error:  # system metrics must not end a run
                 log.debug("no system metrics this time: %s", without_password(str(error)))
 
 
