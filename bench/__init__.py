@@ -1,1 +1,1 @@
-"""Every figure that the README claims, and the command that makes it again. Each prints one JSON line last."""
+"""Benchmarks that reproduce the figures in the README. Each prints one JSON line last."""

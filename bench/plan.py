@@ -1,8 +1,8 @@
-"""How far `train_job.plan` is off: `python -m bench.plan`, each prediction beside the thing itself, in turn.
+"""Measures the error of `train_job.plan`: `python -m bench.plan` compares each prediction with a measurement.
 
-In every round the machine's rates are measured anew, on pieces of one small model, and then whole models of other
-shapes are trained and served by processes of their own. Their seconds per step are held against those that the plan
-gives. Medians over the rounds; one JSON line last.
+Every round measures the machine's rates on parts of one small model, then trains and serves whole models of other
+shapes in separate processes, and compares their seconds per step with the plan's. Medians over the rounds; one JSON
+line last.
 """
 
 import argparse

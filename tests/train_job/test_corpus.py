@@ -292,7 +292,7 @@ BAD_FILES = [
     ("list.jsonl", b"[1]\n", r"line 1: expected an object with a field 'text', found list"),
     ("number.jsonl", b'{"text": 5}\n', r"line 1: field 'text' is int, expected text"),
     ("half.jsonl", b'{"text": "\\ud83d"}\n', r"line 1: .*surrogates"),
-    ("bad.parquet", b"PAR1 not really", r"bad\.parquet is not a whole Parquet file"),
+    ("bad.parquet", b"PAR1 not really", r"bad\.parquet is not a complete Parquet file"),
     ("bad.txt.gz", b"\x1f\x8b not really", r"bad\.txt\.gz is not a whole gzip file"),
 ]
 

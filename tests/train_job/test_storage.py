@@ -114,7 +114,7 @@ def test_a_run_without_checkpoints_begins_at_its_beginning(config: TrainConfig) 
 
 def test_a_checkpoint_of_another_run_is_no_damage(config: TrainConfig, saved: list[Path]) -> None:
     other = Identity(model="x" * 64, tokenizer="t" * 64, data="d" * 64)
-    with pytest.raises(CheckpointError, match="of another model") as caught:
+    with pytest.raises(CheckpointError, match="with another model") as caught:
         first_whole(checkpoints(config), lambda folder: load_checkpoint(folder, other))
     assert not isinstance(caught.value, DamagedCheckpoint)
 

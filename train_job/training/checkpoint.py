@@ -108,7 +108,8 @@ def load_checkpoint(folder: Path, identity: Identity) -> Checkpoint:
         ours = getattr(identity, what)
         if theirs != ours:
             raise CheckpointError(
-                f"the checkpoint in {folder} has another {what} (fingerprint {theirs[:12]}, expected {ours[:12]}); "
+                f"the checkpoint in {folder} is from a run with another {what} "
+                f"(fingerprint {theirs[:12]}, expected {ours[:12]}); "
                 "resume it with the settings it was made with"
             )
     state = TrainState(**record["state"])
