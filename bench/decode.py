@@ -3,7 +3,7 @@
 Random weights of the preset, greedy, no token ends a text. Tokens per second (while decoding; from the prompts on),
 the bandwidth achieved, and the share of the floor: the same matrix products alone, measured in the same rounds. With
 `--peers`, transformers, CTranslate2 and llama.cpp do the same with the same weights, in turn with ours, and in fp32
-their text is held against ours. Nothing else should run meanwhile. One JSON line last.
+their text is compared with ours. Nothing else should run meanwhile. One JSON line last.
 """
 
 import argparse
@@ -159,8 +159,8 @@ def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[Play, s
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one contestant came to at one batch: medians over the turns."""
+class ContestantResult:
+    """One contestant's results at one batch size: medians over the turns."""
 
     label: str
     note: str
@@ -174,7 +174,7 @@ class Row:
     engine_whole_ratio: float
     """The same from the prompts' arrival on."""
     engine_ratio_at_equal_precision: float | None
-    """The decoding rate over this one's, of the engine in this one's precision; None where it has no such."""
+    """The same for the engine in this one's precision; None if the engine does not support it."""
     spread: tuple[float, float]
     """Slowest and fastest turn, decoding, in tokens/s."""
 
@@ -211,7 +211,7 @@ def measure_batch(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, 
 
 def row_of(
     contestant: Contestant, results: Results, config: ModelConfig, task: DecodeTask, floor: Contestant, ours: Contestant
-) -> Row:
+) -> ContestantResult:
     """The medians of one contestant; the share of the floor is taken round by round, as ratios are."""
     turns: list[DecodeTurn] = results.turns[contestant.label]
     rates = [turn.decode_rate for turn in turns]
@@ -220,7 +220,7 @@ def row_of(
     read = step_bytes(config, task.batch, task.prompt_tokens + task.new_tokens / 2, contestant.precision)
     best: list[DecodeTurn] = results.turns[ours.label]
     equal: list[DecodeTurn] = results.turns.get(f"{ENGINE} {contestant.precision}", [])
-    return Row(
+    return ContestantResult(
         label=contestant.label,
         note=results.notes[contestant.label],
         decode_tokens_per_second=round(statistics.median(rates), 1),
@@ -237,8 +237,8 @@ def row_of(
     )
 
 
-def print_table(task: DecodeTask, rows: list[Row], results: Results, step: float, read: float) -> None:
-    """For people; `step` in seconds and `read` in bytes per second are the floor."""
+def print_table(task: DecodeTask, rows: list[ContestantResult], results: Results, step: float, read: float) -> None:
+    """Prints the results; `step` (seconds) and `read` (bytes per second) are the floor."""
     print(f"\nbatch {task.batch}, prompt {task.prompt_tokens}, {task.new_tokens} new tokens, median of the turns")
     print(f"{'':24}{'decode':>10}{'whole':>10}{'step':>10}{'read':>8}{'floor':>7}{'engine is':>11}")
     print(f"{'':24}{'tok/s':>10}{'tok/s':>10}{'ms':>10}{'GB/s':>8}{'share':>7}{'so fast':>11}")

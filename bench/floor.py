@@ -1,4 +1,4 @@
-"""What the machine allows: the matrix products of one decoding step alone, and the memory's bandwidth.
+"""The machine's limits: the time of one decoding step's matrix products, and the memory bandwidth.
 
 The products run as plain PyTorch runs them at its best: weights packed once by oneDNN on a CPU, cuBLAS on a GPU. Each
 layer has weights of its own, so that they come from memory as in a model. Nothing else of a step is counted.

@@ -1,8 +1,8 @@
-"""How far `train_job.plan` is off: `python -m bench.plan`, each prediction beside the thing itself, in turn.
+"""Measures the error of `train_job.plan`: `python -m bench.plan` compares each prediction with a measurement.
 
-In every round the machine's rates are measured anew, on pieces of one small model, and then whole models of other
-shapes are trained and served by processes of their own. Their seconds per step are held against those that the plan
-gives. Medians over the rounds; one JSON line last.
+Every round measures the machine's rates on parts of one small model, then trains and serves whole models of other
+shapes in separate processes, and compares their seconds per step with the plan's. Medians over the rounds; one JSON
+line last.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from gptcore.config import FAMILIES
 from gptcore.devices import pick_device
 from gptcore.model import GPT
 from train_job.config import TrainConfig, build_config
-from train_job.planning.costs import decode_seconds, training_step, work_of
-from train_job.planning.rates import decode_times, here
+from train_job.planning.costs import decode_seconds, training_step, workload
+from train_job.planning.rates import decode_times, measure_in_subprocess
 from train_job.training.devices import Device, Rates
 from train_job.training.events import Progress
 from train_job.training.hardware import WORKER_ENV
@@ -69,7 +69,7 @@ def measure(rounds: int, trained: Sequence[str] = tuple(TRAINED), served: Sequen
     """Predicted seconds over measured ones: for each model the median of the rounds."""
     ratios: dict[str, list[float]] = {}
     for _ in range(rounds):
-        rates = {family: here(family) for family in FAMILIES}
+        rates = {family: measure_in_subprocess(family) for family in FAMILIES}
         expected = {name: predict_training(rates, *TRAINED[name]) for name in trained}
         expected |= {name: predict_serving(rates, *SERVED[name]) for name in served}
         for name, predicted in expected.items():
@@ -82,14 +82,14 @@ def measure(rounds: int, trained: Sequence[str] = tuple(TRAINED), served: Sequen
 def predict_training(rates: Measured, settings: Settings, vocabulary: int) -> float:
     """Seconds per step by the plan."""
     config = config_of(settings)
-    work = work_of(config.model_config(vocabulary), config.context)
+    work = workload(config.model_config(vocabulary), config.context)
     return training_step(config, work, *rates[work.model.family], 1).seconds
 
 
 def predict_serving(rates: Measured, preset: str, sequences: int) -> float:
     """Seconds per decoding step by the plan."""
     config = build_config(dict(preset=preset))
-    work = work_of(config.model_config(VOCABULARY), config.context)
+    work = workload(config.model_config(VOCABULARY), config.context)
     return decode_seconds(work, *rates[work.model.family], sequences, PROMPT + NEW / 2)
 
 

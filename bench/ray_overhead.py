@@ -1,9 +1,8 @@
-"""What Ray costs: steady-state tokens/s of the job against the bare loop, same config, in one run.
+"""Measures Ray's overhead: steady-state tokens/s of the job and of the bare loop, with the same config.
 
-`python -m bench.ray_overhead` starts both and lets them run in turn, the other one's processes stopped meanwhile, all
-of Ray's among them. So both meet the same moods of a machine whose speed drifts by more than what is measured. Turns
-are long, since Ray, once woken, makes up for every timer that it has missed. Each pair of turns gives a ratio; their
-median counts.
+`python -m bench.ray_overhead` starts both and lets them run in turn, with the other one's processes, including all of
+Ray's, suspended. So the drift of the machine's speed, which is larger than the overhead, affects both. Turns are long,
+since Ray catches up on missed timers after it is resumed. Each pair of turns gives a ratio; the median is reported.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""What the service delivers of what the engine can: `python -m bench.serve --concurrency 1 4 16`.
+"""Compares the service's speed with the engine's: `python -m bench.serve --concurrency 1 4 16`.
 
-Starts the service as `serve run` does (own Ray, loopback, free port), and beside it the app that one writes in an
-afternoon around transformers' generate; and asks both, and the engine alone in a client's process, the same in turn:
+Starts the service as `serve run` does (own Ray, loopback, free port), and a simple app around transformers' generate.
+Sends the same requests in turn to both, and to the engine alone in a client's process:
 streams of greedy text, random weights of the preset, no token ends a text. Tokens per second, time to the first text
 and between texts as the client sees them. Nothing else should run meanwhile. One JSON line last.
 """

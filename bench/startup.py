@@ -1,7 +1,7 @@
-"""Where the seconds go around the work: a run of twenty steps, `serve run` until it is ready, a typing error.
+"""Measures startup time: a run of twenty steps, `serve run` until it is ready, a mistyped flag.
 
-`python -m bench.startup` does each as a user does, some times over, prints the phases of the fastest as tables, and
-one JSON line last. A phase begins where a function of the job is entered, or where a process of Ray's is there.
+`python -m bench.startup` runs each several times as a user would, prints the phases of the fastest as tables, and one
+JSON line last. A phase begins when a function of the job is entered, or when a process of Ray's appears.
 """
 
 import argparse
@@ -29,7 +29,7 @@ BIN = Path(sys.executable).parent
 Marks = list[tuple[str, float]]
 """What begins, and when, in seconds since the process was started."""
 FIRST = "Python and what the command imports"
-SEAMS = (
+TRACED_FUNCTIONS = (
     ("train_job.run", "begin", "flags, the imports of MLflow and Ray, the text and its tokens"),
     ("ray", "init", "Ray starts"),
     ("train_job.session.session", "open_session", "MLflow's run is opened"),
@@ -42,15 +42,15 @@ SEAMS = (
     ("train_job.session.finish", "close", "MLflow's run is closed"),
     ("ray", "shutdown", "Ray ends"),
 )
-"""Functions of the job, and what begins when they are first entered."""
+"""Functions of the job, and the phase that begins when each is first entered."""
 EVENTS = {"Started": "20 steps, an evaluation, a checkpoint", "Finished": "Ray Train ends"}
-"""News of the worker, seen by the driver within a second, and what begins then."""
+"""Events of the worker, which reach the driver within a second, and the phase that each begins."""
 PROCESSES = (
     ("gcs_server", "Ray starts"),
     ("ServeController", "Serve's controller starts"),
     ("ServeReplica", "a replica starts, imports, loads the model, warms it up; the front starts"),
 )
-"""Names of Ray's processes, and what begins when they are there."""
+"""Names of Ray's processes, and the phase that begins when each appears."""
 READY_SECONDS = 300
 
 
@@ -131,8 +131,8 @@ def traced(file: Path, flags: list[str]) -> int:
 
     execute = TrainingJob.execute
 
-    def seamed(names: Callable[[str], bool]) -> None:
-        for module, path, phase in SEAMS:
+    def trace_functions(names: Callable[[str], bool]) -> None:
+        for module, path, phase in TRACED_FUNCTIONS:
             if names(module):
                 *above, name = path.split(".")
                 owner = functools.reduce(getattr, above, importlib.import_module(module))
@@ -141,7 +141,7 @@ def traced(file: Path, flags: list[str]) -> int:
     def executed(self: TrainingJob) -> int:
         from train_job.cluster.training import Training
 
-        seamed(lambda module: module != "train_job.run")  # what the job itself imports only now
+        trace_functions(lambda module: module != "train_job.run")  # what the job itself imports only now
         show = Training._show
 
         def shown(self: Training, events: list[Any]) -> list[Any]:
@@ -153,7 +153,7 @@ def traced(file: Path, flags: list[str]) -> int:
         Training._show = shown  # type: ignore[method-assign]
         return execute(self)
 
-    seamed(lambda module: module == "train_job.run")
+    trace_functions(lambda module: module == "train_job.run")
     TrainingJob.execute = executed  # type: ignore[method-assign]
     code = job(flags)
     mark("Python ends" if code == 0 else "the error is said")

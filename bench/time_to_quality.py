@@ -1,4 +1,4 @@
-"""How long the bare loop takes to a given quality: `python -m bench.time_to_quality --data FILE --bpb 2.1203`.
+"""Time of the bare loop to a given quality: `python -m bench.time_to_quality --data FILE --bpb 2.1203`.
 
 The figure to beat is nanoGPT's: 1.4697 nats per character on tiny Shakespeare's last tenth, which is 2.1203 bits per
 byte, after 180 s on one A100; and 2.712 bits per byte is its CPU recipe's. torch alone, no Ray. The clock counts

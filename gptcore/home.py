@@ -31,6 +31,14 @@ def home() -> Path:
     return checkout() or expanded("~/.gpt-foundry")
 
 
+def tracking_uri() -> str:
+    """$MLFLOW_TRACKING_URI, else the embedded sqlite database; absolute, since Ray's workers change folder."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri
+
+
 def expanded(path: str | Path, kind: type[FoundryError] = ConfigError) -> Path:
     """`path` with a ~ or ~USER at its beginning replaced; raises an error of that kind if nobody knows what by."""
     try:

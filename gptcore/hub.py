@@ -19,6 +19,7 @@ from typing import Any
 from gptcore.documents import read_text
 from gptcore.errors import HubError, did_you_mean
 from gptcore.home import expanded, home
+from gptcore.home import tracking_uri as default_tracking_uri
 from gptcore.package import PICKLE, PICKLES, lacking
 from gptcore.progress import doing
 from gptcore.redact import without_password
@@ -54,7 +55,7 @@ def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None
 
 def _resolved(name: str, tracking_uri: str | None, into: Path | None) -> Path:
     if name.startswith(("models:/", "runs:/")):
-        return _package_inside(_download(name, tracking_uri or _tracking_uri(), into), name)
+        return _package_inside(_download(name, tracking_uri or default_tracking_uri(), into), name)
     if name.startswith("hf:"):
         return _from_hugging_face(name.removeprefix("hf:"))
     if "://" in name:
@@ -87,10 +88,6 @@ def _package_inside(folder: Path, name: str) -> Path:
 
 
 # --- MLflow ----------------------------------------------------------------------------------------------------
-
-
-def _tracking_uri() -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
 
 
 def _download(name: str, tracking_uri: str, into: Path | None) -> Path:

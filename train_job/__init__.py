@@ -1,6 +1,6 @@
-"""How a model package is made: from text to a registered, promoted version.
+"""Trains a model on text and registers it as a version in MLflow.
 
-`run`, `worker` and `ray_data` know Ray; `tracking`, `spool` and `registry` know MLflow; the loop needs torch alone.
+`cluster` and the commands use Ray, `tracking` uses MLflow, and the training loop needs only torch.
 """
 
-import gptcore  # noqa: F401  # which looks at the Python that runs
+import gptcore  # noqa: F401  # checks the version of Python

@@ -1,7 +1,7 @@
-"""Training's command line: a flag for every setting, in groups, with examples first.
+"""The command line of training: one flag per setting.
 
-In: the fields of `TrainConfig` and `ModelConfig`, whose help stands beside their defaults, and what was typed. Out:
-the settings that were given, for `config.build_config`; `--help` and `--presets` print and exit.
+In: the fields of `TrainConfig` and `ModelConfig`, and the arguments. Out: the settings that were given, for
+`config.build_config`. `--help` and `--presets` print and exit.
 """
 
 import argparse
@@ -16,26 +16,27 @@ from typing import Any
 
 from gptcore.config import MODEL_FIELDS
 from gptcore.errors import ConfigError, did_you_mean
-from train_job.config import HINTS, TrainConfig, bare, read_yaml
+from train_job.config import HINTS, TrainConfig, read_yaml
+from train_job.fields import bare
 
 MODEL_GROUP = "Shape of the model"
 WIDEST = 110
-"""Columns that help takes at most."""
+"""The most columns that help takes."""
 COMMAND = "python train_job/run.py"
 EXAMPLES = {
-    "": "the preset quick, on text that Python brings along: minutes",
+    "": "the preset quick, on text that comes with Python: minutes",
     "--data notes.txt --name notes": "your own text",
-    "--data notes.txt --max-minutes 10": "no longer than that",
+    "--data notes.txt --max-minutes 10": "stop after ten minutes",
     "--preset tiny --data 'books/*.txt'": "another preset",
     "--preset foundry-124m --data 'web/*.parquet' --use-gpu": "a full-sized model on a GPU",
     "--init-from models:/gpt@champion --data new.txt --max-steps 200": "fine-tune the best model so far",
-    "--resume notes --max-steps 1200": "go on with a run, further than was planned",
-    "--presets": "the presets' shapes, memory and time here",
+    "--resume notes --max-steps 1200": "continue a run, with more steps than planned",
+    "--presets": "shape, memory and time of each preset on this machine",
 }
 
 
 def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
-    """The settings that a command line gives, its --config file's below its flags, for `build_config`.
+    """Parses a command line into settings for `build_config`; flags win over the --config file.
 
     Raises ConfigError; `--help` and `--presets` print and exit 0.
     """
@@ -46,32 +47,34 @@ def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def settings_parser(prog: str, description: str, examples: dict[str, str]) -> argparse.ArgumentParser:
-    """A command line with a flag for every setting; `examples` are arguments, and what they do."""
+    """A parser with a flag for every setting; `examples` maps arguments to what they do."""
     from train_job.planning.presets import notes
 
     listed = "\n".join(f"  {line}" for line in notes())
     parser = Parser(
         prog=prog,
         usage=f"{prog} [--preset NAME] [--config FILE.yaml] [--SETTING VALUE ...]",
-        description=f"{description}\n\n{told(prog, examples)}\n\npresets:\n{listed}",
+        description=f"{description}\n\n{format_examples(prog, examples)}\n\npresets:\n{listed}",
         allow_abbrev=False,
         formatter_class=Help,
         add_help=False,
     )
     first = parser.add_argument_group("Help")
-    first.add_argument("-h", "--help", action="help", help="show this and leave")
-    first.add_argument("--presets", action=ShowPresets, help="show what each preset takes on this machine, and leave")
+    first.add_argument("-h", "--help", action="help", help="show this help and exit")
+    first.add_argument("--presets", action=ShowPresets, help="show what each preset needs on this machine, and exit")
     for title, group in groups():
         place = parser.add_argument_group(title)
         if not any(action.dest == "config" for action in parser._actions):
-            place.add_argument("--config", metavar="FILE.yaml", help="settings as YAML, under the names here, _ for -")
+            place.add_argument(
+                "--config", metavar="FILE.yaml", help="YAML file of settings; names as here, with _ for -"
+            )
         for f in group:
             add_flag(place, f, HINTS[f.name])
     return parser
 
 
-def told(prog: str, examples: dict[str, str]) -> str:
-    """Examples, a line each with what it does, or two where that is too long."""
+def format_examples(prog: str, examples: dict[str, str]) -> str:
+    """The examples as text, one line each, or two where one is too long."""
     commands = {f"  {prog} {arguments}".rstrip(): what for arguments, what in examples.items()}
     room = WIDEST - 5 - max(map(len, commands.values()))
     column = max(len(command) for command in commands if len(command) <= room)
@@ -84,9 +87,9 @@ def told(prog: str, examples: dict[str, str]) -> str:
 
 @cache
 def groups() -> list[tuple[str, list[Any]]]:
-    """The settings under the headings that TrainConfig's source has as comments, the model's among them."""
+    """The settings by group; the groups' titles are the comments in TrainConfig's source."""
     by_name = {f.name: f for f in fields(TrainConfig)}
-    found: list[tuple[str, list[Any]]] = [("Where to begin", [])]
+    found: list[tuple[str, list[Any]]] = [("Preset", [])]
     for line in inspect.getsource(TrainConfig).splitlines():
         if heading := re.fullmatch(r" {4}# (.+)", line):
             found.append((heading[1], []))
@@ -99,7 +102,7 @@ def groups() -> list[tuple[str, list[Any]]]:
 
 
 def add_flag(parser: argparse._ActionsContainer, f: Any, hint: Any) -> None:
-    """A dataclass field as a flag, with its own help."""
+    """Adds a flag for a dataclass field."""
     flag, text = "--" + f.name.replace("_", "-"), help_text(f)
     if hint is bool:
         parser.add_argument(flag, help=text, default=None, action=argparse.BooleanOptionalAction)
@@ -109,7 +112,7 @@ def add_flag(parser: argparse._ActionsContainer, f: Any, hint: Any) -> None:
 
 
 def given_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """What the command line gives, its --config file's below its flags. Raises ConfigError for an unknown flag."""
+    """The settings of the --config file and the flags; flags win. Raises ConfigError for an unknown flag."""
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -119,14 +122,14 @@ def given_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with our kind of error."""
+    """An ArgumentParser that raises ConfigError."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(message)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Help in two columns, the second as wide as the terminal allows."""
+    """Formats help in two columns, up to the terminal's width."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=min(WIDEST, shutil.get_terminal_size().columns))
@@ -146,7 +149,7 @@ class ShowPresets(argparse.Action):
 
 
 def help_text(f: Any) -> str:
-    """A field's help with its unit and default, as argparse takes it."""
+    """A field's help with its unit and default, escaped for argparse."""
     default = f.default if not isinstance(f.default, tuple) else " ".join(map(repr, f.default))
     notes = [f.metadata["unit"]] if f.metadata["unit"] else []
     notes += [f"default: {default}"] if default is not None else []
@@ -154,6 +157,6 @@ def help_text(f: Any) -> str:
 
 
 def metavar(f: Any, hint: Any) -> str:
-    """What stands for a flag's value."""
+    """The placeholder for a flag's value."""
     choices = f.metadata["choices"]
     return "{" + ",".join(choices) + "}" if choices else {int: "INT", float: "FLOAT"}.get(bare(hint)[0], "TEXT")

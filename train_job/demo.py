@@ -1,7 +1,6 @@
-"""`make demo`: the whole way once, on text that every Python brings along, and what to do next.
+"""`make demo`: trains, registers and promotes a model on text that comes with Python, and prints what to do next.
 
-Out: run `demo`, trained, registered and promoted. Run again, it goes on with what is there: a finished demo is shown,
-an interrupted one is finished.
+Out: the run `demo`. A second call resumes an interrupted demo, or shows a finished one.
 """
 
 import sys
@@ -10,12 +9,12 @@ from gptcore.home import home
 from train_job.run import main
 
 NEXT = """
-next      .venv/bin/python train_job/run.py --data FILE  train on a text of your own
+next      .venv/bin/python train_job/run.py --data FILE  train on your own text
           .venv/bin/python train_job/run.py --help       every setting, with its unit and default"""
 
 
 def demo() -> int:
-    """Runs or finishes the demo; returns the job's exit code."""
+    """Runs or resumes the demo; returns the job's exit code."""
     begun = (home() / "runs" / "demo" / "config.yaml").exists()
     code = main(["--resume", "demo"] if begun else ["--name", "demo"])
     if code == 0:

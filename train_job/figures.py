@@ -1,7 +1,7 @@
-"""Pictures of a run: the loss curve, and what temperature and the decoding strategies do to the next token's odds.
+"""Figures of a run: the loss curve, and how temperature and decoding strategies change the next token's odds.
 
-In: the run's history, or one vector of logits. Out: PNG files. matplotlib is imported when a picture is drawn, and
-drawn without a display. Of a model that is there, the pictures of its odds are drawn by
+In: the run's history, or one vector of logits. Out: PNG files. matplotlib is imported when a figure is drawn, and needs
+no display. To draw the odds of a trained model:
 
     python -m train_job.figures PACKAGE_OR_URI --prompt "The" --out FOLDER
 """
@@ -32,7 +32,7 @@ STRATEGIES = {
     "top_p 0.5": SamplingParams(top_p=0.5),
     "min_p 0.2": SamplingParams(min_p=0.2),
 }
-"""What `decoding_strategies` draws."""
+"""The strategies that `decoding_strategies` draws."""
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -48,14 +48,14 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "font.size": 10,
     "savefig.dpi": 130,
-    "text.parse_math": False,  # a dollar sign in a token is no formula
+    "text.parse_math": False,  # a dollar sign in a token is not a formula
 }
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], path: Path, title: str = "Loss") -> None:
     """Draws training and validation loss (nats/token) against tokens seen below and epochs above.
 
-    A row of `history` has `tokens` and `epoch`, and `train_loss` or `val_loss` or both. Rows whose loss is no number
+    A row of `history` has `tokens` and `epoch`, and `train_loss` or `val_loss` or both. Rows whose loss is not finite
     are left out.
     """
     with _figure(path, (7.5, 4.5)) as axes:
@@ -68,7 +68,7 @@ def loss_curve(history: Sequence[Mapping[str, float]], path: Path, title: str = 
                 continue
             tokens, losses = [row["tokens"] for row in rows], [row[key] for row in rows]
             ends = f"{label}, last {losses[-1]:.3f}"
-            marker = marker if len(rows) > 1 else "o"  # a line through one point is not seen
+            marker = marker if len(rows) > 1 else "o"  # a line through one point is invisible
             axes.plot(tokens, losses, color=colour, marker=marker, markersize=4, linewidth=1.6, label=ends)
         axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title=title)
         axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
@@ -76,7 +76,7 @@ def loss_curve(history: Sequence[Mapping[str, float]], path: Path, title: str = 
             axes.legend()
         last = max(history, key=lambda row: row["tokens"], default={})
         if last.get("tokens"):
-            axes.set_xlim(-0.02 * last["tokens"], 1.03 * last["tokens"])  # from the start, however short the run
+            axes.set_xlim(-0.02 * last["tokens"], 1.03 * last["tokens"])  # show the start even of a short run
         if last.get("epoch"):
             per_epoch = last["tokens"] / last["epoch"]
             above = axes.secondary_xaxis("top", functions=(lambda t: t / per_epoch, lambda e: e * per_epoch))
@@ -84,7 +84,7 @@ def loss_curve(history: Sequence[Mapping[str, float]], path: Path, title: str = 
 
 
 def sweep_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], best: str, path: Path) -> None:
-    """Draws every trial's bits per byte against steps, by name; the `best` one in colour, in front of the others."""
+    """Draws each trial's bits per byte against steps, with its name; the `best` one in colour, in front."""
     with _figure(path, (7.5, 4.5)) as axes:
         for name, rows in curves.items():
             style: dict[str, Any] = dict(color=FAINT, zorder=1) if name != best else dict(color=COLOURS[1], zorder=3)
@@ -97,7 +97,7 @@ def sweep_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], best: str,
 
 
 def best_so_far(bits: Sequence[float], path: Path) -> None:
-    """Draws what each trial came to, in the order of their numbers, and the best until then; nan where one failed."""
+    """Draws each trial's result by number, and the best so far; nan for a failed trial."""
     best, numbers = math.inf, range(1, len(bits) + 1)
     until = [best := min(best, value) if math.isfinite(value) else best for value in bits]
     with _figure(path, (7.5, 4.5)) as axes:
@@ -118,7 +118,7 @@ def temperature_effect(
 ) -> None:
     """Draws the probabilities of the `top` likeliest next tokens at each temperature, from logits (V,).
 
-    On a logarithmic axis, so that a weak model's thousandths are seen beside a strong one's certainties.
+    The axis is logarithmic, so that small and large probabilities are both visible.
     """
     logits = logits.detach().cpu()[: tokenizer.vocab_size]
     top = min(top, len(logits))
@@ -143,8 +143,8 @@ def temperature_effect(
 def decoding_strategies(logits: Tensor, tokenizer: Tokenizer, path: Path, top: int = 12, prompt: str = "") -> None:
     """Draws which of the `top` likeliest next tokens each strategy keeps, and with what odds, from logits (V,).
 
-    The model's own odds stand behind. A title says how many of all tokens are kept, and what odds they had together.
-    The axis is logarithmic, as `temperature_effect`'s.
+    The model's own odds are behind. Each title has the number of tokens kept, and their total odds. The axis is
+    logarithmic, as in `temperature_effect`.
     """
     logits = logits.detach().cpu()[: tokenizer.vocab_size]
     top = min(top, len(logits))
@@ -174,7 +174,7 @@ def decoding_strategies(logits: Tensor, tokenizer: Tokenizer, path: Path, top: i
 
 @torch.inference_mode()
 def draw_odds(package: Package, prompt: str, folder: Path) -> list[Path]:
-    """Draws both pictures of the package's odds for the token after `prompt` into `folder`; returns their paths."""
+    """Draws both figures of the odds for the token after `prompt` into `folder`; returns their paths."""
     tokens = package.tokenizer.encode(prompt) or [package.tokenizer.eot]
     if len(tokens) > package.config.context_length:
         raise ConfigError(
@@ -189,19 +189,19 @@ def draw_odds(package: Package, prompt: str, folder: Path) -> list[Path]:
 
 
 def _likeliest(logits: Tensor, top: int) -> Tensor:
-    """Ids of the `top` likeliest tokens; of those that are as likely, the lower ids first, as the sampler has it."""
+    """Ids of the `top` likeliest tokens; equally likely ones by id, as in the sampler."""
     return logits.float().sort(descending=True, stable=True).indices[:top]
 
 
 def percent(share: float) -> str:
-    """0.4213 as "42%", 0.0042 as "0.42%": two digits that say something, and what is next to nothing as that."""
+    """0.4213 as "42%", 0.0042 as "0.42%": two significant digits; below 0.01% as "<0.01%"."""
     if share < 0.0001:
         return "<0.01%" if share > 0 else "0%"
     return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def _odds_axes(panels: Sequence[Any], tokens: int) -> None:
-    """One logarithmic axis for the odds of `tokens` tokens; a line where all are as likely, and room for a legend."""
+    """Sets a logarithmic axis for the odds of `tokens` tokens, with a line at uniform odds and room for a legend."""
     alike = 1 / tokens
     heights = [bar.get_height() for axes in panels for bars in axes.containers for bar in bars]
     low, high = alike / 10, max([*heights, alike])
@@ -215,7 +215,7 @@ def _odds_axes(panels: Sequence[Any], tokens: int) -> None:
 
 
 def short_count(value: float) -> str:
-    """12_000 as "12K": a number that fits an axis."""
+    """12_000 as "12K", short enough for an axis."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size:
             return f"{value / size:.3g}{suffix}"
@@ -231,7 +231,7 @@ def _figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
 
 @contextmanager
 def _sheet(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure in the house's style, `size` inches; written to `path` once the block has ended well."""
+    """A figure of `size` inches; written to `path` if the block succeeds."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
@@ -243,7 +243,7 @@ def _sheet(path: Path, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def _label(tokenizer: Tokenizer, token: int) -> str:
-    """A token as it may stand under a bar: quoted, its bytes in hex where they are no text."""
+    """A token's label under a bar: quoted text, or its bytes in hex."""
     try:
         text = tokenizer.decode_bytes([token]).decode()
     except UnicodeDecodeError:

@@ -1,40 +1,29 @@
-"""Files that appear whole or not at all: atomic writes and cached downloads, with one message for a full disk.
+"""Atomic file writes, locks and hashes, with one message for a full disk.
 
-A file is written as a draft beside its place and renamed. A draft is locked while its writer lives, so one that a
-killed process left behind is told from one in use, and swept up.
+A file is written to a draft in the same folder and then renamed. Its writer locks the draft, so drafts that a killed
+process left behind can be recognised and removed.
 """
 
 import errno
 import fcntl
 import hashlib
-import http.client
 import json
-import logging
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from gptcore.errors import CorpusError, RecordError, StorageFull, TrainingError
-from gptcore.progress import at, doing
-
-log = logging.getLogger(__name__)
-
-DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
-BLOCK_BYTES = 2**20
-DRAFT = ".draft-"
-SETTLED_SECONDS = 60.0
-"""A draft written to within this time is left alone, lock or not: its writer may be about to lock or rename it."""
-
+from gptcore.errors import RecordError, StorageFull, TrainingError
 
 LONGEST_NAME = 200
-"""Bytes in a name that somebody chose; file systems take 255, and what we put before or after it needs some."""
+"""Bytes in a name that comes from the user; file systems allow 255, and our prefixes and suffixes need some."""
+DRAFT = ".draft-"
+SETTLED_SECONDS = 60.0
+"""A draft changed within this time is never removed: its writer may be about to lock or rename it."""
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -42,13 +31,13 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def storage_problem(error: BaseException, place: object) -> TrainingError | None:
-    """The error to show if this is one of the storage at `place`: full, or not to be written to. Else None.
+    """The error to show if `error` says that the storage at `place` is full or not writable; else None.
 
-    Libraries say it in their own ways; the number is the same.
+    Libraries word it differently, but all of them have the error number.
     """
     number = getattr(error, "errno", None)
-    if number is None and (told := re.search(r"(?:os error|errno) (\d+)", str(error))):
-        number = int(told[1])
+    if number is None and (found := re.search(r"(?:os error|errno) (\d+)", str(error))):
+        number = int(found[1])
     if number in FULL or "No space left on device" in str(error):
         return StorageFull(f"the disk that holds {place} is full; free some space there")
     if number in UNWRITABLE:
@@ -57,7 +46,7 @@ def storage_problem(error: BaseException, place: object) -> TrainingError | None
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises RecordError, with the remedy, if there is none in it."""
+    """Reads an object from a JSON file. Raises RecordError, with the remedy, if it has none."""
     try:
         content = path.read_bytes()
         found = json.loads(content)
@@ -72,17 +61,11 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def copy_name(source: str, name: str) -> str:
-    """What the cache calls its copy of `source`. It ends as `name` does, so that its kind is known."""
-    tail = name.encode()[-LONGEST_NAME:].decode(errors="ignore")
-    return f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{tail}"
-
-
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only once the block has ended well; its folder is made if need be.
+    """Opens a binary file for an atomic write: it appears at `path` only if the block succeeds.
 
-    Raises TrainingError naming the folder when it is full or not writable.
+    Creates the folder. Raises TrainingError, naming the folder, if it is full or not writable.
     """
     draft = path.with_name(f"{DRAFT}{uuid4().hex}")
     try:
@@ -96,7 +79,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         problem = storage_problem(error, path.parent)
         if isinstance(problem, StorageFull):
             raise problem from error
-        if error.filename is None:  # not about this file's name or folder: whatever the block was reading
+        if error.filename is None:  # raised by something the block was reading
             raise
         raise problem or TrainingError(f"cannot write to {path.parent}: {error.strerror}") from error
     finally:
@@ -105,9 +88,9 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes the drafts below `folder` whose writers are gone. Those that may be in use stay, as does all else."""
+    """Removes drafts below `folder` whose writers have died; drafts that may be in use stay."""
     for draft in folder.rglob(f"{DRAFT}*"):
-        with suppress(OSError), open(draft, "r+b") as file:  # locked, gone meanwhile, or another user's
+        with suppress(OSError), open(draft, "r+b") as file:  # locked, already removed, or another user's
             if time.time() - os.fstat(file.fileno()).st_mtime > SETTLED_SECONDS:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 draft.unlink()
@@ -115,9 +98,9 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within it, no other process of this machine is: waits for its turn. A process that dies lets go of the lock.
+    """Holds an exclusive lock on `path` within the block, and waits for it; a process that dies releases it.
 
-    Raises TrainingError if the file, whose folder is made if need be, cannot be written.
+    Creates the file and its folder. Raises TrainingError if it cannot.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,46 +113,6 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hex, read in pieces."""
+    """The file's SHA-256 in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(url: str, path: Path, refresh: bool = False) -> Path:
-    """`url`'s content at `path`, fetched if it is not there yet; with `refresh`, fetched anew if it has changed.
-
-    Whether it has changed is the server's word on the ETag or date that came with the copy; a copy that came without
-    is kept. If the server cannot be reached, the copy is used and a warning says so. Raises CorpusError if there is
-    no copy either.
-    """
-    notes = path.with_name(f"{path.name}.headers")
-    known = {}
-    with suppress(RecordError):  # without notes, or with damaged ones, the copy is kept as it is
-        known = read_json(notes, "") if path.exists() else {}
-    if path.exists() and not (refresh and known):
-        return path
-    try:
-        request = urllib.request.Request(url, headers=known)
-        with doing(f"downloading {url}"), urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as answer:
-            with written_whole(path) as file:
-                expected = int(answer.headers.get("Content-Length") or 0)
-                while block := answer.read(BLOCK_BYTES):
-                    file.write(block)
-                    at(file.tell(), expected)
-                expected = expected or file.tell()
-                if file.tell() != expected:
-                    raise OSError(f"{file.tell()} of {expected} bytes came")
-            conditions = {"If-None-Match": answer.headers["ETag"], "If-Modified-Since": answer.headers["Last-Modified"]}
-        with written_whole(notes) as file:
-            file.write(json.dumps({name: value for name, value in conditions.items() if value}).encode())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code == http.client.NOT_MODIFIED:
-            return path
-        reason = getattr(error, "reason", error)
-        if not path.exists():
-            raise CorpusError(f"cannot download {url}: {reason}") from error
-        log.warning("cannot ask %s for a newer text (%s); using the copy in %s", url, reason, path)
-        return path
-    if known:
-        log.warning("%s has changed and was downloaded again", url)
-    return path

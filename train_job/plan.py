@@ -1,8 +1,8 @@
-"""What a run or a service will need, before anything is rented: `python -m train_job.plan --gpus 8 --gpu h200 …`.
+"""Estimates what a run or a service needs: `python -m train_job.plan --gpus 8 --gpu h200 …`.
 
-In: the settings of a run, a kind of GPU, how many, perhaps a load to serve. Out: memory per GPU, tokens/s, time and
-cost, and from how many GPUs on communication is what a step waits for. `train_job.planning.costs` has the sums,
-docs/scaling.md explains them. Nothing is trained; `--gpu here` measures this machine for a few seconds.
+In: the settings of a run, a kind and number of GPUs, and optionally a load to serve. Out: memory per GPU, tokens/s,
+time, cost, and the number of GPUs from which a step is communication-bound. `train_job.planning.costs` has the
+formulas, docs/scaling.md explains them. Nothing is trained; `--gpu here` measures this machine for a few seconds.
 """
 
 import json
@@ -17,19 +17,19 @@ from gptcore.engine.runners import MOST_SLOTS, SHARE
 from gptcore.errors import ConfigError, FoundryError
 from gptcore.progress import doing
 from gptcore.units import count
-from train_job.cli import Help, Parser, parse_settings, told
+from train_job.cli import Help, Parser, format_examples, parse_settings
 from train_job.config import TrainConfig, build_config
 from train_job.planning.costs import (
     Memory,
     Serving,
     Step,
-    Work,
+    Workload,
     largest_micro_batch,
     micro_batch,
     serving,
     training_memory,
     training_step,
-    work_of,
+    workload,
 )
 from train_job.session.console import lasting_output, model_text
 from train_job.training.devices import Device, Rates, assumed_rates, find_device
@@ -37,15 +37,15 @@ from train_job.training.devices import Device, Rates, assumed_rates, find_device
 EXAMPLES = {
     "--gpu here": "the preset quick on this machine, measured",
     "--preset foundry-124m --gpus 8 --gpu h200": "a full-sized model on rented GPUs",
-    "--preset foundry-124m --gpu l4 --load 200": "and the replicas that answer 200 requests a second",
+    "--preset foundry-124m --gpu l4 --load 200": "and the replicas that serve 200 requests per second",
 }
 FAILURE_GPU_HOURS = 50_700
 """GPU-hours between interruptions: 419 in 54 days of 16,384 H100s (Llama 3, Dubey et al. 2024)."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The command line, less the settings of the run."""
+class PlanOptions:
+    """The command line without the settings of the run."""
 
     gpus: int | None
     gpu: str
@@ -58,15 +58,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that is known of a run on some number of GPUs."""
+class TrainingPlan:
+    """The estimates for a run on some number of GPUs."""
 
     workers: int
     memory: Memory
     step: Step
     tokens_per_second: float
     mfu: float | None
-    """Share of the device's peak; None where that is not known."""
+    """Share of the device's peak; None if unknown."""
     steps: int
     hours: float
     cost: float | None
@@ -76,24 +76,24 @@ class Plan:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the plan; returns the exit code, 2 for wrong input."""
     try:
-        asked, given = parse(sys.argv[1:] if argv is None else argv)
+        options, given = parse(sys.argv[1:] if argv is None else argv)
         config, work = planned(given)
-        gpus = asked.gpus if asked.gpus is not None else config.workers[1]
+        gpus = options.gpus if options.gpus is not None else config.workers[1]
         if not 1 <= gpus <= config.batch_size:
             raise ConfigError(
                 f"gpus is {gpus}; expected 1 to {config.batch_size}, since a step has batch_size "
                 f"{config.batch_size} sequences to divide"
             )
-        device, rates = device_of(asked, work, gpus)
+        device, rates = device_of(options, work, gpus)
         plan = make_plan(config, work, device, rates, gpus)
-        served = serve_plan(asked, work, device, rates) if asked.load is not None else None
+        served = serve_plan(options, work, device, rates) if options.load is not None else None
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
-    if asked.as_json:
+    if options.as_json:
         shown = {"device": asdict(device), "rates": asdict(rates), "plan": asdict(plan)}
         shown["plan"] |= {"memory_bytes": plan.memory.total, "step_seconds": plan.step.seconds}
         print(json.dumps(shown | ({"serving": asdict(served)} if served else {})))
@@ -104,45 +104,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[Asked, dict[str, Any]]:
-    """(what is asked about, the settings of the run). Raises ConfigError."""
+def parse(argv: Sequence[str]) -> tuple[PlanOptions, dict[str, Any]]:
+    """The command's own options, and the settings of the run. Raises ConfigError."""
     command = "python -m train_job.plan"
     parser = Parser(
         prog=command,
         usage=f"{command} [--gpu NAME] [--gpus N] [--load N] [--SETTING VALUE ...]",
-        description="Memory, speed, time and cost of a run. Takes every setting of train_job/run.py as well.\n\n"
-        + told(command, EXAMPLES),
+        description="Estimates memory, speed, time and cost of a run. Accepts every setting of train_job/run.py.\n\n"
+        + format_examples(command, EXAMPLES),
         formatter_class=Help,
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, metavar="INT", help="GPUs that train together [default: num_workers]")
     parser.add_argument("--gpu", default="h100", help="b200, h200, h100, a100 …, or here: measured [default: h100]")
-    parser.add_argument("--price", type=float, metavar="FLOAT", help="dollars per GPU-hour; default: a usual one")
-    parser.add_argument("--load", type=float, metavar="FLOAT", help="plan a service for so many requests/s too")
+    parser.add_argument("--price", type=float, metavar="FLOAT", help="dollars per GPU-hour; default: a typical price")
+    parser.add_argument("--load", type=float, metavar="FLOAT", help="also plan a service for this many requests/s")
     parser.add_argument(
-        "--prompt-tokens", type=int, metavar="INT", help="of a request [default: 256, or half the context]"
+        "--prompt-tokens", type=int, metavar="INT", help="prompt tokens per request [default: 256, or half the context]"
     )
-    parser.add_argument("--new-tokens", type=int, metavar="INT", help="of an answer [default: 128, or a quarter of it]")
-    parser.add_argument("--slots", type=int, metavar="INT", help="sequences a replica decodes together")
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        metavar="INT",
+        help="new tokens per request [default: 128, or a quarter of the context]",
+    )
+    parser.add_argument("--slots", type=int, metavar="INT", help="sequences that a replica decodes together")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one line of JSON instead of text")
     known, rest = parser.parse_known_args(argv)
     for name in ("price", "load", "prompt_tokens", "new_tokens", "slots"):
         value = getattr(known, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} is {value}; expected more than 0, and finite")
-    return Asked(**vars(known)), parse_settings(rest)
+    return PlanOptions(**vars(known)), parse_settings(rest)
 
 
-def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
-    """The run's settings and what its model asks for; a parent brings its own shape. Raises ConfigError."""
+def planned(given: dict[str, Any]) -> tuple[TrainConfig, Workload]:
+    """The run's config and its workload; a parent has its own shape. Raises ConfigError."""
     from gptcore.tokenizer import parse_tokenizer
     from train_job.data.inputs import check_context, padded
 
     config = build_config(given)
     if config.precision == "fp32":
-        raise ConfigError("precision is 'fp32', but the plan knows what bf16 takes; expected bf16 or auto")
+        raise ConfigError("precision is 'fp32', but the plan is only for bf16; expected bf16 or auto")
     if config.device != "auto":
-        raise ConfigError(f"device is {config.device!r}, but the plan is of what --gpu names; expected auto")
+        raise ConfigError(f"device is {config.device!r}, but the plan is for the device of --gpu; expected auto")
     if config.init_from:
         from gptcore.hub import resolve
         from gptcore.package import open_package
@@ -152,33 +157,33 @@ def planned(given: dict[str, Any]) -> tuple[TrainConfig, Work]:
     else:
         shape = config.model_config(padded(parse_tokenizer(config.tokenizer)))
     check_context(config, shape)
-    return config, work_of(shape, config.context)
+    return config, workload(shape, config.context)
 
 
-def device_of(asked: Asked, work: Work, gpus: int) -> tuple[Device, Rates]:
-    """The GPU that was named, or this machine's. Raises ConfigError."""
-    if asked.gpu == "here":
-        from train_job.planning.rates import here
+def device_of(options: PlanOptions, work: Workload, gpus: int) -> tuple[Device, Rates]:
+    """The named GPU, or this machine's device, with its rates. Raises ConfigError."""
+    if options.gpu == "here":
+        from train_job.planning.rates import measure_in_subprocess
 
         with doing("measuring this machine: training, then decoding"):
-            device, rates = here(work.model.family)
+            device, rates = measure_in_subprocess(work.model.family)
         if device.per_machine < min(gpus, 2):
             raise ConfigError(f"gpus is {gpus}, but this machine trains on its {device.name}; expected 1, or a --gpu")
     else:
-        device = find_device(asked.gpu)
+        device = find_device(options.gpu)
         rates = assumed_rates(device)
-    return (replace(device, price=asked.price) if asked.price else device), rates
+    return (replace(device, price=options.price) if options.price else device), rates
 
 
-def make_plan(config: TrainConfig, work: Work, device: Device, rates: Rates, workers: int) -> Plan:
-    """The run on so many workers. Raises ConfigError if its length is not known in tokens."""
+def make_plan(config: TrainConfig, work: Workload, device: Device, rates: Rates, workers: int) -> TrainingPlan:
+    """The estimates for this number of workers. Raises ConfigError if the run's length is not known in tokens."""
     step = training_step(config, work, device, rates, workers)
     per_step = config.batch_size * work.length
     rate = per_step / step.seconds
     steps = planned_steps(config, per_step)
     hours = steps * step.seconds / 3600
     peak = device.flops * workers if device.per_machine > 1 else None
-    return Plan(
+    return TrainingPlan(
         workers,
         training_memory(config, work, workers),
         step,
@@ -191,40 +196,40 @@ def make_plan(config: TrainConfig, work: Work, device: Device, rates: Rates, wor
 
 
 def planned_steps(config: TrainConfig, tokens_per_step: int) -> int:
-    """Steps until the first limit that needs no text to count. Raises ConfigError."""
+    """Steps until the first limit that does not depend on the text. Raises ConfigError."""
     limits = [config.max_steps, math.ceil(config.max_tokens / tokens_per_step) if config.max_tokens else None]
     known = [limit for limit in limits if limit]
     if not known:
-        raise ConfigError("how long the run is depends on its text; give --max-tokens or --max-steps")
+        raise ConfigError("the length of this run depends on its text; give --max-tokens or --max-steps")
     return min(known)
 
 
-def serve_plan(asked: Asked, work: Work, device: Device, rates: Rates) -> Serving:
+def serve_plan(options: PlanOptions, work: Workload, device: Device, rates: Rates) -> Serving:
     """Replicas for the load. Raises ConfigError if a request does not fit the model, or the slots the memory."""
     context = work.model.context_length
-    prompt = asked.prompt_tokens or min(256, context // 2)
-    new = asked.new_tokens or min(128, context // 4)
+    prompt = options.prompt_tokens or min(256, context // 2)
+    new = options.new_tokens or min(128, context // 4)
     if prompt + new > context:
         raise ConfigError(
             f"prompt_tokens + new_tokens is {prompt + new}; expected at most the model's context of {context}"
         )
     weights = 2 * work.read_weights
     fit = max(0, int((device.memory - weights) / (context * work.cache_bytes)))
-    if (asked.slots or 1) > fit:
+    if (options.slots or 1) > fit:
         raise ConfigError(
-            f"slots is {asked.slots or 1}; expected at most {fit}, since {device.name} has {gib(device.memory)} GiB "
+            f"slots is {options.slots or 1}; expected at most {fit}, since {device.name} has {gib(device.memory)} GiB "
             f"and the weights take {gib(weights)} of them"
         )
     usual = MOST_SLOTS.get(device.name, MOST_SLOTS["cuda"])
-    slots = asked.slots or max(1, min(usual, int(SHARE * fit)))
-    return serving(work, device, rates, slots, prompt, new, asked.load or 0)
+    slots = options.slots or max(1, min(usual, int(SHARE * fit)))
+    return serving(work, device, rates, slots, prompt, new, options.load or 0)
 
 
-# --- shown ------------------------------------------------------------------------------------------------------
+# --- printing ------------------------------------------------------------------------------------------------------
 
 
-def show_training(config: TrainConfig, work: Work, device: Device, rates: Rates, plan: Plan) -> None:
-    """The run on the GPUs asked for, then on fewer and more."""
+def show_training(config: TrainConfig, work: Workload, device: Device, rates: Rates, plan: TrainingPlan) -> None:
+    """Prints the run on the requested GPUs, then on fewer and more."""
     model, micro = work.model, micro_batch(config, plan.workers)
     print(f"model     {model_text(config, model, work.parameters)}")
     print(f"device    {f'{plan.workers} x ' if plan.mfu else ''}{device.name}; rates {rates.source}")
@@ -244,7 +249,7 @@ def show_training(config: TrainConfig, work: Work, device: Device, rates: Rates,
     lost = plan.hours * plan.workers / FAILURE_GPU_HOURS
     if device.per_machine == 1:
         return
-    print(f"          {lost:.2g} interruptions to be expected, each costs what was done since a checkpoint")
+    print(f"          {lost:.2g} interruptions expected; each loses the steps since the last checkpoint")
     print("\n   gpus    tokens/s   of linear     hours   GPU-hours    dollars  a step waits for its gradients")
     alone = make_plan(config, work, device, rates, 1)
     for workers in sorted({*doublings(config.batch_size), plan.workers}):
@@ -258,21 +263,21 @@ def show_training(config: TrainConfig, work: Work, device: Device, rates: Rates,
     print(f"\n{verdict(config, work, device, rates)}")
 
 
-def verdict(config: TrainConfig, work: Work, device: Device, rates: Rates) -> str:
-    """From how many GPUs on communication bounds a step."""
+def verdict(config: TrainConfig, work: Workload, device: Device, rates: Rates) -> str:
+    """The number of GPUs from which a step is communication-bound, as text."""
     for workers in doublings(config.batch_size)[1:]:
         step = training_step(config, work, device, rates, workers)
         if step.waiting > 0.25 * step.seconds:
             return (
                 f"Communication-bound from {workers} GPUs on: {gib(4 * work.parameters)} GiB of gradients take "
                 f"{milliseconds(step.gradients)} there, and backward hides "
-                f"{milliseconds(step.gradients - step.waiting)} of it. A larger batch_size moves that out."
+                f"{milliseconds(step.gradients - step.waiting)} of it. A larger batch_size raises that number."
             )
     return f"Not communication-bound up to {config.batch_size} GPUs, where each has one sequence of a step."
 
 
-def show_serving(work: Work, device: Device, served: Serving) -> None:
-    """Replicas, and what a client sees."""
+def show_serving(work: Workload, device: Device, served: Serving) -> None:
+    """Prints the replicas, and the times that a client sees."""
     each = served.slots / served.step_seconds
     tokens = f"{served.prompt_tokens} prompt and {served.new_tokens} new tokens each"
     print(f"\nserving   {served.load:g} requests/s, {tokens}")
@@ -287,10 +292,10 @@ def show_serving(work: Work, device: Device, served: Serving) -> None:
 
 
 def spent(step: Step) -> dict[str, float]:
-    """The parts of a step that take a thousandth of it or more, in people's words."""
+    """The named parts of a step that take at least a thousandth of it."""
     names = {
         "products": "matrix products",
-        "elementwise": "number by number",
+        "elementwise": "elementwise",
         "softmax": "loss",
         "optimizer": "optimizer",
         "launching": "launching kernels",
@@ -304,7 +309,7 @@ def doublings(most: int) -> list[int]:
     return sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most})
 
 
-def cost(plan: Plan) -> str:
+def cost(plan: TrainingPlan) -> str:
     hours = f"{plan.hours:,.2f} h" if plan.hours >= 0.1 else f"{plan.hours * 60:.1f} min"
     dollars = f", {plan.cost:,.2f} dollars" if plan.cost is not None else "; --price gives a cost"
     together = f", {plan.hours * plan.workers:,.1f} GPU-hours" if plan.mfu else ""

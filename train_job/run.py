@@ -61,14 +61,14 @@ class TrainingJob:
         from train_job.cluster.prepare import prepare_on_cluster
         from train_job.session.finish import ended_with
         from train_job.session.report import show_again
-        from train_job.tracking import client as tracking
+        from train_job.tracking.client import check_server, check_user
         from train_job.tracking.registry import pin
 
         if ended := ended_with(self._run_dir, self._config):
             return show_again(self._config, self._run_dir, *ended)
         record = read_record(self._run_dir / RUN)
         self._uri = tracked_at(record)
-        tracking.check_server(self._uri)
+        check_server(self._uri)
         if self._config.init_from:
             self._config = replace(self._config, init_from=pin(self._config.init_from, self._uri))
         with contextlib.ExitStack() as stack:
@@ -77,7 +77,7 @@ class TrainingJob:
             with doing("preparing the text"):
                 inputs = prepare_on_cluster(self._config, cluster, record.text if record else None)
             self._config = inputs.config
-            tracking.check_user(self._uri)
+            check_user(self._uri)
             ray, own_ray = cluster()
             resources = resources_per_worker(self._config, ray.nodes(), own_ray)
             if own_ray and not self._config.use_gpu:

@@ -85,18 +85,18 @@ class Sweep:
 
     def execute(self) -> int:
         """Plans, runs the trials, registers the best; returns the exit code. Raises FoundryError for wrong input."""
-        from train_job.tracking import client as tracking
+        from train_job.tracking.client import check_server, check_user
 
         # A trial is several processes, but only one of them computes: no need for Ray's warning.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
         self.record = read_record(self._record)
         self.uri = tracked_at(self.record)
-        tracking.check_server(self.uri)
+        check_server(self.uri)
         with contextlib.ExitStack() as stack:
             cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
             with doing("preparing the text"):
                 self.inputs = self._prepare(cluster)
-            tracking.check_user(self.uri)
+            check_user(self.uri)
             left = [trial for trial in self.trials if not trial.ending()]
             if left:
                 ray, alone = cluster()
@@ -154,7 +154,7 @@ class Sweep:
                 self._end_run(folder / RUN, status)
 
     def _end_run(self, record: Path, status: str) -> None:
-        from train_job.tracking import client as tracking
+        from train_job.tracking import runs as tracking
 
         try:
             if found := read_record(record):
@@ -197,7 +197,7 @@ class Sweep:
         import yaml
 
         from train_job.session.session import dataset_uses
-        from train_job.tracking import client as tracking
+        from train_job.tracking import runs as tracking
 
         if self.record:
             self.run_id = self.record.run_id
@@ -333,7 +333,7 @@ class Sweep:
         """Prints the table and registers the best trial's package; returns the exit code."""
         from train_job.session.finish import OUTCOME, deliver, register
         from train_job.session.session import Trained
-        from train_job.tracking import client as tracking
+        from train_job.tracking import runs as tracking
         from train_job.tracking.spool import Spool
 
         rows = table(self.trials)

@@ -1,4 +1,4 @@
-"""The service that one writes in an afternoon: FastAPI, transformers' generate in a thread, its streamer, a lock.
+"""A simple service for comparison: FastAPI, transformers' generate in a thread, its streamer, a lock.
 
 `python -m bench.peers.naive_service PACKAGE --port 8001 --dtype bfloat16`. Requests are answered one after the other:
 without the lock, threads that generate at once only take each other's cores. It answers `POST /generate` in the form

@@ -29,7 +29,7 @@ def test_a_run_and_a_service_have_every_phase_that_is_looked_for() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    seams = [phase for _, _, phase in startup.SEAMS]
-    assert [phase for phase in seams if phase not in report["run"]] == []
+    traced = [phase for _, _, phase in startup.TRACED_FUNCTIONS]
+    assert [phase for phase in traced if phase not in report["run"]] == []
     assert all(phase in report["run"] for phase in startup.EVENTS.values())
     assert list(report["serve"]) == [startup.FIRST, *(phase for _, phase in startup.PROCESSES)]

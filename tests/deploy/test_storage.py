@@ -154,7 +154,7 @@ def test_a_store_that_cannot_be_used_is_named_before_anything_is_trained(
     bucket: str, text_file: Path, tmp_path: Path
 ) -> None:
     corpus, tokenizer = open_corpus(str(text_file)), load_tokenizer("bytes", None)
-    with pytest.raises(CorpusError, match="cannot be kept at s3://no-such-bucket/cache"):
+    with pytest.raises(CorpusError, match="cannot be stored at s3://no-such-bucket/cache"):
         prepare(corpus, tokenizer, tmp_path, store="s3://no-such-bucket/cache")
 
 

@@ -110,7 +110,7 @@ def test_a_run_that_goes_on_elsewhere_refuses_an_object_that_has_changed(
     begun = open_corpus(bucket, cache_dir=tmp_path / "one")
     assert text_of(open_corpus(bucket, cache_dir=tmp_path / "two", begun=begun.origins)) == "Once upon a time"
     fs.pipe(f"{bucket}/a.txt", b"Twice")
-    with pytest.raises(CorpusError, match=rf"{bucket}/a.txt has changed since the run began with it; put that text"):
+    with pytest.raises(CorpusError, match=rf"{bucket}/a.txt has changed since the run began; restore that text"):
         open_corpus(bucket, cache_dir=tmp_path / "three", begun=begun.origins)
     fs.rm(f"{bucket}/a.txt")
     with pytest.raises(CorpusError, match=f"there is nothing at '{bucket}/a.txt'"):

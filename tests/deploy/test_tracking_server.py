@@ -25,7 +25,7 @@ from tests.deploy.conftest import COMPOSE, ENV_EXAMPLE, Store, Team, named_secre
 from tests.refusals import one_error
 from tests.serve_app.running import running
 from tests.system.conftest import ROOT, SMALL, environment
-from train_job.tracking import client as tracking
+from train_job.tracking import runs as tracking
 from train_job.tracking.registry import Published, Validation, publish
 from train_job.tracking.spool import Spool
 

@@ -42,7 +42,7 @@ class TestRegistry:
         self, name: str, seed: int = 0, bits_per_byte: float = 2.0, promote: str = "always", **shape: Any
     ) -> str:
         """Registers a package of random weights as the training job does; returns the version."""
-        from train_job.tracking import client as tracking
+        from train_job.tracking import runs as tracking
         from train_job.tracking.registry import Validation, publish
 
         data = tracking.DatasetUse("train", "builtin", "builtin", "fe" * 32, 900, 300)

@@ -228,7 +228,7 @@ def test_a_full_disk_and_damage_are_outlived(launch: Launch) -> None:
         file.write('{"step": 6')
     code, output = launch("damaged", "--resume=damaged", f"--max-steps={newest + 40}").finish()
     assert code == 0, output
-    assert f"stepped over a checkpoint: {kept[newest] / 'model.safetensors'} is cut short or altered" in output
+    assert f"skipped a checkpoint: {kept[newest] / 'model.safetensors'} is truncated or changed" in output
     assert f"{orphan / 'state.json'} is missing" in output
     assert f"resumed   from step {before}" in output
     assert "samples.json was damaged" in output
@@ -242,6 +242,6 @@ def test_a_full_disk_and_damage_are_outlived(launch: Launch) -> None:
         (folder / "optimizer.safetensors").unlink()
     code, output = launch("damaged", "--resume=damaged", f"--max-steps={newest + 60}").finish()
     assert code == 2, output
-    assert "error: no checkpoint of this run is whole: " in output
+    assert "error: all checkpoints of this run are damaged: " in output
     assert "optimizer.safetensors is missing" in output
     assert status(job) == "FAILED"

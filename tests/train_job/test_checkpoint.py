@@ -47,7 +47,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: str) -> None:
 @pytest.mark.parametrize("what", ["model", "tokenizer", "data"])
 def test_a_checkpoint_of_another_run_is_refused(folder: Path, what: str) -> None:
     other = Identity(**{**IDENTITY.__dict__, what: "x" * 64})
-    with pytest.raises(CheckpointError, match=f"of another {what}"):
+    with pytest.raises(CheckpointError, match=f"with another {what}"):
         load_checkpoint(folder, other)
 
 

@@ -116,7 +116,7 @@ def test_a_url_out_of_reach_is_read_from_its_copy_and_a_line_says_so(web, tmp_pa
     open_corpus(f"{address}/story.txt", cache_dir=tmp_path)
     (folder / "story.txt").unlink()
     assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path)) == "Once upon a time"
-    assert f"cannot ask {address}/story.txt for a newer text (File not found); using the copy" in caplog.messages[-1]
+    assert f"cannot check {address}/story.txt for changes (File not found); using the copy" in caplog.messages[-1]
     server.shutdown()
     server.server_close()
     assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path)) == "Once upon a time"
@@ -137,7 +137,7 @@ def test_a_machine_that_lacks_a_page_fetches_it_once_for_all_that_read_it_there(
         text_of(corpus.within(tmp_path / "three"))
 
 
-@pytest.mark.parametrize(("name", "reason"), [("nothing.txt", "File not found"), ("short.txt", "4 of 9 bytes came")])
+@pytest.mark.parametrize(("name", "reason"), [("nothing.txt", "File not found"), ("short.txt", "4 of 9 bytes arrived")])
 def test_a_failed_download_says_why_and_leaves_nothing(web, tmp_path, name, reason):
     folder, address, _ = web
     (folder / "short.txt").write_text("Once")
@@ -292,7 +292,7 @@ BAD_FILES = [
     ("list.jsonl", b"[1]\n", r"line 1: expected an object with a field 'text', found list"),
     ("number.jsonl", b'{"text": 5}\n', r"line 1: field 'text' is int, expected text"),
     ("half.jsonl", b'{"text": "\\ud83d"}\n', r"line 1: .*surrogates"),
-    ("bad.parquet", b"PAR1 not really", r"bad\.parquet is not a whole Parquet file"),
+    ("bad.parquet", b"PAR1 not really", r"bad\.parquet is not a complete Parquet file"),
     ("bad.txt.gz", b"\x1f\x8b not really", r"bad\.txt\.gz is not a whole gzip file"),
 ]
 
@@ -346,7 +346,7 @@ def test_a_missing_corpus_is_answered_with_the_nearest_name(tmp_path, monkeypatc
         open_corpus("shakspeare", cache_dir=tmp_path)
     with pytest.raises(CorpusError, match=r"no file matches '\*\.nothing'"):
         open_corpus("*.nothing", cache_dir=tmp_path)
-    with pytest.raises(CorpusError, match="no corpus was named"):
+    with pytest.raises(CorpusError, match="no corpus given"):
         open_corpus("", cache_dir=tmp_path)
 
 
@@ -361,7 +361,7 @@ def test_a_file_that_vanished_or_shrank_is_named(tmp_path):
     path.write_text("some text")
     corpus = open_corpus(str(path), cache_dir=tmp_path)
     path.write_text("less")
-    with pytest.raises(CorpusError, match=r"a\.txt has become shorter"):
+    with pytest.raises(CorpusError, match=r"a\.txt has been truncated"):
         text_of(corpus)
     path.unlink()
     with pytest.raises(CorpusError, match=r"cannot read .*a\.txt: No such file"):
@@ -370,7 +370,7 @@ def test_a_file_that_vanished_or_shrank_is_named(tmp_path):
 
 def test_a_text_too_small_to_split_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "the only line"}')
-    with pytest.raises(CorpusError, match="is too small: 25 bytes cannot be parted to hold back 10%"):
+    with pytest.raises(CorpusError, match="is too small: 25 bytes cannot be split to keep 10%"):
         split(open_corpus(str(tmp_path / "a.jsonl"), cache_dir=tmp_path), 0.1)
 
 

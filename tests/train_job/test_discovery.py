@@ -73,5 +73,5 @@ def test_what_ray_start_began_is_found_and_told_of_if_it_does_not_answer(
     (tmp_path / "ray_current_cluster").write_text(f"{raylet}\n")
     os.utime(tmp_path / "ray_current_cluster", (2**32, 2**32))  # the latest of all
     monkeypatch.setattr(discovery, "unanswered", lambda address: f"asked {address}")
-    with pytest.raises(ConfigError, match=f"{raylet}, does not answer .asked {raylet}.; RAY_ADDRESS=local starts a Ray"):
+    with pytest.raises(ConfigError, match=f"{raylet}, does not answer .asked {raylet}.; RAY_ADDRESS=local"):
         cluster_address(None)

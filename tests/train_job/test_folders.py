@@ -8,7 +8,7 @@ import pytest
 
 from gptcore.errors import CorpusError
 from train_job.data.corpus import Corpus, open_corpus
-from train_job.data.folders import LeftOut, told
+from train_job.data.folders import LeftOut, summarize
 
 PNG = b"\x89PNG\r\n\x1a\n\0"
 
@@ -71,7 +71,7 @@ def test_what_is_no_text_among_texts_is_left_out_and_said(folder: Path, tmp_path
         "page.html": "HTML",
         "packed.gz": "a PNG picture",
         "empty.txt": "empty",
-        "gone.txt": "a link to nowhere.txt, which is not there",
+        "gone.txt": "a link to nowhere.txt, which does not exist",
         "pipe": "neither file nor folder",
     }
     corpus = opened(folder, tmp_path / "cache")
@@ -101,13 +101,12 @@ def test_a_folder_of_which_all_is_left_out_is_refused_with_the_reasons(tmp_path:
             CorpusError, match=r"holds no text: left out are 2 files: .*gone .*pic\.png \(a PNG picture"
         ):
             opened(data, tmp_path / "cache")
-    with pytest.raises(CorpusError, match="gone is a link to nowhere, which is not there"):
+    with pytest.raises(CorpusError, match="gone is a link to nowhere, which does not exist"):
         opened(tmp_path / "data" / "gone", tmp_path / "cache")
 
 
 def test_of_many_that_are_left_out_some_are_named_and_the_others_counted() -> None:
-    assert told([LeftOut("a.png", "a PNG picture")]) == "1 file: a.png (a PNG picture)"
-    assert told([LeftOut(f"{n}.png", "a PNG picture") for n in range(12)]).startswith(
-        "12 files: 0.png (a PNG picture), "
-    )
-    assert told([LeftOut(f"{n}.png", "a PNG picture") for n in range(12)]).endswith("9.png (a PNG picture) and 2 more")
+    assert summarize([LeftOut("a.png", "a PNG picture")]) == "1 file: a.png (a PNG picture)"
+    twelve = [LeftOut(f"{n}.png", "a PNG picture") for n in range(12)]
+    assert summarize(twelve).startswith("12 files: 0.png (a PNG picture), ")
+    assert summarize(twelve).endswith("9.png (a PNG picture) and 2 more")

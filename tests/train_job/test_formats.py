@@ -193,7 +193,7 @@ WRONG = [
     ("a.csv", "id,txt\n1,x\n", r"a\.csv has no column 'text'; it has id, txt\. Did you mean 'txt'\?"),
     ("a.csv", "id;body\n1;x\n", "it has id, body"),
     ("a.csv", "id,text\n1,x\n2,y,and more\n", "line 3: the row has 3 fields, the first row 2"),
-    ("a.csv", 'id,text\n1,x\n2,"y\n3,z\n', "line 3: a quotation mark that begins a field does not end it"),
+    ("a.csv", 'id,text\n1,x\n2,"y\n3,z\n', "line 3: a field begins with a quotation mark that is not closed"),
     ("a.tsv", "id\ttext\n1\n", "line 2: the row has 1 fields, the first row 2"),
     ("a.csv", "id,text\n", "holds no text"),
     ("a.json", "[]", "holds no text"),
@@ -338,11 +338,11 @@ def test_a_text_that_begins_as_a_binary_file_does_is_text(tmp_path: Path, text: 
         (
             "a.jsonl",
             b'[{"text": "a"},\n{"text": "b"}]\n',
-            "an array of objects is read from a file whose name",
+            "to read an array of objects, give the file a name",
         ),
         ("a.csv", b"text,text\na,b\n", "has 2 columns 'text', expected one; rename the others"),
         ("a.csv", b"n,text\r1,a\r", "a lone carriage return"),
-        ("a.tsv", b'n\ttext\n1\t"a" b\n', "a quotation mark that begins a field does not end it"),
+        ("a.tsv", b'n\ttext\n1\t"a" b\n', "a field begins with a quotation mark that is not closed"),
         ("a.ipynb", b'{"cells": []}', "is a notebook"),
     ],
 )

@@ -1,29 +1,37 @@
 """Which checkpoint a run's package is made of, and which code its end has."""
 
 from train_job.session.outcome import preferred
+
 from train_job.training.checkpoint import TrainState
-from train_job.training.storage import Kept
-from train_job.training.targets import Standing
+from train_job.training.storage import StoredCheckpoint
+from train_job.training.targets import TargetStatus
 
 
-def kept(step: int, loss: float | None) -> Kept:
+def kept(step: int, loss: float | None) -> StoredCheckpoint:
     """A checkpoint of this step; one without a loss was not judged."""
     judged = {"last_evaluated": step, "last_loss": loss, "best_step": 40} if loss else {}
-    return Kept(None, f"checkpoint_{step}", TrainState(step=step, **judged))  # type: ignore[arg-type]
+    return StoredCheckpoint(None, f"checkpoint_{step}", TrainState(step=step, **judged))  # type: ignore[arg-type]
 
 
-FOUND = [Kept(None, "checkpoint_damaged", None, "cut"), kept(95, None), kept(90, 3.9), kept(60, 3.5), kept(20, 3.1)]
+DAMAGED = StoredCheckpoint(None, "checkpoint_damaged", None, "cut")
+FOUND = [
+    DAMAGED,
+    kept(95, None),
+    kept(90, 3.9),
+    kept(60, 3.5),
+    kept(20, 3.1),
+]
 
 
-def steps(targets: list[Standing]) -> list[int]:
+def steps(targets: list[TargetStatus]) -> list[int]:
     return [found.step for found in preferred(FOUND, targets)]
 
 
 def test_the_package_is_of_the_lowest_validation_loss_and_then_of_the_next() -> None:
     assert steps([]) == [20, 60, 90]
-    assert steps([Standing("target_loss", 3.5, 3.1)]) == [20, 60, 90]
+    assert steps([TargetStatus("target_loss", 3.5, 3.1)]) == [20, 60, 90]
 
 
 def test_a_training_loss_that_was_asked_for_and_reached_decides_instead() -> None:
-    assert steps([Standing("target_train_loss", 0.0999, 0.08)]) == [90, 60, 20]
-    assert steps([Standing("target_train_loss", 0.0999, 0.2)])[0] == 20, "it was not reached"
+    assert steps([TargetStatus("target_train_loss", 0.0999, 0.08)]) == [90, 60, 20]
+    assert steps([TargetStatus("target_train_loss", 0.0999, 0.2)])[0] == 20, "it was not reached"

@@ -24,7 +24,7 @@ from train_job.planning.costs import (
     FRAGMENTATION,
     GPU_RESERVE,
     LOGIT_BYTES,
-    Work,
+    Workload,
     all_reduce_seconds,
     block_bytes,
     largest_micro_batch,
@@ -32,7 +32,7 @@ from train_job.planning.costs import (
     serving,
     training_memory,
     training_step,
-    work_of,
+    workload,
 )
 from train_job.training.devices import assumed_rates, device_called, find_device
 from train_job.training.optimizer import Optimizers
@@ -56,9 +56,9 @@ def loss(model: GPT, sequences: int, length: int = LONG) -> Tensor:
         return model(tokens, tokens)
 
 
-def planned(preset: str, **settings: Any) -> tuple[TrainConfig, Work]:
+def planned(preset: str, **settings: Any) -> tuple[TrainConfig, Workload]:
     config = build_config(dict(preset=preset), settings)
-    return config, work_of(config.model_config(50304), config.context)
+    return config, workload(config.model_config(50304), config.context)
 
 
 # --- sums against real steps ------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_a_real_steps_memory_peaks_where_the_plan_says(family: str):
     before = sum(p.numel() * 4 for p in model.parameters())
     before += sum(tensor.numel() * tensor.element_size() for tensor in optimizers.tensors().values())
     peak = before + max(taken) - taken[0]
-    memory = training_memory(config, work_of(model.config, LONG), 1)
+    memory = training_memory(config, workload(model.config, LONG), 1)
     expected = memory.total - GPU_RESERVE - (1 - 1 / FRAGMENTATION) * (memory.activations + memory.loss)
     assert expected == pytest.approx(peak, rel=0.25)
 
@@ -304,8 +304,8 @@ def test_a_machine_that_cannot_be_measured_says_why(
         ("--gpu h300", r"gpu is 'h300'; expected here .*\. Did you mean 'h200'\?"),
         ("--gpus 9", r"gpus is 9; expected 1 to 8, since a step has batch_size 8 sequences to divide"),
         ("--gpus 0", "gpus is 0; expected 1 to 8"),
-        ("--precision fp32", "precision is 'fp32', but the plan knows what bf16 takes"),
-        ("--device cpu", "device is 'cpu', but the plan is of what --gpu names"),
+        ("--precision fp32", "precision is 'fp32', but the plan is only for bf16"),
+        ("--device cpu", "device is 'cpu', but the plan is for the device of --gpu"),
         ("--sequence-length 4096", "sequence_length 4096 is more than the model's context_length 256"),
         ("--preset foundry-124m --gpu l4 --load 9 --slots 5000", "slots is 5000; expected at most [0-9]+, since L4"),
         ("--gpus two", "argument --gpus: invalid int value"),

@@ -20,8 +20,7 @@ from train_job.session.exit_code import exit_code
 from train_job.session.finish import ended_with, failure_code
 from train_job.session.history import History, read_history
 from train_job.sweeps.trials import ENDING, Ending, Trial
-from train_job.tracking import client as tracking
-from train_job.tracking.spool import Spool, _Progress, undelivered
+from train_job.tracking.spool import Spool, _Progress, deliver, undelivered
 
 RECORD = {"run_id": "a" * 32, "tracking_uri": "sqlite:///x.db", "text": {"notes.txt": [["s3://b/notes.txt", "1"]]}}
 DAMAGED = {
@@ -190,7 +189,7 @@ def test_a_damaged_spool_is_delivered_but_for_what_is_damaged(tmp_path: Path) ->
         assert _Progress.read(folder) is None
     (folder / "spool.json").write_text("")
     with pytest.raises(RecordError, match=r"spool\.json is empty"):
-        tracking.deliver(folder)
+        deliver(folder)
     spool = Spool(folder, run_id, uri)
     spool.metrics(4, {"loss": 1.0})
     assert spool.close(60) == 0

@@ -27,8 +27,17 @@ from gptcore.package import Package, open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.tokenizer import load_tokenizer
 from tests.ports import free_port
-from train_job.tracking import client as tracking
-from train_job.tracking.registry import Candidate, Champion, Published, Validation, _pass_gate, decide, pin, publish
+from train_job.tracking import runs as tracking
+from train_job.tracking.registry import (
+    Candidate,
+    Champion,
+    Published,
+    Validation,
+    _decide_and_promote,
+    decide,
+    pin,
+    publish,
+)
 
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz", ".pyc"}
 
@@ -274,7 +283,7 @@ def test_of_many_jobs_that_end_at_the_same_moment_the_best_is_champion(uri: str,
 
     def ask(candidate: Candidate) -> None:
         together.wait()
-        _pass_gate(client(uri), uri, "if-better", candidate, Validation("f1", unasked))
+        _decide_and_promote(client(uri), uri, "if-better", candidate, Validation("f1", unasked))
 
     with ThreadPoolExecutor(len(candidates)) as pool:
         list(pool.map(ask, candidates))
@@ -300,7 +309,7 @@ def test_on_a_server_a_better_model_takes_back_the_alias_that_a_worse_one_took_i
             while self.moves:
                 self.inner.set_registered_model_alias(name, alias, self.moves.pop())
 
-    decision = _pass_gate(Overtaken(), "http://a.server", "if-better", ours, Validation("f1", unasked))
+    decision = _decide_and_promote(Overtaken(), "http://a.server", "if-better", ours, Validation("f1", unasked))
     assert decision.promote
     assert "better than the 1.2000 of champion version 2" in decision.reason
     assert champion_of(uri, "server") == ours.version
@@ -314,7 +323,7 @@ def test_a_champion_that_cannot_be_read_keeps_its_place(uri: str, run_id: str, p
     next(folder.rglob("model.safetensors")).write_bytes(b"cut short")
     published = publish_anew(uri, package, validation(), name="damaged", bits_per_byte=0.5)
     assert not published.promoted
-    assert "champion version 1 cannot be judged" in published.reason
+    assert "champion version 1 cannot be evaluated" in published.reason
     assert "model.safetensors" in published.reason
 
 

@@ -13,7 +13,7 @@ from train_job.config import TrainConfig, build_config
 from train_job.training.checkpoint import Identity, TrainState, load_checkpoint, save_checkpoint
 from train_job.training.storage import (
     RAYS_RECORD,
-    Kept,
+    StoredCheckpoint,
     checkpoints,
     drop,
     drop_all_but,
@@ -77,7 +77,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_what_it
     step, weight, said = gone_on_from(config)
     assert (step, weight) == (60, 60.0)
     [line] = said
-    assert line.startswith("stepped over a checkpoint: ")
+    assert line.startswith("skipped a checkpoint: ")
     assert str(saved[-1] / name) in line
 
 
@@ -86,7 +86,7 @@ def test_a_step_that_was_altered_in_state_json_is_noticed(config: TrainConfig, s
     state.write_text(state.read_text().replace('"step": 80', '"step": 90'))
     step, _, [line] = gone_on_from(config)
     assert step == 60
-    assert "it was altered" in line
+    assert "it was changed" in line
 
 
 def test_folders_that_are_gone_empty_or_half_there_are_stepped_over(config: TrainConfig, saved: list[Path]) -> None:
@@ -102,7 +102,9 @@ def test_folders_that_are_gone_empty_or_half_there_are_stepped_over(config: Trai
 def test_without_a_whole_checkpoint_the_newest_ones_damage_is_named(config: TrainConfig, saved: list[Path]) -> None:
     for path in saved:
         cut(path / "model.safetensors")
-    with pytest.raises(DamagedCheckpoint, match=r"no checkpoint of this run is whole: .*000080/model\.safetensors"):
+    with pytest.raises(
+        DamagedCheckpoint, match=r"all checkpoints of this run are damaged: .*000080/model\.safetensors"
+    ):
         gone_on_from(config)
 
 
@@ -112,7 +114,7 @@ def test_a_run_without_checkpoints_begins_at_its_beginning(config: TrainConfig) 
 
 def test_a_checkpoint_of_another_run_is_no_damage(config: TrainConfig, saved: list[Path]) -> None:
     other = Identity(model="x" * 64, tokenizer="t" * 64, data="d" * 64)
-    with pytest.raises(CheckpointError, match="of another model") as caught:
+    with pytest.raises(CheckpointError, match="with another model") as caught:
         first_whole(checkpoints(config), lambda folder: load_checkpoint(folder, other))
     assert not isinstance(caught.value, DamagedCheckpoint)
 
@@ -131,7 +133,7 @@ def test_what_is_superseded_is_neither_the_used_one_nor_that_before_nor_the_best
     config: TrainConfig, saved: list[Path]
 ) -> None:
     found = checkpoints(config)
-    by_step: dict[int, Kept] = {kept.step: kept for kept in found}
+    by_step: dict[int, StoredCheckpoint] = {kept.step: kept for kept in found}
     assert [kept.step for kept in superseded(found, by_step[80])] == [20]
     assert [kept.step for kept in superseded(found, by_step[60])] == [20]
     assert [kept.step for kept in superseded(found, by_step[40])] == []

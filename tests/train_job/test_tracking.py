@@ -15,14 +15,18 @@ import pytest
 
 from gptcore.config import ModelConfig
 from gptcore.errors import TrainingError
+from gptcore.home import tracking_uri
 from gptcore.hub import resolve
 from gptcore.model import GPT
 from gptcore.package import open_package, save_package
 from gptcore.tokenizer import load_tokenizer
 from tests.ports import free_port
-from train_job.tracking import client as tracking
-from train_job.tracking.client import DatasetUse, SystemMetrics
+from train_job.tracking import runs as tracking
+from train_job.tracking import spool as spooling
+from train_job.tracking.__main__ import main
+from train_job.tracking.client import artifact_root, check_server
 from train_job.tracking.registry import Validation, publish
+from train_job.tracking.runs import DatasetUse, SystemMetrics
 from train_job.tracking.spool import Spool, undelivered
 
 CONFIG = {"preset": "quick", "learning_rate": 3e-3, "model": {"hidden_size": 256}, "name": None}
@@ -154,7 +158,7 @@ def test_a_batch_sent_twice_is_kept_once(database: str, tmp_path: Path):
     assert spool.close(60) == 0
     state = json.loads((tmp_path / "delivered.json").read_text())
     (tmp_path / "delivered.json").write_text(json.dumps(state | {"offset": 0}))  # killed before it could remember
-    assert tracking.main(["deliver", str(tmp_path)]) == 0
+    assert main(["deliver", str(tmp_path)]) == 0
     assert len(history(database, run_id, "train/loss")) == 2500
 
 
@@ -243,7 +247,7 @@ def test_git_tags_name_the_commit_and_whether_it_was_changed(tmp_path: Path, mon
     (tmp_path / "a.txt").write_text("one")
     git("add", "a.txt")
     git("commit", "-q", "-m", "one")
-    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "train_job" / "tracking.py"))
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "train_job" / "tracking" / "runs.py"))
     tags = tracking.source_tags()
     assert (tags["mlflow.source.git.commit"], tags["git.dirty"]) == (git("rev-parse", "HEAD"), "false")
     (tmp_path / "a.txt").write_text("two")
@@ -303,12 +307,12 @@ def test_delivering_takes_the_password_from_the_environment(tmp_path: Path, monk
         asked.append(uri)
         raise TrainingError("away")
 
-    monkeypatch.setattr(tracking, "check_server", away)
+    monkeypatch.setattr(spooling, "check_server", away)
     spool = {"run_id": "0" * 32, "tracking_uri": "http://host:5000"}
     (tmp_path / "spool.json").write_text(json.dumps(spool))
     for environment in ("http://me:secret@host:5000", "http://me:secret@elsewhere"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
-        assert tracking.main(["deliver", str(tmp_path)]) == 2
+        assert main(["deliver", str(tmp_path)]) == 2
     assert asked == ["http://me:secret@host:5000", "http://host:5000"]
 
 
@@ -323,12 +327,12 @@ def test_a_server_that_accepts_but_never_answers_is_given_up():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(TrainingError, match="no tracking server answers"):
-            tracking.check_server(f"http://127.0.0.1:{port}", timeout_s=0.3)
+            check_server(f"http://127.0.0.1:{port}", timeout_s=0.3)
 
 
 def test_a_tracking_uri_of_no_known_kind_is_refused():
     with pytest.raises(TrainingError, match=r"expected http\(s\)"):
-        tracking.check_server("./mlruns")
+        check_server("./mlruns")
 
 
 def test_a_deleted_experiment_is_named_with_its_cure(database: str):
@@ -340,20 +344,20 @@ def test_a_deleted_experiment_is_named_with_its_cure(database: str):
 
 
 def test_delivering_a_folder_that_is_no_spool_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert tracking.main(["deliver", str(tmp_path)]) == 2
-    assert "is no spool" in capsys.readouterr().err
+    assert main(["deliver", str(tmp_path)]) == 2
+    assert "is not a spool" in capsys.readouterr().err
 
 
 def test_the_tracking_uri_is_absolute_and_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("GPT_FOUNDRY_HOME", "here")
-    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/here/mlflow/mlflow.db"
+    assert tracking_uri() == f"sqlite:///{tmp_path}/here/mlflow/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
-    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/mine.db"
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mine.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking.tracking_uri() == "http://127.0.0.1:5000"
-    assert tracking.artifact_root(tracking.tracking_uri()) is None
+    assert tracking_uri() == "http://127.0.0.1:5000"
+    assert artifact_root(tracking_uri()) is None
 
 
 def test_system_metrics_reach_the_run(database: str, tmp_path: Path):
@@ -380,7 +384,7 @@ def test_a_table_is_marked_as_one_for_the_ui(database: str, tmp_path: Path):
 
 
 def test_importing_tracking_does_not_import_mlflow():
-    code = "import sys, train_job.tracking.client; print('mlflow' in sys.modules)"
+    code = "import sys, train_job.tracking.runs; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -389,7 +393,7 @@ def test_a_database_that_is_none_is_named_before_anything_is_begun(tmp_path: Pat
     (tmp_path / "notes.txt").write_text("no database")
     for path, problem in ((tmp_path, "is a folder, expected a file"), (tmp_path / "notes.txt", "is not an SQLite")):
         with pytest.raises(TrainingError, match=problem):
-            tracking.check_server(f"sqlite:///{path}")
+            check_server(f"sqlite:///{path}")
 
 
 def test_a_database_that_never_answers_is_given_up_in_time() -> None:
@@ -397,4 +401,4 @@ def test_a_database_that_never_answers_is_given_up_in_time() -> None:
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises(TrainingError, match=r"no answer within 0\.5 s"),
     ):
-        tracking.check_server(f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x", timeout_s=0.5)
+        check_server(f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x", timeout_s=0.5)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from train_job.config import TrainConfig
+from train_job.data.fetch import Origin
 from train_job.data.inputs import Inputs, prepare_inputs
-from train_job.data.remote import Origin
 
 
 def prepare_on_cluster(

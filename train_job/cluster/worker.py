@@ -34,13 +34,13 @@ from train_job.data.corpus import Corpus
 from train_job.data.inputs import build_model, cache_dir, shard_store
 from train_job.data.shards import prepare
 from train_job.files import read_json, storage_problem, written_whole
-from train_job.tracking.client import PEAK, SystemMetrics
+from train_job.tracking.runs import PEAK, SystemMetrics
 from train_job.tracking.spool import Spool
-from train_job.training.checkpoint import Identity, load_checkpoint, save_checkpoint, unsaved
+from train_job.training.checkpoint import Identity, load_checkpoint, save_checkpoint, save_problem
 from train_job.training.events import CheckpointDue, Evaluation, Event, Progress
 from train_job.training.hardware import peak_memory_mb
 from train_job.training.loop import Trainer
-from train_job.training.storage import Kept, checkpoints, first_whole, superseded
+from train_job.training.storage import StoredCheckpoint, checkpoints, first_whole, superseded
 
 STOP_LOOK_SECONDS = 0.1
 UNJUDGED = 1e30
@@ -181,7 +181,7 @@ def _restore(spec: WorkerSpec, trainer: Trainer, identity: Identity) -> None:
             trainer.restore(load_checkpoint(folder, identity))
 
 
-def _remove(checkpoints: list[Kept], say: Callable[[str], None]) -> None:
+def _remove(checkpoints: list[StoredCheckpoint], say: Callable[[str], None]) -> None:
     """Removes checkpoints of an earlier worker, which this Ray Train does not know."""
     for kept in checkpoints:
         try:
@@ -197,7 +197,7 @@ def _report(event: CheckpointDue, folder: Path | None, config: TrainConfig) -> N
         # Ray stores metrics as JSON, which has no infinity.
         ray.train.report({"val_loss": min(event.loss, UNJUDGED), "step": event.step}, checkpoint=checkpoint)
     except OSError as error:
-        raise (unsaved(error, config.storage_path) or error) from None
+        raise (save_problem(error, config.storage_path) or error) from None
 
 
 def _from_rank_0(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Text in, tokens out: what a user named becomes pieces, pieces become token shards, shards become batches."""
+"""Text in, tokens out: a corpus becomes pieces, pieces become token shards, shards become batches."""

@@ -1,8 +1,8 @@
-"""(seed, step) -> batch: which tokens step N sees, whatever the world size.
+"""(seed, step) -> batch: which tokens step N sees, for any world size.
 
-In comes a TokenSet and a seed, out go (x, y) pairs of token ids. Nothing is drawn from a generator that moves: a
-training batch is computed from the seed and the step alone, so a resumed run, or one that lost a node, sees the
-same tokens in the same order. Validation is not sampled at all: every token is a target exactly once.
+In: a TokenSet and a seed. Out: (x, y) pairs of token ids. There is no random generator with state: a training batch is
+computed from the seed and the step alone, so a resumed run, or one that lost a node, sees the same tokens in the same
+order. Validation is not sampled: every token is a target exactly once.
 """
 
 import math
@@ -17,13 +17,13 @@ from gptcore.model import IGNORE
 from train_job.data.shards import TokenSet
 
 ROUNDS = 8
-"""Feistel rounds: four are enough for long epochs (Luby and Rackoff 1988), but in one of ten windows show a bias."""
+"""Feistel rounds. Four are enough for long epochs (Luby and Rackoff 1988), but are biased with only ten windows."""
 GOLDEN = 0x9E3779B97F4A7C15
 """2**64 over the golden ratio: splitmix64's step from one hash to the next."""
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """Hashes uint64 to uint64, bijectively: the finaliser of splitmix64 (Steele et al. 2014)."""
+    """Hashes uint64 to uint64, bijectively, with the finaliser of splitmix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -36,10 +36,10 @@ def epoch_keys(seed: int, epochs: np.ndarray, purpose: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where the permutation of range(size) chosen by keys (n,) sends index (n,), in memory O(n) whatever the size.
+    """Maps index (n,) by the permutation of range(size) that keys (n,) choose, in O(n) memory for any size.
 
-    A Feistel network over pairs below ceil(sqrt(size)), so its domain is hardly larger than `size`; what falls
-    outside walks on until it is inside (Black and Rogaway 2002).
+    A Feistel network over pairs below ceil(sqrt(size)), so its domain is hardly larger than `size`; an image
+    outside is permuted again until it is inside (Black and Rogaway 2002).
     """
     side = np.uint64(math.isqrt(size - 1) + 1)
     left, right = np.divmod(index, side)
@@ -53,7 +53,7 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def share(size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The [start, end) of `size` rows that belong to `rank`; shares differ by at most one row."""
+    """The rows [start, end) of `size` rows that belong to `rank`; shares differ by at most one row."""
     return size * rank // world_size, size * (rank + 1) // world_size
 
 
@@ -74,7 +74,7 @@ class Batches:
         for name, value in (("context_length", context_length), ("batch_size", batch_size), ("stride", stride)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; expected at least 1")
-        self.starts = tokens.num_tokens - context_length  # places where a window can start
+        self.starts = tokens.num_tokens - context_length  # positions where a window can start
         if self.starts < 1:
             raise CorpusError(
                 f"the training text has {tokens.num_tokens} tokens, fewer than context_length {context_length} + 1; "
@@ -86,16 +86,11 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps after which every window was seen once."""
+        """Steps in which every window is seen once."""
         return self.windows / self.batch_size
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Targets in one global batch."""
-        return self.batch_size * self.context_length
-
     def window_starts(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """Where in the stream the rank's windows of global batch `step` start, int64 (b,)."""
+        """Positions in the stream where the rank's windows of global batch `step` start, int64 (b,)."""
         first, last = share(self.batch_size, rank, world_size)
         sample = np.arange(first, last, dtype=np.uint64) + np.uint64(step * self.batch_size)
         epoch, index = np.divmod(sample, np.uint64(self.windows))
@@ -115,7 +110,7 @@ def validation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The rank's share of the whole stream as (x, y), int64 (b, T) each, b <= batch_size.
 
-    Windows do not overlap: over all ranks every token but the stream's first is a target exactly once. The last
+    Windows do not overlap: over all ranks every token except the first is a target exactly once. The last
     window is padded, its spare targets are IGNORE.
     """
     T, targets = context_length, tokens.num_tokens - 1

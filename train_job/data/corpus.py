@@ -1,9 +1,9 @@
-"""Where text comes from: what the user named goes in, an ordered list of pieces of text comes out.
+"""Opens a corpus: the user's `data` setting goes in, an ordered list of pieces of text comes out.
 
-A corpus is built in, a known download, or a file, a folder or a glob, here or behind a URL; what a file holds is told
-by `formats`. Opening a corpus reads every file once, in pieces: it is hashed, checked to be text, and cut into pieces
-small enough to tokenise in parallel. What was learned about a big file is kept in the cache. No text is held: a corpus
-is places, and a 10 GB file costs no more memory than a small one.
+A corpus is built in, a known download, or a file, a folder or a glob, local or at a URL; `formats` detects what a file
+contains. Opening a corpus reads every file once: it is hashed, checked to be text, and cut into pieces small enough to
+tokenise in parallel. The result for a big file is cached. A corpus holds no text, only positions in files, so a 10 GB
+file takes no more memory than a small one.
 """
 
 import glob
@@ -20,14 +20,14 @@ from urllib.parse import urlsplit
 from gptcore.errors import ConfigError, CorpusError, did_you_mean
 from gptcore.home import expanded
 from train_job.data import formats
-from train_job.data.folders import LeftOut, files_below, files_matching, told
+from train_job.data.fetch import Origin, copy_name, download, fetch_all, in_store, list_objects
+from train_job.data.folders import LeftOut, files_below, files_matching, summarize
 from train_job.data.formats import HEAD_BYTES, NotText
 from train_job.data.pieces import PIECE_BYTES, Piece, Scan, builtin_piece, cut_piece, scan
-from train_job.data.remote import Origin, copies, in_store, listed
-from train_job.files import copy_name, download, sha256, written_whole
+from train_job.files import sha256, written_whole
 
 MEMO_BYTES = 8 * 2**20
-"""Files from this size on are scanned once and remembered; scanning a smaller one is as quick as remembering it."""
+"""The scan of a file of this size or more is cached; scanning a smaller one is as fast as reading the cache."""
 SCAN_FORMAT = 2
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -37,7 +37,7 @@ WEB = ("http://", "https://")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text as an ordered tuple of pieces; `origins` are the objects that a URL led to, `left_out` what is no text."""
+    """Text as an ordered tuple of pieces; `origins` are the objects at a URL, `left_out` files that are not text."""
 
     name: str
     pieces: tuple[Piece, ...]
@@ -46,21 +46,21 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the text: equal fingerprints mean the same documents in the same order."""
+        """SHA-256 of what determines the text: equal fingerprints mean the same documents in the same order."""
         return hashlib.sha256(json.dumps([piece.identity for piece in self.pieces]).encode()).hexdigest()
 
     @property
     def num_bytes(self) -> int:
-        """Size as the split counts it; the text's exact UTF-8 length is the TokenSet's."""
+        """Size in bytes as the split counts it; the TokenSet has the exact UTF-8 length of the text."""
         return sum(piece.num_bytes for piece in self.pieces)
 
     def documents(self) -> Iterator[str]:
-        """Every document in order; a big text file comes in its pieces."""
+        """Every document in order; a big text file comes in several pieces."""
         for piece in self.pieces:
             yield from piece.documents()
 
     def within(self, cache_dir: Path) -> "Corpus":
-        """The same text for a machine that has its cache there: copies are looked for, and fetched, in it."""
+        """The same corpus with the paths of copies moved to another machine's cache."""
         root = cache_dir.absolute()
         moved = (
             replace(piece, path=str(root.joinpath(*Path(piece.path).parts[-2:]))) if piece.origin else piece
@@ -77,15 +77,15 @@ def open_corpus(
     begun: Sequence[Origin] = (),
     separator: str = "",
 ) -> Corpus:
-    """The corpus that `data` names: builtin, shakespeare, or a file, folder or glob, here or behind a URL.
+    """Opens the corpus `data`: builtin, shakespeare, or a file, folder or glob, local or at a URL.
 
-    Without `refresh`, a web page that was downloaded before is taken as it was then, whatever is there now. `begun` are
-    the objects, in their states, to take from a store instead of those that it has now. A document ends where the
-    characters `separator` stand. Among several files, those that are no text are left out. Raises CorpusError if there
-    is no text, or if it is empty or not text.
+    Without `refresh`, a web page that was downloaded before is not checked for changes. `begun` are the objects, with
+    their states, that a resumed run started with; they are used instead of what the store lists now. A document ends at
+    the string `separator`. Among several files, those that are not text are left out. Raises CorpusError if there is no
+    text.
     """
     if not data:
-        raise CorpusError(f"no corpus was named; expected {', '.join(NAMED)}, a path, a glob or a URL")
+        raise CorpusError(f"no corpus given; expected {', '.join(NAMED)}, a path, a glob or a URL")
     if data == "builtin":
         return Corpus(data, (builtin_piece(),))
     objects: Sequence[Origin] = ()
@@ -93,11 +93,11 @@ def open_corpus(
     sources: list[tuple[Path, Origin | None]]
     try:
         if in_store(data):
-            objects = begun or listed(data)
+            objects = begun or list_objects(data)
             several = [origin.url for origin in objects] != [data]
             if several and not begun:
                 objects, left = textual(objects, data)
-            sources = list(zip(copies(objects, cache_dir), objects, strict=True))
+            sources = list(zip(fetch_all(objects, cache_dir), objects, strict=True))
         else:
             paths, left, several = locate(data, cache_dir, refresh)
             origin = Origin(data) if data.startswith(WEB) else None
@@ -120,12 +120,12 @@ def open_corpus(
         raise CorpusError(f"cannot read {error.filename or data}: {error.strerror or error}") from error
     if not pieces:
         empty = "every document in it is empty" if any(path.stat().st_size for path, _ in sources) else "it is empty"
-        raise CorpusError(f"{data} holds no text: {f'left out are {told(left)}' if left else empty}")
+        raise CorpusError(f"{data} holds no text: {f'left out are {summarize(left)}' if left else empty}")
     return Corpus(data, tuple(pieces), tuple(objects), tuple(left))
 
 
 def textual(objects: Sequence[Origin], data: str) -> tuple[list[Origin], list[LeftOut]]:
-    """The objects that may be text, and those whose names say that they are none: these need not be fetched."""
+    """Separates objects that may be text from those whose names say they are not, which need not be fetched."""
     found = [(origin, formats.known_by_name(origin.url)) for origin in objects]
     root = f"{data.rstrip('/')}/"
     left = [LeftOut(origin.url.removeprefix(root), what) for origin, what in found if what]
@@ -133,15 +133,15 @@ def textual(objects: Sequence[Origin], data: str) -> tuple[list[Origin], list[Le
 
 
 def shown_name(path: Path, origin: Origin | None, data: str) -> str:
-    """What a list calls one of the corpus's files: its place below what was named, or else the whole of it."""
+    """A file's name in a list: its path relative to `data`, or else its whole path."""
     whole, root = origin.url if origin else str(path), data if origin else str(Path(data).expanduser().absolute())
     return whole.removeprefix(f"{root.rstrip('/')}/")
 
 
 def locate(data: str, cache_dir: Path, refresh: bool = True) -> tuple[list[Path], list[LeftOut], bool]:
-    """The files behind `data` in order, what is left out, and whether it named several rather than one of them.
+    """The files that `data` names, what is left out, and whether `data` is a folder or glob.
 
-    Downloads what is not there yet or, with `refresh`, has changed.
+    Downloads what is missing or, with `refresh`, has changed.
     """
     if data == "shakespeare":
         return [shakespeare(cache_dir)], [], False
@@ -161,11 +161,9 @@ def locate(data: str, cache_dir: Path, refresh: bool = True) -> tuple[list[Path]
             raise CorpusError(f"the folder {data} holds no files")
         return files, left, True
     if path.exists():
-        raise CorpusError(f"{data} is neither a file nor a folder; write what it gives to a file and name that")
+        raise CorpusError(f"{data} is neither a file nor a folder; save its content as a file and give that")
     if path.is_symlink():
-        raise CorpusError(f"{data} is a link to {os.readlink(path)}, which is not there")
-    if path.exists():
-        raise CorpusError(f"{data} is neither a file nor a folder")
+        raise CorpusError(f"{data} is a link to {os.readlink(path)}, which does not exist")
     if glob.has_magic(data):
         files, left = files_matching(str(path))
         if not files and not left:
@@ -179,7 +177,7 @@ def locate(data: str, cache_dir: Path, refresh: bool = True) -> tuple[list[Path]
 
 
 def shakespeare(cache_dir: Path) -> Path:
-    """Tiny Shakespeare (Karpathy 2015): from the folder $GPT_FOUNDRY_DATA, the cache, or the network."""
+    """Tiny Shakespeare (Karpathy 2015), from the folder $GPT_FOUNDRY_DATA, the cache, or the network."""
     folder = os.environ.get("GPT_FOUNDRY_DATA")
     path = Path(folder or "").absolute() / "tinyshakespeare.txt"
     if not (folder and path.is_file()):
@@ -188,7 +186,7 @@ def shakespeare(cache_dir: Path) -> Path:
             download(SHAKESPEARE_URL, path)
         except CorpusError as error:
             raise CorpusError(
-                f"{error}; offline, set GPT_FOUNDRY_DATA to a folder that holds tinyshakespeare.txt, or use builtin"
+                f"{error}; offline, set GPT_FOUNDRY_DATA to a folder that contains tinyshakespeare.txt, or use builtin"
             ) from error
     found = sha256(path)
     if found != SHAKESPEARE_SHA256:
@@ -199,7 +197,7 @@ def shakespeare(cache_dir: Path) -> Path:
 
 
 def open_file(path: Path, origin: Origin | None, column: str, separator: str, cache_dir: Path) -> list[Piece]:
-    """The pieces of one file; none if it is empty. Raises CorpusError if it is not what its name says."""
+    """The pieces of one file; none if it is empty. Raises CorpusError if it is not text in the expected form."""
     label = origin.url if origin else str(path)
     with open(path, "rb") as file:
         packed = formats.packing(path.name, file.read(HEAD_BYTES))
@@ -214,19 +212,19 @@ def open_file(path: Path, origin: Origin | None, column: str, separator: str, ca
         if size
     ]
     if kind == "jsonl" and pieces:
-        next(pieces[0].documents(), None)  # a wrong column or format shows at once, not in mid-work
+        next(pieces[0].documents(), None)  # finds a wrong column or format now
     return pieces
 
 
 def kind_of(path: Path, label: str, column: str) -> str:
-    """The kind of a file that is not packed. Raises CorpusError."""
+    """The kind of an uncompressed file. Raises CorpusError."""
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     return formats.kind_of(path.name, label, head, column, inside=lambda: formats.zip_names(str(path)))
 
 
 def unpacked_copy(path: Path, label: str, column: str, cache_dir: Path) -> Path:
-    """The packed file's content as a file in the cache. Raises CorpusError, if it is no text before it is unpacked."""
+    """Decompresses the file into the cache. Raises CorpusError, before that, if the content is not text."""
     target = cache_dir.absolute() / "unpacked" / f"{stamp(path)}-{formats.bare(path.name)}"
     if not target.exists():
         with open(path, "rb") as packed, formats.unpacked(packed, label) as content:
@@ -239,7 +237,7 @@ def unpacked_copy(path: Path, label: str, column: str, cache_dir: Path) -> Path:
 
 
 def remembered_scan(path: Path, kind: str, column: str, separator: str, label: str, cache_dir: Path) -> Scan:
-    """Scans the file, or recalls the scan of a big file that has not changed since."""
+    """Scans the file, or reads the cached scan of a big file that has not changed."""
     big = path.stat().st_size >= MEMO_BYTES
     how: list[str | int] = [SCAN_FORMAT, kind, column, separator, PIECE_BYTES]
     memo = cache_dir.absolute() / "scans" / f"{stamp(path, *how)}.json"
@@ -253,17 +251,17 @@ def remembered_scan(path: Path, kind: str, column: str, separator: str, label: s
 
 
 def stamp(path: Path, *more: str | int) -> str:
-    """A name for what was learned about a file: it changes with the file's path, size and time of change."""
+    """A cache key for a file: it changes with the file's path, size and modification time."""
     status = path.stat()
     facts = [str(path), status.st_size, status.st_mtime_ns, *more]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def split(corpus: Corpus, val_fraction: float) -> tuple[Corpus, Corpus]:
-    """Training and validation split; the second is the last `val_fraction` of the bytes.
+    """Splits into training and validation; validation is the last `val_fraction` of the bytes.
 
-    The cut goes back to the start of the character (text), line (jsonl) or row (Parquet) it falls into. Raises
-    ConfigError for a fraction outside (0, 1), CorpusError if one side would have no text.
+    The cut moves back to the start of the character (text), line (jsonl) or row (Parquet) it falls into. Raises
+    ConfigError for a fraction outside (0, 1), CorpusError if either side would have no text.
     """
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}; expected more than 0 and less than 1")
@@ -278,7 +276,7 @@ def split(corpus: Corpus, val_fraction: float) -> tuple[Corpus, Corpus]:
         seen += piece.num_bytes
     if not train or not val:
         raise CorpusError(
-            f"{corpus.name} is too small: {corpus.num_bytes} bytes cannot be parted to hold back "
+            f"{corpus.name} is too small: {corpus.num_bytes} bytes cannot be split to keep "
             f"{val_fraction:.0%} for validation. Give more documents, another --val-fraction, or --val-data"
         )
     return replace(corpus, pieces=tuple(train)), replace(corpus, pieces=tuple(val))

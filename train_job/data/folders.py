@@ -1,6 +1,6 @@
-"""The files in a folder, or those that a glob matches: links are followed, each real file comes once.
+"""Lists the files in a folder or matching a glob; follows links and lists each real file once.
 
-In: a path or pattern. Out: the files in the order of their names, and what was left out with the reason.
+In: a path or pattern. Out: the files sorted by name, and what was left out, with the reason.
 """
 
 import glob
@@ -12,28 +12,28 @@ from functools import lru_cache
 from pathlib import Path
 
 SHOWN = 10
-"""So many names are listed of what was left out; of the others the number is said."""
+"""The most left-out files that are named; the rest are counted."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that is no part of the text, by its name, and why."""
+    """A file that is left out of the text, and why."""
 
     name: str
     why: str
 
 
 def files_below(root: Path) -> tuple[list[Path], list[LeftOut]]:
-    """Every file below the folder but hidden ones, and what is none. Raises OSError if a folder cannot be read."""
+    """Files below the folder, without hidden ones, and what was left out. Raises OSError for an unreadable folder."""
     return _once(_below(root.absolute()), root.absolute())
 
 
 def files_matching(pattern: str) -> tuple[list[Path], list[LeftOut]]:
-    """Every file that the glob matches, and what is none."""
+    """Files that the glob matches, and what was left out."""
     parts = Path(pattern).absolute().parts
     fixed = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     rest = parts[fixed:]
-    if "**" in rest and not any(part.startswith(".") for part in rest):  # glob walks round in circles of links
+    if "**" in rest and not any(part.startswith(".") for part in rest):  # glob does not stop at circular links
         root = Path(*parts[:fixed])
         below = _below(root) if root.is_dir() else iter(())
         found = (path for path in below if _matches(path.relative_to(root).parts, rest))
@@ -43,7 +43,7 @@ def files_matching(pattern: str) -> tuple[list[Path], list[LeftOut]]:
 
 
 def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the glob's parts match the path's; ** stands for any number of folders."""
+    """Whether the glob's parts match the path's; ** matches any number of folders."""
     if not pattern:
         return not names
     if pattern[0] == "**":
@@ -52,7 +52,7 @@ def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _below(root: Path) -> Iterator[Path]:
-    """What is in the folder and those below it. Linked folders come last: a real place is better than a linked one."""
+    """Everything in the folder and below it. Linked folders come last, so that a file's real path is preferred."""
     entered: set[str] = set()
     folders = [root]
     while folders:
@@ -74,7 +74,7 @@ def _raise(error: OSError) -> None:
 
 
 def _once(paths: Iterable[Path], root: Path) -> tuple[list[Path], list[LeftOut]]:
-    """The real files among the paths, each by the name with the fewest links in it, in order; and what is none."""
+    """The distinct real files, each under its path with the fewest links, sorted; and what was left out."""
     kept: dict[str, Path] = {}
     left: list[LeftOut] = []
     for path in sorted(paths, key=lambda path: (links_in(path), path.relative_to(root))):
@@ -82,25 +82,27 @@ def _once(paths: Iterable[Path], root: Path) -> tuple[list[Path], list[LeftOut]]
             kept.setdefault(os.path.realpath(path), path)
         else:
             why = (
-                f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "neither file nor folder"
+                f"a link to {os.readlink(path)}, which does not exist"
+                if path.is_symlink()
+                else "neither file nor folder"
             )
             left.append(LeftOut(str(path.relative_to(root)), why))
     return sorted(kept.values(), key=lambda path: path.relative_to(root)), left
 
 
 def links_in(path: Path) -> int:
-    """How many links are followed on the way to the file."""
+    """The number of links on the path to the file."""
     return path.is_symlink() + links_to(path.parent)
 
 
 @lru_cache(maxsize=4096)
 def links_to(folder: Path) -> int:
-    """The same for its folder."""
+    """The number of links on the path to the folder."""
     return links_in(folder) if folder != folder.parent else 0
 
 
-def told(left: Sequence[LeftOut]) -> str:
-    """How many were left out and why, in one line: `2 files: a.png (a PNG picture), b (empty)`."""
+def summarize(left: Sequence[LeftOut]) -> str:
+    """The left-out files in one line: `2 files: a.png (a PNG picture), b (empty)`."""
     names = ", ".join(f"{file.name} ({file.why})" for file in left[:SHOWN])
     more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
     return f"{len(left)} {'file' if len(left) == 1 else 'files'}: {names}{more}"

@@ -1,7 +1,7 @@
-"""What a file holds, told by its name and its first bytes: text in some form, packed or not, or what is no text.
+"""Detects a file's format by its name and first bytes: some form of text, compressed or not, or not text.
 
-In: a name and bytes. Out: the kind by which `pieces` reads the file and a stream that is unpacked, or a CorpusError
-that names what the file really is and what to do with it.
+In: a name and bytes. Out: the kind that tells `pieces` how to read the file, and a decompressed stream, or a
+CorpusError that says what the file is and what to do with it.
 """
 
 import bz2
@@ -23,7 +23,7 @@ from typing import IO, Any
 from gptcore.errors import CorpusError
 
 HEAD_BYTES = 2**16
-"""So many first bytes are looked at."""
+"""The number of first bytes that are examined."""
 FORMS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines"), "jsonl"),
     **dict.fromkeys((".parquet", ".parq", ".pq"), "parquet"),
@@ -31,14 +31,14 @@ FORMS = {
     ".csv": "csv",
     **dict.fromkeys((".tsv", ".tab"), "tsv"),
 }
-"""The kind that a name's suffix stands for; any other name is that of plain text, unless its content says more."""
+"""The kind of each suffix; other names mean plain text, unless the content says otherwise."""
 PLAIN = frozenset({".txt", ".text", ".md", ".rst"})
-"""Suffixes that claim plain text, whatever it looks like."""
+"""Suffixes that always mean plain text."""
 EXPECTED = "expected UTF-8 text, JSON lines, JSON, CSV, TSV or Parquet"
 
 
 class NotText(CorpusError):
-    """A file that is no text and does not claim to be; `what` it is. Among others it can be left out."""
+    """A file that is not text, by name or content; `what` it is. Among several files it is left out."""
 
     def __init__(self, message: str, what: str) -> None:
         super().__init__(message, what)
@@ -50,7 +50,7 @@ class NotText(CorpusError):
 
 @dataclass(frozen=True)
 class Packing:
-    """A way to make one file smaller, known by suffix or first bytes; `opened` gives the content of a stream."""
+    """A compression format, recognised by suffix or first bytes; `opened` decompresses a stream."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -59,12 +59,12 @@ class Packing:
 
 
 def zstd_opened(packed: IO[bytes]) -> IO[bytes]:
-    """The content of a stream of zstd frames, as a buffered reader."""
+    """Decompresses a stream of zstd frames, as a buffered reader."""
     return io.BufferedReader(Zstd(packed), HEAD_BYTES)
 
 
 class Zstd(io.RawIOBase):
-    """What a stream of zstd frames holds. Raises EOFError if the last one is cut short: the library does not."""
+    """Decompresses zstd frames. Raises EOFError if the last one is truncated, which the library does not."""
 
     def __init__(self, packed: IO[bytes]) -> None:
         import zstandard
@@ -79,7 +79,7 @@ class Zstd(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._content:
             rest = self._frame.unused_data if self._frame and self._frame.eof else b""
-            data = rest or self._packed.read(2**14)  # little: it may grow a thousand times
+            data = rest or self._packed.read(2**14)  # small: it may expand a thousandfold
             if not data:
                 if self._frame and not self._frame.eof:
                     raise EOFError("it ends in the middle of a frame")
@@ -102,7 +102,7 @@ PACKINGS = (
 
 
 def packing(name: str, head: bytes) -> Packing | None:
-    """How a file is packed, by its first bytes or else its name; None if it is not, or has no bytes at all."""
+    """The compression of a file, by its first bytes or else its name; None if it has none or is empty."""
     if not head:
         return None
     by_content = (packing for packing in PACKINGS if packing.magic.match(head))
@@ -110,18 +110,18 @@ def packing(name: str, head: bytes) -> Packing | None:
 
 
 def bare(name: str) -> str:
-    """The name without the suffix of a packing, if it has one."""
+    """The name without a compression suffix."""
     return name[: -len(suffix(name))] if any(suffix(name) in packing.suffixes for packing in PACKINGS) else name
 
 
 def suffix(name: str) -> str:
-    """The last suffix in small letters, with its dot; "" if there is none."""
+    """The last suffix in lower case, with its dot; "" if there is none."""
     return PurePosixPath(name).suffix.lower()
 
 
 @contextmanager
 def unpacked(stream: IO[bytes], name: str) -> Iterator[IO[bytes]]:
-    """The stream's content, unpacked if it is packed. Raises CorpusError if that fails within the block."""
+    """Decompresses the stream if needed. Raises CorpusError if that fails within the block."""
     buffered = io.BufferedReader(stream, HEAD_BYTES)  # type: ignore[type-var]
     how = packing(name, buffered.peek(1))
     if how is None:
@@ -133,7 +133,7 @@ def unpacked(stream: IO[bytes], name: str) -> Iterator[IO[bytes]]:
         with how.opened(buffered) as content:
             yield content
     except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not about what the stream holds
+        if isinstance(error, OSError) and error.errno is not None:  # not about the content
             raise
         raise CorpusError(f"{name} is not a whole {how.name} file: {error}") from error
 
@@ -145,26 +145,26 @@ CONVERT = "Convert it to Parquet or JSON lines"
 
 
 def is_binary(head: bytes) -> bool:
-    """Whether these first bytes have a control character that no text has, or are not UTF-8."""
+    """Whether these first bytes have control characters that text does not have, or are not UTF-8."""
     if re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", head):
         return True
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # a last character may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be incomplete
     except UnicodeDecodeError:
         return True
     return False
 
 
 @dataclass(frozen=True)
-class Known:
-    """Something that is no text, known by suffix or first bytes, and what to do about it."""
+class NonTextFormat:
+    """A format that is not text, recognised by suffix or first bytes, and what to do about it."""
 
     what: str
     suffixes: str
     magic: bytes
     advice: str = LEAVE
     written: bool = False
-    """Whether its first bytes may be characters alone. Else what begins with them as text does is text."""
+    """Whether such a file may consist of characters only; else a file of characters is text despite its first bytes."""
 
     def fits(self, name: str, head: bytes) -> bool:
         by_name = suffix(name) in self.suffixes.split()
@@ -173,46 +173,46 @@ class Known:
         )
 
 
-KNOWN = (
-    Known("a PDF", ".pdf", rb"%PDF-", SAVE, written=True),
-    Known("an RTF document", ".rtf", rb"\{\\rtf", SAVE, written=True),
-    Known("an old Office document", ".doc .xls .ppt", rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", SAVE),
-    Known("a Word document", ".docx .docm", b"", SAVE),
-    Known("an Excel workbook", ".xlsx .xlsm", b"", "Save its sheet as CSV and name that"),
-    Known("a PowerPoint presentation", ".pptx", b"", SAVE),
-    Known("an OpenDocument file", ".odt .ods .odp", b"", SAVE),
-    Known("an e-book", ".epub .mobi .azw3 .djvu", rb".{60}BOOKMOBI", SAVE),
-    Known("a ZIP archive", ".zip .jar .whl", rb"PK(\x03\x04|\x05\x06)", UNPACK),
-    Known("a tar archive", ".tar .tgz .tbz2 .txz .tzst", rb".{257}ustar", UNPACK),
-    Known("a 7z archive", ".7z", rb"7z\xbc\xaf\x27\x1c", UNPACK),
-    Known("a RAR archive", ".rar", rb"Rar!\x1a\x07", UNPACK),
-    Known("an LZ4 file", ".lz4", rb"\x04\x22\x4d\x18", "Unpack it with `lz4 -d`, or pack it with zstd"),
-    Known("a file packed twice", "", rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd", "Unpack it once"),
-    Known("a Brotli, Snappy or compress file", ".br .snappy", rb"\x1f\x9d", "Unpack it, or pack it with zstd"),
-    Known(
+NON_TEXT_FORMATS = (
+    NonTextFormat("a PDF", ".pdf", rb"%PDF-", SAVE, written=True),
+    NonTextFormat("an RTF document", ".rtf", rb"\{\\rtf", SAVE, written=True),
+    NonTextFormat("an old Office document", ".doc .xls .ppt", rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", SAVE),
+    NonTextFormat("a Word document", ".docx .docm", b"", SAVE),
+    NonTextFormat("an Excel workbook", ".xlsx .xlsm", b"", "Save its sheet as CSV and name that"),
+    NonTextFormat("a PowerPoint presentation", ".pptx", b"", SAVE),
+    NonTextFormat("an OpenDocument file", ".odt .ods .odp", b"", SAVE),
+    NonTextFormat("an e-book", ".epub .mobi .azw3 .djvu", rb".{60}BOOKMOBI", SAVE),
+    NonTextFormat("a ZIP archive", ".zip .jar .whl", rb"PK(\x03\x04|\x05\x06)", UNPACK),
+    NonTextFormat("a tar archive", ".tar .tgz .tbz2 .txz .tzst", rb".{257}ustar", UNPACK),
+    NonTextFormat("a 7z archive", ".7z", rb"7z\xbc\xaf\x27\x1c", UNPACK),
+    NonTextFormat("a RAR archive", ".rar", rb"Rar!\x1a\x07", UNPACK),
+    NonTextFormat("an LZ4 file", ".lz4", rb"\x04\x22\x4d\x18", "Unpack it with `lz4 -d`, or pack it with zstd"),
+    NonTextFormat("a file packed twice", "", rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd", "Unpack it once"),
+    NonTextFormat("a Brotli, Snappy or compress file", ".br .snappy", rb"\x1f\x9d", "Unpack it, or pack it with zstd"),
+    NonTextFormat(
         "a Git LFS pointer, not the file itself",
         "",
         rb"version https://git-lfs\.github\.com/",
         "Run `git lfs pull`",
         written=True,
     ),
-    Known("an Arrow file", ".arrow .feather", rb"ARROW1|FEA1", CONVERT),
-    Known("an Avro file", ".avro", rb"Obj\x01", CONVERT),
-    Known("an ORC file", ".orc", b"", CONVERT),
-    Known("a TFRecord file", ".tfrecord .tfrecords", b"", CONVERT),
-    Known("a notebook", ".ipynb", b"", "Convert it: jupyter nbconvert --to markdown"),
-    Known("an SQLite database", ".sqlite .sqlite3", rb"SQLite format 3\0", CONVERT),
-    Known("an HDF5 file", ".h5 .hdf5", rb"\x89HDF", CONVERT),
-    Known("a NumPy file", ".npy .npz", rb"\x93NUMPY"),
-    Known("a model or a pickle", ".pt .pth .pkl .pickle .safetensors .gguf .onnx", rb"GGUF|\x80[\x02-\x05]"),
-    Known("a PNG picture", ".png", rb"\x89PNG"),
-    Known("a JPEG picture", ".jpg .jpeg", rb"\xff\xd8\xff"),
-    Known("a GIF picture", ".gif", rb"GIF8[79]a"),
-    Known("a picture", ".webp .bmp .tif .tiff .ico .heic .avif .psd", rb"RIFF....WEBP|II\*\0|MM\0\*"),
-    Known("sound", ".mp3 .wav .flac .ogg .opus .m4a .aac", rb"ID3[\x02-\x04]|RIFF....WAVE|OggS|fLaC"),
-    Known("a video", ".mp4 .mkv .avi .mov .webm", rb".{4}ftyp|\x1a\x45\xdf\xa3|RIFF....AVI "),
-    Known("a program", ".exe .dll .so .pyc .wasm", rb"\x7fELF|\0asm|\xca\xfe\xba\xbe"),
-    Known("a font", ".ttf .otf .woff .woff2", rb"wOF[F2]|OTTO"),
+    NonTextFormat("an Arrow file", ".arrow .feather", rb"ARROW1|FEA1", CONVERT),
+    NonTextFormat("an Avro file", ".avro", rb"Obj\x01", CONVERT),
+    NonTextFormat("an ORC file", ".orc", b"", CONVERT),
+    NonTextFormat("a TFRecord file", ".tfrecord .tfrecords", b"", CONVERT),
+    NonTextFormat("a notebook", ".ipynb", b"", "Convert it: jupyter nbconvert --to markdown"),
+    NonTextFormat("an SQLite database", ".sqlite .sqlite3", rb"SQLite format 3\0", CONVERT),
+    NonTextFormat("an HDF5 file", ".h5 .hdf5", rb"\x89HDF", CONVERT),
+    NonTextFormat("a NumPy file", ".npy .npz", rb"\x93NUMPY"),
+    NonTextFormat("a model or a pickle", ".pt .pth .pkl .pickle .safetensors .gguf .onnx", rb"GGUF|\x80[\x02-\x05]"),
+    NonTextFormat("a PNG picture", ".png", rb"\x89PNG"),
+    NonTextFormat("a JPEG picture", ".jpg .jpeg", rb"\xff\xd8\xff"),
+    NonTextFormat("a GIF picture", ".gif", rb"GIF8[79]a"),
+    NonTextFormat("a picture", ".webp .bmp .tif .tiff .ico .heic .avif .psd", rb"RIFF....WEBP|II\*\0|MM\0\*"),
+    NonTextFormat("sound", ".mp3 .wav .flac .ogg .opus .m4a .aac", rb"ID3[\x02-\x04]|RIFF....WAVE|OggS|fLaC"),
+    NonTextFormat("a video", ".mp4 .mkv .avi .mov .webm", rb".{4}ftyp|\x1a\x45\xdf\xa3|RIFF....AVI "),
+    NonTextFormat("a program", ".exe .dll .so .pyc .wasm", rb"\x7fELF|\0asm|\xca\xfe\xba\xbe"),
+    NonTextFormat("a font", ".ttf .otf .woff .woff2", rb"wOF[F2]|OTTO"),
 )
 HTML_SUFFIXES = (".html", ".htm", ".xhtml", ".mhtml")
 HTML = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html[\s>])", re.IGNORECASE | re.DOTALL)
@@ -226,17 +226,16 @@ ENCODINGS = (
 
 
 def kind_of(name: str, label: str, head: bytes, column: str, inside: Callable[[], list[str]] = list) -> str:
-    """The kind by which a file of that name and first bytes is read; `inside` names what is in it if it is a ZIP.
+    """The kind of a file with this name and these first bytes; `inside` lists the names in a ZIP archive.
 
-    Raises NotText for what is known to be something else, CorpusError for text in another encoding; messages call the
-    file `label`.
+    Raises NotText for a known other format, CorpusError for text in another encoding; messages call the file `label`.
     """
     name = bare(name)
     if head.startswith(b"PAR1") and (suffix(name) not in PLAIN or is_binary(head)):
         return "parquet"
-    found = next((known for known in KNOWN if known.fits(name, head)), None)
+    found = next((known for known in NON_TEXT_FORMATS if known.fits(name, head)), None)
     if found and found.what == "a ZIP archive":
-        found = next((known for known in KNOWN if known.what == zip_kind(inside())), found)
+        found = next((known for known in NON_TEXT_FORMATS if known.what == zip_kind(inside())), found)
     if found:
         raise NotText(f"{label} is {found.what}; {EXPECTED}. {found.advice}", found.what)
     if encoding := other_encoding(head):
@@ -250,12 +249,12 @@ def kind_of(name: str, label: str, head: bytes, column: str, inside: Callable[[]
 
 
 def known_by_name(name: str) -> str | None:
-    """What a file is, if its name says that it is no text."""
-    return next((known.what for known in KNOWN if known.fits(bare(name), b"")), None)
+    """The format of a file whose name says that it is not text, else None."""
+    return next((known.what for known in NON_TEXT_FORMATS if known.fits(bare(name), b"")), None)
 
 
 def zip_kind(names: list[str]) -> str:
-    """What a ZIP archive with files of these names really is."""
+    """The format of a ZIP archive that contains these names."""
     for start, what in (
         ("word/", "a Word document"),
         ("xl/", "an Excel workbook"),
@@ -270,7 +269,7 @@ def zip_kind(names: list[str]) -> str:
 
 
 def zip_names(path: str) -> list[str]:
-    """The names in a ZIP archive; none if it is not whole."""
+    """The names in a ZIP archive; none if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
@@ -279,7 +278,7 @@ def zip_names(path: str) -> list[str]:
 
 
 def other_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 by its mark, or UTF-16 by the NULs that it has beside each Latin letter."""
+    """Detects UTF-16 or UTF-32 by its byte order mark, or UTF-16 by the NULs next to Latin letters."""
     for mark, encoding in ENCODINGS:
         if head.startswith(mark):
             return encoding
@@ -291,7 +290,7 @@ def other_encoding(head: bytes) -> str | None:
 
 
 def is_json_line(head: bytes, column: str) -> bool:
-    """Whether the first line is an object in JSON with the field `column`."""
+    """Whether the first line is a JSON object with the field `column`."""
     line, newline, _ = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     if not line.startswith(b"{") or not (newline or len(head) < HEAD_BYTES):
         return False
@@ -302,5 +301,5 @@ def is_json_line(head: bytes, column: str) -> bool:
 
 
 def wrong_text(name: str, message: str, what: str) -> CorpusError:
-    """The error for a file that is no UTF-8 text; one whose name does not even claim to be text can be left out."""
+    """The error for a file that is not UTF-8 text: NotText, unless its name says that it is text."""
     return CorpusError(message) if suffix(bare(name)) in (*PLAIN, *FORMS) else NotText(message, what)

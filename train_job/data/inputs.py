@@ -1,7 +1,7 @@
-"""From a config to what the loop eats: tokenizer, token shards, model shape and, when fine-tuning, the parent.
+"""Prepares the inputs of the training loop: tokenizer, token shards, model shape and, for fine-tuning, the parent.
 
-In: a TrainConfig. Out: `Inputs`, and a `GPT` with the run's initial weights. Everything found here is content-addressed
-or pinned, so a worker on another machine, or a resumed run, comes to the same.
+In: a TrainConfig. Out: `Inputs`, and a `GPT` with the run's initial weights. All of them are content-addressed or
+pinned, so a worker on another machine, or a resumed run, gets the same.
 """
 
 import hashlib
@@ -32,20 +32,20 @@ from gptcore.tokenizer import (
 from train_job.config import TrainConfig
 from train_job.data.batches import Batches
 from train_job.data.corpus import Corpus, open_corpus, split
-from train_job.data.folders import told
-from train_job.data.remote import Origin
+from train_job.data.fetch import Origin
+from train_job.data.folders import summarize
 from train_job.data.shards import TokenSet, prepare
 from train_job.files import sweep, written_whole
 
 VOCAB_MULTIPLE = 64
-"""Embedding rows are padded to a multiple of this, which matrix units like; the spare ids are never sampled."""
+"""Embedding rows are padded to a multiple of this for fast matrix products; the extra ids are never sampled."""
 CACHED = ("downloads", "scans", "shards", "tokenizers", "unpacked")
-"""What the cache's folders are called."""
+"""The cache's folders."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from. `parent` is the package it is fine-tuned from, if any; `config` knows what it brings."""
+    """The inputs of a run. `parent` is the package to fine-tune, if any; `config` is resolved with its settings."""
 
     config: TrainConfig
     tokenizer: Tokenizer
@@ -56,18 +56,18 @@ class Inputs:
     model: ModelConfig
     steps_per_epoch: float
     parent: Package | None = None
-    notes: tuple[str, ...] = ()  # what whoever asked for the run should know of its text
+    notes: tuple[str, ...] = ()  # remarks on the text for the user
 
 
 def cache_dir(config: TrainConfig) -> Path:
-    """Where token shards, learned tokenizers and downloads are kept."""
+    """The folder of token shards, learned tokenizers and downloads."""
     if not config.cache_dir or shard_store(config):
         return home() / ".cache"
     return expanded(config.cache_dir).absolute()
 
 
 def shard_store(config: TrainConfig) -> str | None:
-    """The URL through which machines share token shards, if cache_dir is one; each keeps a copy in its own cache."""
+    """The URL where machines share token shards, if cache_dir is one; each also has a copy in its own cache."""
     return config.cache_dir if config.cache_dir and "://" in config.cache_dir else None
 
 
@@ -79,8 +79,8 @@ def prepare_inputs(
 ) -> Inputs:
     """Opens, splits and tokenises the corpus; `mapper` runs tokenising in parallel.
 
-    `refresh` is `open_corpus`'s, and so is `begun`, by what the corpus is called. Raises CorpusError,
-    TokenizerError, PackageError, HubError or ConfigError: whatever is wrong is found here.
+    `refresh` and `begun` (by corpus name) are passed to `open_corpus`. Raises CorpusError, TokenizerError,
+    PackageError, HubError or ConfigError: all wrong input is found here.
     """
     cache = cache_dir(config)
     if not config.use_gpu:
@@ -114,7 +114,7 @@ def prepare_inputs(
         if len(tokenizer.encode(prompt)) >= shape.context_length:
             raise ConfigError(
                 f"the sample prompt {prompt[:40]!r} has {len(tokenizer.encode(prompt))} tokens; the model's context "
-                f"of {shape.context_length} leaves no room for an answer"
+                f"of {shape.context_length} leaves no room for a continuation"
             )
     store = shard_store(config)
     tokens, judge = (prepare(corpus, tokenizer, cache, mapper, store) for corpus in (train, validation))
@@ -127,22 +127,22 @@ def prepare_inputs(
 
 
 def notes_on(config: TrainConfig, corpora: Sequence[Corpus], look: bool) -> Iterator[str]:
-    """What was left out of the text, and which setting has no use for it; `look` reads it for the separator."""
+    """Remarks on files left out and settings without effect; with `look`, the text is searched for the separator."""
     names = " and ".join(dict.fromkeys(corpus.name for corpus in corpora))
     for name, left_out in {corpus.name: corpus.left_out for corpus in corpora}.items():
         if left_out:
-            yield f"left out of {name}: {told(left_out)}"
+            yield f"left out of {name}: {summarize(left_out)}"
     pieces = [piece for corpus in corpora for piece in corpus.pieces]
     if config.text_column != TrainConfig.text_column and not any(piece.column for piece in pieces):
-        yield f"text_column {config.text_column!r} has no use: {names} has no columns"
+        yield f"text_column {config.text_column!r} has no effect: {names} has no columns"
     separator = config.document_separator
     if separator and look and not any(separator in text for piece in pieces for text in piece.texts()):
-        yield f"document_separator {separator!r} has no use: it stands nowhere in {names}"
+        yield f"document_separator {separator!r} has no effect: it does not occur in {names}"
 
 
 def check_size(config: TrainConfig, train: Corpus) -> None:
     """Raises CorpusError if the training split cannot fill one sequence, whatever the tokenizer."""
-    size, most = 0, 1  # a tokenizer gives at most a token for each byte, and there is one around each document
+    size, most = 0, 1  # at most one token per byte, and one after each document
     for text in train.documents():
         size, most = size + len(text.encode()), most + len(text.encode()) + 1
         if most > config.context:
@@ -154,13 +154,13 @@ def check_size(config: TrainConfig, train: Corpus) -> None:
     whole = wanted if config.val_data else round(wanted / (1 - config.val_fraction))
     raise CorpusError(
         f"{train.name} is too small to train on: {size} bytes are left for training, at most {most} tokens, "
-        f"and a training sequence has {config.context} + 1. {config.tokenizer} wants about {whole:,} bytes of text; "
-        f"this much would do with {flag} {most - 1} --tokenizer bytes; a smaller --val-fraction leaves a little more"
+        f"and a training sequence has {config.context} + 1. {config.tokenizer} needs about {whole:,} bytes of text; "
+        f"this text is enough with {flag} {most - 1} --tokenizer bytes; a smaller --val-fraction leaves a little more"
     )
 
 
 def check_context(config: TrainConfig, shape: ModelConfig) -> None:
-    """Raises ConfigError if the model cannot read sequences as long as the config has them."""
+    """Raises ConfigError if the training sequences are longer than the model's context."""
     if config.context > shape.context_length:
         raise ConfigError(
             f"sequence_length {config.context} is more than the model's context_length {shape.context_length}"
@@ -177,7 +177,7 @@ def build_model(config: TrainConfig, shape: ModelConfig, initial: dict[str, torc
 
 
 def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
-    """The tokenizer that the config names; one that is learned is kept beside the shards and learned once."""
+    """The tokenizer that the config names; a learned one is cached."""
     parse_tokenizer(config.tokenizer)
     if not config.tokenizer.startswith("bpe:"):
         return load_tokenizer(config.tokenizer, train.documents)
@@ -188,14 +188,14 @@ def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
             learned = load_tokenizer(config.tokenizer, train.documents)
         with tempfile.TemporaryDirectory() as scratch:
             save_tokenizer(learned, Path(scratch))
-            for file in Path(scratch).iterdir():  # written whole: another run may be learning the same
+            for file in Path(scratch).iterdir():  # atomically: another run may be learning the same one
                 with written_whole(folder / file.name) as copy:
                     copy.write(file.read_bytes())
     return replace(read_tokenizer(folder), name=config.tokenizer)
 
 
 def padded(vocab_size: int) -> int:
-    """Rows of embedding for a tokenizer of so many tokens."""
+    """The rows of embedding for a vocabulary of this size."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

@@ -1,8 +1,7 @@
-"""A piece of text: a stretch of one source, small enough to tokenise as one task of many.
+"""Pieces of text: each is a range of one source, small enough to be tokenised as one of many tasks.
 
-Each kind of source (plain text, what `records` reads, the built-in text) has three skills here: `scan` cuts a file into
-pieces, a reader gives a piece's documents, `cut_piece` parts a piece in two. Pieces come in and documents go out;
-nothing of a file stays in memory.
+Each kind of source (plain text, what `records` reads, the built-in text) has three operations: `scan` cuts a file into
+pieces, a reader yields a piece's documents, and `cut_piece` splits a piece in two. No file is held in memory.
 """
 
 import codecs
@@ -17,8 +16,8 @@ from pathlib import Path
 
 from gptcore.errors import CorpusError
 from train_job.data import records
+from train_job.data.fetch import Origin, fetch
 from train_job.data.formats import wrong_text
-from train_job.data.remote import Origin, fetch
 from train_job.files import sha256
 
 PIECE_BYTES = 32 * 2**20
@@ -26,12 +25,12 @@ PIECE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one source: bytes [start, end) of a file or of a built-in text, rows of Parquet.
+    """A range of one source: bytes [start, end) of a file or of the built-in text, or rows of Parquet.
 
-    `digest` is the whole source's SHA-256, so (digest, kind, start, end, column) says which text this is wherever
-    it lies. `num_bytes` is its size as the split counts it: bytes, for Parquet those of the text column alone. If the
-    source is a copy, `origin` says of what; `name` is what messages call it. Where the characters `separator` stand, if
-    there are any, a document ends.
+    `digest` is the whole source's SHA-256, so (digest, kind, start, end, column) identifies the text independently of
+    its path. `num_bytes` is its size as the split counts it: bytes, for Parquet those of the text column only. If the
+    source is a copy, `origin` is its source; `name` is the name in messages. A document ends at the string `separator`,
+    if there is one.
     """
 
     path: str
@@ -47,17 +46,17 @@ class Piece:
 
     @property
     def identity(self) -> tuple[str | int, ...]:
-        """What decides the piece's documents."""
+        """What determines the piece's documents."""
         text = self.digest, self.kind, self.start, self.end, self.column
         return (*text, self.separator) if self.separator else text
 
     @property
     def label(self) -> str:
-        """What messages call the source."""
+        """The source's name in messages."""
         return self.origin.url if self.origin else self.name or self.path
 
     def texts(self) -> Iterator[str]:
-        """What the source's form takes for documents, in order; of a text file, the piece's part of the one document.
+        """The source's records in order; for a text file, the piece's part of the file.
 
         A copy that this machine lacks is fetched. Raises CorpusError for a line or row that is not text.
         """
@@ -69,9 +68,9 @@ class Piece:
             raise CorpusError(f"cannot read {self.label}: {error.strerror or error}") from error
 
     def parts(self) -> Iterator[tuple[str, bool]]:
-        """The piece's documents in order, empty ones left out, each with whether it ends here.
+        """The piece's documents in order, without empty ones, each with whether it ends here.
 
-        Only the last part of a piece of a text file may not: the next piece may go on with it.
+        Only the last document of a piece of a text file may continue in the next piece.
         """
         for text in self.texts():
             *ended, last = text.split(self.separator) if self.separator else [text]
@@ -84,13 +83,13 @@ class Piece:
         return (text for text, _ in self.parts())
 
     def continues_in(self, other: "Piece") -> bool:
-        """Whether `other` goes on with the document that this piece ends with."""
+        """Whether this piece's last document continues in `other`."""
         return self.kind == other.kind == "text" and (self.path, self.end) == (other.path, other.start)
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a file found: its SHA-256, where its pieces begin and end, how many bytes each counts."""
+    """The result of one pass over a file: its SHA-256, the borders of its pieces, and the bytes that each counts."""
 
     digest: str
     borders: list[int]
@@ -98,7 +97,7 @@ class Scan:
 
 
 def scan(path: Path, kind: str, column: str = "", separator: str = "", label: str = "") -> Scan:
-    """Reads a file once, some kinds twice. Raises CorpusError, naming the place, if it is not of its kind."""
+    """Reads a file once, some kinds twice. Raises CorpusError, with the position, if it is malformed."""
     label = label or str(path)
     if kind == "parquet":
         borders, sizes = records.scan_parquet(path, column, label, PIECE_BYTES)
@@ -129,7 +128,7 @@ def scan_text(path: Path, kind: str, separator: str, label: str) -> Scan:
                     "binary",
                 )
             if borders == [0] and not rest and kind == "text" and data.startswith(codecs.BOM_UTF8):
-                borders, data = [len(codecs.BOM_UTF8)], data[len(codecs.BOM_UTF8) :]  # a mark, and no text
+                borders, data = [len(codecs.BOM_UTF8)], data[len(codecs.BOM_UTF8) :]  # a byte order mark is not text
             block = rest + data
             cut = last_border(block, kind, separator) if file.tell() < size else len(block)
             decode(block[:cut], label, borders[-1], path.name)
@@ -139,14 +138,16 @@ def scan_text(path: Path, kind: str, separator: str, label: str) -> Scan:
 
 
 def last_border(block: bytes, kind: str, separator: str = "") -> int:
-    """Where to end a piece that begins with `block`: behind its last line; 0 if that is not in sight.
+    """Where to end a piece that begins with `block`: after its last line; 0 if the block has no such place.
 
-    A text's line should end in a visible character and the next begin with one: GPT-2's split pattern always parts
-    its tokens there, so pieces have the tokens of the whole. A piece ends behind a separator rather, and never within
-    one or before it.
+    A line of text should end in a visible character and the next begin with one: GPT-2's split pattern always separates
+    tokens there, so the pieces' tokens equal the whole text's. A piece preferably ends after a separator, and never
+    inside one or just before it.
     """
     if separator:
-        ended = len(block) - len(block.split(separator.encode())[-1])  # as the text's split finds them: from the left
+        ended = len(block) - len(
+            block.split(separator.encode())[-1]
+        )  # finds separators from the left, as the text's split does
         if ended:
             return ended
         block = block[: -len(separator.encode())]
@@ -162,13 +163,13 @@ def last_border(block: bytes, kind: str, separator: str = "") -> int:
 
 
 def character_border(data: bytes, position: int) -> int:
-    """The start of the UTF-8 character that byte `position` belongs to."""
+    """The start of the UTF-8 character that contains byte `position`."""
     back = next((n for n in range(4) if data[position - n] & 0xC0 != 0x80), 0)
     return position - back
 
 
 def decode(data: bytes, label: str, offset: int, name: str) -> str:
-    """Text from bytes found at `offset` of the file. Raises CorpusError naming the first wrong byte."""
+    """Decodes bytes from `offset` of the file. Raises CorpusError naming the first wrong byte."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -190,19 +191,19 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
         file.seek(start)
         data = file.read(end - start)
     if len(data) < end - start:
-        raise CorpusError(f"{path} has become shorter since it was opened; run again")
+        raise CorpusError(f"{path} has been truncated since it was opened; run again")
     return data
 
 
 def builtin_documents() -> list[str]:
-    """Python's language reference as this interpreter carries it, a document per topic, a paragraph said once."""
+    """Python's language reference from this interpreter: a document per topic, without repeated paragraphs."""
     from pydoc_data.topics import topics
 
-    told: set[str] = set()
+    seen: set[str] = set()
     documents = []
     for name in sorted(topics):
-        paragraphs = [text for text in dict.fromkeys(topics[name].split("\n\n")) if text not in told]
-        told.update(paragraphs)
+        paragraphs = [text for text in dict.fromkeys(topics[name].split("\n\n")) if text not in seen]
+        seen.update(paragraphs)
         documents.append("\n\n".join(paragraphs))
     return documents
 
@@ -218,7 +219,7 @@ def builtin_piece() -> Piece:
 
 
 def read_literal(piece: Piece) -> Iterator[str]:
-    first = 0  # byte of the document at hand
+    first = 0  # first byte of the current document
     for document in builtin_documents():
         data = document.encode()
         yield data[max(piece.start - first, 0) : max(piece.end - first, 0)].decode()
@@ -246,7 +247,7 @@ READERS: dict[str, Callable[[Piece], Iterator[str]]] = {
 
 
 def cut_piece(piece: Piece, offset: int) -> tuple[Piece, Piece]:
-    """The piece's first `offset` bytes, as it counts them, less what goes back to a border; and the rest."""
+    """Splits the piece at its byte `offset`, moved back to a border."""
     if offset in (0, piece.num_bytes):
         border, size = (piece.end, offset) if offset else (piece.start, 0)
     elif piece.kind == "parquet":
@@ -263,7 +264,7 @@ def cut_piece(piece: Piece, offset: int) -> tuple[Piece, Piece]:
 
 
 def byte_border(piece: Piece, offset: int) -> int:
-    """The byte that begins the record, or the character, that the piece's byte `offset` is in."""
+    """The first byte of the record or character that contains the piece's byte `offset`."""
     start, end = piece.start, piece.start + offset
     if piece.kind in ("json", "csv", "tsv"):
         starts = records.record_starts(piece.path, start, piece.kind, piece.column, piece.label)
@@ -276,5 +277,5 @@ def byte_border(piece: Piece, offset: int) -> int:
     if mark:
         near = data[: border + len(mark) - 1]
         ended = len(near) - len(near.split(mark)[-1])
-        border = ended - len(mark) if ended > border else border  # within one: it goes to the right
+        border = ended - len(mark) if ended > border else border  # inside a separator: it goes to the right part
     return start + border

@@ -1,7 +1,7 @@
-"""Files of many documents: JSON, JSON lines, CSV, Parquet. A stretch of such a file in, its texts out, one at a time.
+"""Reads files of many documents: JSON, JSON lines, CSV, Parquet. In: a range of a file. Out: its texts, one at a time.
 
-Each form has a `scan_…`, which reads the whole file once and says where it can be parted, and a `read_…`, which gives
-the texts of a part. Memory holds one record, whatever the file's size.
+Each format has a `scan_…`, which reads the whole file once and finds where it can be split, and a `read_…`, which
+yields the texts of a part. Memory holds one record, for any size of file.
 """
 
 import codecs
@@ -17,21 +17,21 @@ from gptcore.errors import CorpusError, did_you_mean
 
 BLOCK_BYTES = 2**20
 LONGEST_RECORD = 2**28
-"""Characters in one value of JSON or one field of CSV. More than that is a file that is not what it seems."""
+"""Characters in one value of JSON or one field of CSV. Anything longer means a malformed file."""
 DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}
-"""What may stand between the columns, the likeliest first."""
+"""Possible delimiters, the likeliest first."""
 
 
 class BadRecord(ValueError):
-    """What is wrong with a record, and the byte where."""
+    """A problem in a record, and its byte position."""
 
     def __init__(self, message: str, position: int) -> None:
         super().__init__(message)
         self.position = position
 
 
-def parted(starts: Iterable[int], most: int) -> list[int]:
-    """The borders of parts of at most `most` bytes that end where records do; the last of `starts` is the end."""
+def part_borders(starts: Iterable[int], most: int) -> list[int]:
+    """Borders of parts of at most `most` bytes that end between records; the last of `starts` is the file's end."""
     borders: list[int] = []
     previous = 0
     for start in starts:
@@ -44,7 +44,7 @@ def parted(starts: Iterable[int], most: int) -> list[int]:
 
 
 def line_number(path: str, position: int) -> int:
-    """Which line, from 1, byte `position` is in."""
+    """The number, from 1, of the line that contains byte `position`."""
     with open(path, "rb") as file:
         chunks = iter(lambda: file.read(min(2**20, position - file.tell())), b"")
         return 1 + sum(chunk.count(b"\n") for chunk in chunks)
@@ -54,7 +54,7 @@ def line_number(path: str, position: int) -> int:
 
 
 def field_of(record: Any, column: str) -> str:
-    """The text in a value of JSON: its field `column`, null being empty. Raises ValueError."""
+    """The text in the field `column` of a JSON object; null is empty. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with a field {column!r}, found {type(record).__name__}")
     if column not in record:
@@ -64,7 +64,7 @@ def field_of(record: Any, column: str) -> str:
         return ""
     if not isinstance(text, str):
         raise ValueError(f"field {column!r} is {type(text).__name__}, expected text")
-    text.encode()  # half of a surrogate pair is a ValueError here, and no text
+    text.encode()  # raises ValueError for half of a surrogate pair
     return text
 
 
@@ -84,26 +84,28 @@ def read_jsonl(path: str, start: int, end: int, column: str, label: str) -> Iter
 
 
 def _line_text(line: bytes, column: str) -> str:
-    """The text of a line of JSON; an empty line has none. Raises ValueError."""
+    """The text of a JSON line; "" for an empty line. Raises ValueError."""
     if not line.strip():
         return ""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        array = "; an array of objects is read from a file whose name ends in .json" if line.startswith(b"[") else ""
+        array = (
+            "; to read an array of objects, give the file a name that ends in .json" if line.startswith(b"[") else ""
+        )
         raise ValueError(f"not JSON ({error}){array}") from None
     return field_of(record, column)
 
 
 GAP = re.compile(r"[\s,\[\]]*")
 END = object()
-"""What `json_values` gives for a value behind the last."""
+"""The value that `json_values` yields last."""
 
 
 def json_values(path: str, start: int, end: int | None = None) -> Iterator[tuple[int, str, Any]]:
-    """The values of a JSON file from byte `start`, up to the first that begins at byte `end` or behind, then END.
+    """The values of a JSON file from byte `start`, up to the first that begins at byte `end` or later, then END.
 
-    Each comes behind the byte that it begins at and what stands before it: white space, commas, an array's brackets.
+    Each comes with its start byte and the characters before it: white space, commas, an array's brackets.
     Raises BadRecord for what is not JSON.
     """
     decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
@@ -114,13 +116,15 @@ def json_values(path: str, start: int, end: int | None = None) -> Iterator[tuple
         def refilled() -> bool:
             nonlocal text, at, more
             if more:
-                data = file.read(max(BLOCK_BYTES, len(text) - at))  # at least doubled: a long value is tried again
+                data = file.read(
+                    max(BLOCK_BYTES, len(text) - at)
+                )  # at least doubled, since a long value is parsed again
                 more, text, at = bool(data), text[at:] + utf8.decode(data, final=not data), 0
                 return True
             return False
 
         while True:
-            behind = GAP.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            behind = GAP.match(text, at).end()  # type: ignore[union-attr]  # it also matches an empty string
             if behind == len(text) and refilled():
                 continue
             gap = text[at:behind]
@@ -138,7 +142,7 @@ def json_values(path: str, start: int, end: int | None = None) -> Iterator[tuple
                 raise BadRecord(f"not JSON ({error.msg})", wrong) from None
             except BadRecord:
                 raise
-            except ValueError as error:  # a number of too many digits
+            except ValueError as error:  # a number with too many digits
                 raise BadRecord(f"not JSON that can be read ({error})", position) from None
             except RecursionError:
                 raise BadRecord("not JSON that can be read (nested too deeply)", position) from None
@@ -148,18 +152,18 @@ def json_values(path: str, start: int, end: int | None = None) -> Iterator[tuple
 
 
 def _decoded(decoder: json.JSONDecoder, text: str, at: int, more: bool) -> tuple[Any, int] | None:
-    """The value at text[at:] and where it ends; None if it may go on in what is not read yet."""
+    """The value at text[at:] and its end; None if it may continue in data not read yet."""
     try:
         value, behind = decoder.raw_decode(text, at)
     except json.JSONDecodeError as error:
         if more and (error.msg.startswith("Unterminated") or error.pos > len(text) - 16):
             return None
         raise
-    return None if more and behind == len(text) else (value, behind)  # a number may go on
+    return None if more and behind == len(text) else (value, behind)  # a number may continue
 
 
 def scan_json(path: Path, start: int, column: str, label: str, most: int) -> list[int]:
-    """Where the parts of a JSON file begin and end: an array of objects, or objects one after the other.
+    """Borders of the parts of a JSON file: an array of objects, or objects one after the other.
 
     Raises CorpusError naming the first element that is not one.
     """
@@ -167,7 +171,7 @@ def scan_json(path: Path, start: int, column: str, label: str, most: int) -> lis
 
     def starts() -> Iterator[int]:
         nonlocal number
-        array, wanted = False, ""  # what stands before the next value
+        array, wanted = False, ""  # expected before the next value
         for position, gap, value in json_values(str(path), start):
             between = "".join(gap.split())
             if number == 0 and between.startswith("["):
@@ -188,7 +192,7 @@ def scan_json(path: Path, start: int, column: str, label: str, most: int) -> lis
             wanted = "," if array else ""
 
     try:
-        return parted(starts(), most)
+        return part_borders(starts(), most)
     except BadRecord as error:
         line = line_number(str(path), error.position)
         raise CorpusError(f"{label}, line {line}, element {max(number, 1)}: {error}") from None
@@ -201,7 +205,7 @@ def _misplaced(found: str, wanted: str, column: str) -> str:
 
 
 def read_json(path: str, start: int, end: int, column: str, label: str) -> Iterator[str]:
-    """The texts of the values that begin in bytes [start, end). Raises CorpusError if they are not what was scanned."""
+    """The texts of the values that begin in bytes [start, end). Raises CorpusError if the file has changed."""
     try:
         for _, _, value in json_values(path, start, end):
             if value is not END:
@@ -214,7 +218,7 @@ def read_json(path: str, start: int, end: int, column: str, label: str) -> Itera
 
 
 def csv_rows(path: str, start: int, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows from byte `start`, each with the byte that it begins at, then the file's end with an empty row.
+    """The rows from byte `start`, each with its start byte, then the file's end with an empty row.
 
     Raises BadRecord.
     """
@@ -223,7 +227,7 @@ def csv_rows(path: str, start: int, delimiter: str) -> Iterator[tuple[int, list[
     with open(path, "rb") as file:
         file.seek(start)
 
-        def lines() -> Iterator[str]:  # the reader takes no more of them than its row has
+        def lines() -> Iterator[str]:  # the reader takes only the lines of its row
             nonlocal position
             for line in file:
                 position += len(line)
@@ -240,11 +244,11 @@ def csv_rows(path: str, start: int, delimiter: str) -> Iterator[tuple[int, list[
 
 
 def _csv_problem(error: str) -> str:
-    """What Python's reader says, as one who looks at the file knows it."""
+    """Rewords the csv module's error in terms of the file."""
     if "new-line character" in error:
         return "a lone carriage return, where lines end in a line feed; convert it: tr '\\r' '\\n' < OLD > NEW"
     if "expected after" in error or "unexpected end" in error:
-        return "a quotation mark that begins a field does not end it; put such fields in quotes and double those within"
+        return "a field begins with a quotation mark that is not closed; quote the field and double quotes inside"
     return error
 
 
@@ -264,14 +268,14 @@ def csv_layout(path: str, start: int, kind: str, column: str, label: str) -> tup
 
 
 def _once(names: list[str], column: str, label: str) -> list[str]:
-    """The names, if that of the column is one's alone. Raises CorpusError."""
+    """The names. Raises CorpusError if `column` occurs more than once."""
     if names.count(column) > 1:
         raise CorpusError(f"{label} has {names.count(column)} columns {column!r}, expected one; rename the others")
     return names
 
 
 def scan_csv(path: Path, start: int, kind: str, column: str, label: str, most: int) -> list[int]:
-    """Where the parts of a CSV file begin and end; a first row names the columns. Raises CorpusError naming a line."""
+    """Borders of the parts of a CSV file, whose first row has the column names. Raises CorpusError naming a line."""
     delimiter, names = csv_layout(str(path), start, kind, column, label)
 
     def starts() -> Iterator[int]:
@@ -283,7 +287,7 @@ def scan_csv(path: Path, start: int, kind: str, column: str, label: str, most: i
             yield position
 
     try:
-        return parted(starts(), most) if names else [start]
+        return part_borders(starts(), most) if names else [start]
     except BadRecord as error:
         raise CorpusError(f"{label}, line {line_number(str(path), error.position)}: {error}") from None
 
@@ -298,7 +302,7 @@ def read_csv(path: str, start: int, end: int, kind: str, column: str, label: str
 
 
 def record_starts(path: str, start: int, kind: str, column: str, label: str) -> Iterator[int]:
-    """The bytes at which the values or rows from byte `start` on begin, and the file's end."""
+    """Start bytes of the values or rows from byte `start` on, and the file's end."""
     if kind == "json":
         return (position for position, *_ in json_values(path, start))
     delimiter, _ = csv_layout(path, text_start(path), kind, column, label)
@@ -306,7 +310,7 @@ def record_starts(path: str, start: int, kind: str, column: str, label: str) -> 
 
 
 def text_start(path: str) -> int:
-    """The byte behind a byte order mark, if the file begins with one."""
+    """The first byte after a byte order mark, if there is one."""
     with open(path, "rb") as file:
         return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
 
@@ -315,7 +319,7 @@ def text_start(path: str) -> int:
 
 
 def open_parquet(path: str | Path, column: str, label: str) -> Any:
-    """The file as a pyarrow ParquetFile with a text column of that name. Raises CorpusError."""
+    """Opens the file with pyarrow and checks that the column is text. Raises CorpusError."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -324,7 +328,7 @@ def open_parquet(path: str | Path, column: str, label: str) -> Any:
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise CorpusError(f"{label} is not a whole Parquet file: {error}") from None
+        raise CorpusError(f"{label} is not a complete Parquet file: {error}") from None
     names = file.schema_arrow.names
     if column not in names:
         raise CorpusError(f"{label} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}")
@@ -332,21 +336,21 @@ def open_parquet(path: str | Path, column: str, label: str) -> Any:
     types, kind = pyarrow.types, file.schema_arrow.field(column).type
     held = kind.value_type if types.is_dictionary(kind) else kind
     texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    raw = (types.is_binary, types.is_large_binary, types.is_binary_view)  # as writers without a type for text have it
+    raw = (types.is_binary, types.is_large_binary, types.is_binary_view)  # from writers that have no text type
     if not any(fits(held) for fits in (*texts, *raw)):
         raise CorpusError(f"{label}: column {column!r} holds {kind}, expected text")
     return file
 
 
 def parquet_texts(table: Any, label: str) -> Any:
-    """The one column of a table or batch as an array of large strings. Raises CorpusError for what is not UTF-8."""
+    """The only column of a table or batch as large strings. Raises CorpusError for text that is not UTF-8."""
     import pyarrow
 
     column = table.column(0)
     try:
         if pyarrow.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        texts = column.cast(pyarrow.large_binary()).cast(pyarrow.large_string())  # a cast from bytes looks at them
+        texts = column.cast(pyarrow.large_binary()).cast(pyarrow.large_string())  # a cast from bytes checks them
     except pyarrow.ArrowInvalid as error:
         name = table.schema.names[0]
         raise CorpusError(f"{label}: column {name!r} has a row that is not UTF-8: {error}") from None
@@ -354,7 +358,7 @@ def parquet_texts(table: Any, label: str) -> Any:
 
 
 def scan_parquet(path: Path, column: str, label: str, most: int) -> tuple[list[int], list[int]]:
-    """Reads the text column once: at which rows parts of whole row groups end, and how many UTF-8 bytes each has."""
+    """Reads the text column once: the row borders of parts, which are whole row groups, and their UTF-8 bytes."""
     file = open_parquet(path, column, label)
     borders, sizes = [0], [0]
     for group in range(file.num_row_groups):
@@ -368,7 +372,7 @@ def scan_parquet(path: Path, column: str, label: str, most: int) -> tuple[list[i
 
 
 def row_bytes(file: Any, column: str, groups: list[int], label: str) -> list[int]:
-    """UTF-8 bytes of each row's text; null has none."""
+    """UTF-8 bytes of each row's text; 0 for null."""
     from pyarrow import compute
 
     texts = parquet_texts(file.read_row_groups(groups, columns=[column]), label)
@@ -378,7 +382,7 @@ def row_bytes(file: Any, column: str, groups: list[int], label: str) -> list[int
 def read_parquet(path: str, start: int, end: int, column: str, label: str) -> Iterator[str]:
     """The texts of rows [start, end)."""
     file = open_parquet(path, column, label)
-    first = 0  # row of the group at hand
+    first = 0  # first row of the current group
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         if first < end and first + rows > start:

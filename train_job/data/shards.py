@@ -1,10 +1,10 @@
-"""Text -> token shards: a corpus and a tokenizer go in, a memory-mapped stream of token ids comes out.
+"""Tokenises a corpus into shards: a corpus and a tokenizer go in, a memory-mapped stream of token ids comes out.
 
-The stream of a split opens with one end-of-text token and every document is followed by one, so each token of
-text is predicted from something. It lies in shard files, named after what made them (text, tokenizer, format): a
-second run finds them and starts at once, and a corpus larger than memory is read where it lies on the disk.
-Missing shards are fetched from a `store`, a URL that machines share, if there is one; else they are tokenised by
-whatever `mapper` is given: `map`, or Ray Data's (`train_job.cluster.ray_data.ray_map`).
+The stream of a split starts with one end-of-text token, and one follows every document, so each token of text is
+predicted from something. The stream is stored in shard files, named after a hash of text, tokenizer and format: a
+second run finds them and starts at once, and a corpus larger than memory is read from disk.
+Missing shards are fetched from a `store`, a URL that machines share, if there is one; else they are tokenised through
+`mapper`: `map`, or Ray Data's (`train_job.cluster.ray_data.ray_map`).
 """
 
 import hashlib
@@ -31,14 +31,14 @@ from train_job.files import written_whole
 
 SHARD_FORMAT = 1
 SHARD_BYTES = 4 * 2**20
-"""Neighbouring pieces share a shard up to this much text, so that many small files do not become many shards."""
+"""Adjacent pieces share a shard up to this size, so that many small files do not become many shards."""
 BLOCK_CHARS = 2**20
-"""A document is tokenised in blocks of about this many characters: memory stays flat, and nothing else changes."""
+"""A document is tokenised in blocks of about this many characters, to limit memory; the tokens are the same."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """The pieces behind one shard. `opens`: it begins the stream; `closes`: its last document ends in it."""
+class ShardTask:
+    """The pieces of one shard. `opens`: it is the first of the stream; `closes`: its last document ends in it."""
 
     pieces: tuple[Piece, ...]
     opens: bool
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of token ids and what is in it; `num_bytes` is the UTF-8 length of its text."""
+    """One file of token ids, and its counts; `num_bytes` is the UTF-8 length of its text."""
 
     path: str
     num_tokens: int
@@ -57,7 +57,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """The token stream of one split. Picklable; the files are mapped where it is read."""
+    """The token stream of one split. Picklable; the process that reads it maps the files."""
 
     shards: tuple[Shard, ...]
     starts: tuple[int, ...]  # of each shard in the stream
@@ -71,13 +71,8 @@ class TokenSet:
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text, what bits per byte divides by."""
+        """UTF-8 bytes of the text, for bits per byte."""
         return sum(shard.num_bytes for shard in self.shards)
-
-    @property
-    def num_documents(self) -> int:
-        """Documents that end in this split."""
-        return sum(shard.num_documents for shard in self.shards)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """The stream's tokens [start, start + length), int64 (length,). Raises IndexError beyond its ends."""
@@ -100,13 +95,13 @@ class TokenSet:
 
 @lru_cache(maxsize=256)  # each mapping holds a file descriptor
 def map_shard(path: str, dtype: str) -> np.ndarray:
-    """The shard's tokens, mapped read-only. Raises CorpusError if this machine has no such file."""
+    """Maps the shard's tokens read-only. Raises CorpusError if the file is not on this machine."""
     try:
         return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
     except FileNotFoundError:
         raise CorpusError(
-            f"token shard {path} is not on this machine; put the cache on storage that every node sees, "
-            "or run again to make it anew"
+            f"token shard {path} is not on this machine; put the cache on storage that every node can read, "
+            "or run again to recreate it"
         ) from None
 
 
@@ -114,23 +109,22 @@ def prepare(
     corpus: Corpus,
     tokenizer: Tokenizer,
     cache_dir: Path,
-    mapper: Callable[[Callable[[Job], Any], list[Job]], Iterable[Any]] = map,
+    mapper: Callable[[Callable[[ShardTask], Any], list[ShardTask]], Iterable[Any]] = map,
     store: str | None = None,
 ) -> TokenSet:
-    """Tokenises what is neither in `cache_dir`/shards nor in `store`, a fsspec URL, and returns the whole split.
+    """Tokenises what is neither in `cache_dir`/shards nor in `store`, an fsspec URL, and returns the whole split.
 
-    `mapper` may run its calls on any machine that sees the corpus under the same path, or can fetch it. Raises
-    CorpusError for text that cannot be read or a store that cannot be used, and TrainingError for a full disk, which
-    leaves no half-written shard.
+    `mapper` may run its calls on any machine that can read the corpus at the same path, or fetch it. Raises CorpusError
+    for text that cannot be read or a store that cannot be used, TrainingError for a full disk. Leaves no partial shard.
     """
     folder = cache_dir.absolute() / "shards"
-    jobs = plan(corpus.within(cache_dir))
-    paths = [folder / f"{shard_key(job, tokenizer)}.bin" for job in jobs]
+    tasks = shard_tasks(corpus.within(cache_dir))
+    paths = [folder / f"{shard_key(task, tokenizer)}.bin" for task in tasks]
     write = partial(write_shard, tokenizer=tokenizer, folder=folder, store=store)
-    for run in (mapper, map):  # what the mapper wrote on some other machine's disk is made again here
+    for run in (mapper, map):  # the second pass recreates shards that the mapper wrote to another machine's disk
         missing = [
-            job
-            for job, path in zip(jobs, paths, strict=True)
+            task
+            for task, path in zip(tasks, paths, strict=True)
             if read_shard(path) is None and not (store and fetch_shard(path, store))
         ]
         with doing(f"tokenising {corpus.name}"):
@@ -138,7 +132,7 @@ def prepare(
                 at(done, len(missing))
     shards = [read_shard(path) for path in paths]
     if None in shards:
-        raise CorpusError(f"token shard {paths[shards.index(None)]} was removed as soon as it was written; run again")
+        raise CorpusError(f"token shard {paths[shards.index(None)]} disappeared after it was written; run again")
     filled = tuple(shard for shard in shards if shard and shard.num_tokens)
     if not any(shard.num_bytes for shard in filled):
         raise CorpusError(f"{corpus.name} holds no text: every document in it is empty")
@@ -150,8 +144,8 @@ def prepare(
     )
 
 
-def plan(corpus: Corpus) -> list[Job]:
-    """Gathers the corpus's pieces into jobs of up to SHARD_BYTES (a bigger piece is a job alone), in order."""
+def shard_tasks(corpus: Corpus) -> list[ShardTask]:
+    """Groups the pieces in order into tasks of up to SHARD_BYTES; a bigger piece is a task of its own."""
     groups: list[list[Piece]] = []
     size = SHARD_BYTES
     for piece in corpus.pieces:
@@ -161,22 +155,22 @@ def plan(corpus: Corpus) -> list[Job]:
         groups[-1].append(piece)
         size += piece.num_bytes
     closes = [not before[-1].continues_in(after[0]) for before, after in pairwise(groups)] + [True]
-    return [Job(tuple(group), opens=n == 0, closes=closes[n]) for n, group in enumerate(groups)]
+    return [ShardTask(tuple(group), opens=n == 0, closes=closes[n]) for n, group in enumerate(groups)]
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
-    """The narrowest little-endian type that holds every id."""
+    """The smallest little-endian type that holds every id."""
     return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
 
 
-def shard_key(job: Job, tokenizer: Tokenizer) -> str:
-    """A name for the shard made of all that decides its content."""
-    parts = [SHARD_FORMAT, tokenizer.fingerprint, job.opens, job.closes, [piece.identity for piece in job.pieces]]
+def shard_key(task: ShardTask, tokenizer: Tokenizer) -> str:
+    """A hash of everything that determines the shard's content."""
+    parts = [SHARD_FORMAT, tokenizer.fingerprint, task.opens, task.closes, [piece.identity for piece in task.pieces]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def read_shard(path: Path) -> Shard | None:
-    """The shard at `path`, or None if it is missing or was cut short."""
+    """The shard at `path`, or None if it is missing or truncated."""
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
         complete = path.stat().st_size == meta.pop("file_size")
@@ -185,16 +179,16 @@ def read_shard(path: Path) -> Shard | None:
         return None
 
 
-def write_shard(job: Job, tokenizer: Tokenizer, folder: Path, store: str | None = None) -> None:
-    """Tokenises one job into `folder` and `store`. The .json is written last: a shard without one does not count."""
-    path = folder / f"{shard_key(job, tokenizer)}.bin"
+def write_shard(task: ShardTask, tokenizer: Tokenizer, folder: Path, store: str | None = None) -> None:
+    """Tokenises one task into `folder` and `store`. The .json is written last and marks the shard as complete."""
+    path = folder / f"{shard_key(task, tokenizer)}.bin"
     dtype = token_dtype(tokenizer)
     eot = np.array([tokenizer.eot], dtype=dtype).tobytes()
     num_bytes = num_documents = 0
     with written_whole(path) as file:
-        if job.opens:
+        if task.opens:
             file.write(eot)
-        for text, closes in documents(job):
+        for text, closes in documents(task):
             for block in blocks(text):
                 file.write(np.array(tokenizer.encode(block), dtype=dtype).tobytes())
             num_bytes += len(text.encode())
@@ -212,7 +206,7 @@ def write_shard(job: Job, tokenizer: Tokenizer, folder: Path, store: str | None 
 
 
 def fetch_shard(path: Path, store: str) -> bool:
-    """Whether `store` has the shard; then it is at `path` now."""
+    """Copies the shard from `store` to `path`; returns False if the store does not have it."""
     with store_used(store) as (fs, there):
         for part in (path, path.with_suffix(".json")):
             try:
@@ -225,27 +219,27 @@ def fetch_shard(path: Path, store: str) -> bool:
 
 @contextmanager
 def store_used(store: str) -> Iterator[tuple[Any, str]]:
-    """The file system behind `store` and the shards' folder in it; whatever its client raises is a CorpusError."""
+    """The file system of `store` and its folder of shards; turns any error of its client into a CorpusError."""
     fs, root = file_system(store)
     try:
         yield fs, f"{root}/shards"
     except FoundryError:
         raise
-    except Exception as error:  # each store's client has errors of its own: no network, no key, no such bucket
-        raise CorpusError(f"token shards cannot be kept at {store}: {error or type(error).__name__}") from error
+    except Exception as error:  # each client has its own types for no network, no key, no such bucket
+        raise CorpusError(f"token shards cannot be stored at {store}: {error or type(error).__name__}") from error
 
 
-def documents(job: Job) -> Iterator[tuple[str, bool]]:
-    """The job's texts in order, each with whether its document ends there."""
-    for piece, after in zip(job.pieces, [*job.pieces[1:], None], strict=True):
-        closes = job.closes if after is None else not piece.continues_in(after)
+def documents(task: ShardTask) -> Iterator[tuple[str, bool]]:
+    """The task's texts in order, each with whether it ends its document."""
+    for piece, after in zip(task.pieces, [*task.pieces[1:], None], strict=True):
+        closes = task.closes if after is None else not piece.continues_in(after)
         yield from ((text, closes or ends) for text, ends in piece.parts())
 
 
 def blocks(text: str) -> Iterator[str]:
-    """Cuts a long text where a line ends in a visible character and the next begins with one.
+    """Splits a long text where a line ends in a visible character and the next begins with one.
 
-    GPT-2's split pattern always parts its tokens there, so the blocks' tokens are the whole text's tokens.
+    GPT-2's split pattern always separates tokens there, so the blocks' tokens equal the whole text's.
     """
     start = 0
     border = re.compile(r"(?<=\S)\n(?=\S)")

@@ -1,1 +1,1 @@
-"""What a run or a service will need and how long it will take, computed before it starts."""
+"""Estimates memory, time and cost of a run or a service before it starts."""

@@ -1,7 +1,7 @@
-"""What a training step and a served request cost: memory, seconds, and what waits for what. A model one can check.
+"""Memory and time of a training step and of a served request.
 
-In: shapes, a `Device`, `Rates`, a number of GPUs. Out: figures, from sums that are written out here and explained in
-docs/scaling.md. Tests hold them against real steps: bytes against what autograd keeps, seconds against runs.
+In: shapes, a `Device`, `Rates`, a number of GPUs. Out: estimates, from formulas that docs/scaling.md explains. Tests
+compare them with real steps: bytes with what autograd saves, seconds with runs.
 """
 
 import math
@@ -18,62 +18,62 @@ FEATURE_BYTES = {"qwen3": 850, "gpt2": 225}
 """Read and written outside matrix products, forward and backward, per token, block and feature of the residual stream,
 bf16 under autocast, not compiled."""
 SCORE_BYTES = 20
-"""The same per head and position that is attended to, where attention is plain: on a CPU, up to 512 tokens."""
+"""The same per head and attended position, for unfused attention: on a CPU, up to 512 tokens."""
 LOGIT_BYTES = 46
 """The same for the loss, per token and row of the vocabulary."""
 COMPILED_FEATURE_BYTES, COMPILED_LOGIT_BYTES = 120, 12
-"""What fusion leaves of them; assumed."""
+"""The same after fusion; assumed."""
 SAVED_BYTES = {"qwen3": (50, 8, 12, 8, 10), "gpt2": (24, 4, 4, 16, 6)}
-"""What autograd keeps for backward per token: in a block, per feature, per feature of the MLP, per head, and in all;
-outside the blocks, per feature."""
+"""Bytes that autograd saves for backward, per token. In a block: per feature, per MLP feature, per head, and constant.
+Outside the blocks: per feature."""
 LOSS_BYTES = 10
-"""The loss at its peak, per token and row of the vocabulary: logits twice, their softmax, their gradient."""
+"""Peak bytes of the loss, per token and row of the vocabulary: logits twice, their softmax, their gradient."""
 GPU_RESERVE = 1.5e9
 """Bytes: CUDA's context, NCCL's buffers, libraries' workspaces."""
 FRAGMENTATION = 1.1
 BUCKET = 25 * 2**20
-"""Bytes of gradients that DDP sends at once."""
+"""Bytes of gradients in one DDP bucket."""
 BUCKET_LATENCY = 20e-6
-"""Seconds per bucket and doubling of the number of GPUs."""
+"""Seconds per bucket, for each doubling of the number of GPUs."""
 LINK_SHARE = 0.8
-"""Of a link's peak, what an all-reduce gets."""
+"""Share of a link's peak that an all-reduce reaches."""
 UTILISATION = 0.7
-"""How busy replicas may be for waits to stay short."""
+"""The load of a replica at which waits stay short."""
 SERVICE_SHARE = 0.95
-"""What the service keeps of its engine's tokens/s (bench/serve.py)."""
+"""Share of the engine's tokens/s that the service delivers (bench/serve.py)."""
 REQUEST_SECONDS = 1 / 620
-"""What a request costs a replica whatever it asks for: Ray Serve's most on two cores."""
+"""Fixed cost of a request: Ray Serve's maximum rate on two cores."""
 STEP_SECONDS, TOKEN_SECONDS = 30e-6, 10e-6
-"""What the engine's Python takes per step and per token of it, measured on a network that takes none."""
+"""Time of the engine's Python per step and per token, measured with a network that takes no time."""
 KERNELS = {"qwen3": 180, "gpt2": 75}
-"""Launched on a GPU per block and micro-batch, forward and backward, not compiled; compiled, a quarter of them."""
+"""Kernels per block and micro-batch, forward and backward, not compiled; a quarter of them when compiled."""
 DECODE_KERNELS = 12
-"""Per block of a decoding step."""
+"""Kernels per block of a decoding step."""
 LAUNCH_SECONDS = 5e-6
-"""From one kernel to the next, when the GPU waits for Python; assumed."""
+"""Time from one kernel to the next when the GPU waits for Python; assumed."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a model asks of whatever runs it."""
+class Workload:
+    """The parameters, products and bytes of a model."""
 
     model: ModelConfig
     length: int
     """Tokens per sequence."""
     parameters: int
     matrices: tuple[tuple[int, int], ...]
-    """Shapes of the blocks' weight matrices, which Muon moves."""
+    """Shapes of the blocks' weight matrices, which Muon trains."""
     flops_per_token: int
-    """Of a training step, forward and backward."""
+    """FLOP per token of a training step, forward and backward."""
 
     @property
     def decode_flops(self) -> float:
-        """Per token generated: two per weight that is multiplied by."""
+        """FLOP per generated token: two per weight in a product."""
         return 2 * self.read_weights
 
     @property
     def read_weights(self) -> int:
-        """Weights that a decoding step reads: the blocks' matrices and the head."""
+        """Weights that a decoding step reads: the blocks' matrices and the output head."""
         return sum(a * b for a, b in self.matrices) + self.model.vocab_size * self.model.hidden_size
 
     @property
@@ -82,12 +82,12 @@ class Work:
         return 2 * 2 * self.model.num_layers * self.model.kv_heads * self.model.head_size
 
 
-def work_of(model: ModelConfig, length: int) -> Work:
-    """Counts, on a network without weights."""
+def workload(model: ModelConfig, length: int) -> Workload:
+    """Counts them on a network without weights."""
     with torch.device("meta"):
         network = GPT(model)
     matrices = tuple((p.size(0), p.size(1)) for n, p in network.named_parameters() if p.ndim == 2 and "layers." in n)
-    return Work(model, length, network.num_parameters(), matrices, network.flops_per_token(length))
+    return Workload(model, length, network.num_parameters(), matrices, network.flops_per_token(length))
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def work_of(model: ModelConfig, length: int) -> Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each GPU at the worst moment of a step."""
+    """Peak bytes on each GPU during a step."""
 
     weights: float
     gradients: float
@@ -111,8 +111,8 @@ class Memory:
         return sum(vars(self).values())
 
 
-def training_memory(config: TrainConfig, work: Work, workers: int) -> Memory:
-    """What a worker needs; an upper bound where the model is compiled or has fewer key/value heads than heads."""
+def training_memory(config: TrainConfig, work: Workload, workers: int) -> Memory:
+    """Memory of a worker; an upper bound if the model is compiled or has fewer key/value heads than heads."""
     micro = micro_batch(config, workers) * work.length  # tokens
     muon = sum(a * b for a, b in work.matrices) if config.optimizer == "muon" else 0
     casts = 2 * work.read_weights  # autocast's bf16 weights
@@ -128,20 +128,20 @@ def training_memory(config: TrainConfig, work: Work, workers: int) -> Memory:
 
 
 def saved_bytes(model: ModelConfig) -> int:
-    """What autograd keeps per token, without the loss."""
+    """Bytes that autograd saves per token, without the loss."""
     feature, inner, head, fixed, outside = SAVED_BYTES[model.family]
     block = feature * model.hidden_size + inner * (model.intermediate_size or 0) + head * model.num_heads + fixed
     return model.num_layers * block + outside * model.hidden_size
 
 
 def micro_batch(config: TrainConfig, workers: int) -> int:
-    """Sequences that a worker runs at once."""
+    """Sequences that a worker processes at once."""
     share = math.ceil(config.batch_size / workers)
     return min(config.micro_batch_size or share, share)
 
 
-def largest_micro_batch(config: TrainConfig, work: Work, workers: int, device: Device) -> int:
-    """The most sequences at once for which there is memory; 0: not even one."""
+def largest_micro_batch(config: TrainConfig, work: Workload, workers: int, device: Device) -> int:
+    """The most sequences that fit the memory at once; 0 if not even one fits."""
     memory = training_memory(config, work, workers)
     per_sequence = FRAGMENTATION * work.length * (saved_bytes(work.model) + LOSS_BYTES * work.model.vocab_size)
     fixed = memory.total - per_sequence * micro_batch(config, workers)
@@ -157,19 +157,19 @@ class Step:
     softmax: float
     optimizer: float
     launching: float
-    """What a GPU waits for Python, because the micro-batch is too small."""
+    """Time the GPU waits for Python, if the micro-batch is too small."""
     gradients: float
-    """What the all-reduce takes, hidden or not."""
+    """Time of the all-reduce, hidden or not."""
     waiting: float
-    """What of it backward does not hide."""
+    """The part of it that backward does not hide."""
 
     @property
     def seconds(self) -> float:
         return self.products + self.elementwise + self.softmax + self.optimizer + self.launching + self.waiting
 
 
-def training_step(config: TrainConfig, work: Work, device: Device, rates: Rates, workers: int) -> Step:
-    """Compute, then what of the gradients' way is left when the last backward ends."""
+def training_step(config: TrainConfig, work: Workload, device: Device, rates: Rates, workers: int) -> Step:
+    """Compute time, then the part of the all-reduce that remains when the last backward ends."""
     model, fused = work.model, config.compile and device.name != "cpu"
     rows = math.ceil(config.batch_size / workers)
     tokens = rows * work.length
@@ -189,13 +189,13 @@ def training_step(config: TrainConfig, work: Work, device: Device, rates: Rates,
 
 
 def block_bytes(model: ModelConfig, length: int, device: str, fused: bool = False) -> int:
-    """Read and written outside matrix products per token and block."""
+    """Bytes read and written outside matrix products, per token and block."""
     scores = SCORE_BYTES * model.num_heads * length if device == "cpu" and length <= 512 else 0
     return model.hidden_size * (COMPILED_FEATURE_BYTES if fused else FEATURE_BYTES[model.family]) + scores
 
 
 def all_reduce_seconds(size: float, device: Device, workers: int) -> tuple[float, float]:
-    """(seconds for `size` bytes, seconds for the last bucket, which nothing hides), by a ring."""
+    """Seconds of a ring all-reduce of `size` bytes, and of its last bucket, which nothing hides."""
     if workers == 1:
         return 0.0, 0.0
     speed = LINK_SHARE * (device.link if workers <= device.per_machine else min(device.link, device.network))
@@ -204,8 +204,8 @@ def all_reduce_seconds(size: float, device: Device, workers: int) -> tuple[float
     return size * ring + math.ceil(size / BUCKET) * latency, min(size, BUCKET) * ring + latency
 
 
-def optimizer_seconds(config: TrainConfig, work: Work, rates: Rates) -> float:
-    """Every rank does all of it: AdamW reads and writes 28 bytes per parameter; Muon's five rounds are products."""
+def optimizer_seconds(config: TrainConfig, work: Workload, rates: Rates) -> float:
+    """Seconds on every rank: AdamW reads and writes 28 bytes per parameter; Muon's five rounds are products."""
     if config.optimizer == "adamw":
         return 28 * work.parameters / rates.elementwise
     rounds = sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in work.matrices)  # Newton-Schulz, FLOP
@@ -218,7 +218,7 @@ def optimizer_seconds(config: TrainConfig, work: Work, rates: Rates) -> float:
 
 @dataclass(frozen=True)
 class Serving:
-    """What one replica does with requests of one size, its slots full, and how many of them a load takes."""
+    """The speed of one replica with full slots and requests of one size, and the replicas that a load needs."""
 
     load: float
     """Requests per second."""
@@ -226,16 +226,16 @@ class Serving:
     new_tokens: int
     slots: int
     first_token_seconds: float
-    """On an idle replica, the service's own milliseconds left out."""
+    """On an idle replica, without the service's own milliseconds."""
     step_seconds: float
-    """One more token for each of the slots."""
+    """One more token for every slot."""
     requests_per_second: float
-    """The most that it completes."""
+    """The most that one replica completes."""
     replicas: int
 
 
 def serving(
-    work: Work,
+    work: Workload,
     device: Device,
     rates: Rates,
     slots: int,
@@ -243,7 +243,7 @@ def serving(
     new_tokens: int,
     requests_per_second: float,
 ) -> Serving:
-    """Replicas for a load; prompts and tokens share a replica's time."""
+    """The replicas for a load; prompts and new tokens share a replica's time."""
     prompt = prompt_tokens * work.decode_flops / rates.prefill_products
     step = decode_seconds(work, device, rates, slots, prompt_tokens + new_tokens / 2)
     most = 1 / (REQUEST_SECONDS + (prompt + new_tokens * step / slots) / SERVICE_SHARE)
@@ -259,8 +259,8 @@ def serving(
     )
 
 
-def decode_seconds(work: Work, device: Device, rates: Rates, sequences: int, context: float) -> float:
-    """One step: the weights are read once, each sequence costs its products, its cache and some Python."""
+def decode_seconds(work: Workload, device: Device, rates: Rates, sequences: int, context: float) -> float:
+    """Seconds of one step: the weights are read once; each sequence adds products, cache reads and some Python."""
     read = 2 * work.read_weights / rates.decode_bandwidth
     each = work.decode_flops / rates.decode_products + context * work.cache_bytes / rates.decode_bandwidth
     launched = work.model.num_layers * DECODE_KERNELS * LAUNCH_SECONDS if device.name != "cpu" else 0.0

@@ -1,4 +1,4 @@
-"""The presets, told: what each is for, its size, and what it takes on this machine: `train_job/run.py --presets`.
+"""Describes the presets: purpose, size, and memory and time on this machine: `train_job/run.py --presets`.
 
 In: the presets, and this machine's rates, measured for some seconds. Out: lines. `train_job.planning.costs` computes
 them.
@@ -13,38 +13,38 @@ from gptcore.units import count, duration
 from train_job.config import PRESETS, build_config
 
 NOTES = {
-    "quick": "4.3M parameters; the default: for two cores of a CPU, minutes",
-    "gpt2-124m": "124.5M parameters; GPT-2 small as OpenAI published it; wants a GPU, better several",
-    "foundry-124m": "123.6M parameters; as large, with Qwen3's layers and Muon; wants a GPU, better several",
-    "tiny": "6.9M parameters; a small GPT-2: for a CPU, minutes",
-    "shakespeare": "124.5M parameters; GPT-2 small on tiny Shakespeare; wants a GPU",
-    "story": "123.9M parameters; GPT-2 small with a short context, for one long text; wants a GPU",
-    "mini": "95.7M parameters; two thirds of GPT-2 small; wants a GPU",
+    "quick": "4.3M parameters; the default: minutes on two CPU cores",
+    "gpt2-124m": "124.5M parameters; GPT-2 small as OpenAI published it; needs a GPU, better several",
+    "foundry-124m": "123.6M parameters; the same size with Qwen3's layers and Muon; needs a GPU, better several",
+    "tiny": "6.9M parameters; a small GPT-2: minutes on a CPU",
+    "shakespeare": "124.5M parameters; GPT-2 small on tiny Shakespeare; needs a GPU",
+    "story": "123.9M parameters; GPT-2 small with a short context, for one long text; needs a GPU",
+    "mini": "95.7M parameters; two thirds of GPT-2 small; needs a GPU",
 }
-"""The sizes are written out, so that `--help` need not build networks; a test counts them."""
+"""Sizes are written out so that `--help` does not build networks; a test checks them."""
 MEASURED = "qwen3"
-"""The family whose training is timed: rates are bytes and products per second, whatever asks for them."""
+"""The family whose training is timed; the rates, in bytes and FLOP per second, apply to every family."""
 
 
 def notes() -> list[str]:
-    """A line for each preset: its name and what it is."""
+    """A line for each preset: its name and description."""
     widest = max(map(len, NOTES))
     return [f"{name.ljust(widest)}  {what}" for name, what in NOTES.items()]
 
 
 def show() -> None:
-    """Prints the table, after a word on why that takes a moment."""
-    from train_job.planning.rates import training_here
+    """Measures this machine and prints the table."""
+    from train_job.planning.rates import measure_training_only
 
-    print("measuring this machine for some seconds; train_job.plan has the same for rented GPUs", flush=True)
-    device, rates = training_here(MEASURED)
+    print("measuring this machine for a few seconds; train_job.plan estimates other GPUs", flush=True)
+    device, rates = measure_training_only(MEASURED)
     for line in table(device, rates):
         print(line)
-    print("\nA run's first limit ends it; give --max-steps, --max-epochs, --max-tokens or --max-minutes for another.")
+    print("\nA run stops at its first limit; change it with --max-steps, --max-epochs, --max-tokens or --max-minutes.")
 
 
 def table(device: Any, rates: Any) -> list[str]:
-    """A line for each preset: shape, size, memory while it trains, a step's time, and the whole run's."""
+    """A line for each preset: shape, size, training memory, and the time of a step and of the run."""
     from train_job.planning.costs import training_memory, training_step
 
     rows: list[Sequence[str]] = [
@@ -67,7 +67,7 @@ def table(device: Any, rates: Any) -> list[str]:
 
 
 def _whole(config: Any, step_seconds: float) -> str:
-    """How long the run is, as far as that is known without its text."""
+    """The length of the run, as far as it is known without the text."""
     limits = [config.max_steps]
     if config.max_tokens:
         limits.append(math.ceil(config.max_tokens / (config.batch_size * config.context)))
@@ -81,12 +81,12 @@ def _whole(config: Any, step_seconds: float) -> str:
 
 
 def _work(name: str) -> tuple[Any, Any]:
-    """(the preset's config, what its model asks for). Raises ConfigError for an unknown name."""
+    """The preset's config and its workload. Raises ConfigError for an unknown name."""
     from gptcore.tokenizer import parse_tokenizer
     from train_job.data.inputs import padded
-    from train_job.planning.costs import work_of
+    from train_job.planning.costs import workload
 
     if name not in PRESETS:
         raise ConfigError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
     config = build_config({"preset": name})
-    return config, work_of(config.model_config(padded(parse_tokenizer(config.tokenizer))), config.context)
+    return config, workload(config.model_config(padded(parse_tokenizer(config.tokenizer))), config.context)

@@ -1,7 +1,7 @@
-"""The rates of the machine at hand, measured: matrix products, what training does number by number, decoding.
+"""Measures this machine's rates: matrix products, elementwise operations, decoding.
 
-In: nothing but the machine. Out: a `Device` and `Rates` for `train_job.planning.costs`, in a few seconds. Pieces of one
-small reference model are timed; other shapes follow from the sums in `costs`. Knows torch alone.
+Out: a `Device` and `Rates` for `train_job.planning.costs`, in a few seconds. Parts of one small reference model are
+timed; `costs` derives other shapes from them. Needs only torch.
 """
 
 import json
@@ -29,7 +29,7 @@ from gptcore.model import GPT
 from gptcore.package import Package, save_package
 from gptcore.sampling import SamplingParams
 from gptcore.tokenizer import load_tokenizer
-from train_job.planning.costs import LOGIT_BYTES, block_bytes, work_of
+from train_job.planning.costs import LOGIT_BYTES, block_bytes, workload
 from train_job.training.devices import Device, Rates, device_called
 from train_job.training.hardware import WORKER_ENV
 
@@ -38,21 +38,21 @@ TRAINED = {
     "cpu": ModelConfig(vocab_size=4096, context_length=256, hidden_size=384, num_layers=1, num_heads=3),
     "cuda": ModelConfig(vocab_size=50304, context_length=1024, hidden_size=768, num_layers=1, num_heads=12),
 }
-"""The widths of what is timed: eight sequences through few and through more blocks, and a head."""
+"""The shapes that are timed, with eight sequences and two different numbers of blocks."""
 LAYERS = (2, 6)
 SEQUENCES = 8
 SERVED = ModelConfig(vocab_size=32768, context_length=512, hidden_size=768, num_layers=8, num_heads=12)
-"""Too large for a cache, so that decoding reads it from memory."""
+"""Larger than CPU caches, so that decoding reads it from memory."""
 BATCHES = (1, 8)
 PROMPT, NEW = 128, 64  # tokens
 
 
-def here(family: str) -> tuple[Device, Rates]:
-    """What this machine trains on, and its rates, measured in a process that is set up as a training worker's is.
+def measure_in_subprocess(family: str) -> tuple[Device, Rates]:
+    """This machine's device and rates, measured in a process that is set up like a training worker.
 
     Raises ConfigError if it cannot be measured.
     """
-    command = [sys.executable, "-m", "train_job.rates", family]
+    command = [sys.executable, "-m", "train_job.planning.rates", family]
     measured = subprocess.run(command, env=os.environ | WORKER_ENV, capture_output=True, text=True)
     if measured.returncode != 0:
         why = (measured.stderr.splitlines() or [f"exit code {measured.returncode}"])[-1]
@@ -61,16 +61,16 @@ def here(family: str) -> tuple[Device, Rates]:
     return Device(**device), Rates(**rates)
 
 
-def training_here(family: str) -> tuple[Device, Rates]:
-    """What this machine trains on and its rates of training, decoding left out, in fewer repeats.
+def measure_training_only(family: str) -> tuple[Device, Rates]:
+    """This machine's device and training rates, without decoding, with fewer repeats.
 
     Raises ConfigError if it cannot be measured.
     """
-    return here(f"{family}:training")
+    return measure_in_subprocess(f"{family}:training")
 
 
 def measure(family: str, serving: bool = True) -> tuple[Device, Rates]:
-    """The same in this process. A GPU that the data sheets list has their peak and links, and the memory it has."""
+    """Measures in this process. A GPU listed in `devices` gets its peak and links from there."""
     device = pick_device("auto")
     training = measure_training(device, family, REPEATS if serving else FEW_REPEATS)
     decode = measure_decoding(family) if serving else (math.nan, math.nan, math.nan)
@@ -83,7 +83,7 @@ def measure(family: str, serving: bool = True) -> tuple[Device, Rates]:
 
 
 def measure_training(device: torch.device, family: str, repeats: int = REPEATS) -> tuple[float, float, float]:
-    """(FLOP/s in matrix products, bytes/s number by number, bytes/s in the loss), forward and backward."""
+    """FLOP/s in matrix products, bytes/s in elementwise operations and in the loss, forward and backward."""
     shape = of_family(TRAINED["cuda" if device.type == "cuda" else "cpu"], family)
     dtype = pick_dtype("auto", device)
     C, T, V, tokens = shape.hidden_size, shape.context_length, shape.vocab_size, SEQUENCES * shape.context_length
@@ -103,7 +103,7 @@ def measure_training(device: torch.device, family: str, repeats: int = REPEATS) 
     shallow, deep = seconds(few, lambda: few(ids, ids)), seconds(many, lambda: many(ids, ids))
     products = 6 * tokens * 4 * C * C / seconds(linear, lambda: linear(x).sum())
     block = (deep - shallow) / (LAYERS[1] - LAYERS[0])
-    flops = work_of(shape, T).flops_per_token - 6 * V * C  # of one block
+    flops = workload(shape, T).flops_per_token - 6 * V * C  # of one block
     rest = block - tokens * flops / products
     loss = shallow - LAYERS[0] * block - tokens * 6 * V * C / products
     return (
@@ -125,15 +125,15 @@ def _median_seconds(once: Callable[[], None], device: torch.device, repeats: int
 
 
 def of_family(shape: ModelConfig, family: str) -> ModelConfig:
-    """A model of these widths in that family; what follows from the widths is derived anew."""
+    """The same widths in another family; derived settings are computed again."""
     widths = {name: getattr(shape, name) for name in ("context_length", "hidden_size", "num_layers", "num_heads")}
     return ModelConfig(vocab_size=shape.vocab_size, family=family, **widths)
 
 
 def measure_decoding(family: str) -> tuple[float, float, float]:
-    """(bytes/s at which weights are read, FLOP/s of sequences together, FLOP/s in prompts), by an engine."""
+    """An engine's bytes/s reading weights, FLOP/s decoding sequences together, and FLOP/s in prompts."""
     shape = of_family(SERVED, family)
-    work = work_of(shape, shape.context_length)
+    work = workload(shape, shape.context_length)
     with tempfile.TemporaryDirectory(prefix="rates-") as scratch:
         package = save_package(
             Path(scratch) / "package", shape, GPT(shape).state_dict(), load_tokenizer("bytes", None), {}
@@ -148,7 +148,7 @@ def measure_decoding(family: str) -> tuple[float, float, float]:
 
 
 def decode_times(package: Package, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Medians of five: seconds until all of `batch` prompts are read, and seconds per step after that."""
+    """Medians of five: seconds until all `batch` prompts are processed, and seconds per step after that."""
     engine = Engine(
         package,
         EngineSettings(slots=batch, prefill_tokens=batch * prompt_tokens, max_queue=batch, prefix_cache=False),

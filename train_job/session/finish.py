@@ -23,14 +23,14 @@ from train_job.files import read_json, written_whole
 from train_job.session.record import CONFIG
 from train_job.session.report import show, target_metrics, targets, what_now
 from train_job.session.session import Session, Trained, resume_command
-from train_job.tracking import client as tracking
 from train_job.tracking import registry
+from train_job.tracking import runs as tracking
 from train_job.tracking.spool import Spool
 from train_job.training.checkpoint import load_model
 from train_job.training.evaluate import bits_per_byte
 from train_job.training.hardware import peak_memory_mb
-from train_job.training.storage import Kept, checkpoints, drop_all_but, first_whole
-from train_job.training.targets import Standing
+from train_job.training.storage import StoredCheckpoint, checkpoints, drop_all_but, first_whole
+from train_job.training.targets import TargetStatus
 
 OUTCOME = "outcome.json"
 """In a finished run's folder: the version that it was registered as, and the config that led there."""
@@ -113,7 +113,7 @@ def _why_nothing_new(trained: Trained, package: Package) -> str:
     return f"step {package.info['training']['step']} is still the best"
 
 
-def preferred(found: Iterable[Kept], targets: Iterable[Standing]) -> list[Kept]:
+def preferred(found: Iterable[StoredCheckpoint], targets: Iterable[TargetStatus]) -> list[StoredCheckpoint]:
     """Evaluated checkpoints in the order in which they should become the package: the lowest validation loss first.
 
     If a target training loss was reached, the last checkpoint is first: it is the one that reached it.

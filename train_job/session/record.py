@@ -19,8 +19,8 @@ from train_job.config import build_config, read_yaml
 from train_job.files import read_json, written_whole
 
 if TYPE_CHECKING:
+    from train_job.data.fetch import Origin
     from train_job.data.inputs import Inputs
-    from train_job.data.remote import Origin
 
     Begun = Mapping[str, Sequence[Origin]]
 
@@ -43,7 +43,7 @@ class Record:
 
 def read_record(path: Path) -> Record | None:
     """Reads run.json; None if there is none, since the run was never opened. Raises RecordError if it is damaged."""
-    from train_job.data.remote import Origin
+    from train_job.data.fetch import Origin
 
     if not os.path.lexists(path):
         return None
@@ -68,7 +68,7 @@ def read_record(path: Path) -> Record | None:
 
 def tracked_at(record: Record | None) -> str:
     """MLflow's address for a run: a resumed run keeps its own unless MLFLOW_TRACKING_URI is set."""
-    from train_job.tracking.client import tracking_uri
+    from gptcore.home import tracking_uri
 
     if record and not os.environ.get("MLFLOW_TRACKING_URI"):
         return record.tracking_uri

@@ -21,7 +21,7 @@ from train_job.session.history import read_history
 from train_job.session.record import RUN, read_record, tracked_at
 from train_job.session.session import Session, Trained, resume_command
 from train_job.session.whatnow import Ended, lines
-from train_job.training.targets import Standing
+from train_job.training.targets import TargetStatus
 
 
 def targets(config: TrainConfig, trained: Trained) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def target_metrics(trained: Trained) -> dict[str, float]:
     return metrics
 
 
-def _standings(trained: Trained) -> list[Standing]:
+def _standings(trained: Trained) -> list[TargetStatus]:
     """The run's targets, without those whose figure was never measured."""
     return [s for s in (trained.finished.targets if trained.finished else ()) if math.isfinite(s.best)]
 

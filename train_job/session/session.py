@@ -22,7 +22,7 @@ from train_job.session.history import History
 from train_job.session.record import CONFIG, RUN, read_record, write_record
 from train_job.session.stop import StopSignals
 from train_job.session.whatnow import script_command
-from train_job.tracking import client as tracking
+from train_job.tracking import runs as tracking
 from train_job.tracking.pages import NOTE
 from train_job.training.events import Finished, Started
 from train_job.training.storage import keep_record

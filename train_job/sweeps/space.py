@@ -14,7 +14,8 @@ from typing import Any
 
 from gptcore.config import setting
 from gptcore.errors import ConfigError, did_you_mean
-from train_job.config import LIMITS, RESUMABLE, build_config, convert, setting_type, setting_value
+from train_job.config import LIMITS, RESUMABLE, build_config, setting_type, setting_value
+from train_job.fields import convert
 
 RANGES = ("uniform", "log_uniform")
 TEXT = frozenset({"data", "val_data", "val_fraction", "text_column", "document_separator"})

@@ -28,7 +28,7 @@ from train_job.session.record import CONFIG, RUN, read_record
 from train_job.session.session import Session, Trained, open_session
 from train_job.session.stop import StopSignals
 from train_job.sweeps.trials import Ending, Trial, ranked
-from train_job.tracking import client as tracking
+from train_job.tracking import runs as tracking
 from train_job.training.events import Evaluation, Started
 
 

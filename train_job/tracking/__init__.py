@@ -1,1 +1,1 @@
-"""MLflow: runs, their metrics and files, registered versions and the gate in front of @champion."""
+"""MLflow: runs, their metrics and files, registered versions, and promotion to @champion."""

@@ -1,8 +1,8 @@
-"""From a finished package to a version in MLflow's registry, and the gate in front of @champion.
+"""Registers a finished package as a version in MLflow, and decides whether it becomes @champion.
 
-In: a run, its package, and the validation text. Out: a registered version that `mlflow.pyfunc.load_model` reads and
-that carries, as tags, what it scored, on which bytes, and whether and why it became the champion. Champion and
-newcomer are compared by bits per byte on the same bytes, whatever their tokenizers.
+In: a run, its package, and the validation text. Out: a registered version that `mlflow.pyfunc.load_model` reads. Its
+tags have its score, the validation text's fingerprint, and whether and why it became champion. Champion and candidate
+are compared by bits per byte on the same text, so their tokenizers may differ.
 """
 
 import importlib.metadata
@@ -22,8 +22,8 @@ from gptcore.progress import doing
 from gptcore.pyfunc import PARAMS
 from gptcore.redact import without_password
 from train_job.files import locked, sha256
+from train_job.tracking.client import mlflow_client, translated_errors
 from train_job.tracking.pages import model_note
-from train_job.tracking.spool import answers_expected, mlflow_client
 
 MODES = ("if-better", "always", "never")
 CHAMPION = "champion"
@@ -32,7 +32,7 @@ REQUIREMENTS = ("numpy", "psutil", "safetensors", "tiktoken", "tokenizers", "tor
 
 @dataclass(frozen=True)
 class Validation:
-    """The text that judges: its fingerprint, and a package's bits per byte on it."""
+    """The validation text: its fingerprint, and a function that gives a package's bits per byte on it."""
 
     fingerprint: str
     judge: Callable[[Package], float]
@@ -40,7 +40,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate says."""
+    """Whether to promote, and why."""
 
     promote: bool
     reason: str
@@ -48,7 +48,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Published:
-    """A version, and what the gate said of it. It is `new` unless the run had registered these weights before."""
+    """A version, and the decision on it. It is `new` unless the run had registered these weights before."""
 
     name: str
     version: str
@@ -60,17 +60,17 @@ class Published:
 
 @dataclass(frozen=True)
 class Champion:
-    """The version that holds @champion and its bits per byte on our validation text; None with a `problem`."""
+    """The version with @champion, and its bits per byte on our validation text, or None and the `problem`."""
 
     version: str
     bits_per_byte: float | None
     problem: str = ""
-    judged_here: bool = False
+    evaluated_here: bool = False
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A version that asks for @champion, and its recorded bits per byte on our validation text."""
+    """A version that may become @champion, and its recorded bits per byte on our validation text."""
 
     name: str
     version: str
@@ -79,17 +79,19 @@ class Candidate:
 
 
 def decide(mode: str, bits_per_byte: float, champion: Champion | None) -> Decision:
-    """Whether a model that needs `bits_per_byte` takes @champion over. Raises ConfigError for an unknown mode."""
+    """Whether a model with this `bits_per_byte` becomes @champion. Raises ConfigError for an unknown mode."""
     _check_mode(mode)
     ours = f"{bits_per_byte:.4f} bits per byte"
     if mode != "if-better":
         return Decision(mode == "always", f"promotion was set to {mode!r} ({ours})")
     if not math.isfinite(bits_per_byte):
-        return Decision(False, f"{ours} is not a figure to be champion with")
+        return Decision(False, f"{ours} is not finite")
     if champion is None:
         return Decision(True, f"{ours}, and there was no champion yet")
     if champion.bits_per_byte is None:
-        return Decision(False, f"{ours}, but champion version {champion.version} cannot be judged: {champion.problem}")
+        return Decision(
+            False, f"{ours}, but champion version {champion.version} cannot be evaluated: {champion.problem}"
+        )
     better = bits_per_byte < champion.bits_per_byte
     theirs = f"{champion.bits_per_byte:.4f} of champion version {champion.version} on the same text"
     return Decision(better, f"{ours} is {'better' if better else 'no better'} than the {theirs}")
@@ -111,21 +113,21 @@ def publish(
     bits_per_byte: float | None = None,
     step: int = 0,
 ) -> Published:
-    """Logs the package with the run, registers it as a version of `name`, and moves @champion if the gate says so.
+    """Logs the package with the run, registers it as a version of `name`, and moves @champion if the package is better.
 
-    `bits_per_byte` is the package's figure on the whole validation text, computed here if it is None; `step` is the
-    one whose metrics MLflow shows beside the model. Weights that this run has registered under `name` before are not
-    registered again: what was decided of them stands, unless it was decided in another mode or the publication was
-    interrupted, which is finished then. Raises TrainingError if MLflow refuses or is away.
+    `bits_per_byte` is the package's figure on the whole validation text, computed here if it is None; MLflow shows the
+    metrics of `step` beside the model. Weights that this run has registered under `name` before are not registered
+    again: the decision on them stands, unless it was made in another mode or the publication was interrupted; that is
+    completed now. Raises TrainingError if MLflow refuses or is away.
     """
     import mlflow
 
-    _check_mode(promote)  # now, not when the version is there
+    _check_mode(promote)  # before anything is registered
     if bits_per_byte is None:
         bits_per_byte = validation.judge(package)
     weights = sha256(package.path / WEIGHTS)
-    mlflow.set_tracking_uri(uri)  # logging a model knows only the process-wide one
-    with answers_expected(uri):
+    mlflow.set_tracking_uri(uri)  # logging a model uses only the process-wide URI
+    with translated_errors(uri):
         client = mlflow_client(uri)
         earlier = _registered_before(client, run_id, name, weights)
         if earlier is not None and earlier.tags.get("promotion_mode") == promote:
@@ -148,29 +150,31 @@ def publish(
         client.update_model_version(name, version, description=describe(package))
         if not client.get_registered_model(name).description:
             client.update_registered_model(name, model_note(name))
-        decision = _pass_gate(client, uri, promote, Candidate(name, version, package, bits_per_byte), validation)
+        decision = _decide_and_promote(
+            client, uri, promote, Candidate(name, version, package, bits_per_byte), validation
+        )
         client.set_model_version_tag(name, version, "promoted", str(decision.promote).lower())
         client.set_model_version_tag(name, version, "promotion_reason", decision.reason)
-        client.set_model_version_tag(name, version, "promotion_mode", promote)  # last: the decision is recorded
+        client.set_model_version_tag(name, version, "promotion_mode", promote)  # last: marks the decision as complete
     return Published(name, version, decision.promote, decision.reason, bits_per_byte, new=earlier is None)
 
 
 def _registered_before(client: Any, run_id: str, name: str, weights: str) -> Any:
-    """The version of `name` that this run made of these weights, or None."""
+    """The version of `name` that this run registered with these weights, or None."""
     for version in client.search_model_versions(f"run_id = '{run_id}'"):
         if version.name == name and version.tags.get("weights_sha256") == weights:
             return version
     return None
 
 
-def _pass_gate(client: Any, uri: str, mode: str, candidate: Candidate, validation: Validation) -> Decision:
-    """Decides, and moves @champion if the candidate has won.
+def _decide_and_promote(client: Any, uri: str, mode: str, candidate: Candidate, validation: Validation) -> Decision:
+    """Decides, and moves @champion if the candidate wins.
 
-    Judging takes time, in which another job may move the alias; then the candidate is judged anew, against the new
-    champion. On an sqlite database, jobs look and move one at a time, under a lock file beside it. A server's API has
-    no such step, so there the alias is looked at before and after it is moved. What remains: of two jobs that move it
-    within the same two requests, the later one wins, be it the worse, if the earlier one has looked behind itself by
-    then. Their versions, figures and reasons are right in any case, and the next run compares with whoever holds it.
+    Another job may move the alias during the evaluation; then the candidate is compared with the new champion. With an
+    sqlite database, jobs check and move the alias one at a time, under a lock file beside it. A server's API has no
+    such operation, so the alias is read before and after it is moved. One race remains: if two jobs move it within the
+    same two requests, the later one wins, even if it is worse, if the earlier one has done its second read by then.
+    Versions, figures and reasons are right in any case, and the next run compares with the current champion.
     """
     name, version = candidate.name, candidate.version
     while True:
@@ -178,29 +182,29 @@ def _pass_gate(client: Any, uri: str, mode: str, candidate: Candidate, validatio
         if holder is not None and str(holder.version) == version:
             recorded = holder.tags.get("promoted") == "true"
             return Decision(True, holder.tags["promotion_reason"] if recorded else "it is the champion")
-        champion = _judged(holder, uri, validation) if holder is not None and mode == "if-better" else None
-        # A champion judged here is compared with what the same judge says of the newcomer.
-        here = champion is not None and champion.judged_here
-        with doing("judging the new model in the same way"):
+        champion = _evaluate_champion(holder, uri, validation) if holder is not None and mode == "if-better" else None
+        # If the champion is evaluated here, evaluate the candidate in the same way.
+        here = champion is not None and champion.evaluated_here
+        with doing("evaluating the new model in the same way"):
             ours = validation.judge(candidate.package) if here else candidate.bits_per_byte
         decision = decide(mode, ours, champion)
         if not decision.promote:
             return decision
-        with _turn(uri):
+        with _alias_lock(uri):
             if _version(_holder(client, name)) == _version(holder):
                 client.set_registered_model_alias(name, CHAMPION, version)
                 if _version(_holder(client, name)) == version:
                     return decision
 
 
-def _turn(uri: str) -> AbstractContextManager[None]:
-    """A time in which no other job of ours moves an alias in this database; on a server, no such thing is known."""
+def _alias_lock(uri: str) -> AbstractContextManager[None]:
+    """Holds the lock for moving an alias in an sqlite database; does nothing for a server."""
     database = Path(uri.removeprefix("sqlite:///"))
     return locked(database.with_name(f"{database.name}.gate")) if uri.startswith("sqlite:///") else nullcontext()
 
 
 def pin(model: str, uri: str) -> str:
-    """`models:/NAME@ALIAS` as `models:/NAME/VERSION`, so that a resumed run starts from the same; others unchanged.
+    """Turns `models:/NAME@ALIAS` into `models:/NAME/VERSION`, so that a resumed run starts from the same version.
 
     Raises HubError if no version has the alias.
     """
@@ -219,7 +223,7 @@ def pin(model: str, uri: str) -> str:
 
 
 def _holder(client: Any, name: str) -> Any:
-    """The version that has the alias, or None."""
+    """The version with @champion, or None."""
     from mlflow import MlflowException
 
     try:
@@ -234,21 +238,21 @@ def _version(holder: Any) -> str | None:
     return None if holder is None else str(holder.version)
 
 
-def _judged(holder: Any, uri: str, validation: Validation) -> Champion:
-    """The champion on our validation text: its own figure if it was judged on the same bytes, else judged here."""
+def _evaluate_champion(holder: Any, uri: str, validation: Validation) -> Champion:
+    """The champion on our validation text: its recorded figure if it is for the same text, else evaluated here."""
     if holder.tags.get("validation_fingerprint") == validation.fingerprint and "bits_per_byte" in holder.tags:
         return Champion(str(holder.version), float(holder.tags["bits_per_byte"]))
     try:
         package = open_package(resolve(f"models:/{holder.name}/{holder.version}", uri))
         what = f"the champion, {holder.name} version {holder.version}, on this run's validation text"
-        with doing(f"judging {what}", at_once=True):
-            return Champion(str(holder.version), validation.judge(package), judged_here=True)
+        with doing(f"evaluating {what}", at_once=True):
+            return Champion(str(holder.version), validation.judge(package), evaluated_here=True)
     except FoundryError as error:
         return Champion(str(holder.version), None, without_password(str(error)))
 
 
 def _origin_tags(run: Any) -> dict[str, str]:
-    """What the run knows of where the model comes from, under the names that versions use."""
+    """Tags of the version that say where the model comes from, taken from the run."""
     names = {"git_commit": "mlflow.source.git.commit", "git_dirty": "git.dirty", "parent": "parent", "sweep": "sweep"}
     tags = {ours: run.data.tags[theirs] for ours, theirs in names.items() if theirs in run.data.tags}
     for used in run.inputs.dataset_inputs:
@@ -259,13 +263,13 @@ def _origin_tags(run: Any) -> dict[str, str]:
 
 
 def _register(run: Any, package: Package, name: str, tags: dict[str, str], step: int) -> str:
-    """Logs the package's files as they are (no pickle) under a pyfunc model and registers it; returns the version."""
+    """Logs the package's files (no pickle) as a pyfunc model and registers it; returns the version."""
     import mlflow.models
 
-    mlflow.set_experiment(experiment_id=run.info.experiment_id)  # else the model lands in "Default", in this folder
-    # MLflow runs the example once before it uploads: a package that cannot speak is not registered unnoticed.
+    mlflow.set_experiment(experiment_id=run.info.experiment_id)  # else the model is stored under "Default"
+    # MLflow runs the example once before it uploads, so a package that cannot generate is not registered.
     example = ({"prompt": "Once upon a time"}, {"max_new_tokens": 8, "temperature": 0.0})
-    logged = mlflow.models.Model.log(  # what pyfunc.log_model calls, for a run that need not be the thread's active one
+    logged = mlflow.models.Model.log(  # as pyfunc.log_model, but for a run that is not the active one
         artifact_path=None,
         name="model",
         flavor=mlflow.pyfunc,
@@ -299,5 +303,5 @@ def _signature() -> Any:
 
 
 def _requirements() -> list[str]:
-    """Exact versions, without build labels such as +cpu, which package indexes do not carry."""
+    """Exact versions, without build labels such as +cpu, which package indexes do not have."""
     return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]

@@ -1,13 +1,13 @@
-"""A run's points and files on their way to MLflow: a file on disk that a background thread delivers.
+"""A spool of metric points and files for MLflow: a file on disk that a background thread delivers.
 
 In: metric points and file names, from a training loop that must not wait. Out: the same in MLflow, each once and in
-order, however long the server is away and however often the process dies. Only sending knows MLflow.
+order, even if the server is away for long or the process dies. What is left when a process ends is delivered by
+`python -m train_job.tracking deliver FOLDER`.
 """
 
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,76 +15,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptcore.errors import FoundryError, TrainingError
+from gptcore.errors import RecordError, TrainingError
+from gptcore.home import tracking_uri
 from gptcore.redact import without_password
-from train_job.files import storage_problem, written_whole
+from train_job.files import read_json, storage_problem, written_whole
+from train_job.tracking.client import check_server, connected, mlflow_client, request_limits
 
 log = logging.getLogger(__name__)
 
-POINTS_PER_BATCH = 1000  # the most that MLflow takes in one log_batch
-DELIVERY_INTERVAL_S = 5.0  # points are sent in batches this far apart: a request per step would cost training time
+POINTS_PER_BATCH = 1000  # MLflow's limit for one log_batch
+DELIVERY_INTERVAL_S = 5.0  # between batches: a request per step would slow training
 LONGEST_BACKOFF_S = 15.0
 FILE_KEYS = {"artifact", "to", "table"}
-
-_environment = threading.Lock()
-
-
-def mlflow_client(uri: str) -> Any:
-    """An MlflowClient, imported when first needed."""
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints passwords too
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
-
-
-@contextlib.contextmanager
-def impatient_requests(timeout_s: int, retries: int) -> Iterator[None]:
-    """Within it, MLflow's HTTP calls give up sooner than the minutes they take by default.
-
-    MLflow reads these from the environment at each call, so one thread at a time may change them.
-    """
-    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
-    with _environment:
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-
-
-@contextlib.contextmanager
-def answers_expected(uri: str) -> Iterator[None]:
-    """Turns whatever MLflow raises within it into one TrainingError; our own errors pass."""
-    try:
-        yield
-    except FoundryError:
-        raise
-    except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own types through
-        if getattr(error, "error_code", "") == "UNAUTHENTICATED":
-            user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-            whom = f"user {user!r} with this password" if user else "requests without a user"
-            raise TrainingError(
-                f"MLflow at {without_password(uri)} does not accept {whom}; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD"
-            ) from error
-        raise TrainingError(without_password(f"MLflow at {uri} refused: {error}")) from error
 
 
 @dataclass
 class _Progress:
-    """How far a spool is delivered: bytes of its lines, and the steps the server held before the first of them."""
+    """How much of a spool is delivered: a byte offset, and the steps the server had before the first delivery."""
 
     offset: int = 0
     floor: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def read(folder: Path) -> "_Progress | None":
-        """None before the first line is sent, or where what was kept is damaged: then the server is asked again."""
+        """None before the first delivery, or if the file is damaged; then the server is asked for its steps again."""
         try:
             progress = _Progress(**json.loads((folder / "delivered.json").read_bytes()))
             return progress if isinstance(progress.offset, int) and isinstance(progress.floor, dict) else None
@@ -97,14 +51,14 @@ class _Progress:
 
 
 def _read_lines(folder: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line of the spool from `offset` on, and where it ends; damaged ones are left out."""
+    """Each complete line of the spool from `offset` on, and the offset of its end; skips damaged lines."""
     path = folder / "lines.jsonl"
     if not path.exists():
         return
     with path.open("rb") as file:
         file.seek(offset)
         for raw in file:
-            if not raw.endswith(b"\n"):  # still being written, or torn by a crash
+            if not raw.endswith(b"\n"):  # still being written, or cut off by a crash
                 return
             offset += len(raw)
             if line := _line(raw):
@@ -112,7 +66,7 @@ def _read_lines(folder: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any],
 
 
 def _line(raw: bytes) -> dict[str, Any] | None:
-    """What a line says, if it is one of points or of a file."""
+    """Parses a line; None if it is neither points nor a file."""
     with contextlib.suppress(ValueError):
         line = json.loads(raw)
         if isinstance(line, dict) and any(keys <= line.keys() for keys in ({"step", "time", "values"}, FILE_KEYS)):
@@ -121,21 +75,21 @@ def _line(raw: bytes) -> dict[str, Any] | None:
 
 
 def undelivered(folder: Path) -> int:
-    """Lines of the spool that the server does not have yet."""
+    """The number of lines that are not delivered yet."""
     progress = _Progress.read(folder) or _Progress()
     return sum(1 for _ in _read_lines(folder, progress.offset))
 
 
 def deliver_batch(folder: Path, run_id: str, client: Any) -> bool:
-    """Sends the next points, or the next file; False if all is sent. Raises whatever MLflow raises.
+    """Sends the next points, or the next file; returns False if all is sent. Raises what MLflow raises.
 
-    A crash between sending and remembering sends a batch again, which changes nothing: a point's timestamp is the
-    time it was spooled, and MLflow keeps identical points once; a file replaces itself.
+    After a crash between sending and recording the progress, a batch is sent again, which changes nothing: a point's
+    timestamp is the time it was spooled, and MLflow stores identical points once; a file replaces itself.
     """
     from mlflow.exceptions import MlflowException
 
     progress = _Progress.read(folder)
-    if progress is None:  # remembered before anything is sent, so that it never counts what came from here
+    if progress is None:  # recorded before anything is sent, so that it excludes our own points
         held = client.get_run(run_id).data._metric_objs  # the public .metrics lacks the steps
         progress = _Progress(floor={metric.key: metric.step for metric in held})
         progress.write(folder)
@@ -154,7 +108,7 @@ def deliver_batch(folder: Path, run_id: str, client: Any) -> bool:
     try:
         _send(lines, progress.floor, run_id, client)
     except MlflowException as error:
-        if error.get_http_status_code() != 400:  # anything but bad input may pass with time
+        if error.get_http_status_code() != 400:  # any error but bad input may be temporary
             raise
         log.warning(
             "MLflow refused %d lines, kept in %s: %s",
@@ -189,10 +143,10 @@ def _send_file(line: dict[str, Any], run_id: str, client: Any) -> None:
 
     path = Path(line["artifact"])
     if not path.exists():
-        log.warning("%s was to be logged to MLflow, but is gone", path)
+        log.warning("%s no longer exists, so it is not logged to MLflow", path)
         return
     client.log_artifact(run_id, str(path), line["to"])
-    if line["table"]:  # the tag that MLflow's own log_table leaves, so that the UI shows a table
+    if line["table"]:  # the tag that MLflow's log_table sets, so that the UI shows a table
         entry = {"path": f"{line['to']}/{path.name}" if line["to"] else path.name, "type": "table"}
         tables = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
         if entry not in tables:
@@ -200,11 +154,11 @@ def _send_file(line: dict[str, Any], run_id: str, client: Any) -> None:
 
 
 class Spool:
-    """A run's points and files on their way to MLflow. One writer process per folder; no call waits for the server.
+    """Delivers a run's points and files to MLflow. One writer process per folder; no call waits for the server.
 
-    A resumed run opens the same folder again, or an empty one. Either way a metric's steps that were spooled, or that
-    the server holds, are dropped: repeating the steps since the last checkpoint logs nothing twice.
-    Writing raises TrainingError if the disk takes nothing.
+    A resumed run opens the same folder again, or an empty one. Steps of a metric that were spooled before, or that the
+    server has, are dropped: repeating the steps since the last checkpoint logs nothing twice.
+    Writing raises TrainingError if the disk is full or not writable.
     """
 
     def __init__(self, folder: Path, run_id: str, tracking_uri: str) -> None:
@@ -217,14 +171,14 @@ class Spool:
             self._last_step.update(dict.fromkeys(line.get("values", ()), line.get("step", 0)))
             whole = end
         self._file = (self.folder / "lines.jsonl").open("a")
-        self._file.truncate(whole)  # what a crash tore
+        self._file.truncate(whole)  # removes a line cut off by a crash
         self._lock = threading.Lock()
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._deliver, name="mlflow-spool", daemon=True)
         self._thread.start()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs `values` at `step`; those that were logged at this step or a later one are dropped."""
+        """Logs `values` at `step`; drops those already logged at this step or a later one."""
         with self._lock:
             fresh = {key: float(value) for key, value in values.items() if step > self._last_step.get(key, -1)}
             if fresh:
@@ -232,12 +186,12 @@ class Spool:
                 self._last_step.update(dict.fromkeys(fresh, step))
 
     def artifact(self, local_file: Path, artifact_path: str | None = None, table: bool = False) -> None:
-        """Logs a file as it is when its turn comes, under the folder `artifact_path`; `table`: shown as one."""
+        """Logs a file, as it is when delivered, in the folder `artifact_path`; `table`: the UI shows it as one."""
         with self._lock:
             self._append({"artifact": str(Path(local_file).absolute()), "to": artifact_path, "table": table})
 
     def close(self, timeout_s: float = 30.0) -> int:
-        """Delivers what is left for at most `timeout_s` seconds; returns how many lines the server still lacks."""
+        """Delivers the rest for at most `timeout_s` seconds; returns the number of undelivered lines."""
         self._closing.set()
         self._thread.join(timeout_s)
         self._abandoned.set()
@@ -265,7 +219,7 @@ class Spool:
                 if away:
                     log.info("MLflow at %s is back; nothing was lost", without_password(self.tracking_uri))
                 pause, away = DELIVERY_INTERVAL_S, False
-            except Exception as error:  # whatever it is, training goes on and the next attempt may succeed
+            except Exception as error:  # training goes on; the next attempt may succeed
                 if not away:
                     log.warning("MLflow is away, metrics wait in %s (%s)", self.folder, without_password(str(error)))
                 pause, away = min(2 * pause, LONGEST_BACKOFF_S), True
@@ -275,5 +229,25 @@ class Spool:
                 self._closing.wait(pause)
 
     def _deliver_batch(self) -> bool:
-        with impatient_requests(timeout_s=10, retries=0):
+        with request_limits(timeout_s=10, retries=0):
             return deliver_batch(self.folder, self.run_id, mlflow_client(self.tracking_uri))
+
+
+def deliver(folder: Path) -> int:
+    """Delivers the rest of a finished or killed process's spool; returns the number of lines sent.
+
+    Raises TrainingError if `folder` is not a spool or the server does not answer.
+    """
+    if not (folder / "spool.json").exists():
+        raise TrainingError(f"{folder} is not a spool: it has no spool.json; expected the spool folder of a run")
+    spool = read_json(folder / "spool.json", "write run_id and tracking_uri to it, as in the run's run.json")
+    if not {"run_id", "tracking_uri"} <= spool.keys():
+        raise RecordError(f"{folder / 'spool.json'} lacks run_id or tracking_uri; the run's run.json has both")
+    waiting, uri = undelivered(folder), tracking_uri()
+    if without_password(uri) != spool["tracking_uri"]:  # the environment's may have a password
+        uri = str(spool["tracking_uri"])
+    check_server(uri)
+    with connected(uri, retries=2) as client:
+        while deliver_batch(folder, spool["run_id"], client):
+            pass
+    return waiting

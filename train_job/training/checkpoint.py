@@ -1,8 +1,8 @@
-"""Training state on disk: a folder that is either whole or not there.
+"""Checkpoints: training state in a folder that is either complete or absent.
 
-In: tensors and a small record. Out: `model.safetensors`, `optimizer.safetensors` and `state.json`, which names the
-sha256 of both and of itself. Nothing is pickled. There is no RNG state and no data position to save: weights at step 0,
-dropout and the batch of a step are functions of (seed, step), so the step number restores them.
+In: tensors and a small record. Out: `model.safetensors`, `optimizer.safetensors` and `state.json`, which has the sha256
+of both and of itself. Nothing is pickled. No RNG state or data position is saved: initial weights, dropout and the
+batch of a step are functions of (seed, step), so the step number restores them.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ FILES = (STATE, "model.safetensors", "optimizer.safetensors")
 
 @dataclass
 class TrainState:
-    """Where a run stands, beside its tensors."""
+    """The training state apart from the tensors."""
 
     step: int = 0
     elapsed: float = 0.0
-    """Seconds since the run began, evaluations included, pauses between resumes not."""
+    """Seconds since the run began, with evaluations, without the pauses between resumes."""
     best_loss: float = float("inf")
     best_step: int = 0
     since_best: int = 0
@@ -40,13 +40,13 @@ class TrainState:
     best_train_loss: float = float("inf")
     """The lowest mean training loss between two logs."""
     last_evaluated: int = 0
-    """The last step whose weights were judged; 0 if none were."""
+    """The last step that was evaluated; 0 if none was."""
     last_loss: float = float("inf")
-    """Their validation loss."""
+    """Its validation loss."""
 
     @property
     def loss(self) -> float:
-        """The validation loss of this step's weights, in nats per token; infinite if they were not judged."""
+        """The validation loss of this step, in nats per token; infinite if it was not evaluated."""
         if self.last_evaluated != self.step:
             return float("inf")
         return self.best_loss if self.best_step == self.step else self.last_loss
@@ -54,7 +54,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same for a checkpoint to fit a run: fingerprints of model shape, tokenizer and data."""
+    """Fingerprints of model shape, tokenizer and data, which a checkpoint and a run must share."""
 
     model: str
     tokenizer: str
@@ -73,7 +73,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, state: TrainState, identity: Identity, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
 ) -> None:
-    """Writes beside `folder`, then renames. Raises TrainingError, leaving nothing, if the disk does not take it."""
+    """Writes to a temporary folder, then renames it. Raises TrainingError, and leaves nothing, if that fails."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -88,49 +88,50 @@ def save_checkpoint(
         os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise (unsaved(error, folder.parent) or error) from None
+        raise (save_problem(error, folder.parent) or error) from None
 
 
-def unsaved(error: BaseException, place: object) -> TrainingError | None:
-    """The error to show if a checkpoint could not be put at `place` since that takes nothing; None if it is another."""
+def save_problem(error: BaseException, place: object) -> TrainingError | None:
+    """The error to show if `place` could not store a checkpoint; None for any other error."""
     problem = storage_problem(error, place)
     if isinstance(problem, StorageFull):
         return StorageFull(
-            f"the disk is full: no room for a checkpoint in {place}; the last one is whole. Free some space there"
+            f"the disk is full: no space for a checkpoint in {place}; the last one is intact. Free some space there"
         )
-    return problem and TrainingError(f"{problem}; the last checkpoint is whole")
+    return problem and TrainingError(f"{problem}; the last checkpoint is intact")
 
 
 def load_checkpoint(folder: Path, identity: Identity) -> Checkpoint:
-    """Reads and verifies. Raises DamagedCheckpoint, naming the file, or CheckpointError if it is of another run."""
+    """Reads and verifies a checkpoint. Raises DamagedCheckpoint, or CheckpointError if it belongs to another run."""
     record = verified(folder)
     for what, theirs in record["identity"].items():
         ours = getattr(identity, what)
         if theirs != ours:
             raise CheckpointError(
-                f"the checkpoint in {folder} is of another {what} (fingerprint {theirs[:12]}, expected {ours[:12]}); "
-                "resume it with the settings that it was made with"
+                f"the checkpoint in {folder} is from a run with another {what} "
+                f"(fingerprint {theirs[:12]}, expected {ours[:12]}); "
+                "resume it with the settings it was made with"
             )
     state = TrainState(**record["state"])
     return Checkpoint(state, load_model(folder, verify=False), load_file(folder / "optimizer.safetensors"))
 
 
 def load_model(folder: Path, verify: bool = True) -> dict[str, Tensor]:
-    """The parameters alone, tied ones once. Raises DamagedCheckpoint if the checkpoint is not whole."""
+    """The model's parameters, tied ones once. Raises DamagedCheckpoint if the checkpoint is damaged."""
     if verify:
         verified(folder)
     return load_file(folder / "model.safetensors")
 
 
 def parse_state(text: bytes, where: object) -> dict[str, Any]:
-    """The record in a state.json. Raises DamagedCheckpoint, or CheckpointError if it is of another format."""
+    """Parses a state.json. Raises DamagedCheckpoint, or CheckpointError for another format version."""
     try:
         record: dict[str, Any] = json.loads(text)
         expected, format_version = record.pop("sha256", None), record["format"]
         if format_version == FORMAT:
             Identity(**record["identity"]), TrainState(**record["state"]), dict(record["files"])
-            if expected not in (None, _digest(record)):  # checkpoints of earlier versions have none
-                raise ValueError("it was altered")
+            if expected not in (None, _digest(record)):  # earlier versions wrote none
+                raise ValueError("it was changed")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where} is damaged ({error})") from None
     if format_version != FORMAT:
@@ -143,14 +144,14 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 
 def verified(folder: Path) -> dict[str, Any]:
-    """state.json's record, once every file was found to be as it says. Raises DamagedCheckpoint, naming the file."""
+    """Checks every file against state.json and returns its record. Raises DamagedCheckpoint, naming the file."""
     file = folder / STATE
     try:
         record = parse_state(file.read_bytes(), file)
         for name, digest in record["files"].items():
             file = folder / name
             if sha256(file) != digest:
-                raise DamagedCheckpoint(f"{file} is cut short or altered")
+                raise DamagedCheckpoint(f"{file} is truncated or changed")
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file} is missing") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What GPUs can do by their makers' data sheets, and how much of it training and serving are taken to reach.
+"""GPUs' data-sheet figures, and the share of them that training and serving are assumed to reach.
 
 In: a name such as "h200". Out: a `Device`, and `Rates`: assumed ones here, measured ones in `train_job.planning.rates`.
 """
@@ -11,7 +11,7 @@ from gptcore.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU (or a machine's CPU) and its neighbourhood. A link's bytes/s count one direction."""
+    """One GPU (or a machine's CPU) and its links. A link's bytes/s count one direction."""
 
     name: str
     flops: float
@@ -19,19 +19,19 @@ class Device:
     memory: float
     """Bytes."""
     bandwidth: float
-    """Bytes/s between chip and memory."""
+    """Bytes/s of the memory."""
     link: float
     """Bytes/s of one GPU to the others of its machine."""
     network: float
-    """Bytes/s of one GPU to other machines, where each has its share of the machine's network cards."""
+    """Bytes/s of one GPU to other machines: its share of the machine's network cards."""
     per_machine: int = 8
-    """1 for a machine's own CPU or Apple GPU, which trains alone."""
+    """1 for a CPU or an Apple GPU."""
     price: float | None = None
     """Dollars per GPU-hour, on demand; None where no index lists it."""
 
 
-# Data sheets; SXM where there are several. Network: 400 Gb/s a GPU in machines of the H100's time and later, 200 for
-# the A100, 100 where cards come in ordinary servers. Prices: the middle of what clouds for GPUs asked in May 2026.
+# Data sheets; the SXM variant if there are several. Network: 400 Gb/s per GPU in H100 and newer machines, 200 for the
+# A100, 100 for cards in ordinary servers. Prices: the median of GPU clouds in May 2026.
 DEVICES = (
     Device("B200", 2250e12, 180e9, 8.0e12, 900e9, 50e9),
     Device("H200", 989e12, 141e9, 4.8e12, 450e9, 50e9, price=4.0),
@@ -48,44 +48,44 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device sustains; each is in operations or bytes per second."""
+    """Sustained rates of a device, in operations or bytes per second."""
 
     products: float
     """FLOP/s in the matrix products of training."""
     elementwise: float
-    """Bytes/s in everything that training does number by number."""
+    """Bytes/s in the elementwise operations of training."""
     softmax: float
     """Bytes/s in the loss over the vocabulary."""
     decode_bandwidth: float
     """Bytes/s at which decoding reads weights and cache."""
     decode_products: float
-    """FLOP/s of decoding many sequences together."""
+    """FLOP/s when decoding many sequences together."""
     prefill_products: float
-    """FLOP/s in the prompts."""
+    """FLOP/s when processing prompts."""
     source: str
-    """Where these come from, for people."""
+    """How the rates were obtained, as printed."""
 
 
 def find_device(name: str) -> Device:
-    """The device of that name, however it is written: h200, H100-PCIe, rtx4090. Raises ConfigError."""
+    """Finds a device by name, ignoring case and punctuation: h200, H100-PCIe, rtx4090. Raises ConfigError."""
     known = {_plain(device.name): device for device in DEVICES}
     if _plain(name) not in known:
         listed = [device.name.lower().replace(" ", "-") for device in DEVICES]
         raise ConfigError(
-            f"gpu is {name!r}; expected here (what this machine has, measured), or {', '.join(listed)}."
+            f"gpu is {name!r}; expected here (this machine's device, measured), or {', '.join(listed)}."
             + did_you_mean(name.lower(), ["here", *listed])
         )
     return known[_plain(name)]
 
 
 def device_called(name: str) -> Device | None:
-    """The device that torch calls by this longer name, such as "NVIDIA H100 80GB HBM3"; None if it is not listed."""
+    """Finds a device by torch's longer name, such as "NVIDIA H100 80GB HBM3"; None if it is not listed."""
     words = (re.compile(rf"\b{device.name}\b") for device in DEVICES)
     return next((device for device, word in zip(DEVICES, words, strict=True) if word.search(name)), None)
 
 
 def assumed_rates(device: Device) -> Rates:
-    """Shares of the data sheet. They are assumptions: docs/scaling.md holds them against published runs."""
+    """Assumed shares of the data-sheet figures; docs/scaling.md compares them with published runs."""
     return Rates(
         products=0.6 * device.flops,
         elementwise=0.8 * device.bandwidth,

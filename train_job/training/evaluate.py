@@ -1,4 +1,4 @@
-"""How good a model is on a text: total cross-entropy in nats, and bits per byte, which compares tokenizers too.
+"""Evaluates a model on text: total cross-entropy in nats, and bits per byte, which is comparable across tokenizers.
 
 In: a model and the validation split's tokens, or a package and a corpus. Every token of the split is predicted once.
 """
@@ -21,7 +21,7 @@ from train_job.data.shards import TokenSet, prepare
 def validation_nats(
     model: GPT, tokens: TokenSet, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """This rank's share of the split's total cross-entropy, a float64 scalar in nats, in windows of context_length."""
+    """This rank's part of the split's total cross-entropy in nats, a float64 scalar, in windows of context_length."""
     device = model.embed_tokens.weight.device
     training = model.training
     model.eval()
@@ -35,9 +35,9 @@ def validation_nats(
 
 
 def bits_per_byte(package: Package, corpus: Corpus, cache_dir: Path, device: str = "cpu") -> float:
-    """Bits per UTF-8 byte of a corpus under a package's model and its own tokenizer, in fp32.
+    """Bits per UTF-8 byte of a corpus, with the package's model and tokenizer, in fp32.
 
-    In windows as long as the sequences that the model was trained on, or its context where that is not recorded.
+    Windows are as long as the sequences that the model was trained on, or its context if that is not recorded.
     """
     tokens = prepare(corpus, package.tokenizer, cache_dir)
     window = package.info.get("training", {}).get("sequence_length", package.config.context_length)

@@ -1,16 +1,16 @@
-"""What a run tells while it trains. The loop yields these; the worker posts them for the driver.
+"""The events of a training run. The loop yields them; the worker sends them to the driver.
 
-Torch is not imported here, so a process that only passes them on starts fast.
+This module does not import torch, so a process that only forwards events starts fast.
 """
 
 from dataclasses import dataclass, field
 
-from train_job.training.targets import Standing
+from train_job.training.targets import TargetStatus
 
 
 @dataclass(frozen=True)
 class Started:
-    """The first event: the workers are there, so many of them, and this many steps were done before."""
+    """The first event: the number of workers, and the steps done before this start."""
 
     step: int
     workers: int = field(default=1, compare=False)
@@ -18,7 +18,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the steps since the last Progress did, over all workers."""
+    """Figures of the steps since the last Progress, over all workers."""
 
     step: int
     tokens: int
@@ -32,12 +32,12 @@ class Progress:
     mfu: float | None
     seconds_left: float
     total_steps: int | None
-    """None where only the clock ends the run."""
+    """None if only max_minutes ends the run."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The whole validation split under the weights of this step; step 0 is the model before training."""
+    """An evaluation on the whole validation split; step 0 is the model before training."""
 
     step: int
     tokens: int
@@ -48,12 +48,12 @@ class Evaluation:
     best: bool
     seconds: float
     trained_seconds: float
-    """Seconds spent in steps until now, evaluations and event handling excluded."""
+    """Seconds spent in steps so far, without evaluations and event handling."""
 
 
 @dataclass(frozen=True)
 class CheckpointDue:
-    """A moment at which the state should be saved. `loss` is inf unless this step was evaluated."""
+    """The state should be saved now. `loss` is inf unless this step was evaluated."""
 
     step: int
     loss: float
@@ -61,14 +61,14 @@ class CheckpointDue:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event: which limit ended the run; `stopped` if someone asked."""
+    """The last event: the limit or target that ended the run, or `stopped` if a stop was requested."""
 
     step: int
     reason: str
     seconds: float = field(default=0.0, compare=False)
-    """Since the run began, evaluations included, pauses between resumes not."""
-    targets: tuple[Standing, ...] = field(default=(), compare=False)
-    """How the run stands to each target that it was given."""
+    """Since the run began, with evaluations, without the pauses between resumes."""
+    targets: tuple[TargetStatus, ...] = field(default=(), compare=False)
+    """The status of each target of the run."""
 
 
 Event = Started | Progress | Evaluation | CheckpointDue | Finished

@@ -1,4 +1,4 @@
-"""What a training process is told about memory, the peak of its device, and the memory that it has used."""
+"""The memory settings of a training process, the peak speed of its device, and its memory use."""
 
 import resource
 import sys
@@ -8,12 +8,12 @@ import torch
 from train_job.training.devices import device_called
 
 WORKER_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
-"""What glibc is told where a CPU trains: to keep the memory it was given. By default every block of megabytes goes back
-to the kernel when it is freed, and comes anew page by page, which can take longer than the mathematics."""
+"""Tells glibc to keep freed memory when training on a CPU. By default it returns blocks of megabytes to the kernel and
+gets them back page by page, which can take longer than the computation."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device in FLOP/s, or None where it is not known."""
+    """Dense bf16 peak of the device in FLOP/s, or None if unknown."""
     if device.type != "cuda":
         return None
     listed = device_called(torch.cuda.get_device_name(device))

@@ -1,9 +1,9 @@
 """The training loop, runnable with torch alone: a model and token shards in, a stream of events out.
 
-`Trainer.run` is a generator: it does steps until something is worth telling and yields it. Whoever drives it (a Ray
-worker, a benchmark, a notebook) logs, saves and shows; while an event is being handled the clock stands and the
-state is consistent. A step is a function of (config, step number): the batch, dropout's masks and the learning rate
-follow from the number, so a resumed run takes the same steps. Ranks work on slices of one global batch.
+`Trainer.run` is a generator: it takes steps and yields events. The caller (a Ray worker, a benchmark, a notebook) logs,
+saves and prints; while it handles an event, the clock is stopped and the state is consistent. A step is a function of
+(config, step number): the number determines the batch, the dropout masks and the learning rate, so a resumed run takes
+the same steps. Ranks work on slices of one global batch.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from train_job.training.evaluate import validation_nats
 from train_job.training.events import CheckpointDue, Evaluation, Event, Finished, Progress, Started
 from train_job.training.hardware import peak_flops
 from train_job.training.optimizer import Optimizers, learning_rate_factor
-from train_job.training.targets import Standing, standings
+from train_job.training.targets import TargetStatus, target_statuses
 
 
 class Trainer:
-    """One rank's share of a run. `wrap` puts the model under DDP; `stop_asked` is polled on rank 0."""
+    """One rank of a run. `wrap` wraps the model in DDP; `stop_asked` is polled on rank 0."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class Trainer:
         self.runner: Any = wrap(self.model)
         self.dtype = pick_dtype(config.precision, device)
         self.total_steps, self.limit = config.planned_steps(self.batches.steps_per_epoch)
-        self.log_every, self.judge_every = config.intervals(self.total_steps)
-        self.save_every = config.checkpoint_interval or self.judge_every
+        self.log_every, self.eval_every = config.intervals(self.total_steps)
+        self.save_every = config.checkpoint_interval or self.eval_every
         self.state = TrainState()
         self.trained_seconds, self.began = 0.0, time.perf_counter()
 
@@ -70,7 +70,7 @@ class Trainer:
         return self.config.batch_size * self.config.context
 
     def identity(self, tokenizer_fingerprint: str) -> Identity:
-        """What a checkpoint must share with this run."""
+        """The fingerprints that a checkpoint must share with this run."""
         shape = json.dumps(asdict(self.model.config) | {"dropout": 0.0}, sort_keys=True)
         data = self.train.fingerprint + self.validation.fingerprint
         return Identity(*(hashlib.sha256(s.encode()).hexdigest() for s in (shape, tokenizer_fingerprint, data)))
@@ -81,26 +81,26 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts the run where the checkpoint was taken."""
+        """Restores weights, optimizers and state from a checkpoint."""
         for name, parameter in self.model.named_parameters():
             parameter.copy_(checkpoint.model[name])
         self.optimizers.load_tensors(checkpoint.optimizer)
         self.state = TrainState(**asdict(checkpoint.state))
 
     def run(self) -> Iterator[Event]:
-        """Trains until a limit is met. Raises TrainingError, on every rank, when a loss stops being a number."""
+        """Trains until a limit or target. Raises TrainingError, on every rank, if a loss is not finite."""
         state = self.state
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         logged_step, logged_seconds, sums = state.step, 0.0, 0.0
         self.began = time.perf_counter() - state.elapsed
-        look_every = 1 if self.device.type == "cpu" else self.log_every  # looking waits for the device
+        sync_every = 1 if self.device.type == "cpu" else self.log_every  # reading losses waits for the device
         yield Started(state.step, self.world_size)
         if state.step == 0:
             yield self.evaluate(untrained=True)
-        reason = self._reached()
-        if self._unjudged(reason):  # a stop came before it
-            reason = yield from self._keep(reason)
+        reason = self._limit_reached()
+        if self._evaluation_due(reason):  # the run was stopped before this evaluation
+            reason = yield from self._evaluate_and_save(reason)
         while not reason:
             clock = time.perf_counter()
             while True:
@@ -108,9 +108,9 @@ class Trainer:
                 losses.append(loss)
                 norms.append(norm)
                 state.step += 1
-                if state.step % look_every == 0 or self._due(state.step):
+                if state.step % sync_every == 0 or self._event_due(state.step):
                     break
-            means, norm_now, asked = self._look(losses, norms, time.perf_counter() - self.began)
+            means, norm_now, asked = self._sync_ranks(losses, norms, time.perf_counter() - self.began)
             sums += sum(means)
             losses, norms = [], []
             state.elapsed = time.perf_counter() - self.began
@@ -121,27 +121,27 @@ class Trainer:
                 state.best_train_loss = min(state.best_train_loss, mean)
                 yield self._progress(mean, norm_now, steps, self.trained_seconds - logged_seconds)
                 logged_step, logged_seconds, sums = state.step, self.trained_seconds, 0.0
-                reason = reason or self._goal()
-            reason = yield from self._keep(reason)
-        yield Finished(state.step, reason, state.elapsed, self._standings())
+                reason = reason or self._goal_reached()
+            reason = yield from self._evaluate_and_save(reason)
+        yield Finished(state.step, reason, state.elapsed, self._target_statuses())
 
-    def _keep(self, reason: str) -> Generator[Event, None, str]:
-        """Has this step's weights judged and saved where that is due; returns `reason`, or the goal they reach."""
+    def _evaluate_and_save(self, reason: str) -> Generator[Event, None, str]:
+        """Evaluates this step and asks for a checkpoint if either is due; returns `reason`, or the goal reached."""
         state, loss = self.state, math.inf
-        if self._unjudged(reason):
+        if self._evaluation_due(reason):
             evaluation = self.evaluate()
             state.elapsed = time.perf_counter() - self.began
             yield evaluation
-            reason, loss = reason or self._goal(), evaluation.loss
+            reason, loss = reason or self._goal_reached(), evaluation.loss
         if reason or loss < math.inf or state.step % self.save_every == 0:
             yield CheckpointDue(state.step, loss)
         return reason
 
     def evaluate(self, untrained: bool = False) -> Evaluation:
-        """The whole validation split, every rank a share of it; remembers the best, unless nothing was trained yet.
+        """Evaluates on the whole validation split, divided among ranks, and records the best loss.
 
-        That figure, the parent's or of random weights, is there to compare with: the model of step 0 is neither kept,
-        nor is it what patience and targets look at.
+        Step 0 (random weights, or the parent's) is only for comparison: it is not saved, and does not count for
+        patience and targets.
         """
         state, start = self.state, time.perf_counter()
         micro = self.config.micro_batch_size or math.ceil(self.config.batch_size / self.world_size)
@@ -171,7 +171,7 @@ class Trainer:
     # --- the hot path -------------------------------------------------------------------------------------------
 
     def _step(self, step: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step; this rank's share of the mean loss, and the gradient's norm."""
+        """One optimizer step; returns this rank's part of the mean loss, and the gradient norm."""
         x, y = self.batches.batch(step, self.rank, self.world_size)  # (b, T) each
         if self.model.config.dropout:
             torch.manual_seed(((self.config.seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
@@ -192,17 +192,17 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _sync(self, last: bool):
-        """Gradients travel between ranks on a step's last micro-batch only."""
+        """Syncs gradients between ranks on a step's last micro-batch only."""
         return contextlib.nullcontext() if last or self.world_size == 1 else self.runner.no_sync()
 
     # --- between steps ------------------------------------------------------------------------------------------
 
-    def _due(self, step: int) -> bool:
-        intervals = (self.log_every, self.judge_every, self.save_every)
+    def _event_due(self, step: int) -> bool:
+        intervals = (self.log_every, self.eval_every, self.save_every)
         return step >= self.total_steps or any(step % interval == 0 for interval in intervals)
 
-    def _look(self, losses: list[Tensor], norms: list[Tensor], elapsed: float) -> tuple[list[float], float, str]:
-        """Agrees with the other ranks: mean losses, the last gradient norm, and whether to stop and why."""
+    def _sync_ranks(self, losses: list[Tensor], norms: list[Tensor], elapsed: float) -> tuple[list[float], float, str]:
+        """Reduces over ranks: mean losses, the last gradient norm, and why to stop, or an empty string."""
         asked = 0.0
         if self.rank == 0:
             minutes = self.config.max_minutes
@@ -245,30 +245,30 @@ class Trainer:
             self.total_steps if self.total_steps < UNBOUNDED else None,
         )
 
-    def _unjudged(self, reason: str) -> bool:
-        """Whether this step's weights are to be judged and were not: at intervals, and where a limit ends the run."""
+    def _evaluation_due(self, reason: str) -> bool:
+        """Whether this step needs an evaluation: at intervals, and when a limit ends the run."""
         step = self.state.step
-        due = bool(reason) or step % self.judge_every == 0
+        due = bool(reason) or step % self.eval_every == 0
         return due and reason != "stopped" and self.state.last_evaluated != step
 
-    def _reached(self) -> str:
-        """The limit or goal at which the state stands, or an empty string: a resumed run may have no step to do."""
+    def _limit_reached(self) -> str:
+        """The limit or goal already reached, or an empty string: a resumed run may have no steps left."""
         if self.state.step >= self.total_steps:
             return self.limit
         minutes = self.config.max_minutes
-        return "max_minutes" if minutes is not None and self.state.elapsed >= 60 * minutes else self._goal()
+        return "max_minutes" if minutes is not None and self.state.elapsed >= 60 * minutes else self._goal_reached()
 
-    def _goal(self) -> str:
-        """The goal that the figures until now have reached, or an empty string."""
-        for standing in self._standings():
-            if standing.reached:
-                return standing.target
+    def _goal_reached(self) -> str:
+        """The target reached so far, `patience`, or an empty string."""
+        for status in self._target_statuses():
+            if status.reached:
+                return status.target
         patience = self.config.patience
         return "patience" if patience is not None and self.state.since_best >= patience else ""
 
-    def _standings(self) -> tuple[Standing, ...]:
+    def _target_statuses(self) -> tuple[TargetStatus, ...]:
         best = self.state.best_loss
-        return standings(
+        return target_statuses(
             self.config,
             target_loss=best,
             target_bits_per_byte=self._bits_per_byte(best),
@@ -276,12 +276,12 @@ class Trainer:
         )
 
     def _bits_per_byte(self, loss: float) -> float:
-        """A validation loss in nats per token as bits per UTF-8 byte."""
+        """Converts a validation loss from nats per token to bits per UTF-8 byte."""
         return loss * (self.validation.num_tokens - 1) / math.log(2) / self.validation.num_bytes
 
 
 def diverged(what: str, step: int) -> TrainingError:
-    """The error of a run whose figures are no numbers any more."""
+    """The error for a loss or gradient norm that is not finite."""
     return TrainingError(
         f"the {what} at step {step}; the last good checkpoint is kept. "
         "Try a lower learning rate, more warm-up steps or --precision fp32"

@@ -1,7 +1,7 @@
-"""Which parameter is moved by what, and how far at each step.
+"""The optimizers and the learning-rate schedule.
 
-In: a model and a config. Out: `Optimizers`, which steps Muon (Jordan et al. 2024, as torch.optim.Muon) for the
-matrices inside the blocks and AdamW for everything else, and `learning_rate_factor`, the schedule as a pure function.
+In: a model and a config. Out: `Optimizers`, which uses Muon (Jordan et al. 2024, as torch.optim.Muon) for the matrices
+inside the blocks and AdamW for everything else, and `learning_rate_factor`, the schedule as a pure function.
 """
 
 import math
@@ -14,7 +14,7 @@ from train_job.config import TrainConfig
 
 
 def learning_rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The share of the peak learning rate that step number `step` (0-based) of `total_steps` uses, in (0, 1]."""
+    """The learning rate of step `step` (0-based) of `total_steps`, as a share of the peak, in (0, 1]."""
     warmup = min(config.warmup_steps, total_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -28,7 +28,7 @@ def learning_rate_factor(config: TrainConfig, step: int, total_steps: int) -> fl
 
 
 class Optimizers:
-    """The optimizers of one model, stepped together; peak learning rates are scaled by one factor."""
+    """The optimizers of one model, stepped together; one factor scales all peak learning rates."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -55,7 +55,7 @@ class Optimizers:
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def step(self, factor: float) -> None:
-        """One update at `factor` times the peak learning rates; gradients are dropped afterwards."""
+        """One update at `factor` times the peak learning rates; then clears the gradients."""
         for part, peaks in zip(self.parts, self.peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
@@ -72,7 +72,7 @@ class Optimizers:
         }
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restores what `tensors` returned. Raises KeyError or ValueError if the parameters are others."""
+        """Restores what `tensors` returned. Raises KeyError or ValueError if the parameters differ."""
         for i, part in enumerate(self.parts):
             state: dict[int, dict[str, Any]] = {}
             for name, tensor in tensors.items():

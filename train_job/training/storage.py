@@ -1,9 +1,9 @@
-"""Where a run's checkpoints are kept: a folder, or a URL that pyarrow or fsspec opens.
+"""The storage of a run's checkpoints: a folder, or a URL that pyarrow or fsspec opens.
 
-In: a run's config. Out: its checkpoints, the newest or best of them that is whole, and a folder without those that
-nothing needs any more; beside them, what another machine needs to go on with the run. Ray Train writes checkpoints and
-keeps a record of them, in place. A record can be damaged, or lack a checkpoint that was just written as the worker
-died; so we go by the folders, each of which can be verified.
+In: a run's config. Out: its checkpoints, and the newest or best one that is intact; checkpoints that are no longer
+needed are removed. The storage also has the files that another machine needs to resume the run. Ray Train writes
+checkpoints and a list of them. That list can be damaged, or lack a checkpoint written as the worker died, so this
+module reads the folders, each of which can be verified.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from train_job.files import written_whole
 from train_job.training.checkpoint import FILES, STATE, TrainState, parse_state, verified
 
 RECORD = ("run.json", "config.yaml")
-"""The files of a run's folder that another machine needs to go on with it; the one that counts is last."""
+"""The files of a run's folder that another machine needs to resume it; config.yaml, which marks a run, is last."""
 RAYS_RECORD = "checkpoint_manager_snapshot.json"
 
 Loaded = TypeVar("Loaded")
@@ -29,8 +29,8 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A checkpoint in a run's storage. `state` is None where state.json cannot be read; `why` says what is wrong."""
+class StoredCheckpoint:
+    """A checkpoint in a run's storage. `state` is None if state.json cannot be read; `why` is the problem."""
 
     fs: Any
     path: str
@@ -39,12 +39,12 @@ class Kept:
 
     @property
     def name(self) -> str:
-        """The folder's, which has the time at which it was made."""
+        """The folder's name, which has the time of creation."""
         return self.path.rpartition("/")[2]
 
     @property
     def step(self) -> int:
-        """The steps that were done; more than any run does, if that cannot be read."""
+        """The steps done; if that cannot be read, more than any run takes."""
         return self.state.step if self.state else 2**62
 
     @property
@@ -54,7 +54,7 @@ class Kept:
 
     @contextlib.contextmanager
     def files(self) -> Iterator[Path]:
-        """Its folder on this machine, or a copy that is there for as long as the block lasts."""
+        """Its folder on this machine, or a temporary copy that exists within the block."""
         from pyarrow.fs import LocalFileSystem
 
         if isinstance(self.fs, LocalFileSystem):
@@ -63,7 +63,7 @@ class Kept:
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             for name in FILES:
                 with (
-                    contextlib.suppress(FileNotFoundError),  # whoever verifies it says so
+                    contextlib.suppress(FileNotFoundError),  # verification reports it
                     self.fs.open_input_stream(f"{self.path}/{name}") as source,
                     open(Path(scratch) / name, "wb") as copy,
                 ):
@@ -72,7 +72,7 @@ class Kept:
 
 
 def run_storage(config: TrainConfig) -> tuple[Any, str]:
-    """The file system with the run's checkpoints, and their folder there."""
+    """The file system of the run's checkpoints, and their folder in it."""
     from pyarrow.fs import FileSystem
 
     storage = str(config.storage_path)
@@ -80,113 +80,115 @@ def run_storage(config: TrainConfig) -> tuple[Any, str]:
     return fs, f"{path}/{config.name}"
 
 
-def checkpoints(config: TrainConfig) -> list[Kept]:
-    """Those there are, by what their state.json says: the one of the most steps first, unreadable ones before all."""
+def checkpoints(config: TrainConfig) -> list[StoredCheckpoint]:
+    """The run's checkpoints, most steps first; those whose state.json cannot be read come before all others."""
     from pyarrow.fs import FileSelector
 
     fs, folder = run_storage(config)
     found = []
     for info in fs.get_file_info(FileSelector(folder, allow_not_found=True)):
         if info.base_name.startswith("checkpoint_") and not info.is_file:
-            found.append(_kept(fs, info.path))
-    return sorted(found, key=lambda kept: (kept.step, kept.name), reverse=True)
+            found.append(_read(fs, info.path))
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.name), reverse=True)
 
 
-def _kept(fs: Any, path: str) -> Kept:
+def _read(fs: Any, path: str) -> StoredCheckpoint:
     where = f"{path}/{STATE}"
     try:
         with fs.open_input_stream(where) as file:
-            return Kept(fs, path, TrainState(**parse_state(file.read(), where)["state"]))
+            return StoredCheckpoint(fs, path, TrainState(**parse_state(file.read(), where)["state"]))
     except FileNotFoundError:
-        return Kept(fs, path, None, f"{where} is missing")
-    except OSError as error:  # it is a folder, or a link that leads nowhere
-        return Kept(fs, path, None, f"{where} cannot be read: {' '.join(str(error).split())}")
+        return StoredCheckpoint(fs, path, None, f"{where} is missing")
+    except OSError as error:  # a folder, or a broken link
+        return StoredCheckpoint(fs, path, None, f"{where} cannot be read: {' '.join(str(error).split())}")
     except DamagedCheckpoint as error:
-        return Kept(fs, path, None, str(error))
+        return StoredCheckpoint(fs, path, None, str(error))
 
 
 def first_whole(
-    found: Iterable[Kept], load: Callable[[Path], Loaded], say: Say = lambda text: None
-) -> tuple[Kept, Loaded] | None:
-    """The first that `load` finds whole, and what it loads; None if there are none. Says which are not, and why.
+    found: Iterable[StoredCheckpoint], load: Callable[[Path], Loaded], say: Say = lambda text: None
+) -> tuple[StoredCheckpoint, Loaded] | None:
+    """The first checkpoint that `load` can read, and what it returns; None if there are none.
 
-    Raises DamagedCheckpoint if none of those there are is whole.
+    Reports each damaged one through `say`. Raises DamagedCheckpoint if all are damaged.
     """
     first = ""
-    for kept in found:
-        problem = kept.why
+    for checkpoint in found:
+        problem = checkpoint.why
         if not problem:
-            with kept.files() as folder:
+            with checkpoint.files() as folder:
                 try:
-                    return kept, load(folder)
+                    return checkpoint, load(folder)
                 except DamagedCheckpoint as error:
-                    problem = str(error).replace(str(folder), kept.path)
+                    problem = str(error).replace(str(folder), checkpoint.path)
         first = first or problem
-        say(f"stepped over a checkpoint: {problem}")
+        say(f"skipped a checkpoint: {problem}")
     if first:
-        raise DamagedCheckpoint(f"no checkpoint of this run is whole: {first}. Put a copy back, or begin a new run")
+        raise DamagedCheckpoint(
+            f"all checkpoints of this run are damaged: {first}. Restore one from a copy, or start a new run"
+        )
     return None
 
 
 def drop(config: TrainConfig, keep: Collection[str] = (), say: Say = lambda text: None) -> None:
-    """Removes the checkpoints that the run has left in its storage, but for these; says what could not be removed."""
+    """Removes the run's checkpoints except those in `keep`; reports what could not be removed."""
     with _unless_away(config, say):
-        for kept in checkpoints(config):
-            if kept.name not in keep:
-                kept.fs.delete_dir(kept.path)
+        for checkpoint in checkpoints(config):
+            if checkpoint.name not in keep:
+                checkpoint.fs.delete_dir(checkpoint.path)
 
 
-def drop_all_but(chosen: Kept, found: Iterable[Kept], config: TrainConfig, say: Say) -> None:
-    """Removes what a run that has ended does not need: all but the one that was chosen, and the newest two.
+def drop_all_but(chosen: StoredCheckpoint, found: Iterable[StoredCheckpoint], config: TrainConfig, say: Say) -> None:
+    """Removes a finished run's checkpoints except the chosen one and the newest two.
 
-    With these it can go on, even from the one before should the newest be damaged.
+    The run can be resumed from these, even if the newest is damaged.
     """
     with _unless_away(config, say):
-        keep = {chosen.name, *(kept.name for kept in newest(found, 2, known={chosen.name}))}
+        keep = {chosen.name, *(checkpoint.name for checkpoint in newest(found, 2, known={chosen.name}))}
         drop(config, keep, say)
 
 
 @contextlib.contextmanager
 def _unless_away(config: TrainConfig, say: Say) -> Iterator[None]:
-    """Within it, storage that is away, or that lets nothing be deleted, costs a line and no run."""
+    """Turns an error of the storage within the block into a warning."""
     try:
         yield
     except OSError as error:
-        say(f"warning: checkpoints of {config.name} that are not needed stay: {' '.join(str(error).split())}")
+        say(f"warning: unneeded checkpoints of {config.name} could not be removed: {' '.join(str(error).split())}")
 
 
-def newest(found: Iterable[Kept], count: int, known: Collection[str] = ()) -> list[Kept]:
-    """So many of checkpoints (newest first) that are whole and differ in their step; those `known` to be are not read.
+def newest(found: Iterable[StoredCheckpoint], count: int, known: Collection[str] = ()) -> list[StoredCheckpoint]:
+    """The first `count` intact checkpoints with different steps, of checkpoints sorted newest first.
 
-    Of a step that was repeated, it is the last.
+    Those named in `known` are not verified again. Of a repeated step, the last one is taken.
     """
-    whole: dict[int, Kept] = {}
-    for kept in found:
+    whole: dict[int, StoredCheckpoint] = {}
+    for checkpoint in found:
         if len(whole) == count:
             break
-        if kept.state and kept.step not in whole:
+        if checkpoint.state and checkpoint.step not in whole:
             with contextlib.suppress(DamagedCheckpoint):
-                if kept.name not in known:
-                    with kept.files() as folder:
+                if checkpoint.name not in known:
+                    with checkpoint.files() as folder:
                         verified(folder)
-                whole[kept.step] = kept
+                whole[checkpoint.step] = checkpoint
     return list(whole.values())
 
 
-def superseded(found: Iterable[Kept], used: Kept) -> list[Kept]:
-    """Of checkpoints (newest first) from which a run could have gone on, those that neither it nor its end needs.
+def superseded(found: Iterable[StoredCheckpoint], used: StoredCheckpoint) -> list[StoredCheckpoint]:
+    """The checkpoints that a run resumed from `used` no longer needs; `found` is sorted newest first.
 
-    These are needed: the one that is `used`, the one before, the best, and those that could not be read or are newer.
-    The last two are for whoever looks after the damage, until the run has ended.
+    Still needed are `used`, the one before it, the best, and those that are newer or could not be read. The last two
+    remain until the run ends, so that the damage can be examined.
     """
-    older = [kept for kept in found if kept.step <= used.step]
-    best = min(older, key=lambda kept: kept.loss, default=used)
-    before = next((kept for kept in older if kept.step < used.step), used)
-    return [kept for kept in older if kept.path not in (used.path, before.path, best.path)]
+    older = [checkpoint for checkpoint in found if checkpoint.step <= used.step]
+    best = min(older, key=lambda checkpoint: checkpoint.loss, default=used)
+    before = next((checkpoint for checkpoint in older if checkpoint.step < used.step), used)
+    return [checkpoint for checkpoint in older if checkpoint.path not in (used.path, before.path, best.path)]
 
 
 def forget_rays_record(config: TrainConfig) -> None:
-    """Has Ray Train begin with an empty list of checkpoints, whatever was left of its last one."""
+    """Removes Ray Train's list of checkpoints, so that it starts with an empty one."""
     from pyarrow.fs import FileType
 
     fs, folder = run_storage(config)
@@ -199,38 +201,38 @@ def forget_rays_record(config: TrainConfig) -> None:
 
 
 def check_storage(url: str) -> None:
-    """Raises ConfigError if Ray cannot keep a run's checkpoints under this URL."""
+    """Raises ConfigError if Ray cannot store checkpoints under this URL."""
     from pyarrow.fs import FileSystem
 
     try:
         fs, path = FileSystem.from_uri(url)
-        fs.create_dir(path)  # asks the store; Ray would later, after the run was opened
+        fs.create_dir(path)  # contacts the store; Ray does so only after the run is opened
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"storage_path is {url!r}: {error}. Expected a folder or a URL such as file:///FOLDER, s3://BUCKET/FOLDER "
-            "or gs://BUCKET/FOLDER; any other that fsspec knows is written fsspec+SCHEME://FOLDER"
+            "or gs://BUCKET/FOLDER; for any other scheme of fsspec, use fsspec+SCHEME://FOLDER"
         ) from None
     except OSError as error:
         raise ConfigError(f"storage_path {url!r} cannot be reached: {' '.join(str(error).split())}") from None
 
 
 def fetch_record(url: str, run_dir: Path) -> None:
-    """Copies into `run_dir` what a machine has kept of this run under the storage URL, unless it is here already."""
+    """Copies the run's record from the storage URL into `run_dir`, except files that exist there."""
     from pyarrow.fs import FileSystem, FileType
 
     try:
         fs, path = FileSystem.from_uri(url)
         for name in RECORD:
-            kept = f"{path}/{run_dir.name}/{name}"
-            if not (run_dir / name).exists() and fs.get_file_info(kept).type == FileType.File:
-                with fs.open_input_stream(kept) as source, written_whole(run_dir / name) as copy:
+            stored = f"{path}/{run_dir.name}/{name}"
+            if not (run_dir / name).exists() and fs.get_file_info(stored).type == FileType.File:
+                with fs.open_input_stream(stored) as source, written_whole(run_dir / name) as copy:
                     copy.write(source.read())
     except OSError as error:
         raise ConfigError(f"storage_path {url!r} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def keep_record(url: str, run_dir: Path) -> None:
-    """Puts beside the run's checkpoints what another machine needs to go on with it."""
+    """Copies the run's record to the storage, so that another machine can resume it."""
     from pyarrow.fs import FileSystem
 
     try:

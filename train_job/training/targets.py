@@ -1,7 +1,7 @@
-"""The targets that a run may be given: which figure is to come down to what, and how near it has come.
+"""The targets of a run, and whether they are reached.
 
-In: a config and the best figures until now. Out: a `Standing` per target, by which the loop ends a run and its outcome
-says when the target was reached, or by how much it was missed.
+In: a config and the best figures so far. Out: a `TargetStatus` per target. The loop ends a run by it, and the run's
+outcome reports when the target was reached, or by how much it was missed.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ FIGURES = {
     "target_bits_per_byte": "validation bits per byte",
     "target_train_loss": "training loss",
 }
-"""Each target's setting, and what is to come down."""
+"""Each target's setting, and the figure it is compared with."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a run stands to one of its targets. `best` is the lowest figure until now, inf if there was none."""
+class TargetStatus:
+    """A target and the lowest figure so far; `best` is inf if there is none yet."""
 
     target: str
     wanted: float
@@ -26,7 +26,7 @@ class Standing:
 
     @property
     def reached(self) -> bool:
-        """Whether the figure was as low as it should be."""
+        """Whether the best figure is at or below the target."""
         return self.best <= self.wanted
 
     @property
@@ -36,12 +36,12 @@ class Standing:
 
     @property
     def figure(self) -> str:
-        """The figure and the target, for people: `training loss 0.0999`."""
+        """The figure's name and the target, as printed: `training loss 0.0999`."""
         return f"{FIGURES[self.target]} {self.wanted:g}"
 
 
-def standings(config: TrainConfig, **best: float) -> tuple[Standing, ...]:
-    """The run's standing to each target it has; `best` names the best figure for each."""
+def target_statuses(config: TrainConfig, **best: float) -> tuple[TargetStatus, ...]:
+    """The status of each target the run has; `best` gives the best figure for each."""
     return tuple(
-        Standing(name, wanted, best[name]) for name in FIGURES if (wanted := getattr(config, name)) is not None
+        TargetStatus(name, wanted, best[name]) for name in FIGURES if (wanted := getattr(config, name)) is not None
     )
