@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from gptcore.config import ModelConfig
+from gptcore.errors import ConfigError
 from gptcore.model import GPT
 from gptcore.package import save_package
 from gptcore.tokenizer import Tokenizer
 from tests.refusals import one_error
 from train_job import run
+from train_job.cli import parse_settings
+from train_job.cluster.connect import resources_per_worker
 from train_job.config import build_config
 
 Refused = Callable[..., str]
@@ -184,9 +187,9 @@ def test_a_device_that_is_not_there_is_refused(refused: Refused, text_file: Path
 def test_workers_share_the_cluster_in_whole_cpus_that_fit_on_its_nodes(
     flags: list[str], cpus: list[int], share: int
 ) -> None:
-    config = build_config(run.parse_settings(flags))
+    config = build_config(parse_settings(flags))
     nodes = [{"Alive": True, "Resources": {"CPU": float(n)}} for n in cpus]
-    assert run.resources_per_worker(config, nodes) == {"CPU": share}
+    assert resources_per_worker(config, nodes) == {"CPU": share}
 
 
 @pytest.mark.parametrize(
@@ -198,9 +201,9 @@ def test_workers_share_the_cluster_in_whole_cpus_that_fit_on_its_nodes(
     ],
 )
 def test_more_than_this_machine_has_is_refused_rather_than_waited_for(flags: list[str], words: str) -> None:
-    config = build_config(run.parse_settings(flags))
-    with pytest.raises(run.ConfigError, match=words):
-        run.resources_per_worker(config, [{"Alive": True, "Resources": {"CPU": 2.0}}], fixed=True)
+    config = build_config(parse_settings(flags))
+    with pytest.raises(ConfigError, match=words):
+        resources_per_worker(config, [{"Alive": True, "Resources": {"CPU": 2.0}}], fixed=True)
 
 
 def test_a_sample_prompt_that_fills_the_context_is_refused(refused: Refused, text_file: Path) -> None:

@@ -1,7 +1,6 @@
 """Which checkpoint a run's package is made of, and which code its end has."""
 
-from train_job.session.outcome import preferred
-
+from train_job.session.finish import preferred
 from train_job.training.checkpoint import TrainState
 from train_job.training.storage import StoredCheckpoint
 from train_job.training.targets import TargetStatus
