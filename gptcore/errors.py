@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
-MOST_SLIPS = 4
+MAX_TYPOS = 4
 """Letters that a long name may be away from what was meant; a name of four letters may be one away."""
 _MARKS = re.compile(r"[-_ :]")
 _DIGIT = re.compile(r"\d")
@@ -81,11 +81,11 @@ class QueueFull(FoundryError):
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known name that `value` is a slip of, or an empty string."""
-    slips = {name: cost for name in known if name != value and (cost := _slip(value, name)) is not None}
+    slips = {name: cost for name in known if name != value and (cost := _typo_cost(value, name)) is not None}
     return f" Did you mean {min(slips, key=slips.__getitem__)!r}?" if slips else ""
 
 
-def _slip(value: str, name: str) -> int | None:
+def _typo_cost(value: str, name: str) -> int | None:
     """How many letters were lost, added or (two for one) mistaken on the way from `name` to `value`; None if too many.
 
     Case and the marks between words do not count, nor does a suffix that both have: `a.txt` is not near `b.txt`.
@@ -95,7 +95,7 @@ def _slip(value: str, name: str) -> int | None:
     wrong, right = PurePath(value.casefold()), PurePath(name.casefold())
     common = right.suffix if wrong.suffix == right.suffix else ""
     a, b = (_MARKS.sub("", text.casefold().removesuffix(common)) for text in (value, name))
-    allowed = min((max(len(a), len(b)) - 1) // 2, MOST_SLIPS)
+    allowed = min((max(len(a), len(b)) - 1) // 2, MAX_TYPOS)
     if a == b:
         return 0
     if 2 < len(a) == len(b) <= 4 and _swapped(a, b):
@@ -107,7 +107,7 @@ def _slip(value: str, name: str) -> int | None:
         if cost <= allowed:
             return cost
     shortened = len(a) >= 4 and (b.startswith(a) or _contracted(a, b))
-    return len(b) - len(a) + MOST_SLIPS if shortened else None
+    return len(b) - len(a) + MAX_TYPOS if shortened else None
 
 
 def _contracted(a: str, b: str) -> bool:

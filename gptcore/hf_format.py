@@ -184,7 +184,7 @@ def _groups(model: GPT) -> dict[str, list[str]]:
     return groups
 
 
-def publish(model: GPT, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_published(model: GPT, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors as Hugging Face lays them out, on the CPU."""
     shapes = _shapes(model)
     for name, shape in shapes.items():
@@ -199,7 +199,7 @@ def publish(model: GPT, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def adopt(model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def from_published(model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Hugging Face's tensors, which fit the config, under our names and shapes, contiguous."""
     groups = _groups(model)
     state: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ The same folder for `python train_job/run.py`, a job submitted from the checkout
 import importlib.metadata
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -29,6 +30,11 @@ def home() -> Path:
     if named := os.environ.get("GPT_FOUNDRY_HOME"):
         return expanded(named).absolute()
     return checkout() or expanded("~/.gpt-foundry")
+
+
+def default_tracking_uri(environ: Mapping[str, str] = os.environ) -> str:
+    """$MLFLOW_TRACKING_URI, or else the embedded database."""
+    return environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
 
 
 def expanded(path: str | Path, kind: type[FoundryError] = ConfigError) -> Path:

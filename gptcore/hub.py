@@ -8,20 +8,19 @@ import hashlib
 import http.client
 import os
 import re
-import shutil
 import urllib.error
 import urllib.request
-import uuid
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptcore.documents import read_text
 from gptcore.errors import HubError, did_you_mean
-from gptcore.home import expanded, home
-from gptcore.package import PICKLE, PICKLES, lacking
+from gptcore.fetch import fetch_files, file_system
+from gptcore.home import default_tracking_uri, expanded, home
+from gptcore.package import PICKLE, PICKLES, missing_files
 from gptcore.progress import doing
-from gptcore.redact import without_password
+from gptcore.redact import reason, without_password
 from gptcore.weights import WEIGHTS, is_plain
 
 KINDS = (
@@ -37,8 +36,6 @@ OLD_NAMES = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-me
 """What the hub called these before models had owners, and calls them now; caches know both."""
 KNOWN = frozenset(OLD_NAMES.values())
 SERVER_SECONDS = 5
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""URLs' schemes, and which of this project's extras has the client."""
 
 
 def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None) -> Path:
@@ -54,7 +51,7 @@ def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None
 
 def _resolved(name: str, tracking_uri: str | None, into: Path | None) -> Path:
     if name.startswith(("models:/", "runs:/")):
-        return _package_inside(_download(name, tracking_uri or _tracking_uri(), into), name)
+        return _package_inside(_download(name, tracking_uri or default_tracking_uri(), into), name)
     if name.startswith("hf:"):
         return _from_hugging_face(name.removeprefix("hf:"))
     if "://" in name:
@@ -89,10 +86,6 @@ def _package_inside(folder: Path, name: str) -> Path:
 # --- MLflow ----------------------------------------------------------------------------------------------------
 
 
-def _tracking_uri() -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
-
-
 def _download(name: str, tracking_uri: str, into: Path | None) -> Path:
     """The folder of an MLflow model: where it lies if that is this machine, else a download."""
     _check_reachable(name, tracking_uri)
@@ -109,7 +102,7 @@ def _download(name: str, tracking_uri: str, into: Path | None) -> Path:
                 f"{name!r} is looked up in MLflow, and {without_password(tracking_uri)} does not let this user see "
                 "it; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             ) from error
-        raise HubError(f"MLflow knows no model {name!r}: {_reason(error)}{_nearest(name, tracking_uri)}") from error
+        raise HubError(f"MLflow knows no model {name!r}: {reason(error)}{_nearest(name, tracking_uri)}") from error
     except OSError as error:
         raise HubError(f"the files of {name!r} cannot be fetched: {error}") from error
 
@@ -132,10 +125,6 @@ def _check_reachable(name: str, tracking_uri: str) -> None:
         raise HubError(f"{name!r} is looked up in MLflow, and {shown} does not answer: {error}") from error
 
 
-def _reason(error: Exception) -> str:
-    return without_password((str(error) or type(error).__name__).splitlines()[0]).rstrip(".") + "."
-
-
 def _nearest(name: str, tracking_uri: str) -> str:
     """A suggestion for a models:/ name, from what the registry holds."""
     if not name.startswith("models:/"):
@@ -150,20 +139,7 @@ def _nearest(name: str, tracking_uri: str) -> str:
     return did_you_mean(name, known)
 
 
-# --- Anywhere that fsspec reaches ------------------------------------------------------------------------------
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path there. Raises HubError if there is none of that kind here."""
-    import fsspec
-
-    try:
-        fs, path = fsspec.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # its client is not installed; nobody knows the scheme
-        extra = EXTRAS.get(url.partition("://")[0]) if isinstance(error, ImportError) else None
-        advice = f" The extra {extra} brings it: pip install -e '.[{extra}]'" if extra else ""
-        raise HubError(f"{without_password(url)!r} cannot be opened: {_reason(error)}{advice}") from error
-    return fs, str(path).rstrip("/")
+# --- URLs ------------------------------------------------------------------------------------------------------
 
 
 def _fetch(url: str, into: Path) -> Path:
@@ -181,29 +157,14 @@ def _fetch(url: str, into: Path) -> Path:
             raise FileNotFoundError
         folder = into / hashlib.sha256(repr((url, listed)).encode()).hexdigest()[:32]
         if not folder.is_dir():
-            _copy(fs, [f"{path}/{name}" for name in wanted], folder)
+            fetch_files(fs, [f"{path}/{name}" for name in wanted], folder)
         return folder
     except FileNotFoundError as error:
         raise HubError(
             f"there is no model at {without_password(url)!r}: it has no config.json; expected {KINDS}"
         ) from error
     except Exception as error:  # each store's client has errors of its own: no network, no key, no right
-        raise HubError(f"the files of {without_password(url)!r} cannot be fetched: {_reason(error)}") from error
-
-
-def _copy(fs: Any, files: list[str], folder: Path) -> None:
-    """Fetches the files into `folder`, which is there once all of them are."""
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    beside.mkdir(parents=True)
-    try:
-        for file in files:
-            fs.get_file(file, str(beside / PurePosixPath(file).name))
-        beside.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was quicker
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        raise HubError(f"the files of {without_password(url)!r} cannot be fetched: {reason(error)}") from error
 
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------
@@ -249,7 +210,7 @@ def _download_snapshot(repo: str) -> str:
             f"{did_you_mean(repo, KNOWN)}"
         ) from error
     except Exception as error:  # its errors share no base: HTTP, a time that is up
-        return f"the hub cannot be asked ({_reason(error).rstrip('.')})"
+        return f"the hub cannot be asked ({reason(error).rstrip('.')})"
     names = [file.rfilename for file in found.siblings or ()]
     if not any(name.endswith(".safetensors") for name in names) and (bad := sorted({*names} & {*PICKLES})):
         raise HubError(f"hf:{repo} has no {WEIGHTS}; its {bad[0]} {PICKLE}")
@@ -257,7 +218,7 @@ def _download_snapshot(repo: str) -> str:
         patterns = dict(allow_patterns=PACKAGE_FILES, ignore_patterns="*/*")
         hub.snapshot_download(repo, cache_dir=_cache(), **patterns)
     except Exception as error:
-        return f"it cannot be downloaded ({_reason(error).rstrip('.')})"
+        return f"it cannot be downloaded ({reason(error).rstrip('.')})"
     return "what the hub has is not a whole model"
 
 
@@ -273,7 +234,7 @@ def _best_snapshot(folders: list[Path]) -> tuple[Path | None, list[str]]:
     """The first whole snapshot in these folders of a cache, that of `main` before others; else the first, and what
     it lacks."""
     found = [snapshot for folder in folders for snapshot in _snapshots(folder)]
-    lacks: list[tuple[Path | None, list[str]]] = [(snapshot, lacking(snapshot)) for snapshot in found]
+    lacks: list[tuple[Path | None, list[str]]] = [(snapshot, missing_files(snapshot)) for snapshot in found]
     whole = [pair for pair in lacks if not pair[1]]
     return (whole or lacks or [(None, ["everything"])])[0]
 

@@ -24,7 +24,7 @@ def check():
     missing = problem(needed(command))
     if not missing:
         return
-    line = " ".join([sys.executable or "this Python", missing + "; use", way_on(command)])
+    line = " ".join([sys.executable or "this Python", missing + "; use", suggested_command(command)])
     if not command:
         raise ImportError(line)
     sys.stderr.write("error: " + line + "\n")
@@ -68,7 +68,7 @@ def problem(packages):
     return "lacks " + ", ".join(lacks) if lacks else ""
 
 
-def way_on(command):
+def suggested_command(command):
     """The command that works."""
     rest = " ".join(command)
     there = os.path.join(ROOT, ".venv", "bin", "python")

@@ -7,11 +7,8 @@ several files, or a Qwen3 of GPT-2's tokenizer.
 Weights are safetensors only: nothing here ever unpickles.
 """
 
-import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,16 +22,24 @@ from torch import Tensor
 from gptcore.config import ModelConfig
 from gptcore.documents import read_json, require_regular
 from gptcore.errors import PackageError, TokenizerError, excerpt
-from gptcore.hf_format import adopt, count_parameters, empty_model, parse_config, publish, published_config
+from gptcore.files import new_folder, sha256
+from gptcore.hf_format import (
+    count_parameters,
+    empty_model,
+    from_published,
+    parse_config,
+    published_config,
+    to_published,
+)
 from gptcore.memory import free_memory, require_memory
 from gptcore.model import GPT, rotary_tables
 from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer, tokenizer_files
 from gptcore.weights import (
     WEIGHTS,
     copied_bytes,
-    has_head_of_its_own,
-    hold_against,
+    has_untied_head,
     is_plain,
+    match_config,
     read_headers,
     read_tensors,
     require_finite,
@@ -63,7 +68,7 @@ class Package:
 
     def memory(self, dtype: torch.dtype = torch.float32) -> dict[str, int]:
         """What `load_model` allocates, and for how many bytes each. Raises PackageError as it does."""
-        c, places = self.config, hold_against(self.config, read_headers(self.path, self.config.family))
+        c, places = self.config, match_config(self.config, read_headers(self.path, self.config.family))
         positions = 4 * 4 * c.head_size * c.context_length if c.family == "qwen3" else 0  # angles, cos, sin and a copy
         return {"weights": copied_bytes(c, places, dtype), f"a context of {c.context_length:,} tokens": positions}
 
@@ -74,7 +79,7 @@ class Package:
         """
         require_memory(f"the model in {self.path}", self.memory(dtype), free_memory(torch.device(device)))
         model = empty_model(self.config)
-        state = adopt(model, self._tensors(device, dtype))
+        state = from_published(model, self._tensors(device, dtype))
         if self.config.tie_embeddings:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
@@ -85,7 +90,7 @@ class Package:
         return model.eval()
 
     def _tensors(self, device: str | torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        places = hold_against(self.config, read_headers(self.path, self.config.family))
+        places = match_config(self.config, read_headers(self.path, self.config.family))
         for name, stored in read_tensors(places):
             tensor = stored.to(device, dtype)
             require_finite(name, tensor)  # now, while it is in the caches: no second pass over the files
@@ -108,28 +113,24 @@ def save_package(
     _check_vocabulary(config, tokenizer, folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise PackageError(f"{folder} exists and is no package of ours; name another folder")
-    tensors = publish(empty_model(config), state)
-    beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    tensors = to_published(empty_model(config), state)
     try:
-        beside.mkdir(parents=True)
-        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-        save_tokenizer(tokenizer, beside)
-        dtype = str(tensors[next(iter(tensors))].dtype).removeprefix("torch.")
-        _write_json(beside / CONFIG, {**published_config(config), "torch_dtype": dtype, **_special_ids(tokenizer)})
-        _write_json(beside / "generation_config.json", _generation_config(config, tokenizer))
-        info: dict[str, Any] = {
-            "format": FORMAT_VERSION,
-            "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
-            "training": training,
-        }
-        (beside / "README.md").write_text(_model_card(Package(folder, config, tokenizer, info)), encoding="utf-8")
-        files = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
-        _write_json(beside / MANIFEST, {**info, "files": files})
-        _put_in_place(beside, folder)
+        with new_folder(folder) as partial:
+            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+            save_tokenizer(tokenizer, partial)
+            dtype = str(tensors[next(iter(tensors))].dtype).removeprefix("torch.")
+            _write_json(partial / CONFIG, {**published_config(config), "torch_dtype": dtype, **_special_ids(tokenizer)})
+            _write_json(partial / "generation_config.json", _generation_config(config, tokenizer))
+            info: dict[str, Any] = {
+                "format": FORMAT_VERSION,
+                "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+                "training": training,
+            }
+            (partial / "README.md").write_text(_model_card(Package(folder, config, tokenizer, info)), encoding="utf-8")
+            files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+            _write_json(partial / MANIFEST, {**info, "files": files})
     except (OSError, SafetensorError) as error:
         raise PackageError(f"the package {folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return open_package(folder, verify=False)
 
 
@@ -143,7 +144,7 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
         reason = "it is not a folder" if folder.exists() else "no such folder"
         raise PackageError(f"there is no package at {folder}: {reason}")
     info = _read_manifest(folder) if os.path.lexists(folder / MANIFEST) else {}
-    listed = {folder / name: sha256 for name, sha256 in info.get("files", {}).items()}
+    listed = {folder / name: digest for name, digest in info.get("files", {}).items()}
     weights = {file: listed[file] for file in listed if file.suffix == ".safetensors"}
     _check_unaltered({file: listed[file] for file in listed if file not in weights}, MOST_BESIDE, verify)
     _check_files_exist(folder)
@@ -162,9 +163,9 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
     _check_unaltered(weights, _most_of_weights(config), verify)
     try:
         found = read_headers(folder, config.family)
-        if has_head_of_its_own(config, found):
+        if has_untied_head(config, found):
             config = replace(config, tie_embeddings=False)
-        hold_against(config, found)
+        match_config(config, found)
     except PackageError as error:
         said = str(error)
         raise PackageError(said if str(folder) in said else f"{folder / WEIGHTS} cannot be used: {said}") from error
@@ -175,12 +176,12 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
 
 def _check_unaltered(files: Mapping[Path, str], most: int, verify: bool) -> None:
     """Raises PackageError for what is not the file that the manifest lists; reads none of more than `most` bytes."""
-    for file, sha256 in files.items():
+    for file, digest in files.items():
         require_regular(file)
         size = file.stat().st_size
         if size > most:
             raise PackageError(f"{file} has {size:,} bytes; in a package of this model it has at most {most:,}")
-        if verify and _sha256(file) != sha256:
+        if verify and sha256(file) != digest:
             raise PackageError(f"{file} was altered or cut short: its sha256 is not the one in {MANIFEST}")
 
 
@@ -190,7 +191,7 @@ def _most_of_weights(config: ModelConfig) -> int:
     return 8 * count_parameters(config) + MOST_BESIDE + masks
 
 
-def lacking(folder: Path) -> list[str]:
+def missing_files(folder: Path) -> list[str]:
     """Names of the files without which `folder` is no model: settings, weights, tokenizer; [] if it has them."""
     files = [folder / CONFIG, *weight_files(folder)]
     if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
@@ -233,13 +234,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     files, tokenizer = info.get("files"), info.get("tokenizer")
     if not isinstance(files, dict) or not isinstance(tokenizer, dict) or "fingerprint" not in tokenizer:
         raise PackageError(f"{folder / MANIFEST} is incomplete: it lacks the files' sha256 or the tokenizer's")
-    for name, sha256 in files.items():
+    for name, digest in files.items():
         if not is_plain(name):
             raise PackageError(
                 f"{folder / MANIFEST} names the file {excerpt(name)}; expected plain names in the folder"
             )
-        if not isinstance(sha256, str):
-            raise PackageError(f"{folder / MANIFEST} has {excerpt(sha256)} for {excerpt(name)}; expected its sha256")
+        if not isinstance(digest, str):
+            raise PackageError(f"{folder / MANIFEST} has {excerpt(digest)} for {excerpt(name)}; expected its sha256")
     if not isinstance(info.setdefault("training", {}), dict):
         raise PackageError(f"{folder / MANIFEST} has {excerpt(info['training'])} for training; expected an object")
     return info
@@ -257,7 +258,7 @@ def _check_files_exist(folder: Path) -> None:
     pickles = [name for name in PICKLES if (folder / name).is_file()]
     if pickles and [file.name for file in weight_files(folder)] == [WEIGHTS] and not (folder / WEIGHTS).exists():
         raise PackageError(f"{folder / pickles[0]} {PICKLE}")
-    for file in (*weight_files(folder), *(folder / name for name in lacking(folder))):
+    for file in (*weight_files(folder), *(folder / name for name in missing_files(folder))):
         require_regular(file)
 
 
@@ -271,20 +272,6 @@ def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _put_in_place(beside: Path, folder: Path) -> None:
-    """Renames `beside` to `folder`; an earlier package there is moved away first, then deleted."""
-    old = beside.with_name(f"{beside.name}.old")
-    if folder.exists():
-        folder.rename(old)
-    beside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _model_card(package: Package) -> str:

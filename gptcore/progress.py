@@ -2,7 +2,7 @@
 
 In: `with doing("learning bpe:2048"):` around whatever may take seconds, and `at(3, 10)` from inside it. Out: lines, on
 stderr unless somebody `speaks_through` something else, as a run's console and its workers do. They come only when
-nothing else was said meanwhile (`heard`), and of nested ones the innermost is told.
+nothing else was said meanwhile (`reset_silence`), and of nested ones the innermost is told.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ AGAIN_SECONDS = 30.0
 """Of silence before each further one."""
 
 _lock = threading.Condition()
-_open: list["Doing"] = []
+_open: list["Task"] = []
 _quiet_since = _ended = time.monotonic()
 _watching = False
 
 
-class Doing:
+class Task:
     """One thing that is being done: `what`, since when, and how much of it is done."""
 
     def __init__(self, what: str | Callable[[], str], first_seconds: float = FIRST_SECONDS) -> None:
@@ -46,26 +46,26 @@ class Doing:
 @contextlib.contextmanager
 def doing(
     what: str | Callable[[], str], *, first_seconds: float = FIRST_SECONDS, at_once: bool = False
-) -> Iterator[Doing]:
+) -> Iterator[Task]:
     """Within it, silence is broken after `first_seconds` and then every AGAIN_SECONDS; `at_once`: also at the start."""
     global _quiet_since, _ended, _watching
-    this = Doing(what, first_seconds)
+    task = Task(what, first_seconds)
     if at_once:
-        _say(f"...       {what() if callable(what) else what}")
-        this.due = AGAIN_SECONDS
+        _write_line(f"...       {what() if callable(what) else what}")
+        task.due = AGAIN_SECONDS
     with _lock:
         if not _open and time.monotonic() - _ended > 1.0:  # else one thing after the other, all in one silence
             _quiet_since = time.monotonic()
-        _open.append(this)
+        _open.append(task)
         if not _watching:
             _watching = True
             threading.Thread(target=_watch, name="progress", daemon=True).start()
         _lock.notify()
     try:
-        yield this
+        yield task
     finally:
         with _lock:
-            _open.remove(this)
+            _open.remove(task)
             _ended = time.monotonic()
 
 
@@ -76,16 +76,16 @@ def at(done: float, of: float) -> None:
             _open[-1].at(done, of)
 
 
-def heard() -> None:
+def reset_silence() -> None:
     """Something else was said: the silence begins anew."""
     global _quiet_since
     _quiet_since = time.monotonic()
 
 
-def speak_through(say: Callable[[str], None] | None) -> None:
+def set_output(say: Callable[[str], None] | None) -> None:
     """Has lines go to `say` from now on; None: to stderr."""
-    global _say
-    _say = say or _to_stderr
+    global _write_line
+    _write_line = say or _to_stderr
 
 
 def _to_stderr(line: str) -> None:
@@ -93,7 +93,7 @@ def _to_stderr(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-_say: Callable[[str], None] = _to_stderr
+_write_line: Callable[[str], None] = _to_stderr
 
 
 def _watch() -> None:
@@ -107,8 +107,8 @@ def _watch() -> None:
             if left > 0:
                 _lock.wait(left)
                 continue
-            this = _open[-1]
-            this.due = AGAIN_SECONDS
+            task = _open[-1]
+            task.due = AGAIN_SECONDS
         with contextlib.suppress(Exception):  # a line that cannot be said stops nothing
-            _say(str(this))
-        heard()
+            _write_line(str(task))
+        reset_silence()

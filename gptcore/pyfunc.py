@@ -4,36 +4,12 @@ In: prompts, as MLflow hands them over, and sampling parameters. Out: one contin
 module by name from the logged model's code, so nothing is pickled; the module itself does not need MLflow.
 """
 
-import typing
-from dataclasses import dataclass, fields
 from typing import Any
 
 from gptcore.errors import ConfigError, did_you_mean
 from gptcore.package import Package, open_package
-from gptcore.sampling import SamplingParams, generate_text
-
-
-@dataclass(frozen=True)
-class Param:
-    """A sampling parameter as a model's signature tells it: int, float, bool or str, one or several."""
-
-    name: str
-    type: type
-    several: bool
-    default: Any
-
-
-def _params() -> dict[str, Param]:
-    """The parameters of SamplingParams, whatever it has."""
-    hints, found = typing.get_type_hints(SamplingParams), {}
-    for field in fields(SamplingParams):
-        parts = [part for part in typing.get_args(hints[field.name]) if part not in (type(None), ...)]
-        several = typing.get_origin(hints[field.name]) is tuple
-        found[field.name] = Param(field.name, parts[0] if parts else hints[field.name], several, field.default)
-    return found
-
-
-PARAMS = _params()
+from gptcore.parameters import SAMPLING, SamplingParams
+from gptcore.sampling import generate_text
 
 
 class TextModel:
@@ -49,8 +25,8 @@ class TextModel:
         `params` are those of SamplingParams. Raises ConfigError for others, or if there are no prompts.
         """
         for name in params or {}:
-            if name not in PARAMS:
-                raise ConfigError(f"{name!r} is none of {', '.join(PARAMS)}.{did_you_mean(name, PARAMS)}")
+            if name not in SAMPLING:
+                raise ConfigError(f"{name!r} is none of {', '.join(SAMPLING)}.{did_you_mean(name, SAMPLING)}")
         sampling = SamplingParams(**{name: value for name, value in (params or {}).items() if value is not None})
         return [generate_text(self.model, self.package.tokenizer, p, sampling) for p in prompts_of(model_input)]
 

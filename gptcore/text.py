@@ -22,8 +22,8 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stops = [_Stop(text) for text in stop]
-        self._held = ""  # a beginning of a stop string, perhaps
+        self._stops = [_StopMatcher(text) for text in stop]
+        self._pending = ""  # a beginning of a stop string, perhaps
 
     def push(self, token: int) -> str:
         """The text that may be shown now that `token` has followed; nothing once stopped. <|endoftext|> has no text."""
@@ -35,7 +35,7 @@ class TextStream:
         """The rest, when no more tokens follow: half a character is none, and no stop string will be completed."""
         text = self._release(self._decoder.decode(b"", final=True))
         if not self.stopped:
-            text, self._held = text + self._held, ""
+            text, self._pending = text + self._pending, ""
         return text
 
     def _release(self, text: str) -> str:
@@ -43,22 +43,22 @@ class TextStream:
             return ""
         if not self._stops:
             return text
-        held = len(self._held)
-        self._held += text
+        held = len(self._pending)
+        self._pending += text
         for end, character in enumerate(text, start=held + 1):
             complete = [stop.length for stop in self._stops if stop.follow(character)]
             if complete:
                 self.stopped = True
-                return self._keep(end - max(complete))
-        return self._keep(len(self._held) - max(stop.matched for stop in self._stops))
+                return self._take(end - max(complete))
+        return self._take(len(self._pending) - max(stop.matched for stop in self._stops))
 
-    def _keep(self, begin: int) -> str:
+    def _take(self, begin: int) -> str:
         """What is held up to `begin`; the rest stays."""
-        free, self._held = self._held[:begin], self._held[begin:]
+        free, self._pending = self._pending[:begin], self._pending[begin:]
         return free
 
 
-class _Stop:
+class _StopMatcher:
     """How much of one stop string the text ends with, kept up to date in constant time per character.
 
     Knuth, Morris and Pratt (1977): after a mismatch, the next shorter beginning of the string that the text also ends

@@ -1,6 +1,6 @@
 """The weights of a package folder: which files hold them, what their headers promise, and the tensors themselves.
 
-In come a folder and a `ModelConfig`; out come `Stored` places and, one at a time, tensors. A header is held against
+In come a folder and a `ModelConfig`; out come `StoredTensor` places and, one at a time, tensors. A header is held against
 the config before anything is allocated or a module is made, so that a config which promises more than the files hold
 costs nothing. safetensors itself checks that a header fits its file.
 """
@@ -35,7 +35,7 @@ HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor lies, and what its file's header says of it."""
 
     file: Path
@@ -75,9 +75,9 @@ def is_plain(name: object) -> bool:
     )
 
 
-def read_headers(folder: Path, family: str) -> dict[str, Stored]:
+def read_headers(folder: Path, family: str) -> dict[str, StoredTensor]:
     """Every tensor in the folder by its published name. Raises PackageError for a file that is no safetensors."""
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         require_regular(file)
         try:
@@ -88,7 +88,7 @@ def read_headers(folder: Path, family: str) -> dict[str, Stored]:
                     if len(found) == MOST_TENSORS:
                         raise PackageError(f"{file} has more than {MOST_TENSORS:,} tensors; expected at most as many")
                     entry = opened.get_slice(name)
-                    found[name] = Stored(file, name, entry.get_dtype(), tuple(entry.get_shape()))
+                    found[name] = StoredTensor(file, name, entry.get_dtype(), tuple(entry.get_shape()))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PackageError(f"{file} cannot be used: {error}") from error
     if family == "gpt2" and not any(name.startswith("transformer.") for name in found):
@@ -96,7 +96,7 @@ def read_headers(folder: Path, family: str) -> dict[str, Stored]:
     return found
 
 
-def hold_against(config: ModelConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:
+def match_config(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors that the config asks for, in the model's order; costs no more than there are tensors.
 
     Raises PackageError, naming the tensor, if one is missing, unknown, or of another shape or type.
@@ -106,7 +106,7 @@ def hold_against(config: ModelConfig, found: Mapping[str, Stored]) -> dict[str, 
         head = places.pop(HEAD, None)
         if head is not None:
             places.setdefault(embedding, head)
-    wanted: dict[str, Stored] = {}
+    wanted: dict[str, StoredTensor] = {}
     for name, shape in tensor_shapes(config):
         if name not in places:
             raise PackageError(f"the tensor {name} is missing{_layers_there(config, found, name)}")
@@ -121,7 +121,7 @@ def hold_against(config: ModelConfig, found: Mapping[str, Stored]) -> dict[str, 
     return wanted
 
 
-def _layers_there(config: ModelConfig, found: Mapping[str, Stored], missing: str) -> str:
+def _layers_there(config: ModelConfig, found: Mapping[str, StoredTensor], missing: str) -> str:
     """What to say behind a missing tensor: how many layers there are if it is of one too many, else a similar name."""
     numbers = [int(layer[1]) for name in found if (layer := re.match(r"\w+\.(?:layers|h)\.(\d{1,9})\.", name))]
     layer = re.match(r"\w+\.(?:layers|h)\.(\d+)\.", missing)
@@ -131,7 +131,7 @@ def _layers_there(config: ModelConfig, found: Mapping[str, Stored], missing: str
     return f".{near}"
 
 
-def has_head_of_its_own(config: ModelConfig, found: Mapping[str, Stored]) -> bool:
+def has_untied_head(config: ModelConfig, found: Mapping[str, StoredTensor]) -> bool:
     """Whether a head is stored that differs from the embedding to which the config ties it.
 
     transformers then does not tie them. The two are read, as a header does not tell.
@@ -146,7 +146,7 @@ def has_head_of_its_own(config: ModelConfig, found: Mapping[str, Stored]) -> boo
     return not torch.equal(one, other.to(one.dtype))
 
 
-def read_tensors(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of each place, in order, mapped from its file rather than copied.
 
     Raises PackageError if a file has changed since its header was read.
@@ -172,7 +172,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
         raise PackageError(f"the tensor {name} holds values that are no finite numbers")
 
 
-def copied_bytes(config: ModelConfig, places: Mapping[str, Stored], dtype: torch.dtype) -> int:
+def copied_bytes(config: ModelConfig, places: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
     """Memory that weights in `dtype` take besides what is mapped: GPT-2's are transposed, others converted or not."""
     copied = (s for s in places.values() if config.family == "gpt2" or DTYPES[s.dtype] != dtype)
     return sum(math.prod(stored.shape) * dtype.itemsize for stored in copied)

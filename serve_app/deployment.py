@@ -114,7 +114,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         address = command.params.get("address") or os.environ.get("RAY_ADDRESS")
         _check_address(settings, address)
         if address in (None, "", "auto", "local"):  # else that Ray has its own environment
-            haproxy.prefer(body_seconds=settings.body_timeout_s)
+            haproxy.use_haproxy(body_seconds=settings.body_timeout_s)
         _listen(settings, command.params)
     return build(settings)
 

@@ -18,7 +18,7 @@ from typing import Any
 from gptcore.config import setting
 from gptcore.engine.settings import CHOICES, EngineSettings
 from gptcore.errors import ConfigError, did_you_mean
-from gptcore.home import expanded, home
+from gptcore.home import default_tracking_uri, expanded
 from serve_app.front.haproxy import BODY_SECONDS
 
 log = logging.getLogger(__name__)
@@ -292,11 +292,6 @@ def _absolute(settings: ServeSettings, environ: Mapping[str, str]) -> ServeSetti
         source = canary.source if canary.source in settings.sources else absolute_source(canary.source)
         absolute = f"{source}:{canary.share}"
     return replace(settings, tracking_uri=uri, models=models, model=settings.default_model, canary=absolute)
-
-
-def default_tracking_uri(environ: Mapping[str, str] = os.environ) -> str:
-    """$MLFLOW_TRACKING_URI, else the embedded database."""
-    return environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
 
 
 def absolute_source(source: str) -> str:

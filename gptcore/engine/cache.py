@@ -52,7 +52,7 @@ class SlotCache:
         self.granularity = granularity
         self.reuse = reuse
         self._tokens = np.full((slots, context_length), -1, dtype=np.int32)
-        self._held = np.zeros(slots, dtype=np.int64)  # positions that are computed
+        self._computed = np.zeros(slots, dtype=np.int64)  # positions that are computed
         self._promised = np.zeros(slots, dtype=np.int64)  # these, and the rest of a prompt being computed
         self._owners: list[str | None] = [None] * slots
         self._free: dict[int, None] = dict.fromkeys(range(slots))  # in order: least recently used first
@@ -62,10 +62,6 @@ class SlotCache:
         """Slots that nobody has."""
         return len(self._free)
 
-    def owner(self, slot: int) -> str | None:
-        """Id of the sequence that has `slot`."""
-        return self._owners[slot]
-
     def find(self, prompt: np.ndarray) -> Match:
         """What the slots hold of `prompt` (T,). Its last token never counts: it is run for its logits."""
         g, n = self.granularity, len(prompt) - 1
@@ -73,7 +69,7 @@ class SlotCache:
             return Match(-1, 0, 0)
         alike = self._tokens[:, :n] == prompt[:n]  # (slots, n)
         common = np.where(alike.all(axis=1), n, alike.argmin(axis=1))  # argmin: where the first difference is
-        held = np.minimum(common, self._held) // g * g
+        held = np.minimum(common, self._computed) // g * g
         promised = int(np.minimum(common, self._promised).max()) // g * g
         length = int(held.max())
         if length < WORTHWHILE:
@@ -96,13 +92,13 @@ class SlotCache:
         del self._free[slot]
         self._owners[slot] = owner
         self._tokens[slot, : len(prompt)] = prompt
-        self._held[slot] = match.length
+        self._computed[slot] = match.length
         self._promised[slot] = len(prompt)
         return Placement(slot, match.length, source)
 
     def advance(self, slot: int, length: int) -> None:
         """The first `length` tokens of the prompt in `slot` are computed."""
-        self._held[slot] = length
+        self._computed[slot] = length
 
     def release(self, owner: str, slot: int, prompt_length: int, tokens: Tokens[int], computed: int) -> None:
         """Takes `slot` back from `owner`. It keeps what can be reused of the first `computed` of `tokens`."""
@@ -113,7 +109,7 @@ class SlotCache:
             kept = computed
         else:
             kept = min(computed, prompt_length)
-        self._held[slot] = self._promised[slot] = kept
+        self._computed[slot] = self._promised[slot] = kept
         self._owners[slot] = None
         self._free[slot] = None
 
@@ -125,5 +121,5 @@ class SlotCache:
         free = {slot for slot, owner in enumerate(self._owners) if owner is None}
         if free != set(self._free):
             raise EngineError(f"slots {sorted(free ^ set(self._free))} are neither free nor taken, or both")
-        if (self._held > self._promised).any() or (self._promised > self._tokens.shape[1]).any():
-            raise EngineError(f"slots hold {self._held.tolist()} of {self._promised.tolist()} tokens")
+        if (self._computed > self._promised).any() or (self._promised > self._tokens.shape[1]).any():
+            raise EngineError(f"slots hold {self._computed.tolist()} of {self._promised.tolist()} tokens")

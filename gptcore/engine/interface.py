@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gptcore.sampling import Row, SamplingParams
+from gptcore.sampling import SamplingParams, SamplingState
 
 
 class FinishReason(StrEnum):
@@ -123,7 +123,7 @@ class Runner(Protocol):
         """
         ...
 
-    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    def next_tokens(self, logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
         """The token that follows each row, from logits (R, vocabulary): `gptcore.sampling.next_tokens` or as good."""
         ...
 

@@ -28,7 +28,7 @@ from gptcore.engine.interface import Chunk
 from gptcore.errors import FoundryError
 from gptcore.home import home
 from gptcore.model import GPT, Attention, Block
-from gptcore.sampling import LEAST_TEMPERATURE, Row, penalties, uniform
+from gptcore.sampling import LEAST_TEMPERATURE, SamplingState, penalties, uniform
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
@@ -119,7 +119,7 @@ class NativeRunner:
         )  # fmt: skip
         return logits[:, : self.vocab_size]
 
-    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    def next_tokens(self, logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
         """As `gptcore.sampling.next_tokens` has it, by the kernel."""
         draws, tokens = (_Draw * len(rows))(), (ctypes.c_int32 * len(rows))()
         ids: list[int] = []

@@ -1,6 +1,6 @@
 """Who runs in the next step, and how far: plain Python, with no model in sight.
 
-Requests go in at one end, and a `Plan` comes out per step. Every sequence that decodes is in every plan. Beside them,
+Requests go in at one end, and a `ScheduledStep` comes out per step. Every sequence that decodes is in every step. Beside them,
 at most `prefill_tokens` of prompts are computed, the earliest admitted first, so that a long prompt takes several steps
 and no decode waits for it. Admission is first come, first served: a request enters when there is a free slot and the
 step has prompt tokens left for it. It lets a step pass, and so do those behind it, when a prompt now being computed
@@ -17,7 +17,7 @@ from gptcore.errors import EngineError, QueueFull
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScheduledStep:
     """What one step does: first `copies` (source slot, target slot, positions), in order, then `work`.
 
     `work` has each sequence with the number of its tokens to run, from `computed` on; decodes come first.
@@ -58,12 +58,12 @@ class Scheduler:
             )
         self.waiting.append(sequence)
 
-    def schedule(self, now: float = 0.0) -> Plan:
+    def schedule(self, now: float = 0.0) -> ScheduledStep:
         """The next step. Sequences admitted by it get their slot, and `now` as the time they were admitted."""
-        plan = Plan([(sequence, 1) for sequence in self.decoding])
+        step = ScheduledStep([(sequence, 1) for sequence in self.decoding])
         budget = self.prefill_tokens
         for sequence in self.prefilling:
-            budget -= self._share(plan, sequence, budget)
+            budget -= self._share(step, sequence, budget)
         while budget > 0 and self.waiting and self.cache.free:
             sequence = self.waiting[0]
             match = Match(-1, 0, 0) if sequence.request.prompt_logprobs else self.cache.find(sequence.prompt)
@@ -71,9 +71,9 @@ class Scheduler:
                 break
             if not self._affordable(sequence.prompt_length - match.length, budget):
                 break
-            self._admit(plan, self.waiting.popleft(), match, now)
-            budget -= self._share(plan, sequence, budget)
-        return plan
+            self._admit(step, self.waiting.popleft(), match, now)
+            budget -= self._share(step, sequence, budget)
+        return step
 
     def advance(self, sequence: Sequence, count: int) -> bool:
         """`count` more tokens of `sequence` were run. Returns whether its next token can be sampled."""
@@ -117,8 +117,8 @@ class Scheduler:
         """Whether `budget` allows the first chunk of a prompt of which `missing` tokens are to be computed."""
         return budget >= min(missing, self.cache.granularity)
 
-    def _share(self, plan: Plan, sequence: Sequence, budget: int) -> int:
-        """Puts what `budget` allows of the rest of a prompt into `plan`; returns the number of tokens.
+    def _share(self, step: ScheduledStep, sequence: Sequence, budget: int) -> int:
+        """Puts what `budget` allows of the rest of a prompt into `step`; returns the number of tokens.
 
         Where chunks have an alignment, only the end of the prompt is an incomplete one.
         """
@@ -126,13 +126,13 @@ class Scheduler:
         if missing > budget:
             count = budget // self.cache.granularity * self.cache.granularity
         if count:
-            plan.work.append((sequence, count))
+            step.work.append((sequence, count))
         return count
 
-    def _admit(self, plan: Plan, sequence: Sequence, match: Match, now: float) -> None:
+    def _admit(self, step: ScheduledStep, sequence: Sequence, match: Match, now: float) -> None:
         place = self.cache.take(sequence.id, sequence.prompt, match)
         if place.source is not None:
-            plan.copies.append((place.source, place.slot, place.length))
+            step.copies.append((place.source, place.slot, place.length))
         sequence.slot = place.slot
         sequence.computed = sequence.cached = place.length
         sequence.admitted = now

@@ -15,7 +15,7 @@ from torch import Tensor
 from gptcore.config import ModelConfig
 from gptcore.engine.interface import Chunk
 from gptcore.model import GPT, Block, rotate
-from gptcore.sampling import Row, next_tokens
+from gptcore.sampling import SamplingState, next_tokens
 
 NARROWEST = 128
 """Attention looks at the first 128 positions, 256 and so on: as few shapes, and so graphs, as waste at most half."""
@@ -73,7 +73,7 @@ class TorchRunner:
                 logits.append(decoded[chunk.slot, None])
         return torch.cat(logits)
 
-    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    def next_tokens(self, logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
         """See Runner."""
         return next_tokens(logits, rows)
 

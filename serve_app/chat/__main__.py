@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
-from gptcore.errors import ConfigError, did_you_mean
+from gptcore.cli import Parser
+from gptcore.errors import ConfigError
 from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable, carriable
-from serve_app.chat.commands import Chat, Leave
-from serve_app.chat.terminal import Keyboard, Screen, unechoed
+from serve_app.chat.commands import Chat, ExitChat
+from serve_app.chat.terminal import Keyboard, Screen, echo_off
 from serve_app.chat.values import SHAPES, Values, about, default, expected, read_all, written
 
 URL = "http://127.0.0.1:8000"
@@ -29,19 +30,18 @@ examples:
   python -m serve_app.chat < prompts.txt"""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with our kind of error: one line, and the nearest flag for one that does not exist."""
+class ChatParser(Parser):
+    """The parser of every command, which also refuses an API key on the command line without repeating it."""
 
     def error(self, message: str) -> NoReturn:
-        flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if flag and flag[1] in ("--api-key", "--key"):  # its value is not repeated either
-            raise ConfigError(f"a key in a command line is for all to see; expected it in {KEY_VARIABLE}")
-        raise ConfigError(message + (f".{did_you_mean(flag[1], self._option_string_actions)}" if flag else ""))
+        if re.search(r"unrecognized arguments: --(api-)?key\b", message):
+            raise ConfigError(f"other users can read a key on the command line; set {KEY_VARIABLE} instead")
+        super().error(message)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Values]:
     """The flags, and the sampling parameters among them. Raises ConfigError."""
-    parser = Parser(
+    parser = ChatParser(
         prog="python -m serve_app.chat",
         usage="%(prog)s [--url URL] [--model NAME] [--FLAG VALUE ...]",
         description=DESCRIPTION,
@@ -105,9 +105,9 @@ def converse(chat: Chat) -> int:
             chat.screen.note("exit, /quit or Ctrl-D leaves")
             continue
         try:
-            with unechoed():
+            with echo_off():
                 chat.take(line)
-        except Leave:
+        except ExitChat:
             return 0
         except KeyboardInterrupt:
             chat.screen.line()
@@ -125,7 +125,7 @@ def answer_each(chat: Chat, lines: Iterable[str]) -> int:
         well = well and answer.problem is None
         if isinstance(answer.problem, Unreachable):
             return 1
-        if isinstance(answer.problem, ServiceError) and (answer.problem.passes or answer.problem.status in (0, 401)):
+        if isinstance(answer.problem, ServiceError) and (answer.problem.temporary or answer.problem.status in (0, 401)):
             return 1
     return 0 if well else 1
 

@@ -1,7 +1,7 @@
 """One answer, whatever comes between: a service that is away, full or still loading is waited for.
 
 In come a request's body and three functions: what to do with text, with news for the person, and how long to wait.
-Out comes an `Answer`, always. Ctrl-C ends it and closes the connection. What has begun is never asked twice: a stream
+Out comes an `ChatAnswer`, always. Ctrl-C ends it and closes the connection. What has begun is never asked twice: a stream
 that breaks off is kept as it is, since another attempt would be another text.
 """
 
@@ -22,7 +22,7 @@ STOPPED, BROKEN_OFF = "stopped", "broken off"
 
 
 @dataclass
-class Answer:
+class ChatAnswer:
     """What came, and how."""
 
     text: str = ""
@@ -93,9 +93,9 @@ def ask(
     show: Callable[[str], None],
     tell: Callable[[str], None],
     patience: float,
-) -> Answer:
+) -> ChatAnswer:
     """Gets an answer. `patience` is for how many seconds a service that cannot answer now is waited for."""
-    answer, told = Answer(), ""
+    answer, told = ChatAnswer(), ""
     started, wait = time.monotonic(), FIRST_WAIT_SECONDS
     try:
         while True:
@@ -109,7 +109,7 @@ def ask(
             except (Unreachable, ServiceError, BrokenOff) as error:
                 pause = error.retry_after if isinstance(error, ServiceError) and error.retry_after else wait
                 late = time.monotonic() + pause > started + patience
-                if answer.begun or late or not may_pass(error):
+                if answer.begun or late or not is_temporary(error):
                     answer.problem = error
                     answer.end = BROKEN_OFF if answer.begun else None
                     return answer
@@ -123,9 +123,9 @@ def ask(
         return answer
 
 
-def may_pass(error: FoundryError) -> bool:
+def is_temporary(error: FoundryError) -> bool:
     """Whether asking again may help."""
-    return isinstance(error, Unreachable) or (isinstance(error, ServiceError) and error.passes)
+    return isinstance(error, Unreachable) or (isinstance(error, ServiceError) and error.temporary)
 
 
 def _how(error: FoundryError) -> str:

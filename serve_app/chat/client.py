@@ -52,7 +52,7 @@ class ServiceError(FoundryError):
         """Seconds, if the service said when to ask again."""
 
     @property
-    def passes(self) -> bool:
+    def temporary(self) -> bool:
         """Whether asking again may help: a full queue, a model that is not ready, a proxy without a replica."""
         return self.status in (429, 502, 503)
 

@@ -4,15 +4,15 @@ In comes a line, out goes what the screen shows. What is wrong with it is told i
 """
 
 import getpass
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptcore.errors import ConfigError, FoundryError, did_you_mean
+from gptcore.files import write_file
 from gptcore.home import expanded
-from serve_app.chat.asking import Answer, ask
+from serve_app.chat.asking import ChatAnswer, ask
 from serve_app.chat.client import ModelEntry, Service, ServiceError, Unreachable, carriable
 from serve_app.chat.conversation import Conversation, Turn
 from serve_app.chat.terminal import Screen, harmless
@@ -26,7 +26,7 @@ LEAVING = ("exit", "quit", "bye", ":q", ":quit", "exit()", "quit()")
 """Lines that end the chat as /quit does: whoever types one wants to go. Behind a space it is a prompt."""
 
 
-class Leave(Exception):
+class ExitChat(Exception):
     """The person wants to go."""
 
 
@@ -52,10 +52,10 @@ class Chat:
     # --- prompts ---
 
     def take(self, line: str) -> None:
-        """Does what a line at the terminal asks for. Raises Leave."""
+        """Does what a line at the terminal asks for. Raises ExitChat."""
         if line.rstrip().lower() in LEAVING:
             self.screen.note(f"left the chat; to send the word {line.rstrip()!r} itself, put a space before it")
-            raise Leave
+            raise ExitChat
         if not line.startswith("/"):
             if line.strip():
                 self.prompt(line)
@@ -66,12 +66,12 @@ class Chat:
         except FoundryError as error:
             self.screen.problem(error)
 
-    def prompt(self, line: str) -> Answer:
+    def prompt(self, line: str) -> ChatAnswer:
         """Puts `line` behind the text and has the model go on."""
         opens = not self.remembers or not self.conversation.turns
         return self._answer(self.conversation.added(carriable(line), opens), opens)
 
-    def _answer(self, said: str, opens: bool) -> Answer:
+    def _answer(self, said: str, opens: bool) -> ChatAnswer:
         before = "" if opens else self.conversation.text
         answer = self._ask(before + said, len(said))
         turn = Turn(said, answer.text, opens, answer.cut_short)
@@ -85,7 +85,7 @@ class Chat:
             self._comment(answer)
         return answer
 
-    def _ask(self, text: str, newest: int) -> Answer:
+    def _ask(self, text: str, newest: int) -> ChatAnswer:
         """Sends as much of the text as fits; less, if the service says that it does not."""
         entry = self._entry()
         if entry and entry.state in ("unloaded", "loading") and self.screen.interactive:
@@ -117,7 +117,7 @@ class Chat:
             f"the text is longer than {holds}: its first {self.conversation.skipped} characters are left out"
         )
 
-    def _comment(self, answer: Answer) -> None:
+    def _comment(self, answer: ChatAnswer) -> None:
         if not answer.begun:
             if answer.problem:
                 self._hint(answer.problem)
@@ -261,8 +261,8 @@ class Chat:
         for turn in self.conversation.turns:
             if turn.opens and turn is not self.conversation.turns[0]:
                 self.screen.note("--- a text of its own ---")
-            if turn.said:
-                self.screen.line(f"> {turn.said.removeprefix(chr(10))}")
+            if turn.prompt:
+                self.screen.line(f"> {turn.prompt.removeprefix(chr(10))}")
             self.screen.text(turn.answer)
             self.screen.end_line()
             if turn.ended:
@@ -279,7 +279,7 @@ class Chat:
     def undo(self, rest: str) -> None:
         """Takes back a prompt and its answer."""
         turn = self.conversation.undo()
-        said = turn.said.strip() if turn else ""
+        said = turn.prompt.strip() if turn else ""
         self.screen.note(f"taken back: {said or 'what was added without a prompt'}" if turn else "nothing to take back")
 
     def retry(self, rest: str) -> None:
@@ -290,7 +290,7 @@ class Chat:
             raise ConfigError("there is no prompt to try again yet; write one")
         if turn.answer and self.values.is_set("seed"):
             self.screen.note("the seed is set, so the same text may come again; /seed none draws another")
-        answer = self._answer(turn.said, turn.opens)
+        answer = self._answer(turn.prompt, turn.opens)
         if old and not answer.begun:
             self.conversation.add(old)
             self._unanswered = None
@@ -338,7 +338,7 @@ class Chat:
 
     def leave(self, rest: str) -> None:
         """Ends the chat."""
-        raise Leave
+        raise ExitChat
 
 
 @dataclass(frozen=True)
@@ -386,12 +386,7 @@ def save(path: Path, text: str) -> None:
     try:
         if path.exists():
             raise ConfigError(f"{path} exists; expected the name of a new file")
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(text, encoding="utf-8", errors="replace")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_file(path, text.encode(errors="replace"))
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{str(path)!r} cannot be written: {str(reason).lower()}") from None

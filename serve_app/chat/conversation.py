@@ -16,7 +16,7 @@ CAUTION = 1.1
 class Turn:
     """What a person added to the text, and how the model went on."""
 
-    said: str
+    prompt: str
     answer: str
     opens: bool
     """Whether a new text begins here, which knows nothing of those before."""
@@ -37,11 +37,11 @@ class Conversation:
     @property
     def text(self) -> str:
         """The current text."""
-        return "".join(turn.said + turn.answer for turn in self.turns[self._opening() :])
+        return "".join(turn.prompt + turn.answer for turn in self.turns[self._opening() :])
 
     def whole(self) -> str:
         """Every text that was written, an empty line between them."""
-        parts = [("\n\n" if n and turn.opens else "") + turn.said + turn.answer for n, turn in enumerate(self.turns)]
+        parts = [("\n\n" if n and turn.opens else "") + turn.prompt + turn.answer for n, turn in enumerate(self.turns)]
         return "".join(parts)
 
     def added(self, line: str, opens: bool) -> str:

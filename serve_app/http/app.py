@@ -16,7 +16,16 @@ from starlette.middleware.cors import CORSMiddleware
 
 from serve_app.errors import add_handlers, error_responses
 from serve_app.http.logs import configure_logging
-from serve_app.http.middleware import ApiKeys, Bodies, Deadline, Failures, Hosts, Origins, RequestLog, is_loopback
+from serve_app.http.middleware import (
+    AllowedHosts,
+    AllowedOrigins,
+    ApiKeys,
+    BodyReader,
+    Deadline,
+    ErrorReplies,
+    RequestLog,
+    is_loopback,
+)
 from serve_app.http.routes import compat, native, openai, ops, playground, tokens
 from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading
 from serve_app.models.catalog import Models
@@ -28,7 +37,7 @@ Continues text with models from an MLflow registry, a Hugging Face hub or a fold
 
 Every reply carries `x-request-id` (the request's own, if it is short and plain) and, where a model took part,
 `x-model-version: <name>/<version>`. Every failure has OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
-Bodies are JSON, whatever their content-type says. With API keys set, every route but the probes, the metrics and the
+BodyReader are JSON, whatever their content-type says. With API keys set, every route but the probes, the metrics and the
 pages asks for `Authorization: Bearer <key>`.
 """
 
@@ -145,11 +154,11 @@ def _middleware(settings: ServeSettings, metrics: Metrics, tag_replies: bool) ->
     return [
         Middleware(RequestLog, metrics=metrics, tag=tag_replies),
         *([cors] if settings.cors_origins else []),
-        Middleware(Failures),
-        *([Middleware(Hosts, allowed=settings.allowed_hosts)] if _asks_for_hosts(settings) else []),
-        Middleware(Origins, allowed=settings.cors_origins),
+        Middleware(ErrorReplies),
+        *([Middleware(AllowedHosts, allowed=settings.allowed_hosts)] if _asks_for_hosts(settings) else []),
+        Middleware(AllowedOrigins, allowed=settings.cors_origins),
         Middleware(ApiKeys, keys=settings.api_keys),
-        Middleware(Bodies, limit=settings.max_body_bytes, seconds=settings.body_timeout_s),
+        Middleware(BodyReader, limit=settings.max_body_bytes, seconds=settings.body_timeout_s),
         Middleware(Deadline, seconds=settings.request_timeout_s),
     ]
 

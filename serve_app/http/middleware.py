@@ -1,8 +1,8 @@
 """What holds for every request, whatever its route: its id, its log line, its limits, and the form of its failure.
 
 In comes an ASGI app, out comes one wrapped. Each layer is plain ASGI and passes messages on as they come, so that a
-stream is never held back. From the outside in: `RequestLog`, CORS if asked for, `Failures`, `Hosts`, `Origins`,
-`ApiKeys`, `Bodies`, `Deadline`. The inner layers raise; `Failures` answers.
+stream is never held back. From the outside in: `RequestLog`, CORS if asked for, `ErrorReplies`, `AllowedHosts`, `AllowedOrigins`,
+`ApiKeys`, `BodyReader`, `Deadline`. The inner layers raise; `ErrorReplies` answers.
 """
 
 import asyncio
@@ -100,7 +100,7 @@ class RequestLog:
         return next((template for template, regex in self.templates.items() if regex.match(path)), "unmatched")
 
 
-class Failures:
+class ErrorReplies:
     """Answers whatever is raised further in: with an error reply or, where a stream has begun, with its last event."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -139,7 +139,7 @@ class Failures:
                 raise  # the server cuts the connection: what was sent so far must not pass for the whole
 
 
-class Hosts:
+class AllowedHosts:
     """Refuses a request that addresses the service by a name that is neither loopback's nor among `allowed`.
 
     A page whose own name is made to point to 127.0.0.1 (DNS rebinding) is of the service's origin, as browsers see it;
@@ -179,7 +179,7 @@ def is_loopback(name: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-class Origins:
+class AllowedOrigins:
     """Refuses what a browser sends for a page of another origin, unless that is among `allowed` or "*" is.
 
     CORS alone only hides the answer from such a page: a request that needs no preflight would still be computed.
@@ -241,10 +241,10 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-class Bodies:
+class BodyReader:
     """Reads a request's body whole, within `limit` bytes and `seconds`, and lets through none but sound JSON.
 
-    Bodies that are on their way take no place in the engines' queue, and together no more memory than `MOST_BODIES`
+    BodyReader that are on their way take no place in the engines' queue, and together no more memory than `MOST_BODIES`
     whole ones: beyond that, the one that has taken longest is given up. The body is taken for JSON whatever its
     content-type says, since `curl -d` calls it a form.
     """

@@ -32,27 +32,11 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from gptcore.sampling import MOST_LOGPROBS, SamplingParams
+from gptcore.parameters import SAMPLING, SamplingParams
 from gptcore.tokenizer import EOT
 from serve_app.errors import ApiError
-from serve_app.http.foreign import without_foreign
-from serve_app.http.parameters import (
-    INT32,
-    Body,
-    FrequencyPenalty,
-    IgnoreEos,
-    MinP,
-    Parameters,
-    PresencePenalty,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    StopTokenIds,
-    Temperature,
-    TokenIds,
-    TopK,
-    TopP,
-)
+from serve_app.http.parameters import INT32, Body, Parameters, SamplingFields, TokenIds, sampling_field
+from serve_app.http.unsupported import drop_unsupported
 
 
 def _kind(value: Any) -> str:
@@ -90,10 +74,10 @@ Stream = Annotated[bool, Field(description="Send server-sent events as the text 
 
 
 Logprobs = Annotated[
-    Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None,
+    Annotated[int, Field(ge=SAMPLING["logprobs"].least, le=SAMPLING["logprobs"].most)] | None,
     BeforeValidator(lambda value: None if value is False else value),
     Field(
-        description="Report each token's log-probability and those of the k likeliest; none or false: do not.",
+        description=f"{SAMPLING['logprobs'].help} None or false: do not.",
         json_schema_extra=lambda schema: schema["anyOf"].append({"const": False}),
     ),
 ]
@@ -104,11 +88,11 @@ class Sampling(Parameters):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_foreign(cls, data: Any) -> Any:
-        return without_foreign(data, cls.model_fields) if isinstance(data, dict) else data
+    def _drop_unsupported(cls, data: Any) -> Any:
+        return drop_unsupported(data, cls.model_fields) if isinstance(data, dict) else data
 
     def params(self, logprobs: int | None = None) -> SamplingParams:
-        """As the engine takes them."""
+        """What the engine takes."""
         return _params(self, self.max_new_tokens, logprobs)
 
 
@@ -117,11 +101,10 @@ class GenerateRequest(Sampling):
 
     prompt: str = Field(description="The text to continue; an empty one: begin a document.")
     model: str | None = Field(None, description="A model of GET /models; none: the service's first.")
-    max_new_tokens: int = Field(
-        128,
+    max_new_tokens: int = sampling_field(
+        "max_new_tokens",
         ge=0,
-        description="Tokens to generate at most; fewer if the context is full; 0 with echo: the prompt alone. "
-        "The service has a bound.",
+        description=f"{SAMPLING['max_new_tokens'].help} 0 together with echo: return the prompt only.",
     )
     n: Choices = 1
     echo: Echo = False
@@ -138,14 +121,14 @@ class PromptRequest(Sampling):
     """Body of `POST /generate/{model}`."""
 
     prompt: str = Field(description="The text to continue; an empty one: begin a document.")
-    max_new_tokens: int = Field(50, ge=1, description="Tokens to generate at most.")
+    max_new_tokens: int = sampling_field("max_new_tokens", default=50)
 
 
 class SentenceRequest(Sampling):
     """Body of `POST /complete-sentence`."""
 
     text: str = Field(description="The beginning of a text; an empty one: begin a document.")
-    max_new_tokens: int = Field(50, ge=1, description="Tokens to generate at most.")
+    max_new_tokens: int = sampling_field("max_new_tokens", default=50)
 
 
 class StreamOptions(Body):
@@ -156,7 +139,7 @@ class StreamOptions(Body):
     continuous_usage_stats: Literal[False] = Field(False, description="The usage comes once, at the end.")
 
 
-class CompletionRequest(Body):
+class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`: OpenAI's fields, and after `user` our own."""
 
     model: str = Field(description="A model of GET /v1/models.")
@@ -168,29 +151,18 @@ class CompletionRequest(Body):
         ge=0,
         description="Tokens to generate at most; 0 with echo: the prompt alone. The service has a bound.",
     )
-    temperature: Temperature = 1.0
-    top_p: TopP = 1.0
     n: Choices = 1
     best_of: int | None = Field(None, description="1, or the value of n: there is no choosing among candidates.")
     echo: Echo = False
     logprobs: Logprobs = None
-    presence_penalty: PresencePenalty = 0.0
-    frequency_penalty: FrequencyPenalty = 0.0
-    seed: Seed = None
-    stop: Stop | None = None
     stream: Stream = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=256, description="Taken as OpenAI's clients send it; it changes nothing.")
-    top_k: TopK = 0
-    min_p: MinP = 0.0
-    repetition_penalty: RepetitionPenalty = 1.0
-    stop_token_ids: StopTokenIds = []
-    ignore_eos: IgnoreEos = False
 
     @model_validator(mode="before")
     @classmethod
-    def _without_foreign(cls, data: Any) -> Any:
-        return without_foreign(data, cls.model_fields) if isinstance(data, dict) else data
+    def _drop_unsupported(cls, data: Any) -> Any:
+        return drop_unsupported(data, cls.model_fields) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _fit_together(self) -> "CompletionRequest":
@@ -204,7 +176,7 @@ class CompletionRequest(Body):
         return self
 
     def params(self) -> SamplingParams:
-        """As the engine takes them."""
+        """What the engine takes."""
         return _params(self, self.max_tokens, self.logprobs)
 
     def prompts(self) -> Sequence[str | Sequence[int]]:
@@ -226,23 +198,12 @@ def _check_length(name: str, length: int, echo: bool) -> None:
         raise ApiError(400, message, param=name, code="invalid_value")
 
 
-def _params(body: Sampling | CompletionRequest, length: int, logprobs: int | None) -> SamplingParams:
+def _params(body: SamplingFields, length: int, logprobs: int | None) -> SamplingParams:
+    values = {name: getattr(body, name) for name in SamplingFields.model_fields}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return SamplingParams(
-        max_new_tokens=max(length, 1),  # 0 is the prompt alone, of which the parameters know nothing
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        seed=body.seed,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        stop=tuple(text for text in stop if text),
-        stop_token_ids=tuple(body.stop_token_ids),
-        ignore_eos=body.ignore_eos,
-        logprobs=logprobs,
-    )
+    values |= {"stop": tuple(text for text in stop if text), "stop_token_ids": tuple(body.stop_token_ids)}
+    # A length of 0 asks for the prompt alone, which SamplingParams cannot express.
+    return SamplingParams(max_new_tokens=max(length, 1), logprobs=logprobs, **values)
 
 
 FinishReason = Annotated[

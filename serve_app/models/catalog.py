@@ -1,7 +1,7 @@
 """The models that a replica holds, by name: who gets which version, and what there is to tell about each.
 
 In come the settings' names and sources; out come leases. Whoever holds a lease keeps its version running, however
-often the registry's aliases move meanwhile. One source is held once, whatever names it has. Everything here belongs
+often the registry's aliases move meanwhile. One source is loaded once, whatever names it has. Everything here belongs
 to one event loop.
 """
 
@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 
 from gptcore.engine.engine import Engine
 from gptcore.errors import EngineError, did_you_mean
+from gptcore.home import default_tracking_uri
 from gptcore.redact import without_password
 from serve_app.errors import ApiError, without_folders
 from serve_app.models.follow import Model, OnReload
 from serve_app.models.load import MakeEngine, ServedModel
 from serve_app.models.registry import Registry
-from serve_app.settings import ALL, ServeSettings, default_tracking_uri
+from serve_app.settings import ALL, ServeSettings
 
 __all__ = ["ModelStatus", "Models", "ServedModel"]
 
@@ -131,16 +132,20 @@ class Models:
         name, and 503 for a model that is not ready.
         """
         name = self._choose(name, request_id)
-        held = await self._models[name].get()
-        held.take()
+        loaded = await self._models[name].get()
+        loaded.acquire()
         try:
-            yield replace(held.served, name=name)
+            yield replace(loaded.served, name=name)
         finally:
-            held.give_back()
+            loaded.release()
 
     def loaded(self) -> list[ServedModel]:
         """Every version that has an engine, once per name, those included that only finish what they began."""
-        return [replace(held.served, name=name) for name, model in self._models.items() for held in model.held]
+        return [
+            replace(loaded.served, name=name)
+            for name, model in self._models.items()
+            for loaded in model.loaded_versions
+        ]
 
     def describe(self) -> list[ModelStatus]:
         """What there is to tell about each name, the default model first."""

@@ -1,6 +1,6 @@
 """One source of a model in a replica: at most one current version, and those that finish what they began.
 
-In come the registry's answers; out come `Held` versions for `models.py` to lease. When an alias has moved, the new
+In come the registry's answers; out come `LoadedVersion` versions for `models.py` to lease. When an alias has moved, the new
 version is loaded beside the current one and then takes its place; the old one's engine is closed when its last lease
 has ended. A version that cannot be loaded is refused and remembered, and changes nothing else.
 """
@@ -17,7 +17,7 @@ from gptcore.engine.async_engine import AsyncEngine
 from gptcore.errors import FoundryError, HubError, NoMemory, QueueFull
 from gptcore.redact import without_password
 from serve_app.errors import ApiError, without_folders
-from serve_app.models.journal import Journal
+from serve_app.models.crash_record import CrashRecord
 from serve_app.models.load import LoadTimeout, MakeEngine, ServedModel, alias_of, load
 from serve_app.models.registry import Registry
 from serve_app.settings import ServeSettings
@@ -31,7 +31,7 @@ PINNED = ""
 OnReload = Callable[[str, bool], None]
 
 
-class Held:
+class LoadedVersion:
     """A loaded version and how many leases there are on it."""
 
     def __init__(self, served: ServedModel) -> None:
@@ -40,12 +40,12 @@ class Held:
         self.free = asyncio.Event()
         self.free.set()
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Begins a lease."""
         self.leases += 1
         self.free.clear()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Ends a lease."""
         self.leases -= 1
         if not self.leases:
@@ -61,7 +61,7 @@ class Refusal:
     retry_at: float
 
     @property
-    def stands(self) -> bool:
+    def in_effect(self) -> bool:
         """Whether it is too early for another attempt."""
         return time.monotonic() < self.retry_at
 
@@ -95,7 +95,7 @@ class Model:
         self.loading: str | None = None
         """What is being loaded, and since when."""
         self.on_reload: OnReload = lambda name, succeeded: None
-        self.current: Held | None = None
+        self.current: LoadedVersion | None = None
         self.error: str | None = None
         """Why nothing is loaded, or why the alias is not followed."""
         self.refused: dict[str, Refusal] = {}
@@ -103,12 +103,12 @@ class Model:
         self._settings = settings
         self._registry = registry
         self._make_engine = make_engine
-        self._journal = Journal(source, registry.tracking_uri)
+        self._crash_record = CrashRecord(source, registry.tracking_uri)
         self._stuck: dict[str, AsyncEngine] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._waiting = 0
         self._tried_at = -math.inf
-        self._leaving: dict[asyncio.Task[None], Held] = {}
+        self._closing: dict[asyncio.Task[None], LoadedVersion] = {}
 
     @property
     def state(self) -> str:
@@ -120,11 +120,11 @@ class Model:
         return "failed" if self.error else "unloaded"
 
     @property
-    def held(self) -> list[Held]:
+    def loaded_versions(self) -> list[LoadedVersion]:
         """The current version, and those that are being let go."""
-        return ([self.current] if self.current else []) + list(self._leaving.values())
+        return ([self.current] if self.current else []) + list(self._closing.values())
 
-    async def get(self) -> Held:
+    async def get(self) -> LoadedVersion:
         """The current version, loaded first if there is none; those who ask meanwhile share the one load.
 
         Raises ApiError 503 with the reason if it cannot be loaded, or could not a moment ago, and QueueFull if as many
@@ -163,7 +163,7 @@ class Model:
 
     async def left(self) -> None:
         """Returns when every version that was let go so far is closed."""
-        await asyncio.gather(*self._leaving)
+        await asyncio.gather(*self._closing)
 
     async def close(self) -> None:
         """Ends a load at work, lets requests finish, and closes every engine."""
@@ -172,7 +172,7 @@ class Model:
             self._refreshing.cancel()
             await asyncio.wait((self._refreshing,))
             self._refreshing = None  # cancelled before its first step, it did not do so itself
-        self._put(None)
+        self._replace_current(None)
         self._tried_at = math.inf  # so a late request loads nothing again
         await self.left()
 
@@ -188,11 +188,11 @@ class Model:
             if version is None:
                 self._report("no version of the registered model {!r} has the alias {!r}".format(*self.alias))
                 if self.optional:
-                    self._put(None)
+                    self._replace_current(None)
             elif self.current is None:
                 await self._take_first([version])
                 if self.current is None:  # then what was served before it, as the other replicas still do
-                    await self._take_first([served] if (served := self._journal.served()) else [])
+                    await self._take_first([served] if (served := self._crash_record.last_served()) else [])
                 if self.current is None:
                     earlier = await asyncio.to_thread(self._registry.earlier_champions, self.alias[0], version)
                     await self._take_first(earlier)
@@ -215,7 +215,7 @@ class Model:
         """Loads the first of `versions` that can be loaded; `alone`: there is nothing else to serve."""
         for version in versions:
             if self._may_try(version, alone) and (served := await self._start(version)):
-                self._put(served)
+                self._replace_current(served)
                 return
 
     async def _follow(self, version: str) -> None:
@@ -223,7 +223,7 @@ class Model:
         log.info("%s moves to version %s", self.source, version)
         served = await self._start(version)
         if served:
-            self._put(served)
+            self._replace_current(served)
         self.on_reload(self.name, served is not None)
 
     async def _start(self, version: str) -> ServedModel | None:
@@ -231,7 +231,7 @@ class Model:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self.loading = f"loading version {version} since {since}" if version else f"loading since {since}"
         try:
-            with self._journal.load(version):
+            with self._crash_record.loading(version):
                 served = await load(
                     self.name,
                     self.source,
@@ -248,7 +248,7 @@ class Model:
             return None
         finally:
             self.loading = None
-        self._journal.serves(version)
+        self._crash_record.record_served(version)
         self.refused.pop(version, None)
         log.info("%s is ready", served.label, extra={"source": served.source, "runner": served.engine.info.runner})
         return served
@@ -256,15 +256,15 @@ class Model:
     def _may_try(self, version: str, alone: bool = False) -> bool:
         """Whether `version` was not refused, or long enough ago; nor has killed a replica, or long enough ago."""
         known = self.refused.get(version)
-        if known is not None and known.stands:
+        if known is not None and known.in_effect:
             return False
         if version in self._stuck:
             if self._stuck[version].at_work:  # a second attempt would hang beside it
                 return False
             del self._stuck[version]
-        deaths = self._journal.deaths(version)
-        if deaths is not None and time.time() < deaths.retry_at(alone):
-            self.refused[version] = Refusal(deaths.reason, self._settings.poll_seconds, -math.inf)
+        crashes = self._crash_record.crashes(version)
+        if crashes is not None and time.time() < crashes.retry_at(alone):
+            self.refused[version] = Refusal(crashes.reason, self._settings.poll_seconds, -math.inf)
             return False
         return True
 
@@ -275,18 +275,18 @@ class Model:
             return None
         return f"version {version} was refused: {known.reason}" if version else known.reason
 
-    def _put(self, served: ServedModel | None) -> None:
+    def _replace_current(self, served: ServedModel | None) -> None:
         """Makes `served` the current version and lets the one before go: its requests end on it."""
-        before, self.current = self.current, Held(served) if served else None
+        before, self.current = self.current, LoadedVersion(served) if served else None
         if before is not None:
-            task = asyncio.create_task(self._leave(before))
-            self._leaving[task] = before
-            task.add_done_callback(self._leaving.pop)
+            task = asyncio.create_task(self._close_version(before))
+            self._closing[task] = before
+            task.add_done_callback(self._closing.pop)
 
-    async def _leave(self, held: Held) -> None:
-        await held.free.wait()
-        await held.served.engine.close()
-        log.info("%s is closed", held.served.label)
+    async def _close_version(self, loaded: LoadedVersion) -> None:
+        await loaded.free.wait()
+        await loaded.served.engine.close()
+        log.info("%s is closed", loaded.served.label)
 
     def _report(self, error: str | None) -> None:
         """Remembers what is wrong, if anything, and logs it when it is news."""

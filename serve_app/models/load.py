@@ -145,7 +145,7 @@ def _version_of(pinned: str, package: Package) -> str:
         return pinned.rpartition("/")[2]
     if pinned.startswith("hf:") and re.fullmatch("[0-9a-f]{40}", package.path.name):
         return package.path.name[:SHORT_HASH]  # the hub's commit
-    # A manifest names every file by its hash, so its own hash stands for all of them.
+    # A manifest names every file by its hash, so its own hash in_effect for all of them.
     files = [package.path / MANIFEST] if package.info else weight_files(package.path)
     digest = hashlib.sha256()
     for file in files:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import HubError
-from gptcore.redact import without_password
+from gptcore.redact import reason, without_password
 
 HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 """Unless the environment says otherwise: MLflow's own defaults keep a thread waiting for minutes."""
@@ -103,8 +103,8 @@ class Registry:
         return self._opened
 
     def _away(self, error: Exception) -> HubError:
-        reason = str(error).splitlines()[0]
-        return HubError(without_password(f"MLflow at {self.tracking_uri} does not answer: {reason}"))
+        uri = without_password(self.tracking_uri)
+        return HubError(f"MLflow at {uri} does not answer: {reason(error).rstrip('.')}")
 
 
 def lineage(known: Mapping[str, Any], **more: Any) -> Lineage:

@@ -21,7 +21,7 @@ from gptcore.config import ModelConfig
 from gptcore.documents import MOST_BYTES
 from gptcore.engine import EngineSettings, runners
 from gptcore.errors import NoMemory, PackageError
-from gptcore.hf_format import count_parameters, empty_model, publish, tensor_shapes
+from gptcore.hf_format import count_parameters, empty_model, tensor_shapes, to_published
 from gptcore.model import GPT
 from gptcore.package import Package, open_package, save_package
 from gptcore.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def change_json(file: Path, **changes: Any) -> None:
 
 
 def test_the_shapes_that_are_held_against_a_header_are_those_that_are_published(config: ModelConfig) -> None:
-    published = publish(empty_model(config), GPT(config).state_dict())
+    published = to_published(empty_model(config), GPT(config).state_dict())
     assert dict(tensor_shapes(config)) == {name: tuple(tensor.shape) for name, tensor in published.items()}
     assert count_parameters(config) == empty_model(config).num_parameters()
 

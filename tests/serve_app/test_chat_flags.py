@@ -126,12 +126,12 @@ def test_every_setting_has_a_flag(service: Running, capsys: pytest.CaptureFixtur
         (["--stop", "[" * 5000], "stop is '[[[[[["),
         (["--prompt", " "], "--prompt is empty; expected the beginning of a text"),
         (["--wait", "-1"], "--wait is -1; expected"),
-        (["--api-key", KEY], f"expected it in {KEY_VARIABLE}"),
+        (["--api-key", KEY], f"set {KEY_VARIABLE} instead"),
         (["--url", "localhost:8000"], "Did you mean 'http://localhost:8000'?"),
         (["--url", "ftp://localhost"], "--url is 'ftp://localhost'; expected http://HOST:PORT"),
         (["--url", "http://"], "expected http://HOST:PORT"),
-        (["--url", "http://host:port"], "which is no address"),
-        (["--url", f"http://{KEY}@host"], f"a key belongs into {KEY_VARIABLE}"),
+        (["--url", "http://host:port"], "which is not an address"),
+        (["--url", f"http://{KEY}@host"], f"put a key in {KEY_VARIABLE}"),
     ],
 )
 def test_wrong_flags_end_with_one_line_and_2(

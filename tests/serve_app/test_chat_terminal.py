@@ -146,10 +146,10 @@ def test_the_old_answer_stays_until_another_has_begun() -> None:
         chat = Chat(Service(url), Screen(True, shown), Values(), patience=0, remembers=True)
         chat.take("x")
         chat.take("/retry")
-        assert [(turn.said, turn.answer) for turn in chat.conversation.turns] == [("x", "one")]
+        assert [(turn.prompt, turn.answer) for turn in chat.conversation.turns] == [("x", "one")]
         assert re.search("cannot be reached.*\n.*the answer of before stays", shown.getvalue())
         chat.take("/retry")
-        assert [(turn.said, turn.answer) for turn in chat.conversation.turns] == [("x", "two")]
+        assert [(turn.prompt, turn.answer) for turn in chat.conversation.turns] == [("x", "two")]
         chat.service.close()
 
 

@@ -83,7 +83,7 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
     job = settings["job"]
     # One of them speaks, through the driver.
     spoken: Any = job.board.post.remote if ray.train.get_context().get_world_rank() == 0 else len
-    progress.speak_through(spoken)
+    progress.set_output(spoken)
     if ray.get(job.board.failed.remote()):
         return {}
     try:
@@ -122,7 +122,7 @@ def _train(job: Job) -> dict[str, float]:
     voice = Voice(job, trainer) if rank == 0 else None
     with doing(lambda: f"training: {trainer.state.step} steps are done"):
         for event in trainer.run():
-            progress.heard()
+            progress.reset_silence()
             if voice:
                 voice.tell(event)
             if isinstance(event, CheckpointDue):

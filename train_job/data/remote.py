@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptcore.errors import CorpusError, FoundryError, did_you_mean
-from gptcore.hub import file_system
+from gptcore.fetch import file_system
 from gptcore.progress import at, doing
 from train_job.data.formats import bare, unpacked
 from train_job.files import DOWNLOAD_TIMEOUT, copy_name, locked, written_whole

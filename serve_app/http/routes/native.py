@@ -9,7 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from gptcore.engine import TokenLogprob, Update
-from serve_app.generation.generation import Answer, Choice, Generation, Order, as_events, as_json, generating, to_json
+from serve_app.generation.order import Order
+from serve_app.generation.replies import GenerationResponse, SequenceResult, as_events, as_json, to_json
+from serve_app.generation.stream import Generation, generating
 from serve_app.http.schemas import GenerateReply, GenerateRequest
 from serve_app.state import AppState
 
@@ -37,7 +39,7 @@ def router(state: AppState) -> APIRouter:
             stream=body.stream,
         )
         write = as_events(NativeEvents) if body.stream else as_json(_reply)
-        return Answer(generating(state, request.state.request_id, order), write)
+        return GenerationResponse(generating(state, request.state.request_id, order), write)
 
     return routes
 
@@ -61,7 +63,7 @@ def _head(generation: Generation) -> dict[str, Any]:
     }
 
 
-def _reply(generation: Generation, choices: list[Choice]) -> dict[str, Any]:
+def _reply(generation: Generation, choices: list[SequenceResult]) -> dict[str, Any]:
     asked = generation.order.params.logprobs is not None
     return {
         **_head(generation),

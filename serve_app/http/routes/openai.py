@@ -15,7 +15,9 @@ from fastapi import APIRouter, Request, Response
 from gptcore.engine import TokenLogprob, Update
 from gptcore.errors import did_you_mean
 from serve_app.errors import ApiError
-from serve_app.generation.generation import Answer, Choice, Generation, Order, as_events, as_json, generating, to_json
+from serve_app.generation.order import Order
+from serve_app.generation.replies import GenerationResponse, SequenceResult, as_events, as_json, to_json
+from serve_app.generation.stream import Generation, generating
 from serve_app.http.schemas import Completion, CompletionRequest, ModelCard, ModelList
 from serve_app.models.catalog import ModelStatus
 from serve_app.state import AppState
@@ -48,7 +50,7 @@ def router(state: AppState) -> APIRouter:
         )
         usage = body.stream_options is not None and body.stream_options.include_usage
         write = as_events(lambda generation: CompletionEvents(generation, usage)) if body.stream else as_json(_reply)
-        return Answer(generating(state, request.state.request_id, order), write)
+        return GenerationResponse(generating(state, request.state.request_id, order), write)
 
     @routes.get("/models", summary="The models there are")
     async def models() -> ModelList:
@@ -121,7 +123,7 @@ def _head(generation: Generation) -> dict[str, Any]:
     }
 
 
-def _reply(generation: Generation, choices: list[Choice]) -> dict[str, Any]:
+def _reply(generation: Generation, choices: list[SequenceResult]) -> dict[str, Any]:
     asked = generation.order.params.logprobs is not None
     return {
         **_head(generation),
@@ -147,7 +149,7 @@ class CompletionEvents:
         self._head = to_json({**_head(generation), "choices": []})[:-2]
         self._tail = '],"usage":null}' if with_usage else "]}"
         asked = generation.order.params.logprobs is not None
-        self._logprobs = [LegacyLogprobs() for _ in range(generation.size)] if asked else None
+        self._logprobs = [LegacyLogprobs() for _ in range(generation.order.size)] if asked else None
 
     def update(self, index: int, update: Update) -> str:
         """One choice's news; "" if there are none to tell."""

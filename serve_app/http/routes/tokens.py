@@ -13,7 +13,8 @@ from fastapi import APIRouter, Request, Response
 
 from gptcore.errors import ConfigError
 from gptcore.tokenizer import EOT
-from serve_app.generation.generation import LONG_TEXT, encoded, to_json
+from serve_app.generation.order import LONG_TEXT, encode
+from serve_app.generation.replies import to_json
 from serve_app.http.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
 from serve_app.models.load import ServedModel
 from serve_app.state import AppState
@@ -27,7 +28,7 @@ def router(state: AppState) -> APIRouter:
     async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         async with state.models.lease(body.model, request.state.request_id) as served:
             tokenizer = served.package.tokenizer
-            ids = (tokenizer.eot,) if body.prompt == EOT else await encoded(tokenizer, body.prompt)
+            ids = (tokenizer.eot,) if body.prompt == EOT else await encode(tokenizer, body.prompt)
 
             def reply() -> dict[str, Any]:
                 spelled = [tokenizer.spelling(token) for token in ids] if body.return_token_strs else None

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
+from gptcore.files import write_file
 from gptcore.home import home
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ minute, and so on: each further attempt may cost a replica, with all that it is 
 
 
 @dataclass(frozen=True)
-class Deaths:
+class Crashes:
     """How many replicas died while they loaded a version, and when the last of these loads began (Unix time)."""
 
     count: int
@@ -53,7 +54,7 @@ class Deaths:
         )
 
 
-class Journal:
+class CrashRecord:
     """The record of one source's loads on this machine. A disk that cannot be written costs the memory, no load."""
 
     def __init__(self, source: str, tracking_uri: str, folder: Path | None = None) -> None:
@@ -61,7 +62,7 @@ class Journal:
         self._folder = (folder or home() / ".cache" / "loading") / named
 
     @contextmanager
-    def load(self, version: str) -> Iterator[None]:
+    def loading(self, version: str) -> Iterator[None]:
         """Within it, `version` is being loaded: if the process dies, that is known to the next."""
         file, held = self._attempts(version) / uuid.uuid4().hex, None
         try:
@@ -78,7 +79,7 @@ class Journal:
             if held is not None:
                 held.close()
 
-    def deaths(self, version: str) -> Deaths | None:
+    def crashes(self, version: str) -> Crashes | None:
         """The loads of `version` that no process has ended; None if there are none."""
         folder, dead = self._attempts(version), []
         for file in folder.glob("*"):
@@ -86,23 +87,21 @@ class Journal:
             with suppress(OSError), file.open("rb") as left:
                 fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 dead.append(file.stat().st_mtime)
-        return Deaths(len(dead), min(max(dead), time.time()), folder) if dead else None
+        return Crashes(len(dead), min(max(dead), time.time()), folder) if dead else None
 
-    def served(self) -> str | None:
+    def last_served(self) -> str | None:
         """The version that was served last, if that is known."""
         try:
             return (self._folder / "served").read_text(encoding="utf-8")[:64] or None
         except (OSError, ValueError):
             return None
 
-    def serves(self, version: str) -> None:
+    def record_served(self, version: str) -> None:
         """Records that `version` was loaded and is served; what died of it before is forgotten."""
         shutil.rmtree(self._attempts(version), ignore_errors=True)
-        beside = self._folder / f"served.{uuid.uuid4().hex}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            beside.write_text(version, encoding="utf-8")
-            beside.replace(self._folder / "served")
+            write_file(self._folder / "served", version.encode())
         except OSError as error:
             log.warning("what is served is not recorded in %s: %s", self._folder, error.strerror)
 

@@ -17,7 +17,7 @@ ZERO: Any = (0,)
 FALSE: Any = (False,)
 NOTHING: Any = ("", [], {})
 
-FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
+UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "text is continued at its end only": {"suffix": ("",)},
     "the logits cannot be biased token by token; see temperature, the penalties and stop_token_ids": {
         "logit_bias": NOTHING,
@@ -183,10 +183,10 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 """Why a parameter is not taken, to the parameters and those of their values that are let in."""
 
-BY_NAME = {name: (reason, off) for reason, group in FOREIGN.items() for name, off in group.items()}
+BY_NAME = {name: (reason, off) for reason, group in UNSUPPORTED.items() for name, off in group.items()}
 
 
-def without_foreign(body: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
+def drop_unsupported(body: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
     """`body` without the foreign parameters that ask for nothing; those among the route's own `fields` stay.
 
     Raises ApiError 400 for one that asks for something.

@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.errors import ApiError
-from serve_app.http.foreign import BY_NAME, FOREIGN
 from serve_app.http.schemas import CompletionRequest, GenerateRequest, PromptRequest, SentenceRequest
+from serve_app.http.unsupported import BY_NAME, UNSUPPORTED
 
 BODIES: dict[Any, dict[str, Any]] = {
     CompletionRequest: {"model": "tiny", "prompt": "x"},
@@ -154,7 +154,7 @@ def test_another_routes_name_for_the_length_is_told_this_ones() -> None:
 
 
 def test_each_foreign_parameter_has_one_place() -> None:
-    names = [name for group in FOREIGN.values() for name in group]
+    names = [name for group in UNSUPPORTED.values() for name in group]
     assert len(names) == len(set(names))
 
 

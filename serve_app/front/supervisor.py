@@ -1,8 +1,8 @@
 """Keeps HAProxy running: the program that Ray's manager starts in HAProxy's place.
 
 In come HAProxy's own arguments, as Ray gives them, and Ray's configuration; out goes an HAProxy with the configuration
-of `haproxy.amended`, which is started again within a tenth of a second when it dies, whatever else is being restarted.
-Ray tells its HAProxy by the process id that the command socket names; so that socket is ours, and names ours. A keeper
+of `haproxy.amend_config`, which is started again within a tenth of a second when it dies, whatever else is being restarted.
+Ray tells its HAProxy by the process id that the command socket names; so that socket is ours, and names ours. A supervisor
 takes the port over from the one before it. It outlives a manager that was killed, until there is another or Ray ends.
 """
 
@@ -25,12 +25,12 @@ MOST_BACK_SECONDS = 2.0
 STEADY_SECONDS = 5.0
 TAKE_OVER_SECONDS = 30.0
 ORPHAN_SECONDS = 60.0
-"""How long a keeper goes on without a manager, for Ray's controller to start another."""
+"""How long a supervisor goes on without a manager, for Ray's controller to start another."""
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-class Keeper:
+class Supervisor:
     """One configuration of Ray's, and the HAProxy that runs it."""
 
     def __init__(self, arguments: list[str]) -> None:
@@ -43,9 +43,9 @@ class Keeper:
         self.own_config = self._of(os.getpid(), "cfg")
         self.fresh = self._of(os.getpid(), "new")
         unavailable = self.config.with_name("unavailable.http")
-        unavailable.write_text(haproxy.whole_answer(), newline="")
+        unavailable.write_text(haproxy.error_page(), newline="")
         self.before = _holder(self.config)
-        amended = haproxy.amended(text, self.own_socket, unavailable)
+        amended = haproxy.amend_config(text, self.own_socket, unavailable)
         if self.before and not self.rays and not haproxy.has_backends(amended):
             # Of a manager that has just started in the place of one that died: it is about to learn what there is.
             with suppress(OSError):
@@ -67,8 +67,8 @@ class Keeper:
         _hold(self.config)
         server = await asyncio.start_unix_server(self._command, str(self.fresh))
         os.replace(self.fresh, self.socket)
-        for keeper in {*self.rays, *([self.before] if self.before else [])}:  # Ray's own word for the soft stop
-            _tell(keeper, signal.SIGUSR1, self.config)
+        for supervisor in {*self.rays, *([self.before] if self.before else [])}:  # Ray's own word for the soft stop
+            _tell(supervisor, signal.SIGUSR1, self.config)
         watching = asyncio.create_task(self._watch_ray())
         code = await self._keep()
         watching.cancel()
@@ -76,7 +76,7 @@ class Keeper:
         return code
 
     async def _start(self, before: int | None = None) -> None:
-        """Starts HAProxy, which takes the listening sockets over from the keeper `before`, if there is one."""
+        """Starts HAProxy, which takes the listening sockets over from the supervisor `before`, if there is one."""
         taking = ["-x", str(self._of(before, "s"))] if before else []
         command = [self.binary, *self.flags, "-f", str(self.own_config), *taking]
         self.child = await asyncio.create_subprocess_exec(*command, preexec_fn=_die_with_parent)
@@ -92,7 +92,7 @@ class Keeper:
         return False
 
     async def _keep(self) -> int:
-        """Starts HAProxy again whenever it dies, until the keeper is to leave; returns the last exit code."""
+        """Starts HAProxy again whenever it dies, until the supervisor is to leave; returns the last exit code."""
         pause = BACK_SECONDS
         while True:
             assert self.child
@@ -112,7 +112,7 @@ class Keeper:
             self.child.send_signal(number)
 
     async def _command(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Passes a command of Ray's on to HAProxy; in the answer, HAProxy's process id becomes the keeper's."""
+        """Passes a command of Ray's on to HAProxy; in the answer, HAProxy's process id becomes the supervisor's."""
         with suppress(OSError):
             answer = await self._ask(await reader.readline())
             writer.write(re.sub(rb"(?m)^Pid: \d+", b"Pid: %d" % os.getpid(), answer))
@@ -127,12 +127,12 @@ class Keeper:
         finally:
             writer.close()
 
-    def _of(self, keeper: int, kind: str) -> Path:
-        """A file of that keeper's: its HAProxy's configuration (cfg), its command socket (s), or one in the making."""
-        return self.socket.with_name(f"{keeper}.{kind}")
+    def _of(self, supervisor: int, kind: str) -> Path:
+        """A file of that supervisor's: its HAProxy's configuration (cfg), its command socket (s), or one in the making."""
+        return self.socket.with_name(f"{supervisor}.{kind}")
 
     async def _watch_ray(self) -> None:
-        """Ends the keeper with Ray; one whose manager died alone waits for the next manager's keeper."""
+        """Ends the supervisor with Ray; one whose manager died alone waits for the next manager's supervisor."""
         manager = os.getppid()
         node = os.pidfd_open(_parent(manager)) if hasattr(os, "pidfd_open") else None
         loop, gone, orphaned = asyncio.get_running_loop(), asyncio.Event(), 0.0
@@ -149,27 +149,27 @@ class Keeper:
 
 
 def _die_with_parent() -> None:
-    """In the child: it is killed when its keeper is, which is how Ray stops an HAProxy."""
+    """In the child: it is killed when its supervisor is, which is how Ray stops an HAProxy."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _hold(config: Path) -> None:
-    """Notes that this keeper has the port of `config`."""
+    """Notes that this supervisor has the port of `config`."""
     note = config.with_name(f"{os.getpid()}.note")
     note.write_text(str(os.getpid()))
-    os.replace(note, config.with_name("keeper"))
+    os.replace(note, config.with_name("supervisor"))
 
 
 def _holder(config: Path) -> int | None:
-    """The keeper that has the port now, if it lives: with or without a manager."""
+    """The supervisor that has the port now, if it lives: with or without a manager."""
     with suppress(OSError, ValueError):
-        keeper = int(config.with_name("keeper").read_text())
-        return keeper if _keeps(keeper, config) else None
+        supervisor = int(config.with_name("supervisor").read_text())
+        return supervisor if _supervises(supervisor, config) else None
     return None
 
 
-def _keeps(pid: int, config: Path) -> bool:
-    """Whether that process is a keeper of `config`, and not another that got the same id."""
+def _supervises(pid: int, config: Path) -> bool:
+    """Whether that process is a supervisor of `config`, and not another that got the same id."""
     try:
         return os.fsencode(config) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -177,7 +177,7 @@ def _keeps(pid: int, config: Path) -> bool:
 
 
 def _tell(pid: int, number: int, config: Path) -> None:
-    if pid != os.getpid() and _keeps(pid, config):
+    if pid != os.getpid() and _supervises(pid, config):
         with suppress(OSError):
             os.kill(pid, number)
 
@@ -205,11 +205,11 @@ def main() -> int:
     if "-f" not in arguments:  # such as -v
         return subprocess.call([haproxy.binary(), *arguments])
     os.setsid()  # neither Ctrl-C in the terminal nor Ray, when it clears away behind a dead manager, means us
-    keeper = Keeper(arguments)
+    supervisor = Supervisor(arguments)
     try:
-        return asyncio.run(keeper.run())
+        return asyncio.run(supervisor.run())
     finally:
-        for path in (keeper.own_socket, keeper.own_config, keeper.fresh):
+        for path in (supervisor.own_socket, supervisor.own_config, supervisor.fresh):
             path.unlink(missing_ok=True)
 
 
