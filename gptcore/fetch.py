@@ -1,4 +1,4 @@
-"""Files from any URL that fsspec can open: S3, Google Cloud Storage, HTTP and others. fsspec is imported when needed."""
+"""Files from any URL that fsspec can open, such as S3 or Google Cloud Storage. fsspec is imported when needed."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath

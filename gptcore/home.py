@@ -1,7 +1,7 @@
-"""Where this project keeps what it writes: runs, caches, the embedded MLflow.
+"""The folder for everything this project writes: runs, caches, the embedded MLflow.
 
-The same folder for `python train_job/run.py`, a job submitted from the checkout, and one submitted with
-`--working-dir .`, which Ray runs from a copy: the environment remembers the checkout that it was installed from.
+It is the same for `python train_job/run.py`, a job submitted from the checkout, and one submitted with
+`--working-dir .`, which Ray runs from a copy: the environment records the checkout that it was installed from.
 """
 
 import importlib.metadata
@@ -15,8 +15,8 @@ from gptcore.errors import ConfigError, FoundryError
 
 
 def checkout() -> Path | None:
-    """The folder that this environment's gpt-foundry was installed from, if it was one and still exists."""
-    # A copy's own metadata may come first on the path; only the environment's says where it came from.
+    """The folder that this environment's gpt-foundry was installed from, if it still exists."""
+    # A copy's own metadata may come first on the path; only the environment's contains the origin.
     for installed in importlib.metadata.distributions(name="gpt-foundry"):
         url = urlsplit(json.loads(installed.read_text("direct_url.json") or "{}").get("url", ""))
         folder = Path(unquote(url.path))
@@ -38,8 +38,8 @@ def default_tracking_uri(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def expanded(path: str | Path, kind: type[FoundryError] = ConfigError) -> Path:
-    """`path` with a ~ or ~USER at its beginning replaced; raises an error of that kind if nobody knows what by."""
+    """`path` with a leading ~ or ~USER expanded; raises an error of type `kind` if that home folder is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise kind(f"{str(path)!r} begins in a home folder that is not known here; expected the whole path") from None
+        raise kind(f"{str(path)!r} starts with an unknown home folder; expected the full path") from None

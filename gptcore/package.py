@@ -1,10 +1,9 @@
-"""The model package: the one place that knows what a model looks like on disk.
+"""Writes and reads model packages; the only module that knows their form on disk.
 
-In go a config, weights and a tokenizer; out comes a Hugging Face model folder that `transformers`, vLLM and
-llama.cpp's converter read as it is, with `foundry.json` beside it (format, sha256 of each file, training summary).
-The loader also reads folders that others made: OpenAI's GPT-2 as published, its fine-tunes with their weights in
-several files, or a Qwen3 of GPT-2's tokenizer.
-Weights are safetensors only: nothing here ever unpickles.
+A package is a Hugging Face model folder, which `transformers`, vLLM and llama.cpp's converter can read, with an
+additional `foundry.json` (format, sha256 of each file, training summary). The loader also reads other folders of these
+families: OpenAI's GPT-2, fine-tunes with their weights in several files, or a Qwen3 with GPT-2's tokenizer. Weights
+are safetensors only; nothing is unpickled.
 """
 
 import json
@@ -49,17 +48,17 @@ from gptcore.weights import (
 FORMAT_VERSION = 1
 MANIFEST, CONFIG = "foundry.json", "config.json"
 MOST_BESIDE = 1 << 26
-"""Bytes that a file beside the weights may have, more than any tokenizer that we know."""
+"""Most bytes of a file other than the weights, more than any known tokenizer has."""
 PICKLE = (
-    "is a pickle, which can run any code, and is never opened. If you trust it, transformers writes a "
-    f"{WEIGHTS} beside it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    "is a pickle, which could run any code, so it is not opened. If you trust it, convert it to "
+    f"{WEIGHTS}: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 )
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
 
 @dataclass(frozen=True)
 class Package:
-    """An opened package. `info` is foundry.json's content, {} for a folder that others made."""
+    """An opened package. `info` is the content of foundry.json, {} without one."""
 
     path: Path
     config: ModelConfig
@@ -67,7 +66,7 @@ class Package:
     info: dict[str, Any] = field(repr=False)
 
     def memory(self, dtype: torch.dtype = torch.float32) -> dict[str, int]:
-        """What `load_model` allocates, and for how many bytes each. Raises PackageError as it does."""
+        """The bytes that `load_model` allocates, by purpose. Raises PackageError for unusable weights."""
         c, places = self.config, match_config(self.config, read_headers(self.path, self.config.family))
         positions = 4 * 4 * c.head_size * c.context_length if c.family == "qwen3" else 0  # angles, cos, sin and a copy
         return {"weights": copied_bytes(c, places, dtype), f"a context of {c.context_length:,} tokens": positions}
@@ -75,7 +74,7 @@ class Package:
     def load_model(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
         """The network in eval mode.
 
-        Raises PackageError if the weights are unreadable, of another shape or no finite numbers, and NoMemory.
+        Raises PackageError if the weights are unreadable, of another shape or not finite, and NoMemory.
         """
         require_memory(f"the model in {self.path}", self.memory(dtype), free_memory(torch.device(device)))
         model = empty_model(self.config)
@@ -85,7 +84,7 @@ class Package:
         model.load_state_dict(state, assign=True)
         if self.config.tie_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
-        if self.config.family == "qwen3":  # positions stay in fp32, whatever the weights are in
+        if self.config.family == "qwen3":  # positions stay in fp32, whatever the weights' dtype
             model.cos, model.sin = (table.to(device) for table in rotary_tables(self.config))
         return model.eval()
 
@@ -93,7 +92,7 @@ class Package:
         places = match_config(self.config, read_headers(self.path, self.config.family))
         for name, stored in read_tensors(places):
             tensor = stored.to(device, dtype)
-            require_finite(name, tensor)  # now, while it is in the caches: no second pass over the files
+            require_finite(name, tensor)  # now, while it is in the CPU caches
             yield name, tensor
 
 
@@ -104,15 +103,15 @@ def save_package(
     tokenizer: Tokenizer,
     training: dict[str, Any],
 ) -> Package:
-    """Writes a package at `folder`, replacing an earlier one, and opens it. `state` has gptcore.model.GPT's names.
+    """Write a package at `folder`, replacing an earlier one, and open it. `state` uses gptcore.model.GPT's names.
 
-    It is built beside and renamed, so a reader sees all of it or nothing. Raises PackageError if the parts do not
-    fit each other, if the folder holds something else, or if it cannot be written.
+    It appears whole or not at all. Raises PackageError if the parts do not match, if the folder contains something
+    else, or if it cannot be written.
     """
     folder = Path(folder).absolute()
     _check_vocabulary(config, tokenizer, folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PackageError(f"{folder} exists and is no package of ours; name another folder")
+        raise PackageError(f"{folder} exists and is not a model package; choose another folder")
     tensors = to_published(empty_model(config), state)
     try:
         with new_folder(folder) as partial:
@@ -135,9 +134,9 @@ def save_package(
 
 
 def open_package(folder: Path | str, verify: bool = True) -> Package:
-    """Reads the package at `folder`; with `verify`, each file must have the sha256 that foundry.json records.
+    """Open the package at `folder`; with `verify`, check each file against its sha256 in foundry.json.
 
-    Raises PackageError, naming the file, if something is missing, altered, cut short or of an unknown kind.
+    Raises PackageError, naming the file, if something is missing, altered, truncated or of an unknown kind.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -153,8 +152,8 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
     try:
         config = parse_config(read_json(folder / CONFIG))
     except PackageError as error:
-        said = str(error)
-        raise PackageError(said if said.startswith(str(folder)) else f"{folder / CONFIG}: {said}") from error
+        message = str(error)
+        raise PackageError(message if message.startswith(str(folder)) else f"{folder / CONFIG}: {message}") from error
     try:
         tokenizer = read_tokenizer(folder)
     except TokenizerError as error:
@@ -167,32 +166,34 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
             config = replace(config, tie_embeddings=False)
         match_config(config, found)
     except PackageError as error:
-        said = str(error)
-        raise PackageError(said if str(folder) in said else f"{folder / WEIGHTS} cannot be used: {said}") from error
+        message = str(error)
+        raise PackageError(
+            message if str(folder) in message else f"{folder / WEIGHTS} cannot be used: {message}"
+        ) from error
     if info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise PackageError(f"the tokenizer in {folder} is not the one that the model was trained with")
     return Package(folder, config, tokenizer, info)
 
 
 def _check_unaltered(files: Mapping[Path, str], most: int, verify: bool) -> None:
-    """Raises PackageError for what is not the file that the manifest lists; reads none of more than `most` bytes."""
+    """Raises PackageError for a file that differs from the manifest or has more than `most` bytes."""
     for file, digest in files.items():
         require_regular(file)
         size = file.stat().st_size
         if size > most:
-            raise PackageError(f"{file} has {size:,} bytes; in a package of this model it has at most {most:,}")
+            raise PackageError(f"{file} has {size:,} bytes; for this model it can have at most {most:,}")
         if verify and sha256(file) != digest:
             raise PackageError(f"{file} was altered or cut short: its sha256 is not the one in {MANIFEST}")
 
 
 def _most_of_weights(config: ModelConfig) -> int:
-    """Bytes that a file of weights may have: eight a parameter, its header, and the masks of old GPT-2 files."""
+    """Most bytes of a weights file: eight per parameter, its header, and the masks of old GPT-2 files."""
     masks = 4 * config.num_layers * config.context_length**2 if config.family == "gpt2" else 0
     return 8 * count_parameters(config) + MOST_BESIDE + masks
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Names of the files without which `folder` is no model: settings, weights, tokenizer; [] if it has them."""
+    """Names of required files that `folder` lacks: config, weights, tokenizer."""
     files = [folder / CONFIG, *weight_files(folder)]
     if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         files.append(folder / "tokenizer.json")
@@ -200,7 +201,7 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def describe(package: Package) -> str:
-    """A few lines for people: the network, its tokenizer, and what foundry.json says of its training."""
+    """A few lines for people: the network, its tokenizer, and the training summary of foundry.json."""
     c, tokenizer = package.config, package.tokenizer
     heads = f"{c.num_heads} heads" + (f" ({c.kv_heads} for keys and values)" if c.kv_heads != c.num_heads else "")
     lines = [
@@ -219,7 +220,7 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Defaults for `generate` elsewhere: stop at the end of text, never choose a padding row of the vocabulary."""
+    """Defaults for `generate` in transformers: stop at the end of text, never choose a padding row."""
     padding = list(range(tokenizer.vocab_size, config.vocab_size))
     settings = {**_special_ids(tokenizer), "pad_token_id": tokenizer.eot, "do_sample": True}
     return {**settings, "suppress_tokens": padding} if padding else settings
@@ -247,14 +248,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_listed(folder: Path, files: Mapping[str, Any]) -> None:
-    """Raises PackageError if the manifest is silent about a file that is opened."""
+    """Raises PackageError if the manifest lacks a file that will be opened."""
     for file in (folder / CONFIG, *weight_files(folder), *tokenizer_files(folder)):
         if file.name not in files:
             raise PackageError(f"{folder / MANIFEST} is incomplete: it lacks the sha256 of {file.name}")
 
 
 def _check_files_exist(folder: Path) -> None:
-    """Raises PackageError for files that are not there, or a link that a download which was cut short has left."""
+    """Raises PackageError for missing files and for dangling links, which an interrupted download leaves."""
     pickles = [name for name in PICKLES if (folder / name).is_file()]
     if pickles and [file.name for file in weight_files(folder)] == [WEIGHTS] and not (folder / WEIGHTS).exists():
         raise PackageError(f"{folder / pickles[0]} {PICKLE}")

@@ -1,7 +1,7 @@
-"""How MLflow serves a package: its generic python_function calls `_load_pyfunc`, then `predict`.
+"""MLflow's python_function flavor for packages: MLflow calls `_load_pyfunc`, then `predict`.
 
-In: prompts, as MLflow hands them over, and sampling parameters. Out: one continuation per prompt. MLflow loads this
-module by name from the logged model's code, so nothing is pickled; the module itself does not need MLflow.
+`predict` returns one continuation per prompt. MLflow imports this module by name from the logged model's code, so
+nothing is pickled and the module must not move; it does not need MLflow itself.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from gptcore.sampling import generate_text
 
 
 class TextModel:
-    """A loaded package with the one method that MLflow calls."""
+    """A loaded package with the `predict` method that MLflow calls."""
 
     def __init__(self, package: Package) -> None:
         self.package = package
@@ -22,7 +22,7 @@ class TextModel:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
         """A continuation for each prompt. `model_input` is a DataFrame or dict with "prompt", a list, or one prompt.
 
-        `params` are those of SamplingParams. Raises ConfigError for others, or if there are no prompts.
+        `params` are fields of SamplingParams. Raises ConfigError for other names, or if there are no prompts.
         """
         for name in params or {}:
             if name not in SAMPLING:
@@ -40,7 +40,7 @@ def prompts_of(model_input: Any) -> list[str]:
             raise ConfigError(f'the input has {", ".join(map(repr, model_input))}; expected a column "prompt"')
         return prompts_of(model_input["prompt"])
     prompts: list[str] = []
-    for item in model_input:  # MLflow makes one cell of {"prompt": [...]}, so lists nest
+    for item in model_input:  # MLflow puts {"prompt": [...]} into one cell, so lists may be nested
         prompts += prompts_of(item) if isinstance(item, str | dict) or hasattr(item, "__iter__") else [str(item)]
     return prompts
 

@@ -1,8 +1,8 @@
-"""How a model speaks: logits in, the next token out, and from that a continuation of a prompt.
+"""Samples tokens from logits, and continues a prompt with them.
 
-Randomness is a function of (seed, position in the sequence) and of nothing else. Probabilities are counted in whole
-numbers, whose sums are exact in any order. So the same seed and prompt give the same text, whether a sequence is
-decoded alone or in a crowd, and on whatever the sums are made.
+Randomness is a function of (seed, position in the sequence) only. Probabilities are whole numbers, whose sums are exact
+in any order. So the same seed and prompt give the same text, whether a sequence is decoded alone or in a batch, and
+on any device that computes the same logits.
 """
 
 import secrets
@@ -21,27 +21,27 @@ from gptcore.tokenizer import Tokenizer
 
 MASK = (1 << 64) - 1
 ONE = 2.0**35
-"""The weight of the likeliest token. Others have proportionally less, rounded to whole numbers, so a vocabulary of up
-to 2^18 tokens sums to less than 2^53, which fp64 holds exactly."""
+"""The weight of the likeliest token. Other weights are proportional, rounded to whole numbers, so a vocabulary of up to
+2^18 tokens sums to less than 2^53, which fp64 represents exactly."""
 CACHED = 2**18
-"""Weights that a CPU's second cache holds with room to spare."""
+"""Number of weights that fit into a CPU's second-level cache."""
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
-"""Beyond these, fp32 would make a temperature 0 or infinite; it counts as the nearer of them."""
+"""Temperatures are clamped to this range, since fp32 would round them to 0 or infinity beyond it."""
 
 
 @dataclass(frozen=True)
 class SamplingState:
-    """One sequence that is to go on: its parameters, its seed, and its tokens so far."""
+    """What sampling needs to know of one sequence: its parameters, its seed, and its tokens so far."""
 
     params: SamplingParams
     seed: int
     tokens: Sequence[int]
-    """Prompt and what was generated; the new token's position is their number."""
+    """The prompt and the generated tokens; their number is the new token's position."""
     prompt_length: int
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) alone: splitmix64 (Steele et al. 2014), its hash twice."""
+    """A number in [0, 1) that depends on (seed, position) only: splitmix64 (Steele et al. 2014), its hash twice."""
     z = (_mix(seed & MASK) + position * 0x9E3779B97F4A7C15) & MASK
     return (_mix(z) >> 11) * 2.0**-53
 
@@ -59,11 +59,11 @@ def _mix(z: int) -> int:
 
 
 def next_tokens(logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
-    """The token that follows each row, from logits (R, V), by the inverse of the cumulative distribution.
+    """The next token of each row, from logits (R, V), by inverting the cumulative distribution.
 
-    The tokens, in the order of their ids, share out [0, 1); the one into whose share `uniform(seed, position)` falls
-    is it. It depends on the row's own logits and parameters, not on the rows beside it. Where logits are no finite
-    numbers, it is the place of the largest, as at temperature 0.
+    Tokens divide [0, 1) in the order of their ids; the one whose part contains `uniform(seed, position)` is chosen. It
+    depends on the row's own logits and parameters only. If logits are not finite, the largest is taken, as at
+    temperature 0.
     """
     if logits.device.type == "mps":
         logits = logits.cpu()  # MPS has no fp64
@@ -71,42 +71,42 @@ def next_tokens(logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     points = [uniform(row.seed, len(row.tokens)) for row in rows]
     tokens: list[int | None] = [None] * len(rows)
     plain = [i for i, row in enumerate(rows) if not (row.params.greedy or row.params.filters)]
-    # Many rows at once keep a GPU busy; a CPU is faster with so few that they stay in its caches.
+    # Many rows at once keep a GPU busy; a CPU is faster with few rows that fit into its cache.
     size = len(rows) if logits.is_cuda else max(1, CACHED // logits.size(1))
     for part in (plain[i : i + size] for i in range(0, len(plain), size)):
-        weights = token_weights(_select(logits, part), [rows[i].params.temperature for i in part])
-        for i, place in zip(part, _drawn(weights, [points[i] for i in part]), strict=True):
+        weights = token_weights(_select_rows(logits, part), [rows[i].params.temperature for i in part])
+        for i, place in zip(part, _draw(weights, [points[i] for i in part]), strict=True):
             tokens[i] = place
     for i, row in enumerate(rows):
         if row.params.filters and not row.params.greedy:
-            ids, weights = _kept(logits[i], row.params)
-            place = _drawn(weights[None], [points[i]])[0] if len(ids) else None
+            ids, weights = _filter(logits[i], row.params)
+            place = _draw(weights[None], [points[i]])[0] if len(ids) else None
             tokens[i] = None if place is None else int(ids[place])
     likeliest = [i for i, token in enumerate(tokens) if token is None]
     if likeliest:
-        best = _select(logits, likeliest).max(dim=-1).indices  # argmax says the same, but far slower on a CPU
+        best = _select_rows(logits, likeliest).max(dim=-1).indices  # argmax says the same, but far slower on a CPU
         for i, token in zip(likeliest, best.tolist(), strict=True):
             tokens[i] = token
     return [token for token in tokens if token is not None]
 
 
-def _select(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows of logits (R, V) that are named, ascending; no copy if they are neighbours."""
+def _select_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """The given rows of logits (R, V), ascending; a view if they are adjacent."""
     begin, end = rows[0], rows[-1] + 1
     return logits[begin:end] if end - begin == len(rows) else logits[list(rows)]
 
 
 def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities (V,) in fp32 that temperature and filters leave of logits (V,); those ruled out are 0."""
+    """Probabilities (V,) in fp32 of logits (V,) after temperature and filters; 0 for tokens ruled out."""
     probs = torch.zeros_like(logits, dtype=torch.float32)
     if params.greedy:
         return probs.index_fill(0, logits.argmax(), 1.0)
-    ids, weights = _kept(logits.detach().float(), params)
+    ids, weights = _filter(logits.detach().float(), params)
     return probs.index_put((ids.to(probs.device),), (weights / weights.double().sum()).to(probs))
 
 
 def apply_penalties(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
-    """Logits (R, V) after the penalties: a changed copy, or the same if there are none."""
+    """Logits (R, V) after the penalties: a changed copy, or the same tensor if there are none."""
     if any(row.params.penalises for row in rows):
         logits = logits.clone()
     for i, row in enumerate(rows):
@@ -117,7 +117,7 @@ def apply_penalties(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
 
 
 def penalties(logits: Tensor, row: SamplingState) -> tuple[Tensor, Tensor]:
-    """The ids of the row's tokens so far (N,), ascending, and what the penalties make of their logits, of (V,)."""
+    """The ids of the row's tokens so far (N,), ascending, and their logits after the penalties (N,)."""
     params = row.params
     unique, places = np.unique(np.asarray(row.tokens, dtype=np.int64), return_inverse=True)
     generated = np.bincount(places[row.prompt_length :], minlength=len(unique))
@@ -137,10 +137,10 @@ def token_weights(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     return below.div_(heat).exp_().mul_(ONE).round_()
 
 
-def _drawn(weights: Tensor, points: Sequence[float]) -> list[int | None]:
-    """For each row of weights (R, V) the first place up to which more than its point's share of all lies.
+def _draw(weights: Tensor, points: Sequence[float]) -> list[int | None]:
+    """For each row of weights (R, V), the first index whose cumulative sum exceeds point × total.
 
-    None if weights are no numbers. Sums of whole numbers in fp64 are exact, however they are made.
+    None if weights are NaN. Sums of whole numbers in fp64 are exact in any order.
     """
     upto = weights.cumsum(dim=-1, dtype=torch.float64)  # (R, V)
     total = upto[:, -1:]
@@ -149,11 +149,11 @@ def _drawn(weights: Tensor, points: Sequence[float]) -> list[int | None]:
     return [place if place < weights.size(1) else None for place in places]
 
 
-def _kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The ids that the filters leave of logits (V,), ascending, and their weights, on the CPU.
+def _filter(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The ids of logits (V,) that pass the filters, ascending, and their weights, on the CPU.
 
-    Nothing is sorted but what may be kept. Of a token that top_p keeps, it and those less likely together hold more
-    than 1 - p, and it is the likeliest of them, so it holds more than (1 - p) / V itself.
+    Only tokens that may be kept are sorted. If top_p keeps a token, it and all less likely ones together have more than
+    1 - p, and it is the likeliest of them, so it has more than (1 - p) / V itself.
     """
     logits = logits.cpu()
     weights, values = token_weights(logits[None], [params.temperature])[0].numpy(), logits.numpy()
@@ -173,7 +173,7 @@ def _kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
 
 
 def top_indices(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` greatest values, ascending; of equal values the first ones."""
+    """Indices of the `count` largest values, ascending; of equal values, the first ones."""
     if not 0 < count < len(values):
         return np.arange(len(values))[:count]
     least = np.partition(values, -count)[-count]
@@ -183,10 +183,10 @@ def top_indices(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[int]:
-    """The tokens that follow `prompt`, one by one, up to <|endoftext|> or a stop token (left out) or a limit.
+    """Generate tokens after `prompt`, up to <|endoftext|> or a stop token (both left out) or a limit.
 
-    The limits are max_new_tokens and the context. An empty prompt asks for the beginning of a document. The model is to
-    be in eval mode. Raises ConfigError, at once, for a prompt that fills the context.
+    The limits are max_new_tokens and the context. An empty prompt begins a document. The model must be in eval mode.
+    Raises ConfigError, before the first token, for a prompt that fills the context.
     """
     tokens = tokenizer.encode(prompt) or [tokenizer.eot]
     context = model.config.context_length
@@ -208,7 +208,7 @@ def _generate(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: Sampl
         new = tokens[cache.length :]
         with torch.inference_mode():
             logits = model(torch.tensor([new], device=weight.device), cache=cache)[:, -1]  # (1, V)
-            # The embedding may have spare rows behind the vocabulary.
+            # The embedding may have spare rows after the vocabulary.
             (token,) = next_tokens(
                 logits[:, : tokenizer.vocab_size], [SamplingState(params, seed, tokens, len(prompt))]
             )
@@ -219,7 +219,7 @@ def _generate(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: Sampl
 
 
 def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[str]:
-    """`generate` as text, in pieces of whole characters, up to a stop string; bytes that are no UTF-8 become U+FFFD."""
+    """`generate` as text, in pieces of whole characters, up to a stop string; invalid UTF-8 becomes U+FFFD."""
     tokens = generate(model, tokenizer, prompt, params)
     return _decode(tokens, tokenizer, params.stop)
 
@@ -236,5 +236,5 @@ def _decode(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) ->
 
 
 def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> str:
-    """The whole continuation of `prompt` as text, without the prompt."""
+    """The complete continuation of `prompt` as text, without the prompt."""
     return "".join(stream_text(model, tokenizer, prompt, params))

@@ -1,7 +1,7 @@
-"""The engine: schedule, run, postprocess, once per step. Requests go in, updates come out; its caller is its clock.
+"""The engine: each call of `step` schedules, runs the model and postprocesses.
 
-It belongs to one thread. What it owns it owns alone: the scheduler has the order, the cache the slots, the runner the
-keys and values, and the engine what turns logits into text.
+It belongs to one thread. The scheduler owns the queue, the cache the slots, the runner the keys and values, and the
+engine the sampling and text of each request.
 """
 
 import secrets
@@ -37,12 +37,12 @@ class EngineInfo:
     context_length: int
     cache_bytes: int
     invariant: bool
-    """Logits are the same to the bit however sequences are batched, in this runner's own arithmetic."""
+    """Whether logits are bit for bit the same however sequences are batched."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts: the first four as of now, the totals since the engine was made."""
+    """Counters: the first four are current values, the totals count since the start."""
 
     running: int
     waiting: int
@@ -50,33 +50,33 @@ class EngineStats:
     slots_used: int
     cached_tokens_reused_total: int
     prompt_tokens_total: int
-    """Of the prompts that were begun, those found in the cache included."""
+    """Of started prompts, including tokens found in the cache."""
     generated_tokens_total: int
     steps_total: int
 
 
 @dataclass
 class ActiveRequest:
-    """An open request: what the scheduler moves about, and what makes text of its tokens."""
+    """An open request: its sequence, sampling state and text decoder."""
 
     sequence: Sequence
     row: SamplingState
     text: TextStream
     ends: frozenset[int]
-    """Tokens after which the sequence has ended."""
+    """Tokens that end the sequence."""
     limit: int
-    """Tokens, the prompt's included, at which it has ended."""
+    """Length at which the sequence ends, in tokens including the prompt."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Not handed out yet."""
+    """Those not yet returned in an update."""
 
 
 class Engine:
-    """A model, a cache with a fixed number of slots, and the requests that are open."""
+    """A model, a cache with a fixed number of slots, and the open requests."""
 
     def __init__(
         self, package: Package, settings: EngineSettings = EngineSettings(), runner: Runner | None = None
     ) -> None:
-        """Loads the model, unless a `runner` has it already. Raises ConfigError or PackageError."""
+        """Load the model unless `runner` is given. Raises ConfigError or PackageError."""
         self.package = package
         self.settings = settings
         self.runner = runner or make_runner(package, settings)
@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def info(self) -> EngineInfo:
-        """How the model is run."""
+        """Runner, precision, slots and memory."""
         r = self.runner
         dtype = str(r.dtype).removeprefix("torch.")
         return EngineInfo(r.name, r.note, dtype, str(r.device), r.slots, r.context_length, r.cache_bytes, r.invariant)
@@ -106,7 +106,7 @@ class Engine:
         return bool(self._active)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of `text`, none for an empty one. To begin a document, prompt with the tokenizer's `eot`."""
+        """Token ids of `text`, none if it is empty. To begin a document, use the tokenizer's `eot` as the prompt."""
         return tuple(self.package.tokenizer.encode(text))
 
     def validate(self, request: Request) -> None:
@@ -127,7 +127,7 @@ class Engine:
                 )
 
     def add(self, request: Request) -> None:
-        """Puts `request` into the queue. Raises ConfigError if it does not fit, QueueFull if there is no room."""
+        """Add `request` to the queue. Raises ConfigError if it is invalid, QueueFull if the queue is full."""
         self.validate(request)
         if request.request_id in self._active:
             raise ConfigError(f"request id {request.request_id!r} is in use", param="request_id")
@@ -144,17 +144,17 @@ class Engine:
         )
 
     def abort(self, request_id: str) -> None:
-        """Ends a request at the next step, which tells so in an update. An unknown id is none to end."""
+        """End a request at the next step, which returns its last update. An unknown id is ignored."""
         if request_id in self._active:
             self._aborted.append(request_id)
 
     def abort_all(self) -> None:
-        """Ends every open request at the next step."""
+        """End every open request at the next step."""
         self._aborted += self._active
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """Runs every sequence that can run once; returns what became known, at most one update per request."""
+        """Run one step; return at most one update per request."""
         updates = self._end_aborted()
         step = self._scheduler.schedule(time.monotonic())
         if step.work:
@@ -167,7 +167,7 @@ class Engine:
         return updates
 
     def stats(self) -> EngineStats:
-        """Counts. May be called from any thread."""
+        """The current counters. May be called from any thread."""
         scheduler = self._scheduler
         return EngineStats(
             running=scheduler.running,
@@ -181,7 +181,7 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Raises EngineError, naming what is wrong, unless requests, queues and slots agree."""
+        """Raises EngineError unless requests, queues and slots are consistent."""
         self._scheduler.check()
         known = {s.id for queue in self._scheduler.queues.values() for s in queue}
         if known != self._active.keys():
@@ -189,12 +189,12 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs the model once as prompts and decodes will, so that the first request waits for nothing.
+        """Run the model once for prefill and decoding, so that the first request is not slow.
 
-        Raises EngineError if requests are open, or if the model gives logits that are no numbers.
+        Raises EngineError if requests are open, or if the model's logits are not finite.
         """
         if self.busy:
-            raise EngineError("requests are open; an engine is warmed up before them")
+            raise EngineError("requests are open; warm up the engine before adding requests")
         eot = self.package.tokenizer.eot
         room = self.runner.context_length
         prompt = [eot] * max(1, min(self._scheduler.prefill_tokens, room - 1))
@@ -202,12 +202,12 @@ class Engine:
         if len(prompt) < room:
             logits = self.runner.forward([Chunk(0, len(prompt), [eot], 1)])
         if not logits[:, : self._vocab_size].isfinite().all():
-            raise EngineError(f"the model in {self.package.path} gives logits that are no finite numbers")
+            raise EngineError(f"the logits of the model in {self.package.path} are not finite")
         row = SamplingState(SamplingParams(), 0, prompt, len(prompt))
         sample(logits, [row], self._vocab_size, self.runner.next_tokens)
 
     def close(self) -> None:
-        """Frees the model and the cache; nothing may be called after."""
+        """Free the model and the cache; the engine cannot be used afterwards."""
         self.runner.close()
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
@@ -222,9 +222,9 @@ class Engine:
         return Chunk(sequence.slot, start, sequence.tokens[start:end], wanted)
 
     def _postprocess(self, step: ScheduledStep, chunks: list[Chunk], logits: Tensor) -> list[Update]:
-        """Samples for every sequence whose tokens have all been run; the others only got further.
+        """Sample a token for every sequence whose tokens have all been run.
 
-        A sequence of the prompt only ends once that has been run.
+        A request with `prompt_only` ends when its prompt has been run.
         """
         ready: list[ActiveRequest] = []
         scored: list[ActiveRequest] = []
@@ -252,7 +252,7 @@ class Engine:
         return updates + [self._follow(active, choice) for active, choice in zip(ready, choices, strict=True)]
 
     def _follow(self, active: ActiveRequest, choice: SampledToken) -> Update:
-        """The sequence goes on with `choice`, or has ended with it."""
+        """Append a sampled token to the sequence, and end it if it is complete."""
         sequence, token = active.sequence, choice.token
         sequence.tokens.append(token)
         reason = None
@@ -300,11 +300,11 @@ class Engine:
 
     def _abort(self, active: ActiveRequest) -> Update:
         if active.sequence.phase is Phase.WAITING:
-            active.sequence.admitted = time.monotonic()  # it waited until now, in vain
+            active.sequence.admitted = time.monotonic()  # for queue_seconds
         return self._update(active, active.text.flush(), (), (), FinishReason.ABORT)
 
     def _score_prompt(self, active: ActiveRequest, chunk: Chunk, logits: Tensor) -> None:
-        """Notes what the model gave the prompt's tokens that follow those of `chunk`; logits are (T, V)."""
+        """Record the logprobs of the prompt tokens that follow those of `chunk`; logits are (T, V)."""
         prompt, top = active.sequence.request.prompt, active.row.params.logprobs or 0
         following = prompt[chunk.start + 1 : chunk.start + 1 + len(chunk.tokens)]
         if chunk.start == 0:

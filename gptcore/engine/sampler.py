@@ -1,7 +1,7 @@
-"""Logits of many sequences to their next tokens, and to logprobs for those that ask.
+"""Samples the next token of many sequences from their logits, with logprobs where requested.
 
-In come logits (R, V) and one `SamplingState` per sequence; out comes one `SampledToken` each. How a token is drawn is
-`gptcore.sampling`'s.
+Takes logits (R, V) and one `SamplingState` per sequence; returns one `SampledToken` each. `gptcore.sampling` does the
+sampling itself.
 """
 
 import math
@@ -18,7 +18,7 @@ __all__ = ["SampledToken", "SamplingState", "sample", "token_logprobs"]
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A token, and its logprob and the likeliest tokens' (id, logprob), likeliest first, as far as asked for.
+    """A token and, if requested, its logprob and the likeliest tokens' (id, logprob), likeliest first.
 
     Logprobs are in nats, of the model's distribution at temperature 1, before penalties and filters.
     """
@@ -34,9 +34,9 @@ def sample(
     vocab_size: int,
     draw: Callable[[Tensor, Sequence[SamplingState]], list[int]] = next_tokens,
 ) -> list[SampledToken]:
-    """The token that follows each of `rows`, from logits (R, V); ids from `vocab_size` on are never chosen.
+    """The next token of each row, from logits (R, V); ids from `vocab_size` on are never chosen.
 
-    No row's choice depends on the others. The logits are left as they are. `draw` is a runner's `next_tokens`.
+    Rows do not affect each other, and the logits are not changed. `draw` is a runner's `next_tokens`.
     """
     logits = logits[:, :vocab_size]
     tokens = draw(logits, rows)
@@ -48,7 +48,7 @@ def sample(
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> list[SampledToken]:
-    """`tokens` as if they had been chosen from logits (R, V), with their logprobs and `top` alternatives each."""
+    """`tokens` with their logprobs under logits (R, V), and `top` alternatives each."""
     choices = []
     for values, token in zip(logits[:, :vocab_size].detach().float().cpu().numpy(), tokens, strict=True):
         largest = float(values.max())

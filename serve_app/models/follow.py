@@ -1,8 +1,7 @@
-"""One source of a model in a replica: at most one current version, and those that finish what they began.
+"""One model source in a replica: its current version, and replaced versions that are finishing their requests.
 
-In come the registry's answers; out come `LoadedVersion` versions for `models.py` to lease. When an alias has moved, the new
-version is loaded beside the current one and then takes its place; the old one's engine is closed when its last lease
-has ended. A version that cannot be loaded is refused and remembered, and changes nothing else.
+When an alias moves, the new version is loaded beside the current one and then replaces it; the old engine is closed
+when its last lease ends. A version that fails to load is remembered and the current one stays.
 """
 
 import asyncio
@@ -26,13 +25,13 @@ log = logging.getLogger(__name__)
 
 LONGEST_BACKOFF_S = 300.0
 PINNED = ""
-"""Stands for the version of a source that has but one."""
+"""The version of a source without an alias, which has only one."""
 
 OnReload = Callable[[str, bool], None]
 
 
 class LoadedVersion:
-    """A loaded version and how many leases there are on it."""
+    """A loaded version and the number of its leases."""
 
     def __init__(self, served: ServedModel) -> None:
         self.served = served
@@ -41,12 +40,12 @@ class LoadedVersion:
         self.free.set()
 
     def acquire(self) -> None:
-        """Begins a lease."""
+        """Start a lease."""
         self.leases += 1
         self.free.clear()
 
     def release(self) -> None:
-        """Ends a lease."""
+        """End a lease."""
         self.leases -= 1
         if not self.leases:
             self.free.set()
@@ -54,7 +53,7 @@ class LoadedVersion:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version that could not be loaded: why, and after how many seconds and when (monotonic time) it may be again."""
+    """Why a version failed to load, the wait before the next attempt in seconds, and its time (monotonic clock)."""
 
     reason: str
     wait: float
@@ -62,25 +61,25 @@ class Refusal:
 
     @property
     def in_effect(self) -> bool:
-        """Whether it is too early for another attempt."""
+        """Whether it is still too early for another attempt."""
         return time.monotonic() < self.retry_at
 
 
 def refusal(error: Exception, before: Refusal | None, first_wait: float) -> Refusal:
-    """The waits double. Files that lack their hash, or numbers that are none, are no better next time: no retry."""
+    """The refusal for an error. Waits double; an error that would repeat, such as a damaged file, is never retried."""
     hopeless = isinstance(error, FoundryError) and not isinstance(error, HubError | NoMemory)
     wait = math.inf if hopeless else min(2 * before.wait if before else first_wait, LONGEST_BACKOFF_S)
     return Refusal(reason_of(error), wait, time.monotonic() + wait)
 
 
 def reason_of(error: BaseException) -> str:
-    """One line for people; the type's name where the message alone would not say much."""
+    """The error as one line for people, with the type's name if it is not one of ours."""
     text = without_password(" ".join(str(error).split()))
     return text if isinstance(error, FoundryError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 class Model:
-    """A source under the name that it is served as. Belongs to one event loop; what blocks runs in threads."""
+    """One source and its loaded versions. Belongs to one event loop; blocking calls run in threads."""
 
     def __init__(
         self, name: str, source: str, settings: ServeSettings, registry: Registry, make_engine: MakeEngine
@@ -89,15 +88,15 @@ class Model:
         self.source = source
         self.alias = alias_of(source)
         self.optional = False
-        """Whether it is let go once its alias points to nothing."""
+        """Whether to unload it when its alias is removed."""
         self.essential = False
-        """Whether the service is nothing without it: then a version of which a replica died is tried again soon."""
+        """Whether the service needs it: then a version that crashed a replica is retried soon."""
         self.loading: str | None = None
         """What is being loaded, and since when."""
         self.on_reload: OnReload = lambda name, succeeded: None
         self.current: LoadedVersion | None = None
         self.error: str | None = None
-        """Why nothing is loaded, or why the alias is not followed."""
+        """Why nothing is loaded, or why the alias's version is not."""
         self.refused: dict[str, Refusal] = {}
         self.registry_away = False
         self._settings = settings
@@ -112,7 +111,7 @@ class Model:
 
     @property
     def state(self) -> str:
-        """ready, loading, failed, or unloaded until somebody asks for it."""
+        """ready, loading, failed, or unloaded until the first request."""
         if self.current is not None:
             return "ready" if self.current.served.engine.alive else "failed"
         if self._refreshing is not None:
@@ -121,14 +120,14 @@ class Model:
 
     @property
     def loaded_versions(self) -> list[LoadedVersion]:
-        """The current version, and those that are being let go."""
+        """The current version, and replaced ones that are still open."""
         return ([self.current] if self.current else []) + list(self._closing.values())
 
     async def get(self) -> LoadedVersion:
-        """The current version, loaded first if there is none; those who ask meanwhile share the one load.
+        """The current version, loaded first if there is none; concurrent callers share one load.
 
-        Raises ApiError 503 with the reason if it cannot be loaded, or could not a moment ago, and QueueFull if as many
-        wait for the load as its engine will have room for.
+        Raises ApiError 503 with the reason if it fails to load, or failed less than `poll_seconds` ago, and QueueFull
+        if as many requests wait for the load as the engine will have room for.
         """
         waited = time.monotonic() - self._tried_at
         if self.current is None and (self._refreshing is not None or waited >= self._settings.poll_seconds):
@@ -153,27 +152,27 @@ class Model:
         return self.current
 
     async def refresh(self) -> None:
-        """Asks where the source points, and loads what is there unless it is loaded or was refused. Raises nothing.
+        """Look up the source's version, and load it unless it is loaded or was refused. Raises nothing.
 
-        Calls that come while one is at work wait for that one, and a caller that is cancelled does not end it.
+        Concurrent calls wait for the one that is running; cancelling a caller does not cancel it.
         """
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh())
         await asyncio.wait((self._refreshing,))
 
     async def left(self) -> None:
-        """Returns when every version that was let go so far is closed."""
+        """Wait until every replaced version is closed."""
         await asyncio.gather(*self._closing)
 
     async def close(self) -> None:
-        """Ends a load at work, lets requests finish, and closes every engine."""
+        """Cancel a running load, let requests finish, and close every engine."""
         self.error = "the service is closing"
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.wait((self._refreshing,))
-            self._refreshing = None  # cancelled before its first step, it did not do so itself
+            self._refreshing = None  # a task cancelled before its first step does not do so itself
         self._replace_current(None)
-        self._tried_at = math.inf  # so a late request loads nothing again
+        self._tried_at = math.inf  # so that a late request does not load it again
         await self.left()
 
     async def _refresh(self) -> None:
@@ -191,7 +190,7 @@ class Model:
                     self._replace_current(None)
             elif self.current is None:
                 await self._take_first([version])
-                if self.current is None:  # then what was served before it, as the other replicas still do
+                if self.current is None:  # try what was served before, as the other replicas still do
                     await self._take_first([served] if (served := self._crash_record.last_served()) else [])
                 if self.current is None:
                     earlier = await asyncio.to_thread(self._registry.earlier_champions, self.alias[0], version)
@@ -205,21 +204,21 @@ class Model:
                 self._report(self._reason(version))
             else:
                 self._report(None)
-        except Exception as error:  # of the registry; whatever it is, what is loaded serves on
+        except Exception as error:  # from the registry; the current version stays
             self.registry_away = True
             self._report(f"cannot ask where {self.source} points: {reason_of(error)}")
         finally:
             self._refreshing, self._tried_at = None, time.monotonic()
 
     async def _take_first(self, versions: list[str], alone: bool = False) -> None:
-        """Loads the first of `versions` that can be loaded; `alone`: there is nothing else to serve."""
+        """Load the first of `versions` that loads; `alone`: there is nothing else to serve."""
         for version in versions:
             if self._may_try(version, alone) and (served := await self._start(version)):
                 self._replace_current(served)
                 return
 
     async def _follow(self, version: str) -> None:
-        """Loads `version` beside the current one, and puts it in its place."""
+        """Load `version` beside the current one, then replace that."""
         log.info("%s moves to version %s", self.source, version)
         served = await self._start(version)
         if served:
@@ -227,7 +226,7 @@ class Model:
         self.on_reload(self.name, served is not None)
 
     async def _start(self, version: str) -> ServedModel | None:
-        """`version` loaded and warm; None if that failed, which is remembered."""
+        """Load and warm up `version`; None if that fails, which is remembered."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self.loading = f"loading version {version} since {since}" if version else f"loading since {since}"
         try:
@@ -241,7 +240,7 @@ class Model:
                     make_engine=self._make_engine,
                     seconds=self._settings.load_seconds,
                 )
-        except Exception as error:  # bad files, no memory, a compiler's: the service outlives them all
+        except Exception as error:  # bad files, no memory, a compiler error: the service must survive them all
             if isinstance(error, LoadTimeout):
                 self._stuck[version] = error.engine
             self.refused[version] = refusal(error, self.refused.get(version), self._settings.poll_seconds)
@@ -254,12 +253,12 @@ class Model:
         return served
 
     def _may_try(self, version: str, alone: bool = False) -> bool:
-        """Whether `version` was not refused, or long enough ago; nor has killed a replica, or long enough ago."""
+        """Whether `version` may be loaded now: neither refused nor the cause of a crash too recently."""
         known = self.refused.get(version)
         if known is not None and known.in_effect:
             return False
         if version in self._stuck:
-            if self._stuck[version].at_work:  # a second attempt would hang beside it
+            if self._stuck[version].at_work:  # a second attempt would hang too
                 return False
             del self._stuck[version]
         crashes = self._crash_record.crashes(version)
@@ -269,14 +268,14 @@ class Model:
         return True
 
     def _reason(self, version: str) -> str | None:
-        """Why `version` was refused, if it was, even if it may be tried again."""
+        """Why `version` was refused last, if it was."""
         known = self.refused.get(version)
         if known is None:
             return None
         return f"version {version} was refused: {known.reason}" if version else known.reason
 
     def _replace_current(self, served: ServedModel | None) -> None:
-        """Makes `served` the current version and lets the one before go: its requests end on it."""
+        """Make `served` the current version, and close the previous one when its requests have ended."""
         before, self.current = self.current, LoadedVersion(served) if served else None
         if before is not None:
             task = asyncio.create_task(self._close_version(before))
@@ -289,7 +288,7 @@ class Model:
         log.info("%s is closed", loaded.served.label)
 
     def _report(self, error: str | None) -> None:
-        """Remembers what is wrong, if anything, and logs it when it is news."""
+        """Remember what is wrong, if anything, and log it if it has changed."""
         if error and error != self.error:
             log.warning("model %s: %s", self.name, error)
         self.error = error

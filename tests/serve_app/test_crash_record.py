@@ -89,7 +89,7 @@ async def test_a_version_that_killed_a_replica_is_not_tried_first_by_the_next(
         await models.poll()
         assert (await ask(models))[0] == f"deadly@champion v{good}"
         (noted,) = journal_home.glob(f".cache/loading/*/version-{killer}")
-        assert f"{noted.parent.name} below GPT_FOUNDRY_HOME is deleted" in known.refused[killer]
+        assert f"you delete the folder {noted.parent.name} in GPT_FOUNDRY_HOME" in known.refused[killer]
         shutil.rmtree(noted)
         await models.poll()
         assert status(models, "deadly").version == killer

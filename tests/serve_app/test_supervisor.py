@@ -235,7 +235,7 @@ from pathlib import Path
 import ray.serve._private.haproxy as rays
 rays.RAY_SERVE_HAPROXY_BINARY_PATH = {supervisor!r}
 sys.path.insert(0, {root!r})
-from tests.serve_app.test_keeper import Manager
+from tests.serve_app.test_supervisor import Manager
 async def main():
     manager = Manager(Path({folder!r}), {port})
     manager.serve({replica})

@@ -1,7 +1,6 @@
-"""The service's own way to ask for text: `POST /generate`, as JSON or as server-sent events.
+"""The service's own route, `POST /generate`, with a JSON reply or server-sent events (see `serve_app.http.schemas`).
 
-In comes a `GenerateRequest`, out goes a `GenerateReply` or a stream of its parts; `serve_app.http.schemas` shows the
-events. Every reply tells the seed and the model's version, which give the same text again.
+Every reply contains the seed and the model's version, which reproduce the text.
 """
 
 from typing import Any
@@ -45,7 +44,7 @@ def router(state: AppState) -> APIRouter:
 
 
 def token_json(token: TokenLogprob) -> dict[str, Any]:
-    """A token and its alternatives, as the native routes report them."""
+    """A token and its alternatives in the native form."""
     return {**_alternative(token), "top": [_alternative(other) for other in token.top]}
 
 
@@ -81,7 +80,7 @@ def _reply(generation: Generation, choices: list[SequenceResult]) -> dict[str, A
 
 
 class NativeEvents:
-    """The events of a stream. What is the same in all of them is encoded once."""
+    """The events of a stream. The part that all events share is encoded once."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
@@ -89,7 +88,7 @@ class NativeEvents:
         self._head = to_json({**_head(generation), "choices": []})[:-2]
 
     def update(self, index: int, update: Update) -> str:
-        """One choice's news; "" if there are none to tell."""
+        """The event for one update; "" if it has nothing new."""
         tokens = update.prompt_logprobs + update.logprobs
         if not (update.text or tokens or update.finish_reason):
             return ""
@@ -99,5 +98,5 @@ class NativeEvents:
         return f'{self._head}{{"index":{index},"text":{text},"finish_reason":{reason},"logprobs":{logprobs}}}]}}'
 
     def last(self) -> str:
-        """The usage."""
+        """The event with the usage."""
         return f'{self._head}],"usage":{to_json(self._generation.usage())}}}'
