@@ -47,7 +47,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     GPT_HOST=0.0.0.0 \
     MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false \
     RAY_USAGE_STATS_ENABLED=0
-# What `python -m serve_app.haproxy` prints but for the switch: how the front of a service answers while it comes back.
+# What `python -m serve_app.front.haproxy` prints but for the switch: how the front of a service answers while it comes back.
 ENV RAY_SERVE_HAPROXY_BINARY_PATH=/opt/venv/bin/gpt-foundry-front \
     RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER=1s \
     RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE=1 \

@@ -95,7 +95,7 @@ SET = (
     Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "Seconds between Ray Train's looks at its workers.", "`0.5`"),
     Variable(
         "RAY_SERVE_*",
-        "How the front of a service starts and answers, its own files and ports; `python -m serve_app.haproxy`.",
+        "How the front of a service starts and answers, its own files and ports; `python -m serve_app.front.haproxy`.",
     ),
     Variable("MLFLOW_CONFIGURE_LOGGING", "MLflow's INFO lines, which would stand between ours.", "`false`"),
     Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "Its progress bar.", "`false`"),

@@ -109,7 +109,7 @@ class Chat:
         return answer
 
     def _tell(self, text: str) -> None:
-        self.screen.note(f"{text} (Ctrl-C to stop)" if self.screen.interactive else text)
+        self.screen.note(f"{text}, Ctrl-C stops" if self.screen.interactive else text)
 
     def _say_cut(self, context: int | None) -> None:
         limit = f"the model's context of {context} tokens" if context else "the model's context"

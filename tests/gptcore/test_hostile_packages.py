@@ -230,7 +230,7 @@ def test_a_pipe_or_a_device_is_no_file_of_a_package(package: Package, name: str,
     for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
         (package.path / name).unlink()
         make(package.path / name)
-        refused(package.path, rf"{name} is no regular file|holds no tokenizer")
+        refused(package.path, rf"{name} is not a regular file|holds no tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_listed_file_is_read_only_if_it_has_the_size_of_one(package: Package, 
     change_json(package.path / "foundry.json", files=manifest["files"])
     with open(package.path / name, "ab") as file:
         file.truncate(1 << 40)
-    refused(package.path, rf"{name} has 1,099,511,627,776 bytes; in a package of this model it has at most")
+    refused(package.path, rf"{name} has 1,099,511,627,776 bytes; for this model it can have at most")
 
 
 def test_a_manifest_that_leads_nowhere_is_not_taken_for_none(package: Package) -> None:

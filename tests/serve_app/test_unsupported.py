@@ -142,14 +142,14 @@ def test_any_other_value_is_refused_by_name(name: str, value: Any) -> None:
 def test_a_refusal_says_why_and_what_would_do() -> None:
     with pytest.raises(ApiError) as refused:
         GenerateRequest(prompt="x", min_tokens=5)
-    reason = "a least length cannot be asked for; see ignore_eos"
+    reason = "there is no minimum length; see ignore_eos"
     assert refused.value.message == f"min_tokens is not supported as 5: {reason}; leave it out or send 0"
 
 
 def test_another_routes_name_for_the_length_is_told_this_ones() -> None:
-    with pytest.raises(ApiError, match="the length is called max_new_tokens here"):
+    with pytest.raises(ApiError, match="use max_new_tokens instead"):
         GenerateRequest(prompt="x", max_tokens=5)
-    with pytest.raises(ApiError, match="the length is called max_tokens here"):
+    with pytest.raises(ApiError, match="use max_tokens instead"):
         CompletionRequest(model="tiny", max_new_tokens=5)
 
 
