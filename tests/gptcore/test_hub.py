@@ -115,7 +115,7 @@ def test_mlflows_names_lead_to_the_package_inside_its_model(registry: str, packa
 
 def test_an_mlflow_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "MLmodel").write_text("flavors:\n  python_function:\n    loader_module: mlflow.sklearn\n")
-    with pytest.raises(HubError, match="not one of ours"):
+    with pytest.raises(HubError, match="without a model package"):
         resolve(str(tmp_path))
 
 

@@ -116,7 +116,7 @@ def test_a_file_of_several_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_an_index_leads_to_weights_beside_it_or_nowhere(where: str, tmp_path: Path) -> None:
     folder = publish_gpt2(tmp_path / "gpt2", Layout(files=2))
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {where}}}')
-    with pytest.raises(PackageError, match=r"index\.json is no index"):
+    with pytest.raises(PackageError, match=r"index\.json is invalid"):
         open_package(folder)
 
 
@@ -190,7 +190,7 @@ def test_without_network_and_cache_one_line_says_what_to_fetch_and_where_to_put_
     [
         ("openai-comunity/gpt2", "Did you mean 'openai-community/gpt2'"),
         ("a/b/c", "expected hf:ORG/NAME"),
-        ("", "no name"),
+        ("", "is not a name"),
     ],
 )
 def test_a_name_that_the_hub_cannot_have_is_told_at_once(cache: Path, name: str, message: str) -> None:

@@ -283,7 +283,7 @@ def test_stats_count_what_was_done(make_engine: MakeEngine) -> None:
 def test_the_check_finds_a_request_that_got_lost(make_engine: MakeEngine) -> None:
     engine = make_engine()
     run(engine, request("lost"), steps=1)
-    del engine._live["lost"]
+    del engine._active["lost"]
     with pytest.raises(EngineError, match="lost"):
         engine.check()
 

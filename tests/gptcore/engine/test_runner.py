@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention of several widths in a context of 64."""
-    monkeypatch.setattr(runners, "NARROWEST", 16)
+    monkeypatch.setattr("gptcore.engine.torch_runner.NARROWEST", 16)
 
 
 @pytest.fixture
