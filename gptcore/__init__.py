@@ -1,6 +1,6 @@
-"""What a GPT is and how it speaks: config, network, tokenizer, model package, sampling.
+"""The model: config, network, tokenizer, model package, sampling and the inference engine.
 
-Knows torch, numpy, tiktoken, tokenizers and safetensors; never Ray, MLflow or FastAPI.
+Imports torch, numpy, tiktoken, tokenizers and safetensors; never Ray, MLflow or FastAPI.
 """
 
 from gptcore import interpreter

@@ -1,7 +1,7 @@
-"""The shape of a model, and the shapes that have names.
+"""The shape of a model, and named presets.
 
-`ModelConfig` is what the network, the package and the trainer agree on. `MODEL_PRESETS` names the shapes people
-ask for; everything about *how* a model is trained lives in `train_job.config`.
+Network, package and trainer share `ModelConfig`. `MODEL_PRESETS` names common shapes. How a model is trained is
+configured in `train_job.config`.
 """
 
 import numbers
@@ -22,22 +22,22 @@ WHOLE = {
     "head_dim": 2**12,
     "intermediate_size": 2**18,
 }
-"""The whole numbers of a shape, and the most that each may be: some times more than any published model has."""
+"""Integer fields and their upper limits, several times larger than in any published model."""
 REAL = {"rope_theta": (1.0, 1e12), "norm_eps": (1e-12, 1.0), "dropout": (0.0, 0.999)}
-"""The others, with the least and the most."""
+"""Float fields with their bounds."""
 SWITCHES = ("qkv_bias", "tie_embeddings")
 
 
 def setting(default: Any, help: str, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that carries its own documentation: `--help`, YAML and the docs are made from it."""
+    """A dataclass field with its documentation, from which `--help`, YAML comments and the docs are made."""
     return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of one network. Fields left at None are derived from the others, so a built config is concrete.
+    """The shape of one network. Fields left at None are derived from the others.
 
-    Raises ConfigError if the numbers do not fit each other.
+    Raises ConfigError if the values are inconsistent.
     """
 
     vocab_size: int = field(metadata={"help": "Rows of the embedding; set from the tokenizer.", "unit": "tokens"})
@@ -96,7 +96,7 @@ class ModelConfig:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
-    # The optional fields are concrete once built; these say so to the type checker.
+    # The optional fields are never None after __post_init__; these tell the type checker.
     @property
     def head_size(self) -> int:
         """Width of one attention head, in features."""
@@ -109,7 +109,7 @@ class ModelConfig:
 
 
 def _check(name: str, value: Any) -> None:
-    """Raises ConfigError unless `value` is of the type, and within the bounds, that the setting `name` has."""
+    """Raises ConfigError unless `value` has the type of the setting `name` and is within its bounds."""
     number = not isinstance(value, bool)
     if name in WHOLE:
         fits = number and isinstance(value, numbers.Integral) and 1 <= int(value) <= WHOLE[name]
@@ -132,7 +132,7 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
     "foundry-124m": dict(
         family="qwen3", num_layers=12, num_heads=12, hidden_size=768, context_length=1024, tie_embeddings=True
     ),
-    # The models of the projects that this one succeeds.
+    # The models of this project's predecessors.
     "tiny": dict(family="gpt2", num_layers=2, num_heads=4, hidden_size=128, context_length=128),
     "shakespeare": dict(family="gpt2", num_layers=12, num_heads=12, hidden_size=768, context_length=1024),
     "story": dict(
@@ -158,4 +158,4 @@ def model_preset(name: str, vocab_size: int) -> ModelConfig:
 
 
 MODEL_FIELDS = tuple(f for f in fields(ModelConfig) if f.name != "vocab_size")
-"""The fields a user sets; the vocabulary's size follows from the tokenizer."""
+"""The fields that users set; the vocabulary size follows from the tokenizer."""

@@ -1,7 +1,4 @@
-"""The device that a model runs on, and the precision that is fast there.
-
-In: names as settings have them. Out: a `torch.device`, a `torch.dtype`.
-"""
+"""Choose the device and the dtype from the names that settings use."""
 
 import torch
 
@@ -13,11 +10,11 @@ DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
 }
-"""By the names that training and serving have for them."""
+"""dtype by its name in the settings of training and serving."""
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto": a GPU if there is one. Raises ConfigError if there is no such device."""
+    """The device called `name`; "auto": a GPU if there is one. Raises ConfigError for an unknown or absent device."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in present.items() if there)
@@ -31,7 +28,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto": bf16 where the device has instructions for it, else fp32."""
+    """The dtype called `name`; "auto": bf16 if the device has instructions for it, else fp32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""Text files and JSON that anybody may have written: in comes a path, out comes the content, or one error of ours.
+"""Reads text and JSON files from untrusted sources, with one of our errors for anything invalid.
 
-Only regular files are opened, as a pipe would be waited for; none is read that is larger than what it could be; and
-JSON is refused that Python's parser would die of, or that other readers would understand otherwise.
+Only regular files of limited size are opened, since a pipe could block. JSON that would crash Python's parser, or that
+is ambiguous, is refused.
 """
 
 import json
@@ -11,24 +11,24 @@ from typing import Any
 from gptcore.errors import FoundryError, PackageError, excerpt
 
 MOST_BYTES = 1 << 21
-"""Of a config or a manifest: 2 MiB, some hundred times more than they have."""
+"""Size limit of a config or manifest: 2 MiB, about a hundred times their usual size."""
 
 
 def require_regular(file: Path, kind: type[FoundryError] = PackageError) -> None:
-    """Raises an error of that kind unless `file` is a regular file, or a link to one."""
+    """Raises an error of type `kind` unless `file` is a regular file, or a link to one."""
     try:
         if file.is_file():
             return
         there, link = file.exists(), file.is_symlink()
-    except OSError as error:  # a name that no file can have
+    except OSError as error:  # an invalid file name
         raise kind(f"{excerpt(str(file))} cannot be read: {error.strerror}") from error
     if there:
-        raise kind(f"{file} is no regular file")
-    raise kind(f"{file} is a link to a file that is not there: fetch it again" if link else f"{file} is missing")
+        raise kind(f"{file} is not a regular file")
+    raise kind(f"{file} is a link to a missing file: download it again" if link else f"{file} is missing")
 
 
 def read_text(file: Path, most: int = MOST_BYTES, kind: type[FoundryError] = PackageError) -> str:
-    """The file's text, which is UTF-8 of at most `most` bytes; raises an error of that kind if it is not."""
+    """The file's text; raises an error of type `kind` if it is not UTF-8 or has more than `most` bytes."""
     require_regular(file, kind)
     try:
         size = file.stat().st_size
@@ -40,7 +40,7 @@ def read_text(file: Path, most: int = MOST_BYTES, kind: type[FoundryError] = Pac
 
 
 def read_json(file: Path, most: int = MOST_BYTES, kind: type[FoundryError] = PackageError) -> dict[str, Any]:
-    """The JSON object in the file. Raises an error of that kind for anything else, and for a key that is said twice."""
+    """The JSON object in the file. Raises an error of type `kind` for anything else, and for a duplicate key."""
     text = read_text(file, most, kind)
     try:
         value = json.loads(text, object_pairs_hook=_once)

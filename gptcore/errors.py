@@ -1,7 +1,7 @@
-"""The errors a person at the keyboard can meet, one type per room, and the one way to suggest a near miss.
+"""The errors that users can meet, and suggestions for typos.
 
-Every message names the value that was wrong, what was expected, and the nearest right thing. The command line
-prints such an error as one line and exits with code 2; a service answers with a 4xx status.
+Every message contains the invalid value, what was expected, and a suggestion if there is one. The command line prints
+such an error as one line and exits with code 2; a service replies with a 4xx status.
 """
 
 import difflib
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
-MOST_SLIPS = 4
-"""Letters that a long name may be away from what was meant; a name of four letters may be one away."""
+MAX_TYPOS = 4
+"""Most wrong letters in a long name for a suggestion; in a name of four letters, one."""
 _MARKS = re.compile(r"[-_ :]")
 _DIGIT = re.compile(r"\d")
 _SHORT = reprlib.Repr()
@@ -20,11 +20,11 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class FoundryError(Exception):
-    """Base of every error that is the input's fault, not the program's."""
+    """Base of errors caused by input or the environment, not by a bug."""
 
 
 class ConfigError(FoundryError):
-    """A setting, preset, flag or parameter that does not exist or does not fit; `param` is its name, if it has one."""
+    """An unknown or invalid setting, preset, flag or parameter; `param` is its name, if it has one."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -32,70 +32,69 @@ class ConfigError(FoundryError):
 
 
 class NoMemory(ConfigError):
-    """A setting that asks for more memory than is free now; it may fit once others have given theirs back."""
+    """A setting that needs more memory than is free now; it may work later."""
 
 
 class TokenizerError(FoundryError):
-    """A tokenizer that cannot be found, read or learned."""
+    """A tokenizer that cannot be found, read or trained."""
 
 
 class PackageError(FoundryError):
-    """A model package that is missing, altered, cut short or of an unknown kind."""
+    """A model package that is missing, altered, truncated or of an unknown kind."""
 
 
 class HubError(FoundryError):
-    """A model name that leads to no package."""
+    """A model name for which no package can be found."""
 
 
 class CorpusError(FoundryError):
-    """Text to train on that is missing, empty, binary or too small."""
+    """A training text that is missing, empty, binary or too small."""
 
 
 class CheckpointError(FoundryError):
-    """Training state that is missing, damaged, or of another run."""
+    """A checkpoint that is missing, damaged, or from another run."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """One that is not whole any more: an older one may be."""
+    """A damaged checkpoint; an older one may be intact."""
 
 
 class RecordError(FoundryError):
-    """A file in which a run keeps something about itself that is empty, cut short, altered or missing."""
+    """A run's record file that is empty, truncated, altered or missing."""
 
 
 class TrainingError(FoundryError):
-    """Training that cannot go on: a loss that is no longer a number, a full disk."""
+    """Training that cannot continue: a loss that is NaN, a full disk."""
 
 
 class StorageFull(TrainingError):
-    """A disk, quota or store that takes no more."""
+    """A full disk, quota or store."""
 
 
 class EngineError(FoundryError):
-    """An engine that died or was closed, or whose books of sequences and slots do not agree."""
+    """An engine that died, was closed, or has inconsistent sequences and slots."""
 
 
 class QueueFull(FoundryError):
-    """A request that the engine has no room for now: as many wait already as may."""
+    """A request that the engine refuses because its queue is full."""
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the known name that `value` is a slip of, or an empty string."""
-    slips = {name: cost for name in known if name != value and (cost := _slip(value, name)) is not None}
+    """`" Did you mean 'x'?"` for the known name that `value` is a typo of, or an empty string."""
+    slips = {name: cost for name in known if name != value and (cost := _typo_cost(value, name)) is not None}
     return f" Did you mean {min(slips, key=slips.__getitem__)!r}?" if slips else ""
 
 
-def _slip(value: str, name: str) -> int | None:
-    """How many letters were lost, added or (two for one) mistaken on the way from `name` to `value`; None if too many.
+def _typo_cost(value: str, name: str) -> int | None:
+    """The number of missing, extra or (counted twice) wrong letters in `value` compared to `name`; None if too many.
 
-    Case and the marks between words do not count, nor does a suffix that both have: `a.txt` is not near `b.txt`.
-    Numbers that differ count as one letter. A name of which `value` is the beginning, or a contraction as bf16 is of
-    bfloat16, comes behind those that are a letter or two away.
+    Case, separators and a common file suffix do not count: `a.txt` is not near `b.txt`. Different numbers count as one
+    letter. A name that `value` abbreviates, as bf16 does bfloat16, ranks behind names that differ by a letter or two.
     """
     wrong, right = PurePath(value.casefold()), PurePath(name.casefold())
     common = right.suffix if wrong.suffix == right.suffix else ""
     a, b = (_MARKS.sub("", text.casefold().removesuffix(common)) for text in (value, name))
-    allowed = min((max(len(a), len(b)) - 1) // 2, MOST_SLIPS)
+    allowed = min((max(len(a), len(b)) - 1) // 2, MAX_TYPOS)
     if a == b:
         return 0
     if 2 < len(a) == len(b) <= 4 and _swapped(a, b):
@@ -107,20 +106,20 @@ def _slip(value: str, name: str) -> int | None:
         if cost <= allowed:
             return cost
     shortened = len(a) >= 4 and (b.startswith(a) or _contracted(a, b))
-    return len(b) - len(a) + MOST_SLIPS if shortened else None
+    return len(b) - len(a) + MAX_TYPOS if shortened else None
 
 
 def _contracted(a: str, b: str) -> bool:
-    """Whether `a` is `b` with at most half of its letters left out, none at its ends."""
+    """Whether `a` is `b` with at most half of its letters left out, but not the first or last."""
     letters = iter(b)
     return (a[0], a[-1]) == (b[:1], b[-1:]) and 2 * len(a) >= len(b) and all(letter in letters for letter in a)
 
 
 def _swapped(a: str, b: str) -> bool:
-    """Whether `a` is `b` with two neighbours in each other's place."""
+    """Whether `a` is `b` with two adjacent letters swapped."""
     return any(a == b[:n] + b[n + 1] + b[n] + b[n + 2 :] for n in range(len(b) - 1))
 
 
 def excerpt(value: Any) -> str:
-    """`value` as a message shows it: its repr, shortened where it is long, whatever somebody put there."""
+    """`value` for an error message: its repr, shortened."""
     return _SHORT.repr(value)

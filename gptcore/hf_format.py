@@ -1,7 +1,7 @@
-"""How Hugging Face writes down our two families: the keys of config.json and the names and layout of the tensors.
+"""Converts between our names and Hugging Face's: the keys of config.json, and the names and layout of tensors.
 
-Pure translation, both ways and without files: `ModelConfig` <-> config.json's dict, GPT's state <-> published tensors.
-`gptcore.package` puts the results into a folder and reads them back.
+Both directions, without files: `ModelConfig` <-> config.json's dict, GPT's state <-> published tensors.
+`gptcore.package` writes and reads the files.
 """
 
 import re
@@ -21,7 +21,7 @@ GPT2_PARTS = {
     "embed_tokens": "wte",
     "embed_positions": "wpe",
     "input_layernorm": "ln_1",
-    "self_attn.q_proj": "attn.c_attn",  # q, k and v lie in one matrix
+    "self_attn.q_proj": "attn.c_attn",  # q, k and v are one matrix
     "self_attn.k_proj": "attn.c_attn",
     "self_attn.v_proj": "attn.c_attn",
     "self_attn.o_proj": "attn.c_proj",
@@ -30,7 +30,7 @@ GPT2_PARTS = {
     "mlp.down_proj": "mlp.c_proj",
     "norm": "ln_f",
 }
-"""Our module -> GPT-2's. Its `c_` matrices are stored (in, out), transposed with regard to ours."""
+"""Our module -> GPT-2's. Its `c_` matrices are stored as (in, out), the transpose of ours."""
 
 UNDERSTOOD: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt2": {
@@ -46,7 +46,7 @@ UNDERSTOOD: dict[str, dict[str, tuple[Any, ...]]] = {
         "partial_rotary_factor": (1.0, None),
     },
 }
-"""Settings of config.json that change the network, and the values that gptcore.model stands for."""
+"""Settings of config.json that change the network, and their supported values, the default first."""
 
 KEYS: dict[str, dict[str, str]] = {
     "gpt2": {
@@ -59,7 +59,7 @@ KEYS: dict[str, dict[str, str]] = {
         "dropout": "resid_pdrop",
         "norm_eps": "layer_norm_epsilon",
         "tie_embeddings": "tie_word_embeddings",
-        "qkv_bias": "qkv_bias",  # ours: false says that the biases, which the layout has, stay zero
+        "qkv_bias": "qkv_bias",  # our own key; false: the biases exist in the layout but stay zero
     },
     "qwen3": {
         "vocab_size": "vocab_size",
@@ -82,18 +82,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"intermediate_size": None, "dropout": 0.1, "norm_eps": 1e-5, "tie_embeddings": True, "qkv_bias": True},
     "qwen3": {"num_kv_heads": None, "head_dim": 128, "dropout": 0.0, "norm_eps": 1e-6, "tie_embeddings": False},
 }
-"""What transformers takes where config.json is silent; the other keys must be there."""
+"""transformers' defaults for keys missing in config.json; all other keys are required."""
 ROPE_THETA = 10000.0
 
 
 def empty_model(config: ModelConfig) -> GPT:
-    """The network without memory for its weights: names and shapes only."""
+    """The network on the meta device: names and shapes, without memory for weights."""
     with torch.device("meta"), NoInitialisation():
         return GPT(config)
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Leaves out torch.nn.init: for weights that are not there, it would import torch's compiler, for seconds."""
+    """Skips torch.nn.init, which on the meta device would import torch's compiler and take seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -102,13 +102,13 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def _shapes(model: GPT) -> dict[str, torch.Size]:
-    """Name and shape of each stored tensor, in the model's order; a tied head is stored once, as the embedding."""
+    """Name and shape of each stored tensor, in the model's order; a tied head is stored as the embedding only."""
     tied = model.config.tie_embeddings
     return {name: t.shape for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Published name and shape of each stored tensor, in the model's order, without making the model."""
+    """Published name and shape of each stored tensor, in the model's order, without building the model."""
     yield from _around_layers(config, first=True)
     layer = _gpt2_layer(config) if config.family == "gpt2" else _qwen3_layer(config)
     for number in range(config.num_layers):
@@ -118,12 +118,12 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """The network's parameters, tied ones once, without making it."""
+    """Number of parameters, tied ones once, without building the network."""
     return sum(prod(shape) for _, shape in tensor_shapes(config))
 
 
 def _around_layers(c: ModelConfig, first: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors before the layers, or those behind them."""
+    """The tensors before the layers, or those after them."""
     C, gpt2 = c.hidden_size, c.family == "gpt2"
     before: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (c.vocab_size, C)}
     behind: dict[str, tuple[int, ...]] = {"norm.weight": (C,)}
@@ -137,7 +137,7 @@ def _around_layers(c: ModelConfig, first: bool) -> Iterator[tuple[str, tuple[int
 
 
 def _gpt2_layer(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes in one layer as published, (in, out); q_proj stands for the matrix that q, k and v share."""
+    """Published shapes in one layer, (in, out); q_proj stands for the matrix that q, k and v share."""
     C, M = c.hidden_size, c.intermediate_size or 0
     shapes: dict[str, tuple[int, ...]] = {}
     for name, width in (("self_attn.q_proj", 3 * C), ("self_attn.o_proj", C), ("mlp.up_proj", M), ("mlp.down_proj", C)):
@@ -177,15 +177,15 @@ def published_name(name: str, family: str) -> str:
 
 
 def _groups(model: GPT) -> dict[str, list[str]]:
-    """Published name -> our tensors that make it up, in order."""
+    """Published name -> our tensors in it, in order."""
     groups: dict[str, list[str]] = {}
     for name in _shapes(model):
         groups.setdefault(published_name(name, model.config.family), []).append(name)
     return groups
 
 
-def publish(model: GPT, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors as Hugging Face lays them out, on the CPU."""
+def to_published(model: GPT, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors in Hugging Face's layout, on the CPU."""
     shapes = _shapes(model)
     for name, shape in shapes.items():
         if name not in state:
@@ -199,8 +199,8 @@ def publish(model: GPT, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def adopt(model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Hugging Face's tensors, which fit the config, under our names and shapes, contiguous."""
+def from_published(model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Hugging Face's tensors, which must match the config, in our names and shapes, contiguous."""
     groups = _groups(model)
     state: dict[str, Tensor] = {}
     for published, tensor in tensors:
@@ -232,14 +232,14 @@ def published_config(c: ModelConfig) -> dict[str, Any]:
         **named,
         "hidden_act": "silu",
         "attention_bias": False,
-        # said twice: transformers 5 reads this form of rope_theta, everything older the other
+        # also in this form, which transformers 5 reads; older versions read rope_theta
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
         "use_sliding_window": False,
     }
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig that config.json describes. Raises PackageError if the network is not one of ours."""
+    """The ModelConfig that config.json describes. Raises PackageError for an unsupported network."""
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in UNDERSTOOD:
         raise PackageError(f"model_type {excerpt(family)} is not one of {', '.join(UNDERSTOOD)}")
@@ -249,13 +249,13 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     keys, given = KEYS[family], DEFAULTS[family] | raw_fields(raw, family)
     try:
         return ModelConfig(family=family, **given)
-    except ConfigError as error:  # in config.json's words
+    except ConfigError as error:  # with config.json's keys
         ours = re.compile(rf"\b({'|'.join(keys)})\b")
         raise PackageError(ours.sub(lambda found: keys[found[1]], str(error))) from error
 
 
 def raw_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
-    """ModelConfig's fields as config.json has them, unchecked, without those that it may leave out and does."""
+    """ModelConfig's fields from config.json, unchecked, without missing optional ones."""
     fields = {field: raw[key] for field, key in KEYS[family].items() if key in raw}
     if family == "qwen3":
         _check_layer_types(raw.get("layer_types"))
@@ -270,7 +270,7 @@ def raw_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def _rope_theta(raw: dict[str, Any]) -> Any:
-    """The base wavelength, from wherever transformers looks for it. Raises PackageError for any scaled variant."""
+    """The base wavelength, from wherever transformers reads it. Raises PackageError for any scaled variant."""
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key)
         if rope is not None and not isinstance(rope, dict):

@@ -1,28 +1,26 @@
-"""A model's name to the folder of its package: a path, a URL, MLflow's models:/… or runs:/…, or hf:org/name.
+"""Finds a model by name: a path, a URL, MLflow's models:/… or runs:/…, or hf:ORG/NAME.
 
-MLflow, Hugging Face's client and fsspec are imported only when such a name is asked for. What comes out is a folder for
-`gptcore.package.open_package`; what others keep in the registry is fetched, never unpickled.
+`resolve` returns a folder for `gptcore.package.open_package`, after a download if necessary. MLflow, Hugging Face's
+client and fsspec are imported only when such a name needs them. Nothing is unpickled.
 """
 
 import hashlib
 import http.client
 import os
 import re
-import shutil
 import urllib.error
 import urllib.request
-import uuid
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptcore.documents import read_text
 from gptcore.errors import HubError, did_you_mean
-from gptcore.home import expanded, home
-from gptcore.home import tracking_uri as default_tracking_uri
-from gptcore.package import PICKLE, PICKLES, lacking
+from gptcore.fetch import fetch_files, file_system
+from gptcore.home import default_tracking_uri, expanded, home
+from gptcore.package import PICKLE, PICKLES, missing_files
 from gptcore.progress import doing
-from gptcore.redact import without_password
+from gptcore.redact import reason, without_password
 from gptcore.weights import WEIGHTS, is_plain
 
 KINDS = (
@@ -35,19 +33,17 @@ EXAMPLE = "openai-community/gpt2"
 OLD_NAMES = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")} | {
     "distilgpt2": "distilbert/distilgpt2"
 }
-"""What the hub called these before models had owners, and calls them now; caches know both."""
+"""Names on the hub before models had owners, and the current ones; caches contain both."""
 KNOWN = frozenset(OLD_NAMES.values())
 SERVER_SECONDS = 5
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""URLs' schemes, and which of this project's extras has the client."""
 
 
 def resolve(name: str, tracking_uri: str | None = None, into: Path | None = None) -> Path:
-    """The package folder that `name` stands for; it is not opened here.
+    """The package folder of the model called `name`, not opened.
 
-    `tracking_uri` is where models:/ and runs:/ are looked up: by default $MLFLOW_TRACKING_URI, else the embedded
-    database. What is fetched goes `into` that folder; by default what a tracking server sends goes to a temporary one
-    that stays, and what a URL leads to is kept in the cache. Raises HubError if the name leads nowhere.
+    models:/ and runs:/ are looked up at `tracking_uri`: by default $MLFLOW_TRACKING_URI, else the embedded database.
+    Downloads go `into` that folder. By default, those from a tracking server go to a temporary folder that is kept, and
+    those from a URL to the cache. Raises HubError if there is no such model.
     """
     with doing(f"looking for the model {without_password(name)}"):
         return _resolved(name, tracking_uri, into)
@@ -70,7 +66,7 @@ def _resolved(name: str, tracking_uri: str | None, into: Path | None) -> Path:
 
 
 def _package_inside(folder: Path, name: str) -> Path:
-    """`folder` itself, or what it wraps: the data of an MLflow model, a snapshot in Hugging Face's cache."""
+    """`folder` itself, or the package inside it: an MLflow model's data, or a snapshot in Hugging Face's cache."""
     if (folder / "snapshots").is_dir() and not (folder / "config.json").exists():
         return _best_snapshot([folder])[0] or folder
     if not (folder / "MLmodel").is_file():
@@ -83,7 +79,7 @@ def _package_inside(folder: Path, name: str) -> Path:
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
         inside = False
     if not inside:
-        raise HubError(f"{name!r} is an MLflow model, but not one of ours: it holds no model package")
+        raise HubError(f"{name!r} is an MLflow model without a model package of this project")
     return folder / str(data)
 
 
@@ -91,28 +87,28 @@ def _package_inside(folder: Path, name: str) -> Path:
 
 
 def _download(name: str, tracking_uri: str, into: Path | None) -> Path:
-    """The folder of an MLflow model: where it lies if that is this machine, else a download."""
+    """The folder of an MLflow model, downloaded if it is not on this machine."""
     _check_reachable(name, tracking_uri)
     remote = tracking_uri.startswith(("http://", "https://"))
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    mlflow.set_tracking_uri(tracking_uri)  # aliases are looked up through the process-wide one alone
+    mlflow.set_tracking_uri(tracking_uri)  # alias lookups only use the process-wide URI
     try:
         return Path(mlflow.artifacts.download_artifacts(name, dst_path=str(into) if into and remote else None))
     except MlflowException as error:
         if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             raise HubError(
-                f"{name!r} is looked up in MLflow, and {without_password(tracking_uri)} does not let this user see "
-                "it; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                f"MLflow at {without_password(tracking_uri)} does not let this user read {name!r}; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             ) from error
-        raise HubError(f"MLflow knows no model {name!r}: {_reason(error)}{_nearest(name, tracking_uri)}") from error
+        raise HubError(f"MLflow has no model {name!r}: {reason(error)}{_nearest(name, tracking_uri)}") from error
     except OSError as error:
-        raise HubError(f"the files of {name!r} cannot be fetched: {error}") from error
+        raise HubError(f"the files of {name!r} cannot be downloaded: {error}") from error
 
 
 def _check_reachable(name: str, tracking_uri: str) -> None:
-    """Raises HubError now rather than after the minutes for which MLflow's client keeps trying."""
+    """Raises HubError at once if MLflow is unreachable; its client would retry for minutes."""
     if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists():
         raise HubError(
             f"{name!r} is looked up in MLflow, and there is no database at {tracking_uri}; train a model first, or "
@@ -124,17 +120,13 @@ def _check_reachable(name: str, tracking_uri: str) -> None:
     try:
         urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
     except urllib.error.HTTPError:
-        return  # it answers, so it is there
+        return  # the server answers
     except (OSError, http.client.HTTPException) as error:
         raise HubError(f"{name!r} is looked up in MLflow, and {shown} does not answer: {error}") from error
 
 
-def _reason(error: Exception) -> str:
-    return without_password((str(error) or type(error).__name__).splitlines()[0]).rstrip(".") + "."
-
-
 def _nearest(name: str, tracking_uri: str) -> str:
-    """A suggestion for a models:/ name, from what the registry holds."""
+    """A suggestion for a models:/ name, from the registry's models."""
     if not name.startswith("models:/"):
         return ""
     from mlflow import MlflowClient
@@ -147,26 +139,13 @@ def _nearest(name: str, tracking_uri: str) -> str:
     return did_you_mean(name, known)
 
 
-# --- Anywhere that fsspec reaches ------------------------------------------------------------------------------
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path there. Raises HubError if there is none of that kind here."""
-    import fsspec
-
-    try:
-        fs, path = fsspec.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # its client is not installed; nobody knows the scheme
-        extra = EXTRAS.get(url.partition("://")[0]) if isinstance(error, ImportError) else None
-        advice = f" The extra {extra} brings it: pip install -e '.[{extra}]'" if extra else ""
-        raise HubError(f"{without_password(url)!r} cannot be opened: {_reason(error)}{advice}") from error
-    return fs, str(path).rstrip("/")
+# --- URLs ------------------------------------------------------------------------------------------------------
 
 
 def _fetch(url: str, into: Path) -> Path:
-    """A copy of the package at `url`, in a folder named after what is there now: a changed one is fetched anew.
+    """A copy of the package at `url`, in a folder named by a hash of its file list, so a change is downloaded again.
 
-    Whoever opens it compares each file with the sha256 in its manifest.
+    Opening the package compares each file with the sha256 in its manifest.
     """
     fs, path = file_system(url)
     try:
@@ -178,75 +157,57 @@ def _fetch(url: str, into: Path) -> Path:
             raise FileNotFoundError
         folder = into / hashlib.sha256(repr((url, listed)).encode()).hexdigest()[:32]
         if not folder.is_dir():
-            _copy(fs, [f"{path}/{name}" for name in wanted], folder)
+            fetch_files(fs, [f"{path}/{name}" for name in wanted], folder)
         return folder
     except FileNotFoundError as error:
         raise HubError(
-            f"there is no model at {without_password(url)!r}: it has no config.json; expected {KINDS}"
+            f"there is no model at {without_password(url)!r}: config.json is missing; expected {KINDS}"
         ) from error
-    except Exception as error:  # each store's client has errors of its own: no network, no key, no right
-        raise HubError(f"the files of {without_password(url)!r} cannot be fetched: {_reason(error)}") from error
-
-
-def _copy(fs: Any, files: list[str], folder: Path) -> None:
-    """Fetches the files into `folder`, which is there once all of them are."""
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    beside.mkdir(parents=True)
-    try:
-        for file in files:
-            fs.get_file(file, str(beside / PurePosixPath(file).name))
-        beside.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was quicker
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    except Exception as error:  # each client has its own exceptions for network, keys and permissions
+        raise HubError(f"the files of {without_password(url)!r} cannot be downloaded: {reason(error)}") from error
 
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------
 
 
 def _from_hugging_face(repo: str) -> Path:
-    """A whole snapshot of `repo`: the newest, fetched if the hub's client is installed and the hub answers."""
+    """A complete snapshot of `repo`: the newest if the hub's client can download it, else a cached one."""
     repo = OLD_NAMES.get(repo, repo)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
-        raise HubError(f"'hf:{repo}' is no name on Hugging Face's hub; expected hf:ORG/NAME, as in hf:{EXAMPLE}")
+        raise HubError(f"'hf:{repo}' is not a name on Hugging Face's hub; expected hf:ORG/NAME, as in hf:{EXAMPLE}")
     why = _download_snapshot(repo)
     old = [name for name, new in OLD_NAMES.items() if new == repo]
     folders = [_cache() / f"models--{name.replace('/', '--')}" for name in (repo, *old)]
     snapshot, lack = _best_snapshot(folders)
     if snapshot and not lack:
         return snapshot
-    state = (
-        f"is in {_cache()} only in part: {snapshot} lacks {', '.join(lack)}" if snapshot else f"is not in {_cache()}"
-    )
+    state = f"is incomplete in {_cache()}: {snapshot} lacks {', '.join(lack)}" if snapshot else f"is not in {_cache()}"
     raise HubError(
-        f"hf:{repo} {state}; {why}. Where there is a network, `hf download {repo} {INCLUDE}` fetches it; bring "
-        f"{folders[0].name} from the cache there into this one, or name a folder that holds config.json, {WEIGHTS} and "
-        f"tokenizer.json by its path.{'' if repo in KNOWN else did_you_mean(repo, KNOWN)}"
+        f"hf:{repo} {state}; {why}. On a machine with network access, run `hf download {repo} {INCLUDE}` and copy "
+        f"{folders[0].name} from its cache into this one, or give the path of a folder with config.json, {WEIGHTS} and "
+        f"tokenizer.json.{'' if repo in KNOWN else did_you_mean(repo, KNOWN)}"
     )
 
 
 def _download_snapshot(repo: str) -> str:
-    """Brings the newest snapshot of `repo` into the cache; returns why it could not be had, or an empty string."""
+    """Download the newest snapshot of `repo` into the cache; return why a complete one is not available."""
     try:
         import huggingface_hub
         from huggingface_hub import constants, errors
     except ImportError:
-        return "it is not downloaded without Hugging Face's client (pip install huggingface-hub)"
+        return "to download it, install Hugging Face's client (pip install huggingface-hub)"
     hub: Any = huggingface_hub
     if constants.HF_HUB_OFFLINE:
-        return "the hub is not asked, as HF_HUB_OFFLINE is set"
+        return "HF_HUB_OFFLINE is set, so it was not downloaded"
     try:
-        # The client waits for this answer for ever unless it is told not to; what comes after has limits of its own.
+        # This call has no default timeout; the later ones do.
         found = hub.HfApi().model_info(repo, timeout=SERVER_SECONDS)
     except errors.RepositoryNotFoundError as error:
         raise HubError(
-            f"the hub has no such model as hf:{repo}, or it is private and asks for `hf auth login`."
-            f"{did_you_mean(repo, KNOWN)}"
+            f"the hub has no model hf:{repo}, or it is private and needs `hf auth login`.{did_you_mean(repo, KNOWN)}"
         ) from error
-    except Exception as error:  # its errors share no base: HTTP, a time that is up
-        return f"the hub cannot be asked ({_reason(error).rstrip('.')})"
+    except Exception as error:  # the client's exceptions have no common base
+        return f"the hub cannot be reached ({reason(error).rstrip('.')})"
     names = [file.rfilename for file in found.siblings or ()]
     if not any(name.endswith(".safetensors") for name in names) and (bad := sorted({*names} & {*PICKLES})):
         raise HubError(f"hf:{repo} has no {WEIGHTS}; its {bad[0]} {PICKLE}")
@@ -254,12 +215,12 @@ def _download_snapshot(repo: str) -> str:
         patterns = dict(allow_patterns=PACKAGE_FILES, ignore_patterns="*/*")
         hub.snapshot_download(repo, cache_dir=_cache(), **patterns)
     except Exception as error:
-        return f"it cannot be downloaded ({_reason(error).rstrip('.')})"
-    return "what the hub has is not a whole model"
+        return f"it cannot be downloaded ({reason(error).rstrip('.')})"
+    return "the hub's copy is not a complete model"
 
 
 def _cache() -> Path:
-    """Where Hugging Face's client keeps what it has downloaded."""
+    """The cache folder of Hugging Face's client."""
     env = os.environ
     cache = env.get("XDG_CACHE_HOME") or "~/.cache"
     folder = env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or Path(cache) / "huggingface") / "hub"
@@ -267,16 +228,15 @@ def _cache() -> Path:
 
 
 def _best_snapshot(folders: list[Path]) -> tuple[Path | None, list[str]]:
-    """The first whole snapshot in these folders of a cache, that of `main` before others; else the first, and what
-    it lacks."""
+    """The first complete snapshot in these cache folders, `main` first; else the first one, and its missing files."""
     found = [snapshot for folder in folders for snapshot in _snapshots(folder)]
-    lacks: list[tuple[Path | None, list[str]]] = [(snapshot, lacking(snapshot)) for snapshot in found]
+    lacks: list[tuple[Path | None, list[str]]] = [(snapshot, missing_files(snapshot)) for snapshot in found]
     whole = [pair for pair in lacks if not pair[1]]
     return (whole or lacks or [(None, ["everything"])])[0]
 
 
 def _snapshots(folder: Path) -> list[Path]:
-    """The snapshots that a repository's folder in the cache has: that of `main`, then the others."""
+    """The snapshots in a repository's cache folder: `main`, then the others."""
     ref = folder / "refs" / "main"
     main = ref.read_text(errors="replace").strip() if ref.is_file() else ""
     found = [path for path in folder.glob("snapshots/*") if path.is_dir()]

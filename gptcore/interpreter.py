@@ -1,6 +1,6 @@
-"""Which Python runs, and what it lacks: one line instead of a traceback, before anything else is imported.
+"""Checks the Python version and installed packages, to print one line instead of a traceback.
 
-Read by every Python that may be on a machine, so its syntax is that of the oldest.
+Any Python on a machine may run this file, so it avoids newer syntax.
 """
 
 import os
@@ -8,7 +8,7 @@ import sys
 
 OLDEST = (3, 11)
 NEEDED = ("fastapi", "mlflow", "numpy", "ray", "safetensors", "tiktoken", "torch")
-"""Of what `make .venv/installed` installs, that by which another environment is known."""
+"""Packages that distinguish this project's environment from others."""
 LIGHT = {"serve_app.chat": ("httpx2",)}
 """Commands that need less."""
 OURS = ("bench", "docs", "gptcore", "serve_app", "train_job")
@@ -16,15 +16,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def check():
-    """Ends a command of ours with one line and exit code 2 if this Python cannot run it.
+    """End one of our commands with one line and exit code 2 if this Python cannot run it.
 
-    Where we are a library, raises ImportError with that line, and looks at the version alone.
+    When imported as a library, check the version only, and raise ImportError with that line.
     """
     command = arguments()
     missing = problem(needed(command))
     if not missing:
         return
-    line = " ".join([sys.executable or "this Python", missing + "; use", way_on(command)])
+    line = " ".join([sys.executable or "this Python", missing + "; use", suggested_command(command)])
     if not command:
         raise ImportError(line)
     sys.stderr.write("error: " + line + "\n")
@@ -32,7 +32,7 @@ def check():
 
 
 def arguments():
-    """The command line behind the interpreter, if it is a command of ours: "-m MODULE ..." or "FILE ..."; else []."""
+    """The arguments after the interpreter, if they run one of our commands: "-m MODULE ..." or "FILE ..."; else []."""
     try:
         with open("/proc/self/cmdline") as file:
             line = file.read().split("\0")[1:-1]
@@ -50,7 +50,7 @@ def arguments():
 
 
 def needed(command):
-    """The packages without which the command cannot run."""
+    """The packages that the command needs."""
     if not command:
         return ()
     return LIGHT.get(command[1] if command[0] == "-m" else "", NEEDED)
@@ -63,13 +63,13 @@ def problem(packages):
     from importlib.util import find_spec
 
     found = [(name, find_spec(name)) for name in packages]
-    # A folder of ours has one of these names: that is no package.
+    # Our folder mlflow/ is not the package of that name.
     lacks = [name for name, spec in found if spec is None or spec.origin is None]
     return "lacks " + ", ".join(lacks) if lacks else ""
 
 
-def way_on(command):
-    """The command that works."""
+def suggested_command(command):
+    """A command that works."""
     rest = " ".join(command)
     there = os.path.join(ROOT, ".venv", "bin", "python")
     if os.path.exists(there) and not same_file(there, sys.executable):
@@ -80,5 +80,5 @@ def way_on(command):
 
 
 def same_file(one, other):
-    """Whether the two paths are of one environment's Python; links are not followed, since environments share it."""
+    """Whether both paths are the same environment's Python. Links are not followed: environments share targets."""
     return os.path.abspath(one) == os.path.abspath(other or "")

@@ -1,6 +1,6 @@
-"""How much memory there is, and whether what is asked for fits: asked before it is allocated.
+"""Checks before an allocation whether enough memory is free.
 
-In come a device and sizes in bytes; `NoMemory` is raised rather than have the system end the process.
+`NoMemory` is raised instead of letting the system kill the process.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`; on a CPU, within the limit of a container (cgroup v2) too."""
+    """Free bytes on `device`; on a CPU, also within a container's limit (cgroup v2)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -22,14 +22,14 @@ def free_memory(device: torch.device) -> int:
     free = psutil.virtual_memory().available
     try:
         limit, used, stat = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
-        cached = dict(line.split() for line in stat.splitlines())["file"]  # of files, given back when needed
+        cached = dict(line.split() for line in stat.splitlines())["file"]  # the page cache, freed when needed
         return min(free, max(0, int(limit) - int(used) + int(cached)))
-    except (OSError, ValueError, KeyError):  # no cgroup, or "max", which is no limit
+    except (OSError, ValueError, KeyError):  # no cgroup, or "max": no limit
         return free
 
 
 def require_memory(who: str, needs: Mapping[str, int], free: int) -> None:
-    """Raises NoMemory, with the figures, if `needs` (what for, and how many bytes) do not fit into `free` bytes."""
+    """Raises NoMemory, with the figures, if `needs` (purpose to bytes) exceed `free` bytes."""
     total = sum(needs.values())
     if total > free:
         parts = ", ".join(f"{size / 2**20:,.0f} for {name}" for name, size in needs.items() if size)

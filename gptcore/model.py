@@ -31,7 +31,7 @@ class KVCache:
         self.length = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, K, T, D) behind what `layer` holds; returns all of it, (B, K, length + T, D)."""
+        """Append k, v (B, K, T, D) to those of `layer`; return all of them, (B, K, length + T, D)."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -174,7 +174,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        if not self.lm_head.weight.is_meta:  # drawing numbers for weights that are not there costs seconds of imports
+        if not self.lm_head.weight.is_meta:  # initialising meta tensors imports torch's compiler, which takes seconds
             self.init_weights()
         if not config.qkv_bias:  # frozen at zero, so that the published layout, which has them, still holds
             for name, p in self.named_parameters():
@@ -183,7 +183,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Sets every parameter afresh, from torch's global generator.
+        """Initialise every parameter from torch's global generator.
 
         | parameter                   | gpt2 (Radford et al. 2019)   | qwen3                         |
         |-----------------------------|------------------------------|-------------------------------|
@@ -213,8 +213,8 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); with targets (B, T), the summed cross-entropy in nats instead.
 
-        With a cache, `tokens` continue what it holds. The caller keeps cached and new tokens within
-        `context_length`. Targets equal to IGNORE add nothing.
+        With a cache, `tokens` continue its sequences; the caller must keep cached and new tokens within
+        `context_length`. Targets equal to IGNORE do not count.
         """
         T = tokens.size(1)
         past = cache.length if cache is not None else 0

@@ -1,17 +1,13 @@
-"""The model package: the one place that knows what a model looks like on disk.
+"""Writes and reads model packages; the only module that knows their form on disk.
 
-In go a config, weights and a tokenizer; out comes a Hugging Face model folder that `transformers`, vLLM and
-llama.cpp's converter read as it is, with `foundry.json` beside it (format, sha256 of each file, training summary).
-The loader also reads folders that others made: OpenAI's GPT-2 as published, its fine-tunes with their weights in
-several files, or a Qwen3 of GPT-2's tokenizer.
-Weights are safetensors only: nothing here ever unpickles.
+A package is a Hugging Face model folder, which `transformers`, vLLM and llama.cpp's converter can read, with an
+additional `foundry.json` (format, sha256 of each file, training summary). The loader also reads other folders of these
+families: OpenAI's GPT-2, fine-tunes with their weights in several files, or a Qwen3 with GPT-2's tokenizer. Weights
+are safetensors only; nothing is unpickled.
 """
 
-import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,16 +21,24 @@ from torch import Tensor
 from gptcore.config import ModelConfig
 from gptcore.documents import read_json, require_regular
 from gptcore.errors import PackageError, TokenizerError, excerpt
-from gptcore.hf_format import adopt, count_parameters, empty_model, parse_config, publish, published_config
+from gptcore.files import new_folder, sha256
+from gptcore.hf_format import (
+    count_parameters,
+    empty_model,
+    from_published,
+    parse_config,
+    published_config,
+    to_published,
+)
 from gptcore.memory import free_memory, require_memory
 from gptcore.model import GPT, rotary_tables
 from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer, tokenizer_files
 from gptcore.weights import (
     WEIGHTS,
     copied_bytes,
-    has_head_of_its_own,
-    hold_against,
+    has_untied_head,
     is_plain,
+    match_config,
     read_headers,
     read_tensors,
     require_finite,
@@ -44,17 +48,17 @@ from gptcore.weights import (
 FORMAT_VERSION = 1
 MANIFEST, CONFIG = "foundry.json", "config.json"
 MOST_BESIDE = 1 << 26
-"""Bytes that a file beside the weights may have, more than any tokenizer that we know."""
+"""Most bytes of a file other than the weights, more than any known tokenizer has."""
 PICKLE = (
-    "is a pickle, which can run any code, and is never opened. If you trust it, transformers writes a "
-    f"{WEIGHTS} beside it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    "is a pickle, which could run any code, so it is not opened. If you trust it, convert it to "
+    f"{WEIGHTS}: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 )
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
 
 @dataclass(frozen=True)
 class Package:
-    """An opened package. `info` is foundry.json's content, {} for a folder that others made."""
+    """An opened package. `info` is the content of foundry.json, {} without one."""
 
     path: Path
     config: ModelConfig
@@ -62,33 +66,33 @@ class Package:
     info: dict[str, Any] = field(repr=False)
 
     def memory(self, dtype: torch.dtype = torch.float32) -> dict[str, int]:
-        """What `load_model` allocates, and for how many bytes each. Raises PackageError as it does."""
-        c, places = self.config, hold_against(self.config, read_headers(self.path, self.config.family))
+        """The bytes that `load_model` allocates, by purpose. Raises PackageError for unusable weights."""
+        c, places = self.config, match_config(self.config, read_headers(self.path, self.config.family))
         positions = 4 * 4 * c.head_size * c.context_length if c.family == "qwen3" else 0  # angles, cos, sin and a copy
         return {"weights": copied_bytes(c, places, dtype), f"a context of {c.context_length:,} tokens": positions}
 
     def load_model(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
         """The network in eval mode.
 
-        Raises PackageError if the weights are unreadable, of another shape or no finite numbers, and NoMemory.
+        Raises PackageError if the weights are unreadable, of another shape or not finite, and NoMemory.
         """
         require_memory(f"the model in {self.path}", self.memory(dtype), free_memory(torch.device(device)))
         model = empty_model(self.config)
-        state = adopt(model, self._tensors(device, dtype))
+        state = from_published(model, self._tensors(device, dtype))
         if self.config.tie_embeddings:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
         if self.config.tie_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
-        if self.config.family == "qwen3":  # positions stay in fp32, whatever the weights are in
+        if self.config.family == "qwen3":  # positions stay in fp32, whatever the weights' dtype
             model.cos, model.sin = (table.to(device) for table in rotary_tables(self.config))
         return model.eval()
 
     def _tensors(self, device: str | torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        places = hold_against(self.config, read_headers(self.path, self.config.family))
+        places = match_config(self.config, read_headers(self.path, self.config.family))
         for name, stored in read_tensors(places):
             tensor = stored.to(device, dtype)
-            require_finite(name, tensor)  # now, while it is in the caches: no second pass over the files
+            require_finite(name, tensor)  # now, while it is in the CPU caches
             yield name, tensor
 
 
@@ -99,51 +103,47 @@ def save_package(
     tokenizer: Tokenizer,
     training: dict[str, Any],
 ) -> Package:
-    """Writes a package at `folder`, replacing an earlier one, and opens it. `state` has gptcore.model.GPT's names.
+    """Write a package at `folder`, replacing an earlier one, and open it. `state` uses gptcore.model.GPT's names.
 
-    It is built beside and renamed, so a reader sees all of it or nothing. Raises PackageError if the parts do not
-    fit each other, if the folder holds something else, or if it cannot be written.
+    It appears whole or not at all. Raises PackageError if the parts do not match, if the folder contains something
+    else, or if it cannot be written.
     """
     folder = Path(folder).absolute()
     _check_vocabulary(config, tokenizer, folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PackageError(f"{folder} exists and is no package of ours; name another folder")
-    tensors = publish(empty_model(config), state)
-    beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+        raise PackageError(f"{folder} exists and is not a model package; choose another folder")
+    tensors = to_published(empty_model(config), state)
     try:
-        beside.mkdir(parents=True)
-        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-        save_tokenizer(tokenizer, beside)
-        dtype = str(tensors[next(iter(tensors))].dtype).removeprefix("torch.")
-        _write_json(beside / CONFIG, {**published_config(config), "torch_dtype": dtype, **_special_ids(tokenizer)})
-        _write_json(beside / "generation_config.json", _generation_config(config, tokenizer))
-        info: dict[str, Any] = {
-            "format": FORMAT_VERSION,
-            "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
-            "training": training,
-        }
-        (beside / "README.md").write_text(_model_card(Package(folder, config, tokenizer, info)), encoding="utf-8")
-        files = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
-        _write_json(beside / MANIFEST, {**info, "files": files})
-        _put_in_place(beside, folder)
+        with new_folder(folder) as partial:
+            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+            save_tokenizer(tokenizer, partial)
+            dtype = str(tensors[next(iter(tensors))].dtype).removeprefix("torch.")
+            _write_json(partial / CONFIG, {**published_config(config), "torch_dtype": dtype, **_special_ids(tokenizer)})
+            _write_json(partial / "generation_config.json", _generation_config(config, tokenizer))
+            info: dict[str, Any] = {
+                "format": FORMAT_VERSION,
+                "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+                "training": training,
+            }
+            (partial / "README.md").write_text(_model_card(Package(folder, config, tokenizer, info)), encoding="utf-8")
+            files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+            _write_json(partial / MANIFEST, {**info, "files": files})
     except (OSError, SafetensorError) as error:
         raise PackageError(f"the package {folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return open_package(folder, verify=False)
 
 
 def open_package(folder: Path | str, verify: bool = True) -> Package:
-    """Reads the package at `folder`; with `verify`, each file must have the sha256 that foundry.json records.
+    """Open the package at `folder`; with `verify`, check each file against its sha256 in foundry.json.
 
-    Raises PackageError, naming the file, if something is missing, altered, cut short or of an unknown kind.
+    Raises PackageError, naming the file, if something is missing, altered, truncated or of an unknown kind.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
         reason = "it is not a folder" if folder.exists() else "no such folder"
         raise PackageError(f"there is no package at {folder}: {reason}")
     info = _read_manifest(folder) if os.path.lexists(folder / MANIFEST) else {}
-    listed = {folder / name: sha256 for name, sha256 in info.get("files", {}).items()}
+    listed = {folder / name: digest for name, digest in info.get("files", {}).items()}
     weights = {file: listed[file] for file in listed if file.suffix == ".safetensors"}
     _check_unaltered({file: listed[file] for file in listed if file not in weights}, MOST_BESIDE, verify)
     _check_files_exist(folder)
@@ -152,8 +152,8 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
     try:
         config = parse_config(read_json(folder / CONFIG))
     except PackageError as error:
-        said = str(error)
-        raise PackageError(said if said.startswith(str(folder)) else f"{folder / CONFIG}: {said}") from error
+        message = str(error)
+        raise PackageError(message if message.startswith(str(folder)) else f"{folder / CONFIG}: {message}") from error
     try:
         tokenizer = read_tokenizer(folder)
     except TokenizerError as error:
@@ -162,36 +162,38 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
     _check_unaltered(weights, _most_of_weights(config), verify)
     try:
         found = read_headers(folder, config.family)
-        if has_head_of_its_own(config, found):
+        if has_untied_head(config, found):
             config = replace(config, tie_embeddings=False)
-        hold_against(config, found)
+        match_config(config, found)
     except PackageError as error:
-        said = str(error)
-        raise PackageError(said if str(folder) in said else f"{folder / WEIGHTS} cannot be used: {said}") from error
+        message = str(error)
+        raise PackageError(
+            message if str(folder) in message else f"{folder / WEIGHTS} cannot be used: {message}"
+        ) from error
     if info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise PackageError(f"the tokenizer in {folder} is not the one that the model was trained with")
     return Package(folder, config, tokenizer, info)
 
 
 def _check_unaltered(files: Mapping[Path, str], most: int, verify: bool) -> None:
-    """Raises PackageError for what is not the file that the manifest lists; reads none of more than `most` bytes."""
-    for file, sha256 in files.items():
+    """Raises PackageError for a file that differs from the manifest or has more than `most` bytes."""
+    for file, digest in files.items():
         require_regular(file)
         size = file.stat().st_size
         if size > most:
-            raise PackageError(f"{file} has {size:,} bytes; in a package of this model it has at most {most:,}")
-        if verify and _sha256(file) != sha256:
+            raise PackageError(f"{file} has {size:,} bytes; for this model it can have at most {most:,}")
+        if verify and sha256(file) != digest:
             raise PackageError(f"{file} was altered or cut short: its sha256 is not the one in {MANIFEST}")
 
 
 def _most_of_weights(config: ModelConfig) -> int:
-    """Bytes that a file of weights may have: eight a parameter, its header, and the masks of old GPT-2 files."""
+    """Most bytes of a weights file: eight per parameter, its header, and the masks of old GPT-2 files."""
     masks = 4 * config.num_layers * config.context_length**2 if config.family == "gpt2" else 0
     return 8 * count_parameters(config) + MOST_BESIDE + masks
 
 
-def lacking(folder: Path) -> list[str]:
-    """Names of the files without which `folder` is no model: settings, weights, tokenizer; [] if it has them."""
+def missing_files(folder: Path) -> list[str]:
+    """Names of required files that `folder` lacks: config, weights, tokenizer."""
     files = [folder / CONFIG, *weight_files(folder)]
     if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         files.append(folder / "tokenizer.json")
@@ -199,7 +201,7 @@ def lacking(folder: Path) -> list[str]:
 
 
 def describe(package: Package) -> str:
-    """A few lines for people: the network, its tokenizer, and what foundry.json says of its training."""
+    """A few lines for people: the network, its tokenizer, and the training summary of foundry.json."""
     c, tokenizer = package.config, package.tokenizer
     heads = f"{c.num_heads} heads" + (f" ({c.kv_heads} for keys and values)" if c.kv_heads != c.num_heads else "")
     lines = [
@@ -218,7 +220,7 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Defaults for `generate` elsewhere: stop at the end of text, never choose a padding row of the vocabulary."""
+    """Defaults for `generate` in transformers: stop at the end of text, never choose a padding row."""
     padding = list(range(tokenizer.vocab_size, config.vocab_size))
     settings = {**_special_ids(tokenizer), "pad_token_id": tokenizer.eot, "do_sample": True}
     return {**settings, "suppress_tokens": padding} if padding else settings
@@ -233,31 +235,31 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     files, tokenizer = info.get("files"), info.get("tokenizer")
     if not isinstance(files, dict) or not isinstance(tokenizer, dict) or "fingerprint" not in tokenizer:
         raise PackageError(f"{folder / MANIFEST} is incomplete: it lacks the files' sha256 or the tokenizer's")
-    for name, sha256 in files.items():
+    for name, digest in files.items():
         if not is_plain(name):
             raise PackageError(
                 f"{folder / MANIFEST} names the file {excerpt(name)}; expected plain names in the folder"
             )
-        if not isinstance(sha256, str):
-            raise PackageError(f"{folder / MANIFEST} has {excerpt(sha256)} for {excerpt(name)}; expected its sha256")
+        if not isinstance(digest, str):
+            raise PackageError(f"{folder / MANIFEST} has {excerpt(digest)} for {excerpt(name)}; expected its sha256")
     if not isinstance(info.setdefault("training", {}), dict):
         raise PackageError(f"{folder / MANIFEST} has {excerpt(info['training'])} for training; expected an object")
     return info
 
 
 def _check_listed(folder: Path, files: Mapping[str, Any]) -> None:
-    """Raises PackageError if the manifest is silent about a file that is opened."""
+    """Raises PackageError if the manifest lacks a file that will be opened."""
     for file in (folder / CONFIG, *weight_files(folder), *tokenizer_files(folder)):
         if file.name not in files:
             raise PackageError(f"{folder / MANIFEST} is incomplete: it lacks the sha256 of {file.name}")
 
 
 def _check_files_exist(folder: Path) -> None:
-    """Raises PackageError for files that are not there, or a link that a download which was cut short has left."""
+    """Raises PackageError for missing files and for dangling links, which an interrupted download leaves."""
     pickles = [name for name in PICKLES if (folder / name).is_file()]
     if pickles and [file.name for file in weight_files(folder)] == [WEIGHTS] and not (folder / WEIGHTS).exists():
         raise PackageError(f"{folder / pickles[0]} {PICKLE}")
-    for file in (*weight_files(folder), *(folder / name for name in lacking(folder))):
+    for file in (*weight_files(folder), *(folder / name for name in missing_files(folder))):
         require_regular(file)
 
 
@@ -271,20 +273,6 @@ def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _put_in_place(beside: Path, folder: Path) -> None:
-    """Renames `beside` to `folder`; an earlier package there is moved away first, then deleted."""
-    old = beside.with_name(f"{beside.name}.old")
-    if folder.exists():
-        folder.rename(old)
-    beside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _model_card(package: Package) -> str:

@@ -1,8 +1,8 @@
-"""What takes long says so: a line after a few seconds, more now and then, each with how far it has come.
+"""Progress lines for slow tasks: the first after a few seconds of silence, then more from time to time.
 
-In: `with doing("learning bpe:2048"):` around whatever may take seconds, and `at(3, 10)` from inside it. Out: lines, on
-stderr unless somebody `speaks_through` something else, as a run's console and its workers do. They come only when
-nothing else was said meanwhile (`heard`), and of nested ones the innermost is told.
+Wrap a task in `with doing("learning bpe:2048"):` and report progress from inside with `at(3, 10)`. Lines go to stderr,
+or to another function set with `set_output`. Other output postpones them (`reset_silence`). Of nested tasks, the
+innermost is shown.
 """
 
 import contextlib
@@ -14,26 +14,26 @@ from collections.abc import Callable, Iterator
 from gptcore.units import duration
 
 FIRST_SECONDS = 4.0
-"""Of silence before a first line."""
+"""Silence before the first line."""
 AGAIN_SECONDS = 30.0
-"""Of silence before each further one."""
+"""Silence before each further line."""
 
 _lock = threading.Condition()
-_open: list["Doing"] = []
+_open: list["Task"] = []
 _quiet_since = _ended = time.monotonic()
 _watching = False
 
 
-class Doing:
-    """One thing that is being done: `what`, since when, and how much of it is done."""
+class Task:
+    """A running task: its description, start time and progress."""
 
     def __init__(self, what: str | Callable[[], str], first_seconds: float = FIRST_SECONDS) -> None:
         self._what, self._began, self._share = what, time.monotonic(), 0.0
         self.due = first_seconds
-        """Seconds of silence after which it is told."""
+        """Seconds of silence before its next line."""
 
     def at(self, done: float, of: float) -> None:
-        """`done` of `of` are done, whatever they count."""
+        """Set the progress to `done` of `of`, in any unit."""
         self._share = min(1.0, done / of) if of else 0.0
 
     def __str__(self) -> str:
@@ -46,46 +46,46 @@ class Doing:
 @contextlib.contextmanager
 def doing(
     what: str | Callable[[], str], *, first_seconds: float = FIRST_SECONDS, at_once: bool = False
-) -> Iterator[Doing]:
-    """Within it, silence is broken after `first_seconds` and then every AGAIN_SECONDS; `at_once`: also at the start."""
+) -> Iterator[Task]:
+    """Write a line after `first_seconds` of silence, then every AGAIN_SECONDS; `at_once`: also at the start."""
     global _quiet_since, _ended, _watching
-    this = Doing(what, first_seconds)
+    task = Task(what, first_seconds)
     if at_once:
-        _say(f"...       {what() if callable(what) else what}")
-        this.due = AGAIN_SECONDS
+        _write_line(f"...       {what() if callable(what) else what}")
+        task.due = AGAIN_SECONDS
     with _lock:
-        if not _open and time.monotonic() - _ended > 1.0:  # else one thing after the other, all in one silence
+        if not _open and time.monotonic() - _ended > 1.0:  # else tasks in quick succession count as one silence
             _quiet_since = time.monotonic()
-        _open.append(this)
+        _open.append(task)
         if not _watching:
             _watching = True
             threading.Thread(target=_watch, name="progress", daemon=True).start()
         _lock.notify()
     try:
-        yield this
+        yield task
     finally:
         with _lock:
-            _open.remove(this)
+            _open.remove(task)
             _ended = time.monotonic()
 
 
 def at(done: float, of: float) -> None:
-    """How far the innermost thing has come, for code that does not know what it is part of."""
+    """Set the progress of the innermost task."""
     with _lock:
         if _open:
             _open[-1].at(done, of)
 
 
-def heard() -> None:
-    """Something else was said: the silence begins anew."""
+def reset_silence() -> None:
+    """Postpone the next line, since other output was written."""
     global _quiet_since
     _quiet_since = time.monotonic()
 
 
-def speak_through(say: Callable[[str], None] | None) -> None:
-    """Has lines go to `say` from now on; None: to stderr."""
-    global _say
-    _say = say or _to_stderr
+def set_output(write: Callable[[str], None] | None) -> None:
+    """Write lines with `write` from now on; None: to stderr."""
+    global _write_line
+    _write_line = write or _to_stderr
 
 
 def _to_stderr(line: str) -> None:
@@ -93,11 +93,11 @@ def _to_stderr(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-_say: Callable[[str], None] = _to_stderr
+_write_line: Callable[[str], None] = _to_stderr
 
 
 def _watch() -> None:
-    """Sleeps until somebody has been silent for too long."""
+    """Write lines for tasks that have been silent for too long; runs in a thread."""
     while True:
         with _lock:
             if not _open:
@@ -107,8 +107,8 @@ def _watch() -> None:
             if left > 0:
                 _lock.wait(left)
                 continue
-            this = _open[-1]
-            this.due = AGAIN_SECONDS
-        with contextlib.suppress(Exception):  # a line that cannot be said stops nothing
-            _say(str(this))
-        heard()
+            task = _open[-1]
+            task.due = AGAIN_SECONDS
+        with contextlib.suppress(Exception):  # a failed write must not stop anything
+            _write_line(str(task))
+        reset_silence()

@@ -1,43 +1,19 @@
-"""How MLflow serves a package: its generic python_function calls `_load_pyfunc`, then `predict`.
+"""MLflow's python_function flavor for packages: MLflow calls `_load_pyfunc`, then `predict`.
 
-In: prompts, as MLflow hands them over, and sampling parameters. Out: one continuation per prompt. MLflow loads this
-module by name from the logged model's code, so nothing is pickled; the module itself does not need MLflow.
+`predict` returns one continuation per prompt. MLflow imports this module by name from the logged model's code, so
+nothing is pickled and the module must not move; it does not need MLflow itself.
 """
 
-import typing
-from dataclasses import dataclass, fields
 from typing import Any
 
 from gptcore.errors import ConfigError, did_you_mean
 from gptcore.package import Package, open_package
-from gptcore.sampling import SamplingParams, generate_text
-
-
-@dataclass(frozen=True)
-class Param:
-    """A sampling parameter as a model's signature tells it: int, float, bool or str, one or several."""
-
-    name: str
-    type: type
-    several: bool
-    default: Any
-
-
-def _params() -> dict[str, Param]:
-    """The parameters of SamplingParams, whatever it has."""
-    hints, found = typing.get_type_hints(SamplingParams), {}
-    for field in fields(SamplingParams):
-        parts = [part for part in typing.get_args(hints[field.name]) if part not in (type(None), ...)]
-        several = typing.get_origin(hints[field.name]) is tuple
-        found[field.name] = Param(field.name, parts[0] if parts else hints[field.name], several, field.default)
-    return found
-
-
-PARAMS = _params()
+from gptcore.parameters import SAMPLING, SamplingParams
+from gptcore.sampling import generate_text
 
 
 class TextModel:
-    """A loaded package with the one method that MLflow calls."""
+    """A loaded package with the `predict` method that MLflow calls."""
 
     def __init__(self, package: Package) -> None:
         self.package = package
@@ -46,11 +22,11 @@ class TextModel:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
         """A continuation for each prompt. `model_input` is a DataFrame or dict with "prompt", a list, or one prompt.
 
-        `params` are those of SamplingParams. Raises ConfigError for others, or if there are no prompts.
+        `params` are fields of SamplingParams. Raises ConfigError for other names, or if there are no prompts.
         """
         for name in params or {}:
-            if name not in PARAMS:
-                raise ConfigError(f"{name!r} is none of {', '.join(PARAMS)}.{did_you_mean(name, PARAMS)}")
+            if name not in SAMPLING:
+                raise ConfigError(f"{name!r} is none of {', '.join(SAMPLING)}.{did_you_mean(name, SAMPLING)}")
         sampling = SamplingParams(**{name: value for name, value in (params or {}).items() if value is not None})
         return [generate_text(self.model, self.package.tokenizer, p, sampling) for p in prompts_of(model_input)]
 
@@ -64,7 +40,7 @@ def prompts_of(model_input: Any) -> list[str]:
             raise ConfigError(f'the input has {", ".join(map(repr, model_input))}; expected a column "prompt"')
         return prompts_of(model_input["prompt"])
     prompts: list[str] = []
-    for item in model_input:  # MLflow makes one cell of {"prompt": [...]}, so lists nest
+    for item in model_input:  # MLflow puts {"prompt": [...]} into one cell, so lists may be nested
         prompts += prompts_of(item) if isinstance(item, str | dict) or hasattr(item, "__iter__") else [str(item)]
     return prompts
 

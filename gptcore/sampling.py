@@ -1,11 +1,10 @@
-"""How a model speaks: logits in, the next token out, and from that a continuation of a prompt.
+"""Samples tokens from logits, and continues a prompt with them.
 
-Randomness is a function of (seed, position in the sequence) and of nothing else. Probabilities are counted in whole
-numbers, whose sums are exact in any order. So the same seed and prompt give the same text, whether a sequence is
-decoded alone or in a crowd, and on whatever the sums are made.
+Randomness is a function of (seed, position in the sequence) only. Probabilities are whole numbers, whose sums are exact
+in any order. So the same seed and prompt give the same text, whether a sequence is decoded alone or in a batch, and
+on any device that computes the same logits.
 """
 
-import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,114 +15,33 @@ from torch import Tensor
 
 from gptcore.errors import ConfigError
 from gptcore.model import GPT, KVCache
+from gptcore.parameters import SamplingParams
 from gptcore.text import TextStream
 from gptcore.tokenizer import Tokenizer
 
 MASK = (1 << 64) - 1
 ONE = 2.0**35
-"""The weight of the likeliest token. Others have proportionally less, rounded to whole numbers, so a vocabulary of up
-to 2^18 tokens sums to less than 2^53, which fp64 holds exactly."""
+"""The weight of the likeliest token. Other weights are proportional, rounded to whole numbers, so a vocabulary of up to
+2^18 tokens sums to less than 2^53, which fp64 represents exactly."""
 CACHED = 2**18
-"""Weights that a CPU's second cache holds with room to spare."""
-MOST_LOGPROBS = 20
+"""Number of weights that fit into a CPU's second-level cache."""
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
-"""Beyond these, fp32 would make a temperature 0 or infinite; it counts as the nearer of them."""
+"""Temperatures are clamped to this range, since fp32 would round them to 0 or infinity beyond it."""
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen and when to stop. Raises ConfigError, naming the field, for a value out of range.
-
-    In this order, which is that of Hugging Face's transformers: penalties change the logits, `temperature` divides
-    them, `top_k`, `top_p` and `min_p` rule tokens out. (vLLM has min_p before top_k and top_p.)
-
-    Which of two tokens is likelier, their logits say after the penalties: the greater one's token is, and of equal
-    logits the one with the smaller id. Neither a temperature that makes them all alike nor the rounding of their
-    probabilities changes that. So top_k = 1 is what temperature 0 is, whatever the logits.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    """0 takes the likeliest token; below 1 is safer, above 1 wilder."""
-    top_k: int = 0
-    """Keeps the k likeliest tokens, never more, even if others are as likely; 0: all."""
-    top_p: float = 1.0
-    """Keeps the fewest of the likeliest whose probabilities reach p, of what top_k left (Holtzman et al. 2020); 1:
-    all."""
-    seed: int | None = None
-    """Without one, each generation draws its own."""
-    min_p: float = 0.0
-    """Keeps tokens at least this many times as likely as the likeliest (Nguyen et al. 2024); 0: all."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens of prompt and output become less likely: divides their logits where positive, multiplies them
-    elsewhere (Keskar et al. 2019); 1: off."""
-    presence_penalty: float = 0.0
-    """Is taken off the logit of each token that was generated before, as in OpenAI's API; 0: off."""
-    frequency_penalty: float = 0.0
-    """Is taken off once for each time the token was generated; 0: off."""
-    stop: tuple[str, ...] = ()
-    """The text ends before the first of these strings."""
-    stop_token_ids: tuple[int, ...] = ()
-    """The text ends before any of these tokens."""
-    ignore_eos: bool = False
-    """Goes on after <|endoftext|>, which has no text."""
-    logprobs: int | None = None
-    """Reports each token's logprob and so many of the likeliest at its place; None: neither."""
-
-    def __post_init__(self) -> None:
-        # Written so that NaN fails too.
-        checks = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
-            ("top_k", self.top_k >= 0, "0 (off) or a number of tokens"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number, 1 for none"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2, 0 for none"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2, 0 for none"),
-            (
-                "logprobs",
-                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
-                f"none, or 0 to {MOST_LOGPROBS}",
-            ),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of strings that are not empty"),
-            ("stop_token_ids", all(token >= 0 for token in self.stop_token_ids), "token ids, none below 0"),
-        )
-        for name, fits, expected in checks:
-            if not fits:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}", param=name)
-        for name in ("stop", "stop_token_ids"):  # callers may pass lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken: nothing is left to chance."""
-        return self.temperature == 0 or self.top_k == 1
-
-    @property
-    def penalises(self) -> bool:
-        """Whether the tokens so far change the logits."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-    @property
-    def filters(self) -> bool:
-        """Whether some tokens are ruled out."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence that is to go on: its parameters, its seed, and its tokens so far."""
+class SamplingState:
+    """What sampling needs to know of one sequence: its parameters, its seed, and its tokens so far."""
 
     params: SamplingParams
     seed: int
     tokens: Sequence[int]
-    """Prompt and what was generated; the new token's position is their number."""
+    """The prompt and the generated tokens; their number is the new token's position."""
     prompt_length: int
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) alone: splitmix64 (Steele et al. 2014), its hash twice."""
+    """A number in [0, 1) that depends on (seed, position) only: splitmix64 (Steele et al. 2014), its hash twice."""
     z = (_mix(seed & MASK) + position * 0x9E3779B97F4A7C15) & MASK
     return (_mix(z) >> 11) * 2.0**-53
 
@@ -140,55 +58,55 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-    """The token that follows each row, from logits (R, V), by the inverse of the cumulative distribution.
+def next_tokens(logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
+    """The next token of each row, from logits (R, V), by inverting the cumulative distribution.
 
-    The tokens, in the order of their ids, share out [0, 1); the one into whose share `uniform(seed, position)` falls
-    is it. It depends on the row's own logits and parameters, not on the rows beside it. Where logits are no finite
-    numbers, it is the place of the largest, as at temperature 0.
+    Tokens divide [0, 1) in the order of their ids; the one whose part contains `uniform(seed, position)` is chosen. It
+    depends on the row's own logits and parameters only. If logits are not finite, the largest is taken, as at
+    temperature 0.
     """
     if logits.device.type == "mps":
         logits = logits.cpu()  # MPS has no fp64
-    logits = penalised(logits.detach().float(), rows)
+    logits = apply_penalties(logits.detach().float(), rows)
     points = [uniform(row.seed, len(row.tokens)) for row in rows]
     tokens: list[int | None] = [None] * len(rows)
     plain = [i for i, row in enumerate(rows) if not (row.params.greedy or row.params.filters)]
-    # Many rows at once keep a GPU busy; a CPU is faster with so few that they stay in its caches.
+    # Many rows at once keep a GPU busy; a CPU is faster with few rows that fit into its cache.
     size = len(rows) if logits.is_cuda else max(1, CACHED // logits.size(1))
     for part in (plain[i : i + size] for i in range(0, len(plain), size)):
-        weights = weigh(_select(logits, part), [rows[i].params.temperature for i in part])
-        for i, place in zip(part, _drawn(weights, [points[i] for i in part]), strict=True):
+        weights = token_weights(_select_rows(logits, part), [rows[i].params.temperature for i in part])
+        for i, place in zip(part, _draw(weights, [points[i] for i in part]), strict=True):
             tokens[i] = place
     for i, row in enumerate(rows):
         if row.params.filters and not row.params.greedy:
-            ids, weights = _kept(logits[i], row.params)
-            place = _drawn(weights[None], [points[i]])[0] if len(ids) else None
+            ids, weights = _filter(logits[i], row.params)
+            place = _draw(weights[None], [points[i]])[0] if len(ids) else None
             tokens[i] = None if place is None else int(ids[place])
     likeliest = [i for i, token in enumerate(tokens) if token is None]
     if likeliest:
-        best = _select(logits, likeliest).max(dim=-1).indices  # argmax says the same, but far slower on a CPU
+        best = _select_rows(logits, likeliest).max(dim=-1).indices  # argmax says the same, but far slower on a CPU
         for i, token in zip(likeliest, best.tolist(), strict=True):
             tokens[i] = token
     return [token for token in tokens if token is not None]
 
 
-def _select(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows of logits (R, V) that are named, ascending; no copy if they are neighbours."""
+def _select_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """The given rows of logits (R, V), ascending; a view if they are adjacent."""
     begin, end = rows[0], rows[-1] + 1
     return logits[begin:end] if end - begin == len(rows) else logits[list(rows)]
 
 
 def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities (V,) in fp32 that temperature and filters leave of logits (V,); those ruled out are 0."""
+    """Probabilities (V,) in fp32 of logits (V,) after temperature and filters; 0 for tokens ruled out."""
     probs = torch.zeros_like(logits, dtype=torch.float32)
     if params.greedy:
         return probs.index_fill(0, logits.argmax(), 1.0)
-    ids, weights = _kept(logits.detach().float(), params)
+    ids, weights = _filter(logits.detach().float(), params)
     return probs.index_put((ids.to(probs.device),), (weights / weights.double().sum()).to(probs))
 
 
-def penalised(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Logits (R, V) after the penalties: a changed copy, or the same if there are none."""
+def apply_penalties(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
+    """Logits (R, V) after the penalties: a changed copy, or the same tensor if there are none."""
     if any(row.params.penalises for row in rows):
         logits = logits.clone()
     for i, row in enumerate(rows):
@@ -198,8 +116,8 @@ def penalised(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return logits
 
 
-def penalties(logits: Tensor, row: Row) -> tuple[Tensor, Tensor]:
-    """The ids of the row's tokens so far (N,), ascending, and what the penalties make of their logits, of (V,)."""
+def penalties(logits: Tensor, row: SamplingState) -> tuple[Tensor, Tensor]:
+    """The ids of the row's tokens so far (N,), ascending, and their logits after the penalties (N,)."""
     params = row.params
     unique, places = np.unique(np.asarray(row.tokens, dtype=np.int64), return_inverse=True)
     generated = np.bincount(places[row.prompt_length :], minlength=len(unique))
@@ -209,7 +127,7 @@ def penalties(logits: Tensor, row: Row) -> tuple[Tensor, Tensor]:
     return ids, torch.where(seen > 0, seen / factor, seen * factor) - torch.from_numpy(off).to(seen)
 
 
-def weigh(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+def token_weights(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     """exp(logits / temperature) for logits (R, V), in whole numbers of which each row's largest is ONE."""
     # The largest logit becomes 0 first: with a tiny temperature the quotient would overflow.
     below = logits - logits.amax(dim=-1, keepdim=True)
@@ -219,10 +137,10 @@ def weigh(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     return below.div_(heat).exp_().mul_(ONE).round_()
 
 
-def _drawn(weights: Tensor, points: Sequence[float]) -> list[int | None]:
-    """For each row of weights (R, V) the first place up to which more than its point's share of all lies.
+def _draw(weights: Tensor, points: Sequence[float]) -> list[int | None]:
+    """For each row of weights (R, V), the first index whose cumulative sum exceeds point × total.
 
-    None if weights are no numbers. Sums of whole numbers in fp64 are exact, however they are made.
+    None if weights are NaN. Sums of whole numbers in fp64 are exact in any order.
     """
     upto = weights.cumsum(dim=-1, dtype=torch.float64)  # (R, V)
     total = upto[:, -1:]
@@ -231,17 +149,17 @@ def _drawn(weights: Tensor, points: Sequence[float]) -> list[int | None]:
     return [place if place < weights.size(1) else None for place in places]
 
 
-def _kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The ids that the filters leave of logits (V,), ascending, and their weights, on the CPU.
+def _filter(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The ids of logits (V,) that pass the filters, ascending, and their weights, on the CPU.
 
-    Nothing is sorted but what may be kept. Of a token that top_p keeps, it and those less likely together hold more
-    than 1 - p, and it is the likeliest of them, so it holds more than (1 - p) / V itself.
+    Only tokens that may be kept are sorted. If top_p keeps a token, it and all less likely ones together have more than
+    1 - p, and it is the likeliest of them, so it has more than (1 - p) / V itself.
     """
     logits = logits.cpu()
-    weights, values = weigh(logits[None], [params.temperature])[0].numpy(), logits.numpy()
+    weights, values = token_weights(logits[None], [params.temperature])[0].numpy(), logits.numpy()
     total = weights.sum(dtype=np.float64)
     if 0 < params.top_k < len(weights):
-        ids = greatest(values, params.top_k)
+        ids = top_indices(values, params.top_k)
         total = weights[ids].sum(dtype=np.float64)
     else:
         least = (1 - params.top_p) * total / len(weights) * (1 - 1e-6)  # rounding must not rule out more
@@ -249,13 +167,13 @@ def _kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     if params.top_p < 1:
         descending = np.sort(weights[ids])[::-1]
         before = descending.cumsum(dtype=np.float64) - descending  # what likelier tokens hold: 0 for the likeliest
-        ids = ids[greatest(values[ids], int(np.searchsorted(before, params.top_p * total)))]
+        ids = ids[top_indices(values[ids], int(np.searchsorted(before, params.top_p * total)))]
     ids = ids[weights[ids] >= np.float64(max(1, params.min_p * ONE))]  # compared in fp64, which rounds neither
     return torch.from_numpy(ids), torch.from_numpy(weights[ids])
 
 
-def greatest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` greatest values, ascending; of equal values the first ones."""
+def top_indices(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest values, ascending; of equal values, the first ones."""
     if not 0 < count < len(values):
         return np.arange(len(values))[:count]
     least = np.partition(values, -count)[-count]
@@ -265,10 +183,10 @@ def greatest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[int]:
-    """The tokens that follow `prompt`, one by one, up to <|endoftext|> or a stop token (left out) or a limit.
+    """Generate tokens after `prompt`, up to <|endoftext|> or a stop token (both left out) or a limit.
 
-    The limits are max_new_tokens and the context. An empty prompt asks for the beginning of a document. The model is to
-    be in eval mode. Raises ConfigError, at once, for a prompt that fills the context.
+    The limits are max_new_tokens and the context. An empty prompt begins a document. The model must be in eval mode.
+    Raises ConfigError, before the first token, for a prompt that fills the context.
     """
     tokens = tokenizer.encode(prompt) or [tokenizer.eot]
     context = model.config.context_length
@@ -290,8 +208,10 @@ def _generate(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: Sampl
         new = tokens[cache.length :]
         with torch.inference_mode():
             logits = model(torch.tensor([new], device=weight.device), cache=cache)[:, -1]  # (1, V)
-            # The embedding may have spare rows behind the vocabulary.
-            (token,) = next_tokens(logits[:, : tokenizer.vocab_size], [Row(params, seed, tokens, len(prompt))])
+            # The embedding may have spare rows after the vocabulary.
+            (token,) = next_tokens(
+                logits[:, : tokenizer.vocab_size], [SamplingState(params, seed, tokens, len(prompt))]
+            )
         if token in last:
             return
         yield token
@@ -299,7 +219,7 @@ def _generate(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: Sampl
 
 
 def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[str]:
-    """`generate` as text, in pieces of whole characters, up to a stop string; bytes that are no UTF-8 become U+FFFD."""
+    """`generate` as text, in pieces of whole characters, up to a stop string; invalid UTF-8 becomes U+FFFD."""
     tokens = generate(model, tokenizer, prompt, params)
     return _decode(tokens, tokenizer, params.stop)
 
@@ -316,5 +236,5 @@ def _decode(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) ->
 
 
 def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> str:
-    """The whole continuation of `prompt` as text, without the prompt."""
+    """The complete continuation of `prompt` as text, without the prompt."""
     return "".join(stream_text(model, tokenizer, prompt, params))

@@ -1,8 +1,8 @@
-"""Text to token ids and back: GPT-2's BPE, a BPE learned from the corpus, or plain bytes.
+"""Tokenizers: GPT-2's BPE, a BPE trained on the corpus, or plain bytes.
 
-In comes a spec ("gpt2", "bpe:2048", "bytes") or a package folder; out comes a `Tokenizer`, always one
-`tiktoken.Encoding` with GPT-2's way of splitting text, the 256 single bytes, and <|endoftext|> as the last id.
-A tokenizer is written as Hugging Face's tokenizer.json, which `transformers` reads and encodes with identically.
+A `Tokenizer` comes from a spec ("gpt2", "bpe:2048", "bytes") or a package folder. It is always a `tiktoken.Encoding`
+with GPT-2's way of splitting text, the 256 single bytes, and <|endoftext|> as the last id. It is saved as Hugging
+Face's tokenizer.json, with which `transformers` encodes identically.
 """
 
 import hashlib
@@ -25,33 +25,34 @@ from gptcore.errors import TokenizerError, did_you_mean, excerpt
 EOT = "<|endoftext|>"
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-"""How GPT-2 cuts text before merging, in tiktoken's faster spelling: contractions, letters, digits, marks, space."""
+"""GPT-2's pattern for splitting text before merging, in tiktoken's faster form: contractions, letters, digits, other
+characters, white space."""
 
 SMALLEST = 257
 """Every byte and <|endoftext|>."""
 
 DOWNLOAD_SECONDS = 30
 TOKENIZER_BYTES = 1 << 25
-"""The most that a tokenizer's file may have: 32 MiB, three times more than those of 150,000 tokens."""
+"""Size limit of a tokenizer file: 32 MiB, three times the size for 150,000 tokens."""
 LEARN_BYTES = 1 << 27
-"""A BPE is learned from the first 128 MiB of text: beyond, the merges hardly change and memory grows."""
+"""A BPE is trained on the first 128 MiB of text; with more, the merges hardly change and memory grows."""
 
 BYTES_PER_TOKEN = 25
-"""About how much text a vocabulary is learned from: English of 50 kB gives 2048 tokens."""
+"""Approximate text needed to train a vocabulary: 50 kB of English give 2048 tokens."""
 LONGEST_WORD = 512
-"""Bytes. A longer stretch without a border is learned from in parts: the learner takes quadratic time within one."""
+"""In bytes. Longer stretches without a split are divided, since training takes quadratic time within one."""
 
 CHUNK_CHARS = 1 << 20
 LONG_SPACE = 100_000
 SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 SPACE_RUN = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONG_SPACE},}}")
-"""Looked for where a run begins and nowhere within: from each place of a shorter one it would take quadratic time."""
+"""Matches only at the start of a run; trying every position within shorter runs would take quadratic time."""
 Ranks = dict[bytes, int]
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A named encoding. Pickles whole, so a worker needs neither the network nor a cache."""
+    """A named encoding. It can be pickled, so workers need neither network nor cache."""
 
     name: str
     encoding: tiktoken.Encoding = field(repr=False)
@@ -59,12 +60,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, <|endoftext|> included."""
+        """Number of ids, including <|endoftext|>."""
         return self.encoding.n_vocab
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 of pattern, ranks and specials: equal exactly when two tokenizers encode alike."""
+        """Hex sha256 of pattern, ranks and special tokens; equal exactly if two tokenizers encode alike."""
         digest = hashlib.sha256(self.encoding._pat_str.encode())
         for token, rank in sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1]):
             digest.update(f"\n{rank} {token.hex()}".encode())
@@ -72,28 +73,28 @@ class Tokenizer:
         return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; the characters of a special token are text like any other."""
+        """Token ids of `text`; the characters of a special token are encoded as ordinary text."""
         ids: list[int] = []
         for piece in _cut_long_space(text):
             ids += self.encoding.encode_ordinary(piece)
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes behind `ids`, which need not be whole characters."""
+        """The bytes of `ids`, which may contain incomplete characters."""
         return self.encoding.decode_bytes(list(ids))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text behind `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def spelling(self, token: int) -> str:
-        """The token as `transformers` and tokenizer.json write it: a printable character for each byte."""
+        """The token as in tokenizer.json: a printable character for each byte."""
         shown = _byte_characters()
         return EOT if token == self.eot else "".join(shown[b] for b in self.decode_bytes([token]))
 
 
 def parse_tokenizer(spec: str) -> int:
-    """The vocabulary size that `spec` stands for, <|endoftext|> included. Raises TokenizerError if it is no spec."""
+    """The vocabulary size of `spec`, including <|endoftext|>. Raises TokenizerError for an invalid spec."""
     if spec in ("gpt2", "bytes"):
         return 50257 if spec == "gpt2" else SMALLEST
     size = re.fullmatch(r"bpe:(\d+)", spec)
@@ -111,9 +112,9 @@ def parse_tokenizer(spec: str) -> int:
 
 
 def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = None) -> Tokenizer:
-    """The tokenizer `spec` names; bpe:N is learned from `train_texts()`, the training split alone.
+    """The tokenizer for `spec`; bpe:N is trained on `train_texts()`, the training split only.
 
-    Raises TokenizerError for an unknown spec, a vocabulary that cannot be had, or text too small for N tokens.
+    Raises TokenizerError for an unknown spec, an unavailable vocabulary, or a text too small for N tokens.
     """
     size = parse_tokenizer(spec)
     if spec == "gpt2":
@@ -134,7 +135,7 @@ def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = 
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json into `folder`, for AutoTokenizer and `read_tokenizer`."""
+    """Write tokenizer.json and tokenizer_config.json into `folder`, for AutoTokenizer and `read_tokenizer`."""
     ranks, shown = tokenizer.encoding._mergeable_ranks, _byte_characters()
 
     def spell(token: bytes) -> str:
@@ -165,7 +166,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             "merges": [[spell(left), spell(right)] for left, right in merges],
         },
     }
-    # The generic class takes tokenizer.json as it is; GPT2Tokenizer would rebuild it from its parts.
+    # The generic class uses tokenizer.json unchanged; GPT2Tokenizer would rebuild it.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": EOT,
@@ -178,7 +179,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files in `folder` that hold its tokenizer: one, or vocabulary and merges, or none."""
+    """The tokenizer's files in `folder`: one, or vocabulary and merges, or none."""
     whole, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
     return [whole] if whole.is_file() else parts if all(part.is_file() for part in parts) else []
 
@@ -186,7 +187,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in `folder`: tokenizer.json, or GPT-2's vocab.json with merges.txt.
 
-    Raises TokenizerError if there is none, or if it is no byte-level BPE split GPT-2's way.
+    Raises TokenizerError if there is none, or if it is not a byte-level BPE that splits text as GPT-2 does.
     """
     files = tokenizer_files(folder)
     if not files:
@@ -208,7 +209,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _check_gpt2_style(content: dict[str, Any]) -> None:
-    """Raises ValueError unless tokenizer.json describes a byte-level BPE with GPT-2's split and nothing besides."""
+    """Raises ValueError unless tokenizer.json describes a byte-level BPE with GPT-2's splitting and nothing else."""
     kind, splits = content["model"].get("type", "BPE"), content.get("pre_tokenizer") or {}
     if kind != "BPE":
         raise ValueError(f"its model is {kind!r}, expected 'BPE'")
@@ -219,7 +220,7 @@ def _check_gpt2_style(content: dict[str, Any]) -> None:
 
 
 def _from_vocab(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: dict[str, int]) -> Tokenizer:
-    """A tokenizer from tokens spelt in GPT-2's byte characters. Raises ValueError if tiktoken cannot stand for it."""
+    """A tokenizer from tokens spelled in GPT-2's byte characters. Raises ValueError if tiktoken cannot represent it."""
     if any(type(number) is not int for number in (*vocab.values(), *specials.values())):
         raise ValueError("some of its ids are no whole numbers")
     if set(specials) != {EOT}:
@@ -239,10 +240,10 @@ def _from_vocab(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: 
 
 
 def _cut_long_space(text: str) -> list[str]:
-    """`text` in pieces that encode like the whole, none with a very long run of white space before a word.
+    """`text` in pieces that encode like the whole, without very long runs of white space before a word.
 
-    tiktoken's regex backtracks through such a run and dies of a stack overflow near a million characters. The
-    pattern puts a border before the run's last character anyway, so a cut there changes nothing.
+    tiktoken's regex backtracks through such a run, and its stack overflows near a million characters. The pattern
+    splits before the run's last character anyway, so cutting there changes nothing.
     """
     if len(text) <= LONG_SPACE:
         return [text]
@@ -266,7 +267,7 @@ def _gpt2_ranks() -> Ranks:
         except Exception as error:
             answer.append(error)
 
-    # tiktoken downloads without a time limit; a daemon thread can be left behind.
+    # tiktoken downloads without a time limit; a daemon thread can be abandoned.
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(DOWNLOAD_SECONDS)
@@ -280,7 +281,7 @@ def _gpt2_ranks() -> Ranks:
 
 
 def _learn_merges(texts: Iterator[str], count: int) -> list[bytes]:
-    """Up to `count` merged tokens, most frequent pair first (Sennrich et al. 2016), each pair seen at least twice.
+    """Train up to `count` merges, most frequent pair first (Sennrich et al. 2016), each pair seen at least twice.
 
     Raises what `texts` raises.
     """

@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Format numbers for people."""
 
 
 def duration(seconds: float) -> str:
-    """`m:ss` or `h:mm:ss`; `?` where nothing bounds it."""
+    """`m:ss` or `h:mm:ss`; `?` for more than 100 days."""
     if seconds > 100 * 86400:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,8 +1,7 @@
-"""The weights of a package folder: which files hold them, what their headers promise, and the tensors themselves.
+"""Reads the weights of a package folder: finds the files, checks their headers against the config, loads tensors.
 
-In come a folder and a `ModelConfig`; out come `Stored` places and, one at a time, tensors. A header is held against
-the config before anything is allocated or a module is made, so that a config which promises more than the files hold
-costs nothing. safetensors itself checks that a header fits its file.
+Headers are checked before anything is allocated, so a config that promises more than the files contain costs nothing.
+safetensors itself checks that a header matches its file.
 """
 
 import math
@@ -25,48 +24,50 @@ from gptcore.hf_format import published_name, tensor_shapes
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-"""Says which file holds which tensor, where the weights are in several."""
+"""Maps tensors to files if there are several weights files."""
 INDEX_BYTES = 1 << 26
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What weights may be stored as, in safetensors' names."""
+"""Supported dtypes of stored weights, by safetensors' names."""
 UNUSED = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
-"""GPT-2 as published carries its causal masks along."""
+"""Causal masks, which the published GPT-2 files contain."""
 HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies, and what its file's header says of it."""
+class StoredTensor:
+    """A tensor's file, and its header entry."""
 
     file: Path
     name: str
-    """In the file; its published name may have a prefix besides."""
+    """The name in the file; the published name may have an additional prefix."""
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one value, if it is one of DTYPES."""
+        """Bytes per value, for a supported dtype."""
         return DTYPES[self.dtype].itemsize
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a folder's weights: one, or those that its index names. Raises PackageError for a bad index."""
+    """The weights files of a folder: one, or those in its index. Raises PackageError for an invalid index."""
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return [folder / WEIGHTS]
     where = read_json(folder / INDEX, INDEX_BYTES).get("weight_map")
     names = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
     if not names or any(not name.endswith(".safetensors") or not is_plain(name) for name in names):
-        raise PackageError(f"{folder / INDEX} is no index: its weight_map is to name .safetensors files beside it")
+        raise PackageError(
+            f"{folder / INDEX} is invalid: its weight_map must name .safetensors files in the same folder"
+        )
     return [folder / name for name in names]
 
 
 MOST_TENSORS = 50_000
-"""In a folder: a thousand layers of a model with a dozen in each have a quarter of that."""
+"""Limit per folder: four times that of a thousand layers with a dozen tensors each."""
 
 
 def is_plain(name: object) -> bool:
-    """Whether `name` is that of a file in the folder itself: no path, nothing that leads elsewhere."""
+    """Whether `name` is a plain file name, not a path."""
     return (
         isinstance(name, str)
         and 0 < len(name.encode(errors="surrogatepass")) <= 255
@@ -75,9 +76,9 @@ def is_plain(name: object) -> bool:
     )
 
 
-def read_headers(folder: Path, family: str) -> dict[str, Stored]:
-    """Every tensor in the folder by its published name. Raises PackageError for a file that is no safetensors."""
-    found: dict[str, Stored] = {}
+def read_headers(folder: Path, family: str) -> dict[str, StoredTensor]:
+    """Every tensor in the folder, by its published name. Raises PackageError for an invalid safetensors file."""
+    found: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         require_regular(file)
         try:
@@ -86,9 +87,9 @@ def read_headers(folder: Path, family: str) -> dict[str, Stored]:
                     if name in found:
                         raise PackageError(f"{excerpt(name)} is in two files, {found[name].file.name} and {file.name}")
                     if len(found) == MOST_TENSORS:
-                        raise PackageError(f"{file} has more than {MOST_TENSORS:,} tensors; expected at most as many")
+                        raise PackageError(f"{file} has more than {MOST_TENSORS:,} tensors, the limit")
                     entry = opened.get_slice(name)
-                    found[name] = Stored(file, name, entry.get_dtype(), tuple(entry.get_shape()))
+                    found[name] = StoredTensor(file, name, entry.get_dtype(), tuple(entry.get_shape()))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PackageError(f"{file} cannot be used: {error}") from error
     if family == "gpt2" and not any(name.startswith("transformer.") for name in found):
@@ -96,8 +97,8 @@ def read_headers(folder: Path, family: str) -> dict[str, Stored]:
     return found
 
 
-def hold_against(config: ModelConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The tensors that the config asks for, in the model's order; costs no more than there are tensors.
+def match_config(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The stored tensors that the config requires, in the model's order.
 
     Raises PackageError, naming the tensor, if one is missing, unknown, or of another shape or type.
     """
@@ -106,13 +107,13 @@ def hold_against(config: ModelConfig, found: Mapping[str, Stored]) -> dict[str, 
         head = places.pop(HEAD, None)
         if head is not None:
             places.setdefault(embedding, head)
-    wanted: dict[str, Stored] = {}
+    wanted: dict[str, StoredTensor] = {}
     for name, shape in tensor_shapes(config):
         if name not in places:
             raise PackageError(f"the tensor {name} is missing{_layers_there(config, found, name)}")
         stored = wanted[name] = places.pop(name)
         if stored.shape != shape:
-            raise PackageError(f"{name} has shape {stored.shape}, expected {shape} by config.json")
+            raise PackageError(f"{name} has shape {stored.shape}, expected {shape} according to config.json")
         if stored.dtype not in DTYPES:
             raise PackageError(f"{name} is of type {stored.dtype}; expected one of {', '.join(DTYPES)}")
     stranger = next((name for name in places if not UNUSED.fullmatch(name)), None)
@@ -121,8 +122,8 @@ def hold_against(config: ModelConfig, found: Mapping[str, Stored]) -> dict[str, 
     return wanted
 
 
-def _layers_there(config: ModelConfig, found: Mapping[str, Stored], missing: str) -> str:
-    """What to say behind a missing tensor: how many layers there are if it is of one too many, else a similar name."""
+def _layers_there(config: ModelConfig, found: Mapping[str, StoredTensor], missing: str) -> str:
+    """Advice for a missing tensor: the number of layers if there are too few, else a similar name."""
     numbers = [int(layer[1]) for name in found if (layer := re.match(r"\w+\.(?:layers|h)\.(\d{1,9})\.", name))]
     layer = re.match(r"\w+\.(?:layers|h)\.(\d+)\.", missing)
     if layer and int(layer[1]) > max(numbers, default=-1):
@@ -131,10 +132,10 @@ def _layers_there(config: ModelConfig, found: Mapping[str, Stored], missing: str
     return f".{near}"
 
 
-def has_head_of_its_own(config: ModelConfig, found: Mapping[str, Stored]) -> bool:
-    """Whether a head is stored that differs from the embedding to which the config ties it.
+def has_untied_head(config: ModelConfig, found: Mapping[str, StoredTensor]) -> bool:
+    """Whether the files contain a head that differs from the embedding although the config ties them.
 
-    transformers then does not tie them. The two are read, as a header does not tell.
+    transformers does not tie them then. Both tensors must be read to compare them.
     """
     embedding = found.get(published_name("embed_tokens.weight", config.family))
     head = found.get(HEAD)
@@ -146,8 +147,8 @@ def has_head_of_its_own(config: ModelConfig, found: Mapping[str, Stored]) -> boo
     return not torch.equal(one, other.to(one.dtype))
 
 
-def read_tensors(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each place, in order, mapped from its file rather than copied.
+def read_tensors(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, in order, memory-mapped rather than copied.
 
     Raises PackageError if a file has changed since its header was read.
     """
@@ -169,10 +170,10 @@ def require_finite(name: str, tensor: Tensor) -> None:
     """Raises PackageError if `tensor` holds NaN or infinity. One pass, and no copy."""
     least, most = tensor.aminmax()
     if not (math.isfinite(least) and math.isfinite(most)):
-        raise PackageError(f"the tensor {name} holds values that are no finite numbers")
+        raise PackageError(f"the tensor {name} contains values that are not finite")
 
 
-def copied_bytes(config: ModelConfig, places: Mapping[str, Stored], dtype: torch.dtype) -> int:
-    """Memory that weights in `dtype` take besides what is mapped: GPT-2's are transposed, others converted or not."""
+def copied_bytes(config: ModelConfig, places: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
+    """Bytes of weights in `dtype` that must be copied: GPT-2's are transposed, others only converted if needed."""
     copied = (s for s in places.values() if config.family == "gpt2" or DTYPES[s.dtype] != dtype)
     return sum(math.prod(stored.shape) * dtype.itemsize for stored in copied)

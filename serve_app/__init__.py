@@ -1,22 +1,22 @@
-"""How a package is served: models from the registry, an engine in each replica, HTTP around it.
+"""Serves model packages over HTTP with Ray Serve.
 
-`app` and `build_app` are what `serve run serve_app:app` and `serve run serve_app:build_app key=value ...` look for.
-Ray is imported by neither this package nor its modules but `service.py`, which only these two bring in.
+`app` and `build_app` are for `serve run serve_app:app` and `serve run serve_app:build_app key=value ...`. Only
+`deployment.py` imports Ray, and only these two import it.
 """
 
 from typing import Any
 
-import gptcore  # noqa: F401  # which looks at the Python that runs
+import gptcore  # noqa: F401  # checks the Python version
 
 
 def build_app(args: dict[str, str]) -> Any:
-    """The application for `serve run` and Serve configs; `args` are settings by name, above the environment's."""
+    """The application for `serve run` and Serve configs; `args` are settings, which override the environment's."""
     from serve_app.deployment import build_app as build
 
     return build(args)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "app":  # made when asked for, so that importing the package stays light
+    if name == "app":  # built on access, so that importing the package stays fast
         return build_app({})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""The second half of `make demo`: the model that training promoted, asked over HTTP.
+"""The second half of `make demo`: starts the service, streams one reply and prints what to try next.
 
-Out: a service as `serve run serve_app:app` starts it, one streamed answer, and where to go on. At a terminal the
-service stays until Ctrl-C; elsewhere it is stopped again. One that answers already is asked and left alone.
+In a terminal the service runs until Ctrl-C; otherwise it is stopped. A service that already runs is used and left
+running.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from serve_app.settings import load_settings
 PROMPT = "The"
 REQUEST = {"prompt": PROMPT, "max_new_tokens": 60, "temperature": 0.8, "stream": True}
 START_SECONDS = 600
-"""On a busy machine; two idle cores take a quarter of a minute."""
+"""Enough for a busy machine; two idle cores take a quarter of a minute."""
 WORD_SECONDS = 5.0
-"""Between words about a service that is not ready."""
+"""Interval of progress lines while the service starts."""
 STOP_SECONDS = 60
 
 
 def demo() -> int:
-    """Starts, asks, shows; returns the exit code."""
+    """Run the demo; return the exit code."""
     try:
         settings = load_settings()
     except FoundryError as error:
@@ -62,7 +62,7 @@ serve it   .venv/bin/serve run serve_app:app""")
 
 @contextlib.contextmanager
 def running(output: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """`serve run`, and its Ray, until the block ends."""
+    """Runs `serve run` and its Ray until the block ends."""
     command = [str(Path(sys.executable).with_name("serve")), "run", "serve_app:app"]
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -79,15 +79,15 @@ def running(output: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def await_ready(url: str, process: subprocess.Popen[bytes], seconds: float = START_SECONDS) -> str | None:
-    """Waits until the service answers with a warm model; else says why it never will."""
-    begun = said = time.monotonic()
+    """Wait until the service is ready; return why it never will be, or None."""
+    begun = reported = time.monotonic()
     deadline = begun + seconds
     while not is_ready(url):
-        if time.monotonic() - said >= WORD_SECONDS:
-            said = time.monotonic()
-            print(f"          {said - begun:.0f} s", flush=True)
+        if time.monotonic() - reported >= WORD_SECONDS:
+            reported = time.monotonic()
+            print(f"          {reported - begun:.0f} s", flush=True)
         if process.poll() is not None:
-            return "the service ended while it started; its output is above"
+            return "the service exited during startup; its output is above"
         if time.monotonic() > deadline:
             return f"the service was not ready after {seconds:g} seconds; its output is above"
         time.sleep(0.2)
@@ -95,7 +95,7 @@ def await_ready(url: str, process: subprocess.Popen[bytes], seconds: float = STA
 
 
 def is_ready(url: str) -> bool:
-    """Whether a service of ours answers there and its model is warm."""
+    """Whether our service answers at that address and its model is ready."""
     try:
         with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:
             return "json" in answer.headers.get("content-type", "")
@@ -104,7 +104,7 @@ def is_ready(url: str) -> bool:
 
 
 def ask(url: str) -> None:
-    """Streams one answer to the terminal, and says which model gave it."""
+    """Stream one reply to the terminal, and print which model gave it."""
     request = urllib.request.Request(f"{url}/generate", json.dumps(REQUEST).encode())
     begun, tokens = time.monotonic(), 0
     with urllib.request.urlopen(request, timeout=60) as answer:

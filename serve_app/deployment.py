@@ -1,8 +1,8 @@
-"""The service as Ray Serve runs it: one deployment whose replicas hold the engines and answer HTTP themselves.
+"""The Ray Serve application: one deployment whose replicas run the HTTP app and the engines together.
 
-In come settings; out comes an application for `serve run`, `serve build` and Serve configs. Ray's proxy hands a
-request to a replica, where the FastAPI app of `api.py` answers it beside the engines: a second hop would halve the
-request rate. Ray scales, replaces and drains replicas; which model version answers is `models.py`'s business.
+Builds an application from settings, for `serve run`, `serve build` and Serve configs. App and engines share a replica
+because a second hop would halve the request rate. Ray scales, replaces and drains replicas; `serve_app.models` decides
+which model version answers.
 """
 
 import asyncio
@@ -40,20 +40,20 @@ log = logging.getLogger(__name__)
 
 NAME = "gpt"
 SPARE_REQUESTS = 10_000
-"""Of a replica whose engines are full: probes, pages, and requests whose bodies are on their way."""
+"""Requests that a replica with full engines still accepts: probes, pages, and requests still sending their body."""
 GAUGE_SECONDS = 5.0
 HEALTH_SECONDS = 1.0
-"""Between looks at a replica, and so how long one that is dead may go unnoticed."""
+"""Interval of Ray's health checks of a replica."""
 SURGE_PERCENT = 25
-"""Replicas beside those there are while others replace them, rounded up: none leaves before its successor is ready."""
+"""Extra replicas during a rolling update, rounded up, so that none stops before its successor is ready."""
 START_SECONDS = 600
-"""For which `serve run` waits for a front on a busy machine; Ray's 60 s cannot be set otherwise."""
+"""How long `serve run` waits for a proxy on a busy machine; Ray has no setting for its limit of 60 s."""
 LOOK_BACK_S = 15.0
-"""Of the autoscaler. Replicas report every 10 s, and one report is to be in it at all times."""
+"""The autoscaler's time window. Replicas report every 10 s, and the window must contain at least one report."""
 
 
 class Service:
-    """A replica: the models, and the app in front of them."""
+    """A replica: the models and the HTTP app."""
 
     def __init__(self, settings: ServeSettings) -> None:
         settings = replace(settings, threads=settings.threads or threads_of(settings), host=_host())
@@ -62,17 +62,17 @@ class Service:
         self.api = create_api(settings, self.models, self.metrics, tag_replies=False)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Returns, and so lets requests in, once the models that are to be there from the start have been tried."""
+        """Called by Ray; requests are accepted once this returns, after the eager models have been tried."""
         await self.models.start()
         self._gauges = asyncio.create_task(self._push_gauges())
         return self.api
 
     async def check_health(self) -> None:
-        """Raises if an engine has died: Ray then puts another replica in this one's place."""
+        """Raises if an engine has died; Ray then replaces this replica."""
         self.models.check_health()
 
     async def __del__(self) -> None:
-        """Called by Ray when the replica's requests have ended or its time to drain is up."""
+        """Called by Ray when the replica's requests have ended or its drain time is over."""
         self._gauges.cancel()
         await self.models.close()
 
@@ -83,7 +83,7 @@ class Service:
 
 
 class RaySink:
-    """Passes what `metrics.py` counts on to Ray's exporter, which adds the deployment and the replica as labels."""
+    """Sends the metrics to Ray's exporter, which adds the deployment and the replica as labels."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Any] = {metric.name: _ray_metric(metric) for metric in METRICS}
@@ -101,9 +101,9 @@ class RaySink:
 
 
 def build_app(args: Mapping[str, Any]) -> serve.Application:
-    """`build` from settings by name, above the environment's; for Serve's command line, as its errors are.
+    """`build` from named settings, which override the environment's. Errors are those of Serve's command line.
 
-    Under `serve run`, settings for host and port take effect here: Serve is started where they say.
+    Under `serve run`, this also starts Serve on the configured host and port.
     """
     try:
         settings = load_settings(args)
@@ -113,14 +113,14 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     if command and command.info_name == "run":
         address = command.params.get("address") or os.environ.get("RAY_ADDRESS")
         _check_address(settings, address)
-        if address in (None, "", "auto", "local"):  # else that Ray has its own environment
-            haproxy.prefer(body_seconds=settings.body_timeout_s)
+        if address in (None, "", "auto", "local"):  # a remote Ray has its own environment
+            haproxy.use_haproxy(body_seconds=settings.body_timeout_s)
         _listen(settings, command.params)
     return build(settings)
 
 
 def build(settings: ServeSettings) -> serve.Application:
-    """The application, with what Ray is to know of the settings."""
+    """The application, with Ray's part of the settings."""
     models = len({*settings.sources, settings.canary_name} - {""})
     deployment: Any = serve.deployment(
         name=NAME,
@@ -132,8 +132,8 @@ def build(settings: ServeSettings) -> serve.Application:
             downscale_delay_s=settings.downscale_delay_s,
             look_back_period_s=LOOK_BACK_S,
         ),
-        # More than the engines take, so that they are who refuses, in the API's own form. Ray's queue is for the time
-        # in which there is no replica: starting from zero, or replacing the only one.
+        # More than the engines accept, so that they refuse requests, in the API's own form. Ray's queue is for times
+        # without any replica: starting from zero, or replacing the only one.
         max_ongoing_requests=models * settings.places + SPARE_REQUESTS,
         max_queued_requests=settings.max_queue,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_SECONDS),
@@ -141,26 +141,26 @@ def build(settings: ServeSettings) -> serve.Application:
         max_surge_percent=SURGE_PERCENT,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=0.5,
-        logging_config=LoggingConfig(enable_access_log=False),  # the middleware writes a line per request
+        logging_config=LoggingConfig(enable_access_log=False),  # the middleware logs requests
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
-            "runtime_env": {"env_vars": {"GPT_FOUNDRY_HOME": str(home())}},  # as it is here, for caches
+            "runtime_env": {"env_vars": {"GPT_FOUNDRY_HOME": str(home())}},  # the same caches as here
         },
     )
     return deployment(serve.ingress()(Service)).bind(settings)
 
 
 def threads_of(settings: ServeSettings) -> int:
-    """The CPUs that Ray keeps for a replica; if it keeps none, an equal share of this machine's."""
+    """The CPUs that Ray reserves for a replica; if none, an equal share of this machine's."""
     present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(settings.num_cpus) or present // settings.max_replicas)
 
 
 def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
-    """Ends `serve run` with one line if it cannot listen where it should, which Ray would tell in pages."""
+    """End `serve run` with a one-line error if the address is unavailable; Ray would print pages."""
     if ray_address not in (None, "", "auto", "local"):
-        return  # what is taken on that machine is not known here
+        return  # the address is on another machine
     six = ":" in settings.host
     try:
         socket.create_server((settings.host, settings.port), family=socket.AF_INET6 if six else socket.AF_INET).close()
@@ -168,14 +168,14 @@ def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
         address = f"[{settings.host}]:{settings.port}" if six else f"{settings.host}:{settings.port}"
         if error.errno != errno.EADDRINUSE:
             raise click.ClickException(f"cannot listen on {address}: {error.strerror}") from None
-        if not _is_serve(address.replace("0.0.0.0", "127.0.0.1")):  # else that is what will run this application
+        if not _is_serve(address.replace("0.0.0.0", "127.0.0.1")):  # a running Serve will run this application
             raise click.ClickException(
-                f"cannot listen on {address}: another program does; choose another, such as port={settings.port + 1}"
+                f"cannot listen on {address}: it is in use; choose another port, such as port={settings.port + 1}"
             ) from None
 
 
 def _is_serve(address: str) -> bool:
-    """Whether Ray Serve listens there."""
+    """Whether Ray Serve listens on that address."""
     try:
         with urllib.request.urlopen(f"http://{address}/-/healthz", timeout=5) as answer:
             return bool(answer.read(100) == b"success")
@@ -184,16 +184,16 @@ def _is_serve(address: str) -> bool:
 
 
 def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> None:
-    """Starts Serve on the address that was asked for, saying no more than it must. `flags` are `serve run`'s."""
-    quiet.hush()
+    """Start Serve on the configured address, with little output. `flags` are those of `serve run`."""
+    quiet.hide_misleading_warnings()
     if ray.is_initialized():
         return
     wanted = HTTPOptions(host=settings.host, port=settings.port)
     if any(flags.get(name) for name in ("runtime_env", "runtime_env_json", "working_dir")):
         if (wanted.host, wanted.port) == (HTTPOptions().host, HTTPOptions().port):
-            return  # Ray's own choice, too
+            return  # Ray's default, too
         raise click.ClickException(
-            "host and port do not go with a runtime environment; put both into a config, as deploy/serve.yaml has them"
+            "host and port cannot be combined with a runtime environment; put both into a config like deploy/serve.yaml"
         )
     for module in (api, client):
         vars(module)["HTTP_PROXY_TIMEOUT"] = START_SECONDS
@@ -202,14 +202,14 @@ def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> None:
 
 
 def _host() -> str:
-    """Where Serve listens, as seen from a replica: its config may say otherwise than the settings do."""
+    """The host that Serve listens on, which may differ from the settings if a config sets it."""
     connected = _get_global_client()
     assert connected is not None  # it raises where there is no Serve
     return str(connected.http_config.host)
 
 
 def _ray_metric(metric: Metric) -> Any:
-    labels: Any = metric.labels  # Ray's type is that of one label
+    labels: Any = metric.labels  # Ray's annotation is for a single label
     if metric.kind == "histogram":
         return ray_metrics.Histogram(metric.name, metric.help, boundaries=list(metric.buckets), tag_keys=labels)
     kind = ray_metrics.Counter if metric.kind == "counter" else ray_metrics.Gauge

@@ -1,8 +1,8 @@
-"""What a client is told when a request cannot be answered: `ApiError`, and every other exception turned into one.
+"""Error replies: `ApiError`, and the conversion of every other exception into one.
 
-In come exceptions: ours, FastAPI's, and those that nobody expected. Out goes one form, OpenAI's, whatever the route:
-`{"error": {"message", "type", "param", "code"}}` with a 4xx status for the client's faults and a 5xx status for the
-service's. Routes raise `ApiError`; a stream that has begun sends `error_body` as its last event instead.
+All routes use OpenAI's form, `{"error": {"message", "type", "param", "code"}}`, with a 4xx status for the client's
+errors and a 5xx status for the service's. Routes raise `ApiError`; a stream that has started sends `error_body` as its
+last event instead.
 """
 
 import json
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
 SHOWN_VALUE = 60
-"""Characters of an offending value or name that a reply repeats; a megabyte of prompt stays out of it."""
+"""Characters of an invalid value or name that a reply repeats, so that it never repeats a megabyte of prompt."""
 SHOWN_PATH = 200
 SHOWN_FAULTS = 3
 READ_FAULTS = 16
 FOLDERS = re.compile(r"(?:(?<=:///)|(?<=file://)|(?<![\w.:/~-]))/(?:[^\s/'\",;:()]+/)+")
-"""The folders of an absolute path, in a text or in a URL of a file: those of a URL of a host are left alone."""
+"""The folders of an absolute path, in a text or in a file URL; the paths of other URLs do not match."""
 
 
 class ApiError(Exception):
-    """An answer other than 2xx. `param` is the field at fault and `code` a word for programs, where there are any.
+    """A reply other than 2xx. `param` is the field at fault and `code` a word for programs, if there are any.
 
-    `type` follows from the status unless given: invalid_request_error, authentication_error or server_error.
+    Unless given, `type` follows from the status: invalid_request_error, authentication_error or server_error.
     """
 
     def __init__(
@@ -60,32 +60,32 @@ class ApiError(Exception):
 class ErrorDetail(BaseModel):
     """What went wrong, in OpenAI's terms."""
 
-    message: str = Field(description="For people: the value at fault, what was expected, the nearest right thing.")
+    message: str = Field(description="For people: the invalid value, what was expected, and a suggestion.")
     type: str = Field(description="invalid_request_error, authentication_error or server_error.")
     param: str | None = Field(description="The field at fault, if there is one.")
-    code: str | None = Field(description="For programs, such as model_not_found.")
+    code: str | None = Field(description="For programs; for example model_not_found.")
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer other than 2xx."""
+    """The body of every reply other than 2xx."""
 
     error: ErrorDetail
 
 
 STATUSES = {
     400: "The request is malformed or a field is unknown, missing or out of range; `param` names it.",
-    401: "No API key, or one that is not known.",
-    403: "A browser asks for a page of an origin that the service does not allow, or by a name that is not its own.",
+    401: "The API key is missing or unknown.",
+    403: "The request comes from a web page of a disallowed origin, or uses a disallowed host name.",
     404: "No such model or route.",
-    405: "The route exists, this method of it does not.",
+    405: "The route does not support this method.",
     408: "The client took too long to send the body.",
-    413: "The body is larger than the service accepts.",
-    415: "The body is packed, which content-encoding says.",
-    500: "A fault of the service; its log has the traceback under the reply's x-request-id.",
-    503: "The queue is full or the model is not ready; Retry-After says when to ask again.",
-    504: "The request took longer than the service allows; its sequences were aborted.",
+    413: "The body is too large.",
+    415: "The body has a content-encoding; send it uncompressed.",
+    500: "An error in the service; its log has the traceback under the reply's x-request-id.",
+    503: "The queue is full or the model is not ready; Retry-After says when to try again.",
+    504: "The request exceeded the time limit; its sequences were aborted.",
 }
-"""Every status other than 2xx that the service answers with, and when."""
+"""Every status other than 2xx that the service returns, and when."""
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -103,14 +103,14 @@ def error_body(error: ApiError) -> dict[str, Any]:
 
 
 def error_response(error: ApiError, scope: Scope) -> Response:
-    """The error as a reply, in ASCII: a message may repeat what UTF-8 cannot carry. The log finds it in the scope."""
+    """The error as a reply, in ASCII, since a message may repeat lone surrogates. The log reads it from the scope."""
     scope.setdefault("state", {})["error"] = error
     body = json.dumps(error_body(error))
     return Response(body, status_code=error.status, headers=error.headers, media_type="application/json")
 
 
 def to_api_error(exc: BaseException) -> ApiError:
-    """What to tell the client about `exc`. One that nobody expected is logged with its traceback and not described."""
+    """The ApiError for `exc`. An unexpected exception is logged with its traceback and not shown to the client."""
     match exc:
         case ApiError():
             return exc
@@ -133,7 +133,7 @@ def to_api_error(exc: BaseException) -> ApiError:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer what routes raise in the one form; exceptions that have no handler here reach the middleware."""
+    """Register handlers that turn exceptions of routes into error replies. The middleware handles all others."""
 
     async def no_route(request: Request, exc: Exception) -> Response:
         return error_response(_no_route(app, request, exc), request.scope)
@@ -157,9 +157,9 @@ def _no_route(app: FastAPI, request: Request, exc: Exception) -> ApiError:
     assert isinstance(exc, HTTPException)
     path, headers = request.url.path[:SHOWN_PATH], exc.headers or {}
     if exc.status_code == 405:
-        methods = {*headers.get("Allow", "").split(", ")}  # of the path's first route; that for HEAD is another
+        methods = {*headers.get("Allow", "").split(", ")}  # of the path's first route; HEAD has its own
         allowed = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
-        message = f"{request.method} is not a method of {shown(path)}; it has {allowed}"
+        message = f"{shown(path)} does not support {request.method}; use {allowed}"
         return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
     if exc.status_code == 404:
         near = did_you_mean(path, app.openapi()["paths"])
@@ -168,15 +168,15 @@ def _no_route(app: FastAPI, request: Request, exc: Exception) -> ApiError:
 
 
 def _known_fields(request: Request) -> Sequence[str]:
-    """The fields of the body that the matched route takes, for suggestions."""
+    """The body's fields on the matched route, for suggestions."""
     body_field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(body_field, "field_info", None), "annotation", None)
     return list(getattr(model, "model_fields", ()))
 
 
 def _from_validation(faults: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> ApiError:
-    """A 400 out of pydantic's list of faults: the first one's field and code, the messages of the first few."""
-    described = [_describe(fault, known) for fault in faults[:READ_FAULTS]]  # there may be as many as fit in a body
+    """A 400 from pydantic's list of errors: the field and code of the first, the messages of the first few."""
+    described = [_describe(fault, known) for fault in faults[:READ_FAULTS]]  # there may be thousands
     messages = list(dict.fromkeys(message for message, _, _ in described))
     others = len(messages) - SHOWN_FAULTS + len(faults[READ_FAULTS:])
     more = f" (and {others} more)" if others > 0 else ""
@@ -185,9 +185,9 @@ def _from_validation(faults: Sequence[Mapping[str, Any]], known: Sequence[str] =
 
 
 def _describe(fault: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str | None, str]:
-    """(message, param, code) of one of pydantic's faults.
+    """(message, param, code) of one of pydantic's errors.
 
-    Its place is (where, field, ...): behind the field come indices and, for a field of several types, the type.
+    Its location is (where, field, ...): indices follow the field and, for a field of several types, the type.
     """
     place = fault["loc"]
     param = place[1][:SHOWN_VALUE] if len(place) > 1 and isinstance(place[1], str) else None
@@ -209,7 +209,7 @@ def _describe(fault: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str 
 
 
 def without_folders(text: str) -> str:
-    """`text` without what it tells of this machine's folders: of an absolute path only the last name is left."""
+    """`text` with absolute paths shortened to their last name, so that replies do not reveal this machine's folders."""
     return FOLDERS.sub("…/", text)
 
 
@@ -219,11 +219,11 @@ def _lower(message: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """`value` as JSON would show it, in ASCII, shortened."""
+    """`value` as shortened ASCII JSON."""
     if isinstance(value, str):
         value = value[: SHOWN_VALUE + 1]
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError):  # no JSON, or an integer of too many digits
+    except (TypeError, ValueError):  # not JSON, or an integer with too many digits
         text = type(value).__name__
     return text if len(text) <= SHOWN_VALUE else text[:SHOWN_VALUE] + "..."

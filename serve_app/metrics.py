@@ -1,8 +1,8 @@
-"""What the service counts and times, under the names that the field uses, each defined once.
+"""The service's metrics, each defined once, with the names that other servers use.
 
-In come requests, the engine's updates and reloads; out go Prometheus' text format at `/metrics`, one registry per
-app, and the same figures to an optional sink: `service.py` passes one that feeds Ray's exporter, where the names begin
-with `ray_`. `python -m serve_app.metrics` prints the table of the docs.
+`/metrics` renders them in Prometheus' text format, one registry per app. An optional sink gets the same values:
+`deployment.py` passes one that feeds Ray's exporter, where the names begin with `ray_`. `python -m serve_app.metrics`
+prints the docs' table.
 """
 
 import time
@@ -20,7 +20,7 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 @dataclass(frozen=True)
 class Metric:
-    """The definition that both exporters and the docs are made from."""
+    """One metric's definition, for both exporters and the docs."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -37,41 +37,39 @@ GAPS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.
 REQUESTS = Metric(
     "gpt_requests_total",
     "counter",
-    "HTTP requests answered; model and version are empty where none took part.",
+    "HTTP requests answered; model and version are empty if no model was involved.",
     ("route", "status", *MODEL),
 )
 SEQUENCES = Metric(
     "gpt_request_success_total",
     "counter",
-    "Sequences that ended, by reason: stop, length, abort (the client left or a limit was met) or error.",
+    "Finished sequences, by reason: stop, length, abort (the client left or a time limit passed) or error.",
     (*MODEL, "finished_reason"),
 )
-PROMPT_TOKENS = Metric("gpt_prompt_tokens_total", "counter", "Prompt tokens of sequences that were begun.", MODEL)
-CACHED_TOKENS = Metric(
-    "gpt_prompt_tokens_cached_total", "counter", "Prompt tokens taken from the prefix cache, not computed.", MODEL
-)
-GENERATED_TOKENS = Metric("gpt_generation_tokens_total", "counter", "Tokens generated.", MODEL)
+PROMPT_TOKENS = Metric("gpt_prompt_tokens_total", "counter", "Prompt tokens of started sequences.", MODEL)
+CACHED_TOKENS = Metric("gpt_prompt_tokens_cached_total", "counter", "Prompt tokens found in the prefix cache.", MODEL)
+GENERATED_TOKENS = Metric("gpt_generation_tokens_total", "counter", "Generated tokens.", MODEL)
 FIRST_TOKEN = Metric(
-    "gpt_time_to_first_token_seconds", "histogram", "From the request to its first token.", MODEL, WAITS
+    "gpt_time_to_first_token_seconds", "histogram", "Time from the request to its first token.", MODEL, WAITS
 )
 NEXT_TOKEN = Metric(
-    "gpt_inter_token_latency_seconds", "histogram", "Between one token of a sequence and the next.", MODEL, GAPS
+    "gpt_inter_token_latency_seconds", "histogram", "Time between two tokens of a sequence.", MODEL, GAPS
 )
 LATENCY = Metric(
-    "gpt_e2e_request_latency_seconds", "histogram", "From the request to the last token of a sequence.", MODEL, WAITS
+    "gpt_e2e_request_latency_seconds", "histogram", "Time from the request to a sequence's last token.", MODEL, WAITS
 )
-QUEUE = Metric("gpt_request_queue_time_seconds", "histogram", "Waiting for a slot of the engine.", MODEL, WAITS)
+QUEUE = Metric("gpt_request_queue_time_seconds", "histogram", "Time spent waiting for a slot.", MODEL, WAITS)
 RELOADS = Metric(
     "gpt_model_reloads_total",
     "counter",
-    "New versions that the registry named, by outcome: success (swapped in) or failure (the old one stays).",
+    "Attempts to load a new version from the registry, by outcome: success, or failure (the old version stays).",
     ("model", "outcome"),
 )
-RUNNING = Metric("gpt_num_requests_running", "gauge", "Sequences that hold a slot.", MODEL)
-WAITING = Metric("gpt_num_requests_waiting", "gauge", "Sequences that wait for a slot.", MODEL)
-SLOTS = Metric("gpt_slots", "gauge", "Slots of the engine's cache: sequences decoded together.", MODEL)
-SLOTS_USED = Metric("gpt_slots_used", "gauge", "Slots that a sequence owns.", MODEL)
-LOADED = Metric("gpt_model_loaded", "gauge", "1 for each model version that this replica holds.", MODEL)
+RUNNING = Metric("gpt_num_requests_running", "gauge", "Sequences that have a slot.", MODEL)
+WAITING = Metric("gpt_num_requests_waiting", "gauge", "Sequences waiting for a slot.", MODEL)
+SLOTS = Metric("gpt_slots", "gauge", "Slots of the engine: how many sequences it decodes together.", MODEL)
+SLOTS_USED = Metric("gpt_slots_used", "gauge", "Slots in use.", MODEL)
+LOADED = Metric("gpt_model_loaded", "gauge", "1 for each model version that this replica has loaded.", MODEL)
 
 METRICS = (
     REQUESTS,
@@ -92,16 +90,15 @@ METRICS = (
 )
 
 Reading = tuple[Metric, tuple[str, ...], float]
-"""A gauge, the values of its labels, its value."""
+"""A gauge, its labels' values, and its value."""
 Sink = Callable[[Metric, dict[str, str], float], None]
-"""Takes an increment of a counter, an observation of a histogram, or a gauge's value."""
+"""Receives a counter's increment, a histogram's observation, or a gauge's value."""
 
 
 class Metrics:
-    """The figures of one app, safe to use from several threads.
+    """The metrics of one app, safe to use from several threads.
 
-    `gauges`, set by whoever knows the engines, is read when somebody asks: at a scrape, or when `push_gauges` is called
-    for the sink's sake.
+    `gauges` returns the engines' current values. It is called at a scrape, and by `push_gauges` for the sink.
     """
 
     def __init__(self, sink: Sink | None = None) -> None:
@@ -114,28 +111,28 @@ class Metrics:
         ProcessCollector(registry=self._registry)
 
     def request(self, route: str, status: int, model: str, version: str) -> None:
-        """Count an HTTP request answered. `route` is the route's template, never a client's path."""
+        """Count an answered HTTP request. `route` is the route's template, never the client's path."""
         self._record(REQUESTS, (route, str(status), model, version))
 
     def reload(self, model: str, succeeded: bool) -> None:
-        """Count an attempt to follow the registry to a new version."""
+        """Count an attempt to load a new version from the registry."""
         self._record(RELOADS, (model, "success" if succeeded else "failure"))
 
     def sequence(self, model: str, version: str, since: float) -> "SequenceTimer":
-        """Time one sequence of a request that came at `since` (perf_counter); feed it every update, and close it."""
+        """A timer for a sequence of a request that came at `since` (perf_counter); pass it every update, then close."""
         return SequenceTimer(self._record, (model, version), since)
 
     def render(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         gauges = {name: kept for name, kept in self._kept.items() if isinstance(kept, Gauge)}
         for gauge in gauges.values():
-            gauge.clear()  # a version that is gone takes its figures along
+            gauge.clear()  # removes the values of versions that are gone
         for metric, labels, value in self.gauges():
             gauges[metric.name].labels(*labels).set(value)
         return generate_latest(self._registry)
 
     def push_gauges(self) -> None:
-        """Send the gauges to the sink; to be called every few seconds, since a sink keeps what it heard last."""
+        """Send the gauges to the sink, which keeps the last value. Call it every few seconds."""
         if self._sink is None:
             return
         readings = {(metric, labels): value for metric, labels, value in self.gauges()}
@@ -151,7 +148,7 @@ class Metrics:
         self._adders[key](value)
 
     def _adder(self, metric: Metric, labels: tuple[str, ...]) -> Callable[[float], None]:
-        """What `_record` does for these labels, looked up once: it is done for every token."""
+        """The function that records a value for these labels, looked up once since it runs for every token."""
         kept, sink = self._kept[metric.name], self._sink
         add = kept.labels(*labels).observe if isinstance(kept, Histogram) else kept.labels(*labels).inc
         if sink is None:
@@ -166,7 +163,7 @@ class Metrics:
 
 
 class SequenceTimer:
-    """Counts and times one sequence. A sequence left before its last update counts as aborted once closed."""
+    """Counts and times one sequence. One closed before its last update counts as aborted."""
 
     def __init__(
         self, record: Callable[[Metric, tuple[str, ...], float], None], labels: tuple[str, ...], since: float
@@ -178,12 +175,12 @@ class SequenceTimer:
         self._open = True
 
     def update(self, update: Update) -> None:
-        """Take in what the engine reported. Several tokens of one update share the time since the one before."""
+        """Record an update. Several tokens of one update share the time since the previous update equally."""
         now = time.perf_counter()
         tokens = len(update.token_ids)
         if self._latest is None and (tokens or update.finish_reason == FinishReason.LENGTH):
             self._begun(update)
-            if tokens:  # none, if the prompt was only scored
+            if tokens:  # none if only the prompt was scored
                 self._record(FIRST_TOKEN, self._labels, now - self._started)
         elif self._latest is not None:
             for _ in range(tokens):
@@ -195,7 +192,7 @@ class SequenceTimer:
             self._end(str(update.finish_reason), now)
 
     def close(self) -> None:
-        """No more updates will come."""
+        """Record the end, if no last update came."""
         if self._open:
             self._end("abort", time.perf_counter())
 
@@ -223,7 +220,7 @@ def _prometheus(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge 
 
 
 def markdown(metrics: Sequence[Metric] = METRICS) -> str:
-    """The table of the docs: name, kind, labels, meaning."""
+    """The docs' table: name, kind, labels, meaning."""
     rows = [f"| `{m.name}` | {m.kind} | {', '.join(f'`{label}`' for label in m.labels)} | {m.help} |" for m in metrics]
     return "\n".join(["| metric | kind | labels | meaning |", "| --- | --- | --- | --- |", *rows])
 

@@ -1,9 +1,9 @@
-"""What a service is told: one frozen dataclass, and the ways to fill it.
+"""The settings of a service: one frozen dataclass, and how it is read from the environment and from arguments.
 
-In: the environment (`GPT_` and the setting's name in capitals) and, above it, what `serve run serve_app:build_app
-key=value ...` or a Serve config's `args` say. Out: `ServeSettings`, in which every path is absolute, since replicas
-run in another folder. A field's help and unit stand beside its default and are the only description there is:
-`python -m serve_app.settings` prints the docs' table from them.
+Settings come from the environment (`GPT_` and the setting's name in capitals) and from the arguments of `serve run
+serve_app:build_app key=value ...` or of a Serve config (`args`), which take precedence. Paths are made absolute, since
+replicas run in another folder. Each field carries its help and unit; `python -m serve_app.settings` prints the docs'
+table from them.
 """
 
 import logging
@@ -18,7 +18,7 @@ from typing import Any
 from gptcore.config import setting
 from gptcore.engine.settings import CHOICES, EngineSettings
 from gptcore.errors import ConfigError, did_you_mean
-from gptcore.home import expanded, home
+from gptcore.home import default_tracking_uri, expanded
 from serve_app.front.haproxy import BODY_SECONDS
 
 log = logging.getLogger(__name__)
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 PREFIX = "GPT_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-"""It goes into a header."""
-NAME_FORM = "1 to 64 of A-Z a-z 0-9 . _ @ -, the first a letter or digit"
+"""Names appear in a header."""
+NAME_FORM = "1 to 64 of A-Z a-z 0-9 . _ @ -, starting with a letter or digit"
 MOST_SLOTS = 64
-"""The most that an engine chooses by itself."""
+"""Most slots that an engine chooses by itself."""
 ALL = "all"
 
 
@@ -43,55 +43,57 @@ class Canary:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Everything one service is told. Raises ConfigError for a value that does not fit."""
+    """All settings of one service. Raises ConfigError for an invalid value."""
 
     # Models
     model: str = setting(
         "",
-        "The model that answers where a request names none: a name from `models`, or a source of its own (a folder, "
+        "The default model, used when a request names none: a name from `models`, or a source (a folder, "
         "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, hf:ORG/NAME or s3://…). Default: the first of "
         "`models`, else models:/gpt@champion.",
     )
-    models: tuple[str, ...] = setting((), "The models served, as NAME=SOURCE, comma-separated.")
+    models: tuple[str, ...] = setting((), "The models to serve, as NAME=SOURCE, comma-separated.")
     eager: tuple[str, ...] = setting(
-        (), f"Models to load at start, or {ALL}; others load on first use. The default model always loads at start."
+        (), f"Models to load at startup, or {ALL}; others load on first use. The default model always loads at startup."
     )
     canary: str = setting(
         "",
-        "SOURCE:SHARE or NAME:SHARE, such as models:/gpt@candidate:0.1: what answers this share of the default "
-        "model's requests, chosen by a hash of the request's id.",
+        "A model that answers a share of the default model's requests, as SOURCE:SHARE or NAME:SHARE, such as "
+        "models:/gpt@candidate:0.1. A hash of the request's id decides which requests.",
     )
     tracking_uri: str = setting(
-        "", "MLflow, for models:/ and runs:/. Default: $MLFLOW_TRACKING_URI, else the embedded database."
+        "",
+        "MLflow's tracking URI for models:/ and runs:/. Default: $MLFLOW_TRACKING_URI, else the embedded database.",
     )
-    load_seconds: float = setting(
-        600.0, "Longest time that a load may take, its download included; then it is given up.", "seconds"
-    )
-    poll_seconds: float = setting(5.0, "How often the registry is asked where an alias points.", "seconds")
-    # Who may ask, and for how much
+    load_seconds: float = setting(600.0, "Time limit for loading a model, including its download.", "seconds")
+    poll_seconds: float = setting(5.0, "How often to ask the registry which version an alias points to.", "seconds")
+    # Access and limits
     api_keys: tuple[str, ...] = field(
         default=(),
         repr=False,
-        metadata={"help": "Keys, comma-separated, of which a request must bear one. Default: none is asked for."},
+        metadata={"help": "API keys, comma-separated; a request must carry one of them. Default: no key is needed."},
     )
     allowed_hosts: tuple[str, ...] = setting(
         (),
-        "Names, besides loopback's, by which requests may address the service (their Host header, without the port), "
-        "or *. Default: any, but on loopback without keys only loopback's, since any page could ask otherwise.",
+        "Host names (the Host header without the port) that requests may use besides loopback names, or * for any. "
+        "Default: any; but a service on loopback without API keys accepts loopback names only, so that no web page can "
+        "reach it through DNS rebinding.",
     )
-    cors_origins: tuple[str, ...] = setting((), "Origins whose pages may call the service, or *. Default: none.")
-    max_prompt_tokens: int = setting(0, "Longest prompt; 0: what the model's context holds.", "tokens")
-    max_new_tokens: int = setting(4096, "Most tokens that a request may ask for.", "tokens")
-    max_sequences: int = setting(64, "Most sequences that a request may ask for: its prompts times n.", "sequences")
-    max_body_bytes: int = setting(1_000_000, "Largest body of a request.", "bytes")
+    cors_origins: tuple[str, ...] = setting(
+        (), "Origins whose web pages may call the service, or * for any. Default: none."
+    )
+    max_prompt_tokens: int = setting(0, "Longest prompt; 0: as long as fits the model's context.", "tokens")
+    max_new_tokens: int = setting(4096, "Most new tokens per sequence.", "tokens")
+    max_sequences: int = setting(64, "Most sequences per request: its prompts times n.", "sequences")
+    max_body_bytes: int = setting(1_000_000, "Largest request body.", "bytes")
     body_timeout_s: float = setting(
-        BODY_SECONDS, "Longest time in which the body of a request may arrive; then it is answered 408.", "seconds"
+        BODY_SECONDS, "Time limit for receiving a request's body; the reply is 408 after that.", "seconds"
     )
     request_timeout_s: float = setting(
-        300.0, "Longest time that a request may take, its wait and its stream included.", "seconds"
+        300.0, "Time limit for a whole request, including queueing and streaming; 504 after that.", "seconds"
     )
     stream_interval_ms: float = setting(
-        40.0, "Least time between two pieces of a streamed text, after the first; 0: a piece for each token.", "ms"
+        40.0, "Shortest time between two events of a stream, after the first; 0: send every token at once.", "ms"
     )
     # Engine
     slots: int = setting(
@@ -100,39 +102,39 @@ class ServeSettings:
         "sequences",
     )
     max_queue: int = setting(
-        64, "Requests that may wait for a slot in a replica; one more is answered 503 with Retry-After.", "requests"
+        64, "Requests that may wait for a slot in a replica; further ones get 503 with Retry-After.", "requests"
     )
-    prefill_tokens: int = setting(256, "Prompt tokens computed per step beside the decodes.", "tokens")
+    prefill_tokens: int = setting(256, "Prompt tokens processed in each decoding step.", "tokens")
     dtype: str = setting(
-        "auto", "Precision: auto is bfloat16 where the hardware computes in it.", choices=CHOICES["dtype"]
+        "auto", "Precision; auto: bfloat16 where the hardware supports it, else float32.", choices=CHOICES["dtype"]
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps; auto: a GPU if the replica has one.")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps; auto: the GPU if the replica has one.")
     backend: str = setting(
-        "auto", "auto: the native kernels on a CPU that can build them, else torch.", choices=CHOICES["backend"]
+        "auto", "auto: the native kernel on a CPU where it can be compiled, else torch.", choices=CHOICES["backend"]
     )
     threads: int = setting(
-        0, "Threads that compute, per model; 0: num_cpus or, without, the machine's CPUs / max_replicas.", "threads"
+        0, "Compute threads per model; 0: num_cpus, or the machine's CPUs / max_replicas if that is 0.", "threads"
     )
-    compile: bool = setting(False, "Have torch.compile fuse the network: a slower start, faster steps.")
-    prefix_cache: bool = setting(True, "Reuse what was computed for a prompt that begins alike.")
+    compile: bool = setting(False, "Use torch.compile: slower startup, faster steps.")
+    prefix_cache: bool = setting(True, "Reuse cached keys and values of prompts that start the same.")
     # Replicas
-    min_replicas: int = setting(1, "Fewest replicas; 0: none is kept while nobody asks.", "replicas")
+    min_replicas: int = setting(1, "Fewest replicas; 0: scale to zero while there are no requests.", "replicas")
     max_replicas: int = setting(1, "Most replicas.", "replicas")
     target_ongoing_requests: float = setting(
-        8.0, "Requests in a replica, waiting or running, that scaling aims at.", "requests"
+        8.0, "Requests per replica, waiting or running, that autoscaling aims for.", "requests"
     )
-    upscale_delay_s: float = setting(10.0, "How long there must be too many before a replica is added.", "seconds")
-    downscale_delay_s: float = setting(120.0, "How long there must be too few before one is taken away.", "seconds")
+    upscale_delay_s: float = setting(10.0, "How long load must stay high before a replica is added.", "seconds")
+    downscale_delay_s: float = setting(120.0, "How long load must stay low before a replica is removed.", "seconds")
     num_cpus: float = setting(
-        0.0, "CPUs that Ray keeps for each replica; 0: none, so that a replica starts on a busy machine too.", "CPUs"
+        0.0, "CPUs that Ray reserves per replica; 0: none, so a replica also starts on a busy machine.", "CPUs"
     )
-    num_gpus: float = setting(0.0, "GPUs that Ray keeps for each replica.", "GPUs")
-    drain_seconds: float = setting(30.0, "How long a replica that leaves may finish its requests.", "seconds")
+    num_gpus: float = setting(0.0, "GPUs that Ray reserves per replica.", "GPUs")
+    drain_seconds: float = setting(30.0, "How long a replica that stops may finish its requests.", "seconds")
     host: str = setting(
-        "127.0.0.1", "Address to listen on, for whoever starts Serve; 0.0.0.0 answers other machines too."
+        "127.0.0.1", "Address to listen on; 0.0.0.0 accepts other machines. Applies to the process that starts Serve."
     )
-    port: int = setting(8000, "Port to listen on, for whoever starts Serve.")
-    log_level: str = setting("info", "How much is logged.", choices=LOG_LEVELS)
+    port: int = setting(8000, "Port to listen on. Applies to the process that starts Serve.")
+    log_level: str = setting("info", "Log level.", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -152,7 +154,7 @@ class ServeSettings:
             raise _wrong("port", self.port, "at most 65535")
         if any(not key for key in self.api_keys):
             raise ConfigError("one of api_keys is empty; expected none, or keys of at least one character", "api_keys")
-        names, _, _ = self.sources, self.canary_name, self.engine  # each raises if it cannot be had
+        names, _, _ = self.sources, self.canary_name, self.engine  # each raises if it is invalid
         unknown = next((name for name in self.eager if name != ALL and name not in names), None)
         if unknown is not None:
             raise _wrong("eager", unknown, f"{ALL}, or a name from models.{did_you_mean(unknown, names)}")
@@ -184,7 +186,7 @@ class ServeSettings:
 
     @property
     def default_model(self) -> str:
-        """The name of the model that answers where a request names none."""
+        """The name of the default model."""
         return next(iter(self.sources))
 
     @property
@@ -203,7 +205,7 @@ class ServeSettings:
 
     @property
     def canary_name(self) -> str:
-        """What the canary is called, in `models` or after its source; "" if there is none."""
+        """The canary's name, from `models` or from its source; "" without a canary."""
         canary, listed = self.canary_share, self.sources
         if canary is None or canary.source in listed:
             return canary.source if canary else ""
@@ -216,16 +218,16 @@ class ServeSettings:
 
     @property
     def places(self) -> int:
-        """Sequences that a model has slots and queue for, as far as that is known before it is loaded."""
+        """Slots and queue places of a model; before it is loaded, an upper bound."""
         return (self.slots or MOST_SLOTS) + self.max_queue
 
     @property
     def engine(self) -> EngineSettings:
-        """What each model's engine is told."""
+        """The settings of each model's engine."""
         return EngineSettings(**{f.name: getattr(self, f.name) for f in fields(EngineSettings)})
 
 
-# What a number must be at least, where that is not 0; and those that must be more than 0.
+# The least value of a number, where it is not 0; and numbers that must be greater than 0.
 LEAST = dict.fromkeys(
     ("max_new_tokens", "max_sequences", "max_body_bytes", "max_queue", "prefill_tokens", "max_replicas"), 1
 )
@@ -236,17 +238,17 @@ _HINTS = typing.get_type_hints(ServeSettings)
 
 
 def load_settings(given: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> ServeSettings:
-    """Settings from `given` (a builder's arguments) above `environ` (default: this process's environment).
+    """Settings from `given` (a builder's arguments), which take precedence, and `environ` (default: the environment).
 
-    Paths and the tracking URI come out absolute. Raises ConfigError for an unknown key, or a value of another type or
-    out of range. Other programs have names in GPT_ too, so one that is only close to a setting's is logged.
+    Paths and the tracking URI become absolute. Raises ConfigError for an unknown key or an invalid value. Other
+    programs use GPT_ variables too, so an unknown variable is only logged, and only if it resembles a setting.
     """
     environ = os.environ if environ is None else environ
     for name in environ:
         setting_name = name.removeprefix(PREFIX).lower()
         unknown = name.startswith(PREFIX) and not name.startswith("GPT_FOUNDRY_") and setting_name not in FIELDS
         if unknown and (near := did_you_mean(setting_name, FIELDS)):
-            log.warning("the environment's %s is no setting.%s", name, near)
+            log.warning("the environment variable %s is not a setting.%s", name, near)
     values = {}
     for name in FIELDS:
         if text := environ.get(PREFIX + name.upper(), ""):
@@ -259,7 +261,7 @@ def load_settings(given: Mapping[str, Any] | None = None, environ: Mapping[str, 
 
 
 def name_of(source: str) -> str:
-    """What a model is called of which only the source is known: gpt for models:/gpt@champion, gpt2 for hf:org/gpt2."""
+    """A model's name, made from its source: gpt for models:/gpt@champion, gpt2 for hf:org/gpt2."""
     if source.startswith("models:/"):
         name, at, alias = source.removeprefix("models:/").partition("/")[0].partition("@")
         return f"{name}@{alias}" if at and alias != "champion" else name
@@ -294,20 +296,15 @@ def _absolute(settings: ServeSettings, environ: Mapping[str, str]) -> ServeSetti
     return replace(settings, tracking_uri=uri, models=models, model=settings.default_model, canary=absolute)
 
 
-def default_tracking_uri(environ: Mapping[str, str] = os.environ) -> str:
-    """$MLFLOW_TRACKING_URI, else the embedded database."""
-    return environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
-
-
 def absolute_source(source: str) -> str:
-    """`source` as it is understood in any folder; only a path depends on where one stands."""
+    """`source` with an absolute path, if it is a path."""
     if source.startswith(("models:/", "runs:/", "hf:")) or "://" in source:
         return source
     return str(expanded(source).absolute())
 
 
 def _convert(name: str, value: Any) -> Any:
-    """`value` (a string, or YAML's own type) as the field's type."""
+    """`value` (a string, or a YAML value) as the field's type."""
     wanted = _HINTS[name]
     if typing.get_origin(wanted) is tuple:
         return _strings(name, value)
@@ -326,7 +323,7 @@ def _convert(name: str, value: Any) -> Any:
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
-    if name == "models" and isinstance(value, Mapping):  # YAML's way to write them
+    if name == "models" and isinstance(value, Mapping):  # as a mapping in YAML
         value = [f"{key}={source}" for key, source in value.items()]
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]

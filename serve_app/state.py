@@ -1,4 +1,4 @@
-"""What every route may use, in one value: what the service was told, the models it holds, and where it counts."""
+"""What every route can use: settings, models and metrics."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from serve_app.settings import ServeSettings
 
 @dataclass(frozen=True)
 class AppState:
-    """Made once per app, and handed to each `router(state)`."""
+    """Made once per app and passed to each `router(state)`."""
 
     settings: ServeSettings
     models: Models

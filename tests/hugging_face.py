@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from gptcore.config import ModelConfig
-from gptcore.hf_format import publish, published_config
+from gptcore.hf_format import published_config, to_published
 from gptcore.model import GPT
 from gptcore.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
@@ -54,7 +54,7 @@ def publish_gpt2(
         for name, value in model.state_dict().items()
     }
     state["lm_head.weight"] = state["embed_tokens.weight"]
-    tensors = {layout.prefix + n.removeprefix("transformer."): t for n, t in publish(model, state).items()}
+    tensors = {layout.prefix + n.removeprefix("transformer."): t for n, t in to_published(model, state).items()}
     if layout.head != "left out":
         tensors["lm_head.weight"] = state["lm_head.weight"].clone()
     if layout.head == "instead":

@@ -3,12 +3,12 @@
 import torch
 from hypothesis import strategies as st
 
-from gptcore.sampling import ONE, SamplingParams, weigh
+from gptcore.sampling import ONE, SamplingParams, token_weights
 
 
 def by_definition(logits: torch.Tensor, params: SamplingParams) -> dict[int, int]:
     """The tokens that the filters leave, and their weights: everything sorted, in whole numbers."""
-    weights = [int(w) for w in weigh(logits[None], [params.temperature])[0].tolist()]
+    weights = [int(w) for w in token_weights(logits[None], [params.temperature])[0].tolist()]
     order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))[: params.top_k or None]
     total, before, kept = sum(weights[i] for i in order), 0, {}
     for i in order:

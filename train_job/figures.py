@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptcore.cli import Parser
 from gptcore.errors import ConfigError, FoundryError
-from gptcore.generate import Parser
 from gptcore.hub import KINDS, resolve
 from gptcore.package import Package, open_package
 from gptcore.sampling import SamplingParams, filtered_probs

@@ -1,8 +1,8 @@
-"""Continuous batching: many sequences share one model, and join and leave it at any step.
+"""Continuous batching: many sequences share one model, and join and leave the batch at any step.
 
-In come `Request`s, out come `Update`s. The loop is schedule, run, postprocess (`engine`), and each kind of state has
-one owner: `scheduler` the order, `cache` the slots, `runner` the keys and values. `AsyncEngine` is the way in for
-asyncio.
+Takes `Request`s and returns `Update`s. Each step schedules, runs the model and postprocesses (`engine`). Each kind of
+state has one owner: `scheduler` the queue, `cache` the slots, the runner the keys and values. `AsyncEngine` is the
+interface for asyncio.
 """
 
 from gptcore.engine.async_engine import AsyncEngine, Stream

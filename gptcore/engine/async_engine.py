@@ -1,8 +1,8 @@
-"""The engine in a thread of its own, asyncio outside: a request goes in, its updates come out as they are computed.
+"""Runs an engine in its own thread, with an asyncio interface.
 
-Messages go to the thread through one queue, on which it sleeps when it has nothing to do. Updates come back once per
-step, all together, through `loop.call_soon_threadsafe`. The event loop never waits for a step, and the engine
-never waits for a reader: what a slow one has not fetched yet is merged into one update.
+The thread receives messages through one queue, on which it sleeps when idle. It returns all updates of a step at once
+through `loop.call_soon_threadsafe`. The event loop never waits for a step, and the engine never waits for a reader:
+updates that a slow reader has not fetched are merged into one.
 """
 
 import asyncio
@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Submit:
-    """A request for the engine."""
+    """Start this request."""
 
     request: Request
 
 
 @dataclass(frozen=True)
 class Abort:
-    """End this request; whoever reads it is gone."""
+    """End this request; its reader is gone."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class Close:
-    """Finish what there is (`drain`) or abort it, then end."""
+    """Finish the open requests (`drain`) or abort them, then end."""
 
     drain: bool
 
@@ -48,7 +48,7 @@ Message = Submit | Abort | Close
 
 
 def merge(updates: list[Update]) -> Update:
-    """Consecutive updates of one request as one."""
+    """Merge consecutive updates of one request."""
     if len(updates) == 1:
         return updates[0]
     return replace(
@@ -61,10 +61,9 @@ def merge(updates: list[Update]) -> Update:
 
 
 class Mailbox:
-    """What has come for one request and was not fetched yet. Belongs to the event loop's thread.
+    """The updates of one request that were not fetched yet. Belongs to the event loop's thread.
 
-    The reader is woken for the first update and for the last, and for the others `interval` seconds after it was there
-    last or, if none has come by then, for the next.
+    The first and last updates wake the reader at once; others wake it at least `interval` seconds after its last fetch.
     """
 
     def __init__(self, request: Request, interval: float) -> None:
@@ -75,7 +74,7 @@ class Mailbox:
         self._timer: asyncio.TimerHandle | None = None
 
     def put(self, update: Update) -> None:
-        """Adds an update."""
+        """Add an update."""
         self.latest = update
         self._pending.append(update)
         wait = self._due - time.monotonic()
@@ -85,7 +84,7 @@ class Mailbox:
             self._timer = asyncio.get_running_loop().call_later(wait, self.arrived.set)
 
     def fail(self) -> None:
-        """Adds a last update, which says that the engine died."""
+        """Add a last update with the finish reason ERROR."""
         self.put(
             replace(
                 self.latest, text="", token_ids=(), logprobs=(), prompt_logprobs=(), finish_reason=FinishReason.ERROR
@@ -93,7 +92,7 @@ class Mailbox:
         )
 
     def take(self) -> Update:
-        """What has come since the last call, as one update. There must be something."""
+        """All updates since the last call, merged. There must be at least one."""
         update = merge(self._pending)
         self._pending = []
         self._due = time.monotonic() + self._interval
@@ -105,7 +104,7 @@ class Mailbox:
 
 
 class Stream:
-    """One request's updates, for one reader; the last has a finish reason. Closed or dropped before, it aborts."""
+    """One request's updates, for one reader; the last has a finish reason. Closing or dropping it aborts."""
 
     def __init__(self, request_id: str, mailbox: Mailbox, abort: Callable[[Abort], None]) -> None:
         self._request_id = request_id
@@ -125,7 +124,7 @@ class Stream:
         return update
 
     async def aclose(self) -> None:
-        """Ends the request if it has not ended: its slot is free from the engine's next step on."""
+        """End the request if it has not ended; its slot is free at the engine's next step."""
         self._leave()
 
     def __del__(self) -> None:
@@ -134,14 +133,14 @@ class Stream:
     def _leave(self) -> None:
         self._ended = True
         if self._mailbox.latest.finish_reason is None:
-            self._abort(Abort(self._request_id))  # a SimpleQueue's put, which may be called from here
+            self._abort(Abort(self._request_id))  # SimpleQueue.put is safe to call in __del__
 
 
 class AsyncEngine:
-    """An engine for asyncio. Everything here belongs to the event loop that called `start`."""
+    """An asyncio interface to an engine. Everything here belongs to the event loop that called `start`."""
 
     def __init__(self, engine_factory: Callable[[], Engine], name: str = "engine") -> None:
-        """`engine_factory` runs inside the thread, which is called `name`."""
+        """`engine_factory` runs in the thread, which is called `name`."""
         self._factory = engine_factory
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._open: dict[str, Mailbox] = {}
@@ -151,7 +150,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     async def start(self) -> None:
-        """Returns when the engine is warm. Raises what the factory or the warm-up raised."""
+        """Start the thread and wait until the engine is warm. Raises what the factory or the warm-up raised."""
         self._loop = asyncio.get_running_loop()
         self._warm = asyncio.Event()
         self._ended = asyncio.Event()
@@ -162,46 +161,46 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes requests: it was started, is not closing, and has not died."""
+        """Whether it accepts requests: it was started, is not closing, and has not died."""
         return self._engine is not None and not self._closing and self._error is None
 
     @property
     def at_work(self) -> bool:
-        """Whether its thread is there: it may be even if `start` was given up or `close` not waited for."""
+        """Whether its thread is running, which it may be even after a cancelled `start` or `close`."""
         return self._thread.is_alive()
 
     @property
     def engine(self) -> Engine:
-        """The engine itself, of which other threads than its own may only read. Raises EngineError before `start`."""
+        """The engine, which other threads may only read. Raises EngineError before `start`."""
         if self._engine is None:
             raise EngineError("the engine has not been started")
         return self._engine
 
     @property
     def package(self) -> Package:
-        """The model that it runs."""
+        """The engine's package."""
         return self.engine.package
 
     @property
     def info(self) -> EngineInfo:
-        """How the model is run: runner, precision, slots, memory."""
+        """Runner, precision, slots and memory."""
         return self.engine.info
 
     def stats(self) -> EngineStats:
-        """Counts as of now, without requests still on their way to the thread."""
+        """The current counters, without requests that are still in the thread's queue."""
         return self.engine.stats()
 
     def generate(self, request: Request, interval: float = 0.0) -> Stream:
-        """Submits `request`, at once, and returns the stream of its updates, `interval` seconds apart or more.
+        """Submit `request` and return the stream of its updates, at least `interval` seconds apart.
 
-        Raises ConfigError for a request that does not fit the model, QueueFull if as many are open as may be, and
-        EngineError if the engine has died or is closing. If it dies later, the last update's finish reason is "error".
+        Raises ConfigError for an invalid request, QueueFull if there is no room, and EngineError if the engine has died
+        or is closing. If it dies later, the last update's finish reason is "error".
         """
         engine = self.engine
         if not self.alive:
             raise EngineError(f"the engine {f'died of {self._error!r}' if self._error else 'is closed'}")
         engine.validate(request)
-        # Asked here and not in the thread, which may be busy with a step: a refusal is to come at once.
+        # Checked here, since the thread may be busy with a step and a refusal should be immediate.
         if request.request_id in self._open:
             raise ConfigError(f"request id {request.request_id!r} is in use", param="request_id")
         room = engine.info.slots + engine.settings.max_queue
@@ -212,7 +211,7 @@ class AsyncEngine:
         return Stream(request.request_id, mailbox, self._inbox.put)
 
     async def close(self, drain: bool = True) -> None:
-        """Takes no more requests, finishes those there are (`drain`) or aborts them, and ends the thread."""
+        """Accept no more requests, finish the open ones (`drain`) or abort them, and end the thread."""
         self._closing = True
         if self._thread.is_alive():
             self._inbox.put(Close(drain))
@@ -226,14 +225,14 @@ class AsyncEngine:
                 del self._open[update.request_id]
 
     def _end(self) -> None:
-        """The thread has ended. What is open still will get no more updates."""
+        """Called when the thread has ended; fails the requests that are still open."""
         for mailbox in self._open.values():
             mailbox.fail()
         self._open.clear()
         self._warm.set()
         self._ended.set()
 
-    # From here on: what runs in the thread.
+    # The methods below run in the thread.
 
     def _main(self) -> None:
         try:
@@ -245,14 +244,14 @@ class AsyncEngine:
                     self._serve(engine)
             finally:
                 engine.close()
-        except BaseException as error:  # whatever it is, whoever waits for an answer is told
-            if self._engine is not None:  # else `start` raises it
+        except BaseException as error:  # whatever it is, waiting readers must be told
+            if self._engine is not None:  # otherwise `start` raises it
                 logger.critical("%s died", self._thread.name, exc_info=error)
             self._error = error
         self._post(self._end)
 
     def _serve(self, engine: Engine) -> None:
-        """Runs steps and handles messages until one says to end."""
+        """Run steps and handle messages until told to close."""
         closing = False
         while engine.busy or not closing:
             if not engine.busy:
@@ -265,7 +264,7 @@ class AsyncEngine:
                 return
 
     def _handle(self, engine: Engine, message: Message) -> bool:
-        """Does what `message` says; returns whether the engine is to end."""
+        """Handle a message; return whether to close the engine."""
         match message:
             case Submit(request):
                 engine.add(request)
@@ -278,7 +277,7 @@ class AsyncEngine:
         return False
 
     def _post(self, callback: Callable[..., object], *args: object) -> bool:
-        """Has the event loop call `callback`. False if the loop is closed, so that nobody is left to tell."""
+        """Schedule `callback` on the event loop; return False if the loop is closed."""
         try:
             self._loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:

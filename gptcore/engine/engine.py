@@ -1,7 +1,7 @@
-"""The engine: schedule, run, postprocess, once per step. Requests go in, updates come out; its caller is its clock.
+"""The engine: each call of `step` schedules, runs the model and postprocesses.
 
-It belongs to one thread. What it owns it owns alone: the scheduler has the order, the cache the slots, the runner the
-keys and values, and the engine what turns logits into text.
+It belongs to one thread. The scheduler owns the queue, the cache the slots, the runner the keys and values, and the
+engine the sampling and text of each request.
 """
 
 import secrets
@@ -14,13 +14,13 @@ from torch import Tensor
 from gptcore.engine.cache import SlotCache
 from gptcore.engine.interface import Chunk, FinishReason, Request, Runner, TokenLogprob, Update
 from gptcore.engine.runners import make_runner
-from gptcore.engine.sampler import Choice, sample, token_logprobs
-from gptcore.engine.scheduler import Plan, Scheduler
+from gptcore.engine.sampler import SampledToken, sample, token_logprobs
+from gptcore.engine.scheduler import ScheduledStep, Scheduler
 from gptcore.engine.sequence import Phase, Sequence
 from gptcore.engine.settings import EngineSettings
 from gptcore.errors import ConfigError, EngineError
 from gptcore.package import Package
-from gptcore.sampling import Row, SamplingParams
+from gptcore.sampling import SamplingParams, SamplingState
 from gptcore.text import TextStream
 
 
@@ -37,12 +37,12 @@ class EngineInfo:
     context_length: int
     cache_bytes: int
     invariant: bool
-    """Logits are the same to the bit however sequences are batched, in this runner's own arithmetic."""
+    """Whether logits are bit for bit the same however sequences are batched."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts: the first four as of now, the totals since the engine was made."""
+    """Counters: the first four are current values, the totals count since the start."""
 
     running: int
     waiting: int
@@ -50,33 +50,33 @@ class EngineStats:
     slots_used: int
     cached_tokens_reused_total: int
     prompt_tokens_total: int
-    """Of the prompts that were begun, those found in the cache included."""
+    """Of started prompts, including tokens found in the cache."""
     generated_tokens_total: int
     steps_total: int
 
 
 @dataclass
-class Live:
-    """An open request: what the scheduler moves about, and what makes text of its tokens."""
+class ActiveRequest:
+    """An open request: its sequence, sampling state and text decoder."""
 
     sequence: Sequence
-    row: Row
+    row: SamplingState
     text: TextStream
     ends: frozenset[int]
-    """Tokens after which the sequence has ended."""
+    """Tokens that end the sequence."""
     limit: int
-    """Tokens, the prompt's included, at which it has ended."""
+    """Length at which the sequence ends, in tokens including the prompt."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Not handed out yet."""
+    """Those not yet returned in an update."""
 
 
 class Engine:
-    """A model, a cache with a fixed number of slots, and the requests that are open."""
+    """A model, a cache with a fixed number of slots, and the open requests."""
 
     def __init__(
         self, package: Package, settings: EngineSettings = EngineSettings(), runner: Runner | None = None
     ) -> None:
-        """Loads the model, unless a `runner` has it already. Raises ConfigError or PackageError."""
+        """Load the model unless `runner` is given. Raises ConfigError or PackageError."""
         self.package = package
         self.settings = settings
         self.runner = runner or make_runner(package, settings)
@@ -89,13 +89,13 @@ class Engine:
         )
         self._scheduler = Scheduler(cache, settings.prefill_tokens, settings.max_queue)
         self._vocab_size = package.tokenizer.vocab_size
-        self._live: dict[str, Live] = {}
+        self._active: dict[str, ActiveRequest] = {}
         self._aborted: list[str] = []
         self._reused = self._prompts = self._generated = self._steps = 0
 
     @property
     def info(self) -> EngineInfo:
-        """How the model is run."""
+        """Runner, precision, slots and memory."""
         r = self.runner
         dtype = str(r.dtype).removeprefix("torch.")
         return EngineInfo(r.name, r.note, dtype, str(r.device), r.slots, r.context_length, r.cache_bytes, r.invariant)
@@ -103,10 +103,10 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there are open requests."""
-        return bool(self._live)
+        return bool(self._active)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of `text`, none for an empty one. To begin a document, prompt with the tokenizer's `eot`."""
+        """Token ids of `text`, none if it is empty. To begin a document, use the tokenizer's `eot` as the prompt."""
         return tuple(self.package.tokenizer.encode(text))
 
     def validate(self, request: Request) -> None:
@@ -127,47 +127,47 @@ class Engine:
                 )
 
     def add(self, request: Request) -> None:
-        """Puts `request` into the queue. Raises ConfigError if it does not fit, QueueFull if there is no room."""
+        """Add `request` to the queue. Raises ConfigError if it is invalid, QueueFull if the queue is full."""
         self.validate(request)
-        if request.request_id in self._live:
+        if request.request_id in self._active:
             raise ConfigError(f"request id {request.request_id!r} is in use", param="request_id")
         params, eot = request.params, self.package.tokenizer.eot
         sequence = Sequence(request, time.monotonic())
         self._scheduler.add(sequence)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._live[request.request_id] = Live(
+        self._active[request.request_id] = ActiveRequest(
             sequence,
-            Row(params, seed, sequence.tokens, sequence.prompt_length),
+            SamplingState(params, seed, sequence.tokens, sequence.prompt_length),
             TextStream(self.package.tokenizer, params.stop),
             frozenset(params.stop_token_ids if params.ignore_eos else (eot, *params.stop_token_ids)),
             min(sequence.prompt_length + params.max_new_tokens, self.runner.context_length),
         )
 
     def abort(self, request_id: str) -> None:
-        """Ends a request at the next step, which tells so in an update. An unknown id is none to end."""
-        if request_id in self._live:
+        """End a request at the next step, which returns its last update. An unknown id is ignored."""
+        if request_id in self._active:
             self._aborted.append(request_id)
 
     def abort_all(self) -> None:
-        """Ends every open request at the next step."""
-        self._aborted += self._live
+        """End every open request at the next step."""
+        self._aborted += self._active
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """Runs every sequence that can run once; returns what became known, at most one update per request."""
+        """Run one step; return at most one update per request."""
         updates = self._end_aborted()
-        plan = self._scheduler.schedule(time.monotonic())
-        if plan.work:
-            chunks = [self._chunk(sequence, count) for sequence, count in plan.work]
-            for source, target, length in plan.copies:
+        step = self._scheduler.schedule(time.monotonic())
+        if step.work:
+            chunks = [self._chunk(sequence, count) for sequence, count in step.work]
+            for source, target, length in step.copies:
                 self.runner.copy(source, target, length)
             logits = self.runner.forward(chunks)  # (sum of wanted, V)
-            updates += self._postprocess(plan, chunks, logits)
+            updates += self._postprocess(step, chunks, logits)
             self._steps += 1
         return updates
 
     def stats(self) -> EngineStats:
-        """Counts. May be called from any thread."""
+        """The current counters. May be called from any thread."""
         scheduler = self._scheduler
         return EngineStats(
             running=scheduler.running,
@@ -181,20 +181,20 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Raises EngineError, naming what is wrong, unless requests, queues and slots agree."""
+        """Raises EngineError unless requests, queues and slots are consistent."""
         self._scheduler.check()
         known = {s.id for queue in self._scheduler.queues.values() for s in queue}
-        if known != self._live.keys():
-            raise EngineError(f"these are open or at work, but not both: {sorted(known ^ self._live.keys())}")
+        if known != self._active.keys():
+            raise EngineError(f"these are open or at work, but not both: {sorted(known ^ self._active.keys())}")
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs the model once as prompts and decodes will, so that the first request waits for nothing.
+        """Run the model once for prefill and decoding, so that the first request is not slow.
 
-        Raises EngineError if requests are open, or if the model gives logits that are no numbers.
+        Raises EngineError if requests are open, or if the model's logits are not finite.
         """
         if self.busy:
-            raise EngineError("requests are open; an engine is warmed up before them")
+            raise EngineError("requests are open; warm up the engine before adding requests")
         eot = self.package.tokenizer.eot
         room = self.runner.context_length
         prompt = [eot] * max(1, min(self._scheduler.prefill_tokens, room - 1))
@@ -202,12 +202,12 @@ class Engine:
         if len(prompt) < room:
             logits = self.runner.forward([Chunk(0, len(prompt), [eot], 1)])
         if not logits[:, : self._vocab_size].isfinite().all():
-            raise EngineError(f"the model in {self.package.path} gives logits that are no finite numbers")
-        row = Row(SamplingParams(), 0, prompt, len(prompt))
+            raise EngineError(f"the logits of the model in {self.package.path} are not finite")
+        row = SamplingState(SamplingParams(), 0, prompt, len(prompt))
         sample(logits, [row], self._vocab_size, self.runner.next_tokens)
 
     def close(self) -> None:
-        """Frees the model and the cache; nothing may be called after."""
+        """Free the model and the cache; the engine cannot be used afterwards."""
         self.runner.close()
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
@@ -221,66 +221,66 @@ class Engine:
                 self._reused += sequence.cached
         return Chunk(sequence.slot, start, sequence.tokens[start:end], wanted)
 
-    def _postprocess(self, plan: Plan, chunks: list[Chunk], logits: Tensor) -> list[Update]:
-        """Samples for every sequence whose tokens have all been run; the others only got further.
+    def _postprocess(self, step: ScheduledStep, chunks: list[Chunk], logits: Tensor) -> list[Update]:
+        """Sample a token for every sequence whose tokens have all been run.
 
-        A sequence of the prompt only ends once that has been run.
+        A request with `prompt_only` ends when its prompt has been run.
         """
-        ready: list[Live] = []
-        scored: list[Live] = []
+        ready: list[ActiveRequest] = []
+        scored: list[ActiveRequest] = []
         picked: list[int] = []
         row = 0
-        for (sequence, count), chunk in zip(plan.work, chunks, strict=True):
-            live = self._live[sequence.id]
+        for (sequence, count), chunk in zip(step.work, chunks, strict=True):
+            active = self._active[sequence.id]
             if chunk.wanted > 0 and sequence.phase is Phase.PREFILL and sequence.request.prompt_logprobs:
-                self._score_prompt(live, chunk, logits[row : row + chunk.wanted])
+                self._score_prompt(active, chunk, logits[row : row + chunk.wanted])
             row += chunk.wanted
             if not self._scheduler.advance(sequence, count):
                 continue
             if sequence.request.prompt_only:
-                scored.append(live)
+                scored.append(active)
             else:
-                ready.append(live)
+                ready.append(active)
                 picked.append(row - 1)
-        updates = [self._update(live, "", (), (), FinishReason.LENGTH) for live in scored]
+        updates = [self._update(active, "", (), (), FinishReason.LENGTH) for active in scored]
         if not ready:
             return updates
         if len(picked) < row:
             logits = logits[picked]
-        choices = sample(logits, [live.row for live in ready], self._vocab_size, self.runner.next_tokens)
+        choices = sample(logits, [active.row for active in ready], self._vocab_size, self.runner.next_tokens)
         self._generated += len(choices)
-        return updates + [self._follow(live, choice) for live, choice in zip(ready, choices, strict=True)]
+        return updates + [self._follow(active, choice) for active, choice in zip(ready, choices, strict=True)]
 
-    def _follow(self, live: Live, choice: Choice) -> Update:
-        """The sequence goes on with `choice`, or has ended with it."""
-        sequence, token = live.sequence, choice.token
+    def _follow(self, active: ActiveRequest, choice: SampledToken) -> Update:
+        """Append a sampled token to the sequence, and end it if it is complete."""
+        sequence, token = active.sequence, choice.token
         sequence.tokens.append(token)
         reason = None
-        if token in live.ends:
-            reason, text = FinishReason.STOP, live.text.flush()
+        if token in active.ends:
+            reason, text = FinishReason.STOP, active.text.flush()
         else:
-            text = live.text.push(token)
-            if len(sequence.tokens) >= live.limit:
+            text = active.text.push(token)
+            if len(sequence.tokens) >= active.limit:
                 reason = FinishReason.LENGTH
-                text += live.text.flush()
-            if live.text.stopped:
+                text += active.text.flush()
+            if active.text.stopped:
                 reason = FinishReason.STOP
-        logprobs = () if live.row.params.logprobs is None else (self._describe(choice, generated=True),)
-        return self._update(live, text, (token,), logprobs, reason)
+        logprobs = () if active.row.params.logprobs is None else (self._describe(choice, generated=True),)
+        return self._update(active, text, (token,), logprobs, reason)
 
     def _update(
         self,
-        live: Live,
+        active: ActiveRequest,
         text: str,
         token_ids: tuple[int, ...],
         logprobs: tuple[TokenLogprob, ...],
         reason: FinishReason | None,
     ) -> Update:
-        sequence = live.sequence
+        sequence = active.sequence
         if reason is not None:
             self._scheduler.finish(sequence)
-            del self._live[sequence.id]
-        prompt_logprobs, live.prompt_logprobs = tuple(live.prompt_logprobs), []
+            del self._active[sequence.id]
+        prompt_logprobs, active.prompt_logprobs = tuple(active.prompt_logprobs), []
         return Update(
             sequence.id,
             text,
@@ -296,23 +296,23 @@ class Engine:
 
     def _end_aborted(self) -> list[Update]:
         aborted, self._aborted = dict.fromkeys(self._aborted), []
-        return [self._abort(self._live[name]) for name in aborted if name in self._live]
+        return [self._abort(self._active[name]) for name in aborted if name in self._active]
 
-    def _abort(self, live: Live) -> Update:
-        if live.sequence.phase is Phase.WAITING:
-            live.sequence.admitted = time.monotonic()  # it waited until now, in vain
-        return self._update(live, live.text.flush(), (), (), FinishReason.ABORT)
+    def _abort(self, active: ActiveRequest) -> Update:
+        if active.sequence.phase is Phase.WAITING:
+            active.sequence.admitted = time.monotonic()  # for queue_seconds
+        return self._update(active, active.text.flush(), (), (), FinishReason.ABORT)
 
-    def _score_prompt(self, live: Live, chunk: Chunk, logits: Tensor) -> None:
-        """Notes what the model gave the prompt's tokens that follow those of `chunk`; logits are (T, V)."""
-        prompt, top = live.sequence.request.prompt, live.row.params.logprobs or 0
+    def _score_prompt(self, active: ActiveRequest, chunk: Chunk, logits: Tensor) -> None:
+        """Record the logprobs of the prompt tokens that follow those of `chunk`; logits are (T, V)."""
+        prompt, top = active.sequence.request.prompt, active.row.params.logprobs or 0
         following = prompt[chunk.start + 1 : chunk.start + 1 + len(chunk.tokens)]
         if chunk.start == 0:
-            live.prompt_logprobs.append(self._describe(Choice(prompt[0])))
+            active.prompt_logprobs.append(self._describe(SampledToken(prompt[0])))
         scored = token_logprobs(logits[: len(following)], following, top, self._vocab_size)
-        live.prompt_logprobs += map(self._describe, scored)
+        active.prompt_logprobs += map(self._describe, scored)
 
-    def _describe(self, choice: Choice, generated: bool = False) -> TokenLogprob:
+    def _describe(self, choice: SampledToken, generated: bool = False) -> TokenLogprob:
         tokenizer = self.package.tokenizer
 
         def entry(token: int, logprob: float | None, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:

@@ -1,7 +1,7 @@
-"""What the engine's parts agree on.
+"""The types shared by the engine's parts.
 
 A caller sends a `Request` and gets `Update`s until one has a finish reason. The engine sends a `Runner` `Chunk`s of
-several sequences at once and gets the logits of the tokens that need them.
+several sequences at once and gets the requested logits.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gptcore.sampling import Row, SamplingParams
+from gptcore.sampling import SamplingParams, SamplingState
 
 
 class FinishReason(StrEnum):
@@ -21,20 +21,20 @@ class FinishReason(StrEnum):
     STOP = "stop"
     """The end-of-text token, a stop string or a stop token id."""
     LENGTH = "length"
-    """`max_new_tokens` are there, or the context is full."""
+    """`max_new_tokens` were generated, or the context is full."""
     ABORT = "abort"
-    """The caller asked for it."""
+    """The caller aborted it."""
     ERROR = "error"
     """The engine died."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to continue. `request_id` is unique among the requests that an engine holds."""
+    """One sequence to continue. `request_id` is unique among an engine's open requests."""
 
     request_id: str
     prompt: tuple[int, ...]
-    """Token ids, at least one and fewer than the context holds."""
+    """Token ids: at least one, and fewer than the context length."""
     params: SamplingParams
     prompt_logprobs: bool = False
     """Also report the logprobs of the prompt's tokens, `params.logprobs` alternatives each; reuses no prefix then."""
@@ -48,34 +48,34 @@ class TokenLogprob:
 
     token_id: int
     text: str
-    """The token's bytes as text; bytes that are no whole characters become U+FFFD."""
+    """The token's bytes as text; incomplete characters become U+FFFD."""
     bytes: tuple[int, ...]
-    """What it adds to the text: nothing if it is a generated end of text."""
+    """The bytes it adds to the text; none for a generated end-of-text token."""
     logprob: float | None
-    """None for the first token of a prompt, which follows nothing."""
+    """None for the first token of a prompt."""
     top: tuple["TokenLogprob", ...] = ()
-    """The likeliest tokens at this place, likeliest first, as many as were asked for."""
+    """The likeliest tokens at this position, likeliest first, as many as requested."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What became known of one sequence since its last update. The last one alone has a finish reason."""
+    """The new part of one sequence since its previous update. Only the last update has a finish reason."""
 
     request_id: str
     text: str
-    """Newly releasable text: whole characters, never part of a stop string."""
+    """New text: whole characters, never part of a stop string."""
     token_ids: tuple[int, ...]
-    """Tokens generated since the last update; the end-of-text or stop token that ended the sequence is among them."""
+    """Tokens generated since the previous update, including the end-of-text or stop token that ended the sequence."""
     logprobs: tuple[TokenLogprob, ...]
-    """Of `token_ids`, one each, if asked for."""
+    """One per entry of `token_ids`, if requested."""
     finish_reason: FinishReason | None
     prompt_tokens: int
     generated_tokens: int
-    """So far, in all updates together."""
+    """In total, over all updates so far."""
     cached_tokens: int
-    """Prompt tokens that were not computed anew."""
+    """Prompt tokens found in the cache."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the prompt's tokens, in the first update, if asked for."""
+    """Those of the prompt, in the first update, if requested."""
     queue_seconds: float = 0.0
     """How long the request waited for its slot."""
 
@@ -86,17 +86,17 @@ class Chunk:
 
     slot: int
     start: int
-    """Position of tokens[0] in the sequence; the slot holds the positions before it already."""
+    """Position of tokens[0] in the sequence; earlier positions are already in the slot."""
     tokens: Sequence[int]
     wanted: int
-    """How many of the last tokens need logits: 0 (more of the prompt is to come), 1, or all (prompt logprobs)."""
+    """How many of the last tokens need logits: 0 (more of the prompt follows), 1, or all (prompt logprobs)."""
 
 
 class Runner(Protocol):
-    """A network with room for `slots` sequences of up to `context_length` tokens."""
+    """Runs a network, with a cache for `slots` sequences of up to `context_length` tokens."""
 
     name: str
-    """What computes, for people: "native avx512_bf16", "torch", "torch, CUDA graphs"."""
+    """The kind of runner, for people: "native avx512_bf16", "torch", "torch, CUDA graphs"."""
     note: str
     """Why it is this one and not a faster one; empty if there is none faster."""
     dtype: torch.dtype
@@ -104,33 +104,33 @@ class Runner(Protocol):
     slots: int
     context_length: int
     vocab_size: int
-    """Columns of the logits: the tokenizer's ids, and spare rows of the embedding behind them."""
+    """Columns of the logits: the tokenizer's ids, then spare rows of the embedding."""
     cache_bytes: int
-    """Memory that keys and values take."""
+    """Bytes of the key/value cache."""
     invariant: bool
-    """A token's logits depend on its prefix alone, bit for bit, however it was cut into chunks or batched.
+    """A token's logits depend on its prefix only, bit for bit, however it was split into chunks or batched.
 
-    Where false, decoding (a chunk of one token with logits wanted) and prefill round differently, so what a slot
-    holds may be reused for another sequence only as far as prefill computed it.
+    If false, decoding (a chunk of one token with logits) and prefill round differently, so another sequence may reuse
+    only what prefill computed.
     """
     reuse_granularity: int
-    """Prompts are cut, and prefixes reused, only at positions that are multiples of this; 1: anywhere."""
+    """Prompts are split, and prefixes reused, only at multiples of this; 1: anywhere."""
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Logits (sum of wanted, V) in fp32, in the order of `chunks`, of which no two may share a slot.
+        """Run the chunks, which must be in different slots; return logits (sum of wanted, V) in fp32, in their order.
 
-        Writes keys and values of every token. The result may be overwritten by the next call.
+        Stores every token's keys and values. The next call may overwrite the result.
         """
         ...
 
-    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        """The token that follows each row, from logits (R, vocabulary): `gptcore.sampling.next_tokens` or as good."""
+    def next_tokens(self, logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
+        """The next token of each row, from logits (R, vocabulary), as `gptcore.sampling.next_tokens` gives it."""
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` positions of a slot to another, which loses what it held."""
+        """Copy the first `length` positions of a slot to another, whose content is lost."""
         ...
 
     def close(self) -> None:
-        """Frees weights and cache; nothing may be called after."""
+        """Free weights and cache; the runner cannot be used afterwards."""
         ...

@@ -1,12 +1,9 @@
-"""The engine's hot path on a CPU: builds native.cpp once for this machine, packs a model's weights, runs it.
+"""A Runner with a native CPU kernel: compiles native.cpp once for this machine and packs a model's weights for it.
 
-In: a `GPT` in fp32, chunks of tokens. Out: logits, and tokens drawn from them.
+The first use needs a C++ compiler (`$CXX`, c++, g++ or clang++); the library is cached under `home()`/.cache/native by
+source, compiler and processor. If that fails, `NativeUnavailable` says why, and the engine runs on torch instead.
 
-The kernel needs a C++ compiler (`$CXX`, c++, g++ or clang++) the first time; what it builds is kept under
-`home()`/.cache/native, named by source, compiler and processor. Where that cannot be done, `NativeUnavailable` says
-why, and the engine runs on torch instead.
-
-A token's logits depend on its prefix alone, bit for bit, however it was batched or chunked (native.cpp has the how).
+A token's logits depend on its prefix only, bit for bit, however it was batched or chunked (native.cpp explains how).
 """
 
 import ctypes
@@ -28,12 +25,12 @@ from gptcore.engine.interface import Chunk
 from gptcore.errors import FoundryError
 from gptcore.home import home
 from gptcore.model import GPT, Attention, Block
-from gptcore.sampling import LEAST_TEMPERATURE, Row, penalties, uniform
+from gptcore.sampling import LEAST_TEMPERATURE, SamplingState, penalties, uniform
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 EXTRA_FLAGS: tuple[str, ...] = ()
-"""Behind the others: tests build for lesser processors."""
+"""Added last; tests use them to compile for other processors."""
 BUILD_SECONDS = 120
 LANES = 16
 """The kernel handles sixteen features at a time: widths are multiples of it."""
@@ -47,7 +44,7 @@ WEIGHTS = {name: number for number, name in enumerate(NAMES.split())}
 
 
 class _Draw(ctypes.Structure):
-    """As native.cpp's."""
+    """The struct of the same name in native.cpp."""
 
     _fields_ = (
         ("point", ctypes.c_double),
@@ -64,10 +61,9 @@ class NativeUnavailable(FoundryError):
 
 
 class NativeRunner:
-    """A model packed for decoding on this CPU, and the keys and values of its slots.
+    """A `gptcore.engine.interface.Runner` on the native kernel. Raises NativeUnavailable.
 
-    A `gptcore.engine.interface.Runner`. `dtype`, bfloat16 or float32, is that of weights and cache; sums, norms and the
-    residual stream are in fp32. Raises NativeUnavailable.
+    `dtype`, bfloat16 or float32, is that of weights and cache; sums, norms and the residual stream are in fp32.
     """
 
     invariant = True
@@ -99,7 +95,7 @@ class NativeRunner:
         self._logits = torch.empty(0, self._width)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Logits (sum of `wanted`, V) in fp32, in the order of the chunks; the next call overwrites them."""
+        """See Runner. The next call overwrites the result."""
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -119,14 +115,14 @@ class NativeRunner:
         )  # fmt: skip
         return logits[:, : self.vocab_size]
 
-    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        """As `gptcore.sampling.next_tokens` has it, by the kernel."""
+    def next_tokens(self, logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
+        """See Runner."""
         draws, tokens = (_Draw * len(rows))(), (ctypes.c_int32 * len(rows))()
         ids: list[int] = []
         values: list[float] = []
         for i, (draw, row) in enumerate(zip(draws, rows, strict=True)):
             params = row.params
-            # 0 means greedy there, so a temperature that fp32 cannot hold must not become it.
+            # 0 means greedy in the kernel, so a tiny temperature must not be rounded to 0 in fp32.
             draw.temperature = 0.0 if params.greedy else max(params.temperature, LEAST_TEMPERATURE)
             draw.top_k, draw.top_p, draw.min_p = min(params.top_k, logits.size(1)), params.top_p, params.min_p
             draw.point = uniform(row.seed, len(row.tokens))
@@ -142,11 +138,11 @@ class NativeRunner:
         return list(tokens)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Gives slot `target` the first `length` positions of slot `source`."""
+        """See Runner."""
         self._library.gpt_copy(self._handle, source, target, length)
 
     def close(self) -> None:
-        """Frees weights and cache; the runner cannot be used afterwards."""
+        """See Runner."""
         if self._handle:
             self._library.gpt_destroy(self._handle)
             self._handle = None
@@ -201,7 +197,7 @@ class NativeRunner:
 
 
 def check_shape(config: ModelConfig) -> None:
-    """Raises NativeUnavailable for widths that the kernel does not handle."""
+    """Raises NativeUnavailable for widths that the kernel does not support."""
     widths = {
         "hidden_size": config.hidden_size,
         "head_dim": config.head_size,
@@ -219,7 +215,7 @@ def available_cores() -> int:
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """The compiled kernel, from the cache or built now. Raises NativeUnavailable."""
+    """The compiled kernel, from the cache or compiled now. Raises NativeUnavailable."""
     compiler = find_compiler()
     target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [compiler, *FLAGS, target, *EXTRA_FLAGS]
@@ -254,14 +250,14 @@ def find_compiler() -> str:
 
 
 def _fingerprint(command: list[str]) -> str:
-    """Names a build by all that decides what comes out: source, flags, compiler, processor."""
+    """A hash of everything that affects the build: source, flags, compiler, processor."""
     parts = [SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), _processor()]
     parts.append(str(Path(command[0]).resolve().stat().st_mtime_ns))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
-    """Model and features of the processor: a cache may lie on a disk that other machines share."""
+    """Model and features of the processor, since machines may share the cache's disk."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -276,7 +272,7 @@ def _build(command: list[str], library: Path) -> None:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / library.name
             subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, timeout=BUILD_SECONDS)
-            built.rename(library)  # whole or not there, for processes that build at the same moment
+            built.rename(library)  # atomic, for processes that compile at the same time
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
         raise NativeUnavailable(f"{command[0]} cannot build the native kernel: {last[0]}") from error

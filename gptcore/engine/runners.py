@@ -1,7 +1,4 @@
-"""Which runner an engine gets, and how many slots there is memory for.
-
-In: a package and `EngineSettings`. Out: a `Runner`: the native kernel on a CPU that it was written for, else torch.
-"""
+"""Chooses an engine's runner and its number of slots: the native kernel on a supported CPU, else torch."""
 
 import torch
 
@@ -17,12 +14,12 @@ from gptcore.memory import free_memory, require_memory
 from gptcore.package import Package
 
 MOST_SLOTS = {"cpu": 16, "cuda": 64, "mps": 16}
-"""A step first takes as long as reading the weights, however many sequences share it. From about so many on it is bound
-by arithmetic or by reading the cache, and one more would only make all the others slower."""
+"""With few sequences, a step takes as long as reading the weights. From about this many on, arithmetic or the cache is
+the bottleneck, and one more sequence only slows down the others."""
 SHARE = 0.5
-"""Of the memory that is free, so much may go to slots: activations, logits and other processes need some too."""
+"""Share of the free memory for slots; activations, logits and other processes need the rest."""
 PREFILL = {"cpu": 64, "cuda": 256, "mps": 64}
-"""Tokens of a prompt that go through the network at once: enough to be bound by arithmetic."""
+"""Prompt tokens that go through the network at once: enough to be limited by arithmetic."""
 
 
 def make_runner(package: Package, settings: EngineSettings) -> Runner:
@@ -52,21 +49,21 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
 
 
 def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Memory that the keys and values of one slot take: each layer's, for a full context."""
+    """Bytes of one slot: the keys and values of all layers for a full context."""
     return 2 * config.num_layers * config.kv_heads * config.head_size * config.context_length * dtype.itemsize
 
 
 def check_memory(package: Package, device: torch.device, dtype: torch.dtype, loaded: torch.dtype) -> None:
-    """Raises NoMemory if the model, loaded as `loaded` and packed as `dtype`, and one slot are more than is free."""
+    """Raises NoMemory if the model, loaded as `loaded` and packed as `dtype`, and one slot exceed the free memory."""
     packed = {"packed weights": count_parameters(package.config) * dtype.itemsize}
     slot = {"one slot of keys and values": slot_bytes(package.config, dtype)}
     require_memory(f"the model in {package.path}", package.memory(loaded) | packed | slot, free_memory(device))
 
 
 def count_slots(config: ModelConfig, asked: int, device: torch.device, dtype: torch.dtype) -> int:
-    """`asked` slots, or for 0 as many as SHARE of the free memory holds, up to MOST_SLOTS.
+    """`asked` slots, or if 0, as many as SHARE of the free memory holds, up to MOST_SLOTS.
 
-    Raises NoMemory if they do not fit into it, rather than have the system end the process.
+    Raises NoMemory if they do not fit, instead of letting the system kill the process.
     """
     free, size = free_memory(device), slot_bytes(config, dtype)
     slots = asked or max(1, min(MOST_SLOTS[device.type], int(free * SHARE) // size))

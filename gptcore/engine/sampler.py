@@ -1,7 +1,7 @@
-"""Logits of many sequences to their next tokens, and to logprobs for those that ask.
+"""Samples the next token of many sequences from their logits, with logprobs where requested.
 
-In come logits (R, V) and one `Row` per sequence; out comes one `Choice` each. How a token is drawn is
-`gptcore.sampling`'s.
+Takes logits (R, V) and one `SamplingState` per sequence; returns one `SampledToken` each. `gptcore.sampling` does the
+sampling itself.
 """
 
 import math
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from gptcore.sampling import Row, greatest, next_tokens
+from gptcore.sampling import SamplingState, next_tokens, top_indices
 
-__all__ = ["Choice", "Row", "sample", "token_logprobs"]
+__all__ = ["SampledToken", "SamplingState", "sample", "token_logprobs"]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A token, and its logprob and the likeliest tokens' (id, logprob), likeliest first, as far as asked for.
+class SampledToken:
+    """A token and, if requested, its logprob and the likeliest tokens' (id, logprob), likeliest first.
 
     Logprobs are in nats, of the model's distribution at temperature 1, before penalties and filters.
     """
@@ -30,31 +30,31 @@ class Choice:
 
 def sample(
     logits: Tensor,
-    rows: Sequence[Row],
+    rows: Sequence[SamplingState],
     vocab_size: int,
-    draw: Callable[[Tensor, Sequence[Row]], list[int]] = next_tokens,
-) -> list[Choice]:
-    """The token that follows each of `rows`, from logits (R, V); ids from `vocab_size` on are never chosen.
+    draw: Callable[[Tensor, Sequence[SamplingState]], list[int]] = next_tokens,
+) -> list[SampledToken]:
+    """The next token of each row, from logits (R, V); ids from `vocab_size` on are never chosen.
 
-    No row's choice depends on the others. The logits are left as they are. `draw` is a runner's `next_tokens`.
+    Rows do not affect each other, and the logits are not changed. `draw` is a runner's `next_tokens`.
     """
     logits = logits[:, :vocab_size]
     tokens = draw(logits, rows)
-    choices = [Choice(token) for token in tokens]
+    choices = [SampledToken(token) for token in tokens]
     for i, row in enumerate(rows):
         if (top := row.params.logprobs) is not None:
             choices[i : i + 1] = token_logprobs(logits[i : i + 1], tokens[i : i + 1], top, vocab_size)
     return choices
 
 
-def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> list[Choice]:
-    """`tokens` as if they had been chosen from logits (R, V), with their logprobs and `top` alternatives each."""
+def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> list[SampledToken]:
+    """`tokens` with their logprobs under logits (R, V), and `top` alternatives each."""
     choices = []
     for values, token in zip(logits[:, :vocab_size].detach().float().cpu().numpy(), tokens, strict=True):
         largest = float(values.max())
         log_sum = largest + math.log(np.exp(values - largest).sum(dtype=np.float64))  # of exp(logits)
-        ids = greatest(values, top)
+        ids = top_indices(values, top)
         ids = ids[(-values[ids]).argsort(kind="stable")]
         likeliest = tuple((int(i), float(values[i]) - log_sum) for i in ids)
-        choices.append(Choice(token, float(values[token]) - log_sum, likeliest))
+        choices.append(SampledToken(token, float(values[token]) - log_sum, likeliest))
     return choices

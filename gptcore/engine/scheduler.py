@@ -1,10 +1,10 @@
-"""Who runs in the next step, and how far: plain Python, with no model in sight.
+"""Decides which sequences run in the next step, and how many of their tokens. Plain Python without torch.
 
-Requests go in at one end, and a `Plan` comes out per step. Every sequence that decodes is in every plan. Beside them,
-at most `prefill_tokens` of prompts are computed, the earliest admitted first, so that a long prompt takes several steps
-and no decode waits for it. Admission is first come, first served: a request enters when there is a free slot and the
-step has prompt tokens left for it. It lets a step pass, and so do those behind it, when a prompt now being computed
-begins like its own; then it can copy the beginning. That prompt grows with every step, so this wait has an end.
+Every decoding sequence is in every `ScheduledStep`. In addition, at most `prefill_tokens` prompt tokens are computed,
+the earliest admitted first, so a long prompt takes several steps and decoding never waits for it. Admission is first
+come, first served: a request is admitted when a slot is free and the step has prompt tokens left. It waits, with all
+requests after it, while a prompt being computed starts like its own, so that it can copy that prefix. That prompt grows
+with every step, so the wait ends.
 """
 
 from collections import deque
@@ -17,10 +17,10 @@ from gptcore.errors import EngineError, QueueFull
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one step does: first `copies` (source slot, target slot, positions), in order, then `work`.
+class ScheduledStep:
+    """One step: first `copies` (source slot, target slot, positions), in order, then `work`.
 
-    `work` has each sequence with the number of its tokens to run, from `computed` on; decodes come first.
+    `work` lists sequences with the number of tokens to run, from `computed` on; decoding sequences come first.
     """
 
     work: list[tuple[Sequence, int]]
@@ -28,13 +28,13 @@ class Plan:
 
 
 class Scheduler:
-    """The queue, the sequences at work, and the rules by which one becomes the other."""
+    """The queue, the running sequences, and the rules for admission."""
 
     def __init__(self, cache: SlotCache, prefill_tokens: int, max_queue: int) -> None:
         g = cache.granularity
         self.cache = cache
         self.max_queue = max_queue
-        self.prefill_tokens = -(-prefill_tokens // g) * g  # whole chunks, or a prompt might never get on
+        self.prefill_tokens = -(-prefill_tokens // g) * g  # whole chunks, so that every prompt makes progress
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
@@ -50,7 +50,7 @@ class Scheduler:
         return {Phase.WAITING: self.waiting, Phase.PREFILL: self.prefilling, Phase.DECODE: self.decoding}
 
     def add(self, sequence: Sequence) -> None:
-        """Puts `sequence` into the queue. Raises QueueFull if as many wait as may; a free slot is room for one more."""
+        """Add `sequence` to the queue. Raises QueueFull if the queue is full; each free slot is room for one more."""
         if len(self.waiting) >= self.max_queue + self.cache.free:
             raise QueueFull(
                 f"{len(self.waiting)} requests wait for one of {self.cache.slots} slots; no more than {self.max_queue} "
@@ -58,12 +58,12 @@ class Scheduler:
             )
         self.waiting.append(sequence)
 
-    def schedule(self, now: float = 0.0) -> Plan:
-        """The next step. Sequences admitted by it get their slot, and `now` as the time they were admitted."""
-        plan = Plan([(sequence, 1) for sequence in self.decoding])
+    def schedule(self, now: float = 0.0) -> ScheduledStep:
+        """Schedule the next step. Newly admitted sequences get a slot, and `now` as their time of admission."""
+        step = ScheduledStep([(sequence, 1) for sequence in self.decoding])
         budget = self.prefill_tokens
         for sequence in self.prefilling:
-            budget -= self._share(plan, sequence, budget)
+            budget -= self._share(step, sequence, budget)
         while budget > 0 and self.waiting and self.cache.free:
             sequence = self.waiting[0]
             match = Match(-1, 0, 0) if sequence.request.prompt_logprobs else self.cache.find(sequence.prompt)
@@ -71,12 +71,12 @@ class Scheduler:
                 break
             if not self._affordable(sequence.prompt_length - match.length, budget):
                 break
-            self._admit(plan, self.waiting.popleft(), match, now)
-            budget -= self._share(plan, sequence, budget)
-        return plan
+            self._admit(step, self.waiting.popleft(), match, now)
+            budget -= self._share(step, sequence, budget)
+        return step
 
     def advance(self, sequence: Sequence, count: int) -> bool:
-        """`count` more tokens of `sequence` were run. Returns whether its next token can be sampled."""
+        """Record that `count` more tokens of `sequence` were run; return whether its next token can be sampled."""
         sequence.computed += count
         if sequence.phase is Phase.DECODE:
             return True
@@ -89,7 +89,7 @@ class Scheduler:
         return True
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes `sequence` out, wherever it is; its slot is free for the next step."""
+        """Remove `sequence`, whatever its phase; its slot is free for the next step."""
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
         else:
@@ -98,7 +98,7 @@ class Scheduler:
         sequence.phase = Phase.FINISHED
 
     def check(self) -> None:
-        """Raises EngineError unless sequences, phases and slots agree."""
+        """Raises EngineError unless sequences, phases and slots are consistent."""
         for phase, queue in self.queues.items():
             for sequence in queue:
                 missing = len(sequence.tokens) - sequence.computed
@@ -114,25 +114,25 @@ class Scheduler:
         self.cache.check(owners)
 
     def _affordable(self, missing: int, budget: int) -> bool:
-        """Whether `budget` allows the first chunk of a prompt of which `missing` tokens are to be computed."""
+        """Whether `budget` allows the first chunk of a prompt that lacks `missing` tokens."""
         return budget >= min(missing, self.cache.granularity)
 
-    def _share(self, plan: Plan, sequence: Sequence, budget: int) -> int:
-        """Puts what `budget` allows of the rest of a prompt into `plan`; returns the number of tokens.
+    def _share(self, step: ScheduledStep, sequence: Sequence, budget: int) -> int:
+        """Add as much of the rest of a prompt to `step` as `budget` allows; return the number of tokens.
 
-        Where chunks have an alignment, only the end of the prompt is an incomplete one.
+        Every chunk but a prompt's last one is a multiple of the granularity.
         """
         count = missing = sequence.prompt_length - sequence.computed
         if missing > budget:
             count = budget // self.cache.granularity * self.cache.granularity
         if count:
-            plan.work.append((sequence, count))
+            step.work.append((sequence, count))
         return count
 
-    def _admit(self, plan: Plan, sequence: Sequence, match: Match, now: float) -> None:
+    def _admit(self, step: ScheduledStep, sequence: Sequence, match: Match, now: float) -> None:
         place = self.cache.take(sequence.id, sequence.prompt, match)
         if place.source is not None:
-            plan.copies.append((place.source, place.slot, place.length))
+            step.copies.append((place.source, place.slot, place.length))
         sequence.slot = place.slot
         sequence.computed = sequence.cached = place.length
         sequence.admitted = now

@@ -1,6 +1,6 @@
-"""A request on its way through the engine: the tokens it has, how many of them are computed, and in which slot.
+"""The state of one request in the engine: its tokens, how many of them are computed, and its slot.
 
-The scheduler moves a sequence from phase to phase, the engine appends what was sampled. Nothing here knows torch.
+The scheduler changes its phase, the engine appends sampled tokens. No torch here.
 """
 
 from enum import Enum, auto
@@ -20,7 +20,7 @@ class Phase(Enum):
 
 
 class Sequence:
-    """One request's state. While it decodes, `computed` is `len(tokens) - 1`: the last token was sampled, not run."""
+    """One request's state. In phase DECODE, `computed` is `len(tokens) - 1`: the last token was sampled but not run."""
 
     __slots__ = ("admitted", "arrived", "cached", "computed", "id", "phase", "prompt", "request", "slot", "tokens")
 
@@ -29,16 +29,16 @@ class Sequence:
         self.id = request.request_id
         self.prompt = np.array(request.prompt, dtype=np.int32)
         self.tokens = list(request.prompt)
-        """Prompt, then what was generated."""
+        """The prompt and the generated tokens."""
         self.computed = 0
-        """Positions whose keys and values the slot holds."""
+        """Positions whose keys and values are in the slot."""
         self.cached = 0
         """Prompt tokens found in the cache when the sequence was admitted."""
         self.slot = -1
         self.phase = Phase.WAITING
         self.arrived = arrived
         self.admitted = arrived
-        """When the request came and when it got its slot, seconds of one monotonic clock."""
+        """When the request came and when it got its slot, in seconds of a monotonic clock."""
 
     @property
     def prompt_length(self) -> int:

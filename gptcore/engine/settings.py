@@ -1,4 +1,4 @@
-"""How an engine is set up: how much it does at once, on what, and in which precision."""
+"""Settings of one engine: batch size, device and precision."""
 
 from dataclasses import dataclass
 
@@ -12,23 +12,23 @@ class EngineSettings:
     """Settings of one engine. Raises ConfigError for a value out of range."""
 
     slots: int = 0
-    """Sequences decoded together; 0: as many as half the free memory holds, at most 16, on an NVIDIA GPU 64."""
+    """Sequences decoded together; 0: as many as half the free memory holds, at most 16, or 64 on an NVIDIA GPU."""
     prefill_tokens: int = 256
-    """Prompt tokens computed per step beside the decodes, so that a long prompt does not stall the others."""
+    """Prompt tokens processed in each decoding step; the limit keeps long prompts from stalling other sequences."""
     max_queue: int = 64
-    """Requests that may wait for a slot; one more is refused."""
+    """Requests that may wait for a slot; further ones are refused."""
     dtype: str = "auto"
-    """auto, bfloat16 or float32; auto: bfloat16 where the hardware computes in it."""
+    """auto, bfloat16 or float32; auto: bfloat16 where the hardware supports it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
     backend: str = "auto"
-    """auto, native or torch; auto: the native kernels on a CPU where they can be built, else torch."""
+    """auto, native or torch; auto: the native kernel on a CPU where it can be compiled, else torch."""
     threads: int = 0
-    """CPU threads that compute; 0: one per core available to this process."""
+    """Compute threads; 0: one per core available to this process."""
     compile: bool = False
-    """Have torch.compile fuse the network (backend torch): a slower start, faster steps."""
+    """Use torch.compile (backend torch): slower startup, faster steps."""
     prefix_cache: bool = True
-    """Reuse what was computed for a prompt that begins alike."""
+    """Reuse cached keys and values of prompts that start the same."""
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 0), ("prefill_tokens", 1), ("max_queue", 1), ("threads", 0)):

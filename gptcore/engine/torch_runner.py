@@ -1,4 +1,4 @@
-"""The network on torch, on any device: chunks of tokens in, logits out, the keys and values of every slot kept.
+"""A Runner on torch, for any device; keeps the keys and values of every slot.
 
 Shapes: N slots, T tokens of each, C = hidden_size, H heads, K key/value heads of G = H / K heads each, D = head_dim,
 S = context_length, W positions that attention looks at, V = vocab_size.
@@ -15,10 +15,10 @@ from torch import Tensor
 from gptcore.config import ModelConfig
 from gptcore.engine.interface import Chunk
 from gptcore.model import GPT, Block, rotate
-from gptcore.sampling import Row, next_tokens
+from gptcore.sampling import SamplingState, next_tokens
 
 NARROWEST = 128
-"""Attention looks at the first 128 positions, 256 and so on: as few shapes, and so graphs, as waste at most half."""
+"""Attention covers the first 128 positions, or 256 and so on: few shapes and graphs, and at most half is wasted."""
 
 
 def _last(chunk: Chunk) -> Chunk:
@@ -26,12 +26,12 @@ def _last(chunk: Chunk) -> Chunk:
 
 
 class TorchRunner:
-    """A model on torch. Takes device and dtype from `model`, an evaluated GPT, whose weights it fuses and packs.
+    """Runs `model`, a GPT in eval mode, with its device and dtype; fuses and packs its weights.
 
-    Shapes are static: a decode step always runs all N rows, those without a token writing where nobody reads; a
-    prompt goes through the network in windows of `prefill` positions, each token at the row that its position has in
-    the window. So a token's logits do not depend on who else is there, nor on how its prompt was cut at multiples of
-    `prefill`. Decoding and prefill have different shapes, and so round differently.
+    Shapes are static. A decode step always runs all N rows; rows without a token write to an unused position. A prompt
+    is processed in windows of `prefill` positions, with each token at the row of its position in the window. So a
+    token's logits depend neither on other sequences nor on how its prompt was split at multiples of `prefill`. Decoding
+    and prefill have different shapes and round differently.
     """
 
     invariant = False
@@ -44,7 +44,7 @@ class TorchRunner:
         packed = self.device.type == "cpu" and torch.backends.mkldnn.is_available() and not compile
         with torch.no_grad():
             self._net = _Network(model, packed)
-        # One position more than the context, where rows without a token write.
+        # One extra position, where rows without a token write.
         shape = (config.num_layers, slots, config.kv_heads, config.context_length + 1, config.head_size)
         self._keys, self._values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         self.cache_bytes = self._keys.nbytes + self._values.nbytes
@@ -73,7 +73,7 @@ class TorchRunner:
                 logits.append(decoded[chunk.slot, None])
         return torch.cat(logits)
 
-    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    def next_tokens(self, logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
         """See Runner."""
         return next_tokens(logits, rows)
 
@@ -88,14 +88,14 @@ class TorchRunner:
         del self._decode_step, self._graphs, self._net, self._keys, self._values
 
     def _before_decode(self, chunk: Chunk) -> Chunk:
-        """What prefill computes of `chunk`. A last token alone in its window is decoded, however the chunk was cut."""
+        """The part of `chunk` for prefill. A last token alone in its window is decoded, however the chunk was split."""
         alone = chunk.wanted > 0 and (
             len(chunk.tokens) == 1 or (chunk.start + len(chunk.tokens) - 1) % self.reuse_granularity == 0
         )
         return replace(chunk, tokens=chunk.tokens[:-1], wanted=chunk.wanted - 1) if alone else chunk
 
     def _decode(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Logits (N, V) of one token per chunk, at the row of its slot; other rows mean nothing."""
+        """Logits (N, V) of one token per chunk, at the row of its slot; other rows are undefined."""
         tokens, positions, write = [0] * self.slots, [0] * self.slots, [self.context_length] * self.slots
         for chunk in chunks:
             tokens[chunk.slot] = chunk.tokens[0]
@@ -113,7 +113,7 @@ class TorchRunner:
         return self._net.logits(x[:, 0])  # (N, V)
 
     def _prefill(self, chunk: Chunk) -> list[Tensor]:
-        """Runs a chunk window by window; logits (., V) of its last `wanted` tokens, in pieces."""
+        """Run a chunk window by window; return logits (., V) of its last `wanted` tokens, in pieces."""
         S, P, slots = self.context_length, self.reuse_granularity, slice(chunk.slot, chunk.slot + 1)
         end = chunk.start + len(chunk.tokens)
         logits = []
@@ -127,26 +127,28 @@ class TorchRunner:
             width = self._width(min(base + P, S))
             x = self._net.hidden(inputs, self._keys[:, slots], self._values[:, slots], width)  # (1, P, C)
             for rows in x[0, max(begin, end - chunk.wanted) - base : stop - base].split(self.slots):
-                # As many rows as in a decode step, so that logits do not depend on how many are wanted.
+                # Always as many rows as in a decode step, so that logits do not depend on their number.
                 padded = F.pad(rows, (0, 0, 0, self.slots - len(rows)))
                 logits.append(self._net.logits(padded)[: len(rows)])
         return logits
 
     def _width(self, length: int) -> int:
-        """How many positions attention looks at, if those wanted are the first `length`."""
+        """The number of positions that attention covers to include the first `length`."""
         width = NARROWEST
         while width < length:
             width *= 2
         return min(width, self.context_length)
 
     def _capture(self) -> None:
-        """Records a decode step of each width as a CUDA graph, which replays without a launch per kernel."""
+        """Record a decode step of each width as a CUDA graph, which replays without a launch per kernel."""
         pool = torch.cuda.graph_pool_handle()
         side = torch.cuda.Stream(self.device)
         with torch.cuda.device(self.device), torch.inference_mode():
             for width in sorted({self._width(length) for length in range(1, self.context_length + 1)}):
                 side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):  # a first run allocates and compiles, which a capture must not
+                with torch.cuda.stream(
+                    side
+                ):  # the first run allocates and compiles, which is not allowed during capture
                     self._decode_step(width)
                 torch.cuda.current_stream().wait_stream(side)
                 graph = torch.cuda.CUDAGraph()
@@ -156,7 +158,7 @@ class TorchRunner:
 
 
 class _Network:
-    """A GPT's weights, fused, and how they turn tokens at any positions into logits."""
+    """A GPT with fused weights that takes tokens at any positions."""
 
     def __init__(self, model: GPT, packed: bool) -> None:
         config = model.config
@@ -170,10 +172,10 @@ class _Network:
         self.head = _Linear([model.lm_head], packed)
 
     def hidden(self, inputs: Tensor, keys: Tensor, values: Tensor, width: int) -> Tensor:
-        """The residual stream (N, T, C) behind the last layer; writes into keys and values (L, N, K, S+1, D).
+        """The residual stream (N, T, C) after the last layer; writes into keys and values (L, N, K, S+1, D).
 
-        `inputs` (3, N, T) are token ids, their positions, and where in the cache they are written. A token sees what
-        the first `width` places hold up to its position.
+        `inputs` (3, N, T) are token ids, their positions, and their positions in the cache. A token attends to the
+        first `width` cache positions, up to its own.
         """
         tokens, positions, write = inputs
         N, T = tokens.shape
@@ -198,7 +200,7 @@ class _Network:
 
 
 class _Layer:
-    """One block of a GPT: its weights fused and packed, its attention over a cache."""
+    """One block of a GPT with fused and packed weights, and attention over a cache."""
 
     def __init__(self, block: Block, config: ModelConfig, packed: bool) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -228,7 +230,7 @@ class _Layer:
         rows, write = place
         k_cache[rows, :, write] = k
         v_cache[rows, :, write] = v
-        # Heads that share keys and values are so many more queries of them: (N, K, G T, D).
+        # Heads that share keys and values become additional queries: (N, K, G T, D).
         q = q.reshape(N, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(N, K, -1, D)
         y = F.scaled_dot_product_attention(q, k_cache[:, :, :W], v_cache[:, :, :W], attn_mask=bias)
         y = y.view(N, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(N, T, H * D)
@@ -241,7 +243,7 @@ class _Layer:
 
 
 class _Linear:
-    """Linear layers of one input as one; on a CPU with weights in the order that oneDNN reads them, which is faster."""
+    """Linear layers with the same input, fused; on a CPU the weights are reordered for oneDNN, which is faster."""
 
     def __init__(self, parts: Sequence[nn.Module], packed: bool) -> None:
         weights, biases = zip(*((part.weight, part.bias) for part in parts), strict=True)

@@ -1,22 +1,20 @@
-"""A chat in the terminal with the models of a running service.
+"""A terminal chat with the models of a running service.
 
     python -m serve_app.chat [--url http://127.0.0.1:8000] [--model NAME] [--temperature 0.9 ...]
     echo "Once upon a time" | python -m serve_app.chat
 
-In come lines, out goes what the model makes of them, as it comes. What "chat" means here follows from what the models
-are: they were trained to continue text, not to answer, and know no roles and no turns.
+The models were trained to continue text, not to answer, and know no roles or turns. So the chat works like this:
 
-- **A conversation is one text that two write at.** What is typed is put behind it on a line of its own, and the model
-  goes on from there. Nothing else is sent: no "User:", no instructions that the model never saw in training. So the
-  screen shows what the model reads, and nobody takes a continuation for an answer.
-- **It is remembered by default**, since one who reads on expects the next line to belong to the same text, and the
-  service computes what it knows already only once (its prefix cache). `/history off` makes each line a prompt of its
-  own; where input is piped that is the default, for the lines of a file are as a rule independent.
-- **It is cut at its beginning** once model and answer no longer have room for it, and the chat says so. It is cut
-  further than it must be, so that the text keeps its beginning, and the cache its use, for some answers.
-- **The model's text is not trusted.** Characters that steer a terminal never reach it.
+- **A conversation is one text.** What you type is appended on a new line, and the model continues from there. Nothing
+  else is sent: no "User:", no instructions that the model never saw in training. The screen shows exactly what the
+  model reads, so nobody mistakes a continuation for an answer.
+- **The text is kept by default**, and each line continues it; the service computes the known part only once (prefix
+  cache). `/history off` makes each line an independent prompt, which is the default for piped input.
+- **The text's beginning is cut off** when model and answer no longer have room for it, and the chat says so. It cuts
+  more than it must, so that the cached beginning stays the same for several answers.
+- **The model's text is not trusted.** Terminal control characters in it are replaced.
 
-`client` speaks HTTP, `asking` gets an answer whatever comes between, `conversation` keeps the text, `values` knows the
+`client` speaks HTTP, `asking` retries until there is an answer, `conversation` keeps the text, `values` has the
 sampling parameters, `commands` the slash commands, `terminal` keyboard and screen; `__main__` is the command line.
-Nothing here imports Ray, MLflow, torch or FastAPI: it starts at once, and runs where only a service can be reached.
+Nothing here imports Ray, MLflow, torch or FastAPI, so it starts quickly and runs on any client machine.
 """

@@ -1,6 +1,6 @@
-"""The command line of the chat: flags in, a conversation, or answers to what is piped in.
+"""The chat's command line: a conversation, or answers to piped prompts.
 
-Exit codes: 0, all went well; 1, some prompt got no whole answer; 2, a flag or setting was wrong; 130, Ctrl-C.
+Exit codes: 0, success; 1, a prompt got no complete answer; 2, an invalid flag or setting; 130, Ctrl-C.
 """
 
 import argparse
@@ -12,15 +12,16 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
-from gptcore.errors import ConfigError, did_you_mean
-from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable, carriable
-from serve_app.chat.commands import Chat, Leave
-from serve_app.chat.terminal import Keyboard, Screen, unechoed
+from gptcore.cli import Parser
+from gptcore.errors import ConfigError
+from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable, encodable
+from serve_app.chat.commands import Chat, ExitChat
+from serve_app.chat.terminal import Keyboard, Screen, echo_off
 from serve_app.chat.values import SHAPES, Values, about, default, expected, read_all, written
 
 URL = "http://127.0.0.1:8000"
 PIPED_PATIENCE_SECONDS = 60.0
-DESCRIPTION = """A chat with the models of a running service. Piped lines are answered one by one.
+DESCRIPTION = """Chat with the models of a running service. Piped lines are answered one by one.
 
 examples:
   python -m serve_app.chat
@@ -29,42 +30,41 @@ examples:
   python -m serve_app.chat < prompts.txt"""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with our kind of error: one line, and the nearest flag for one that does not exist."""
+class ChatParser(Parser):
+    """The parser of every command, which also refuses an API key on the command line without repeating it."""
 
     def error(self, message: str) -> NoReturn:
-        flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if flag and flag[1] in ("--api-key", "--key"):  # its value is not repeated either
-            raise ConfigError(f"a key in a command line is for all to see; expected it in {KEY_VARIABLE}")
-        raise ConfigError(message + (f".{did_you_mean(flag[1], self._option_string_actions)}" if flag else ""))
+        if re.search(r"unrecognized arguments: --(api-)?key\b", message):
+            raise ConfigError(f"other users can read a key on the command line; set {KEY_VARIABLE} instead")
+        super().error(message)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Values]:
     """The flags, and the sampling parameters among them. Raises ConfigError."""
-    parser = Parser(
+    parser = ChatParser(
         prog="python -m serve_app.chat",
         usage="%(prog)s [--url URL] [--model NAME] [--FLAG VALUE ...]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"{KEY_VARIABLE} in the environment is the API key.",
+        epilog=f"The environment variable {KEY_VARIABLE} sets the API key.",
         allow_abbrev=False,
     )
-    parser.add_argument("--url", default=URL, help="the service (%(default)s)")
+    parser.add_argument("--url", default=URL, help="the service's address (%(default)s)")
     parser.add_argument(
-        "--model", type=carriable, metavar="NAME", help="one of the service's models; none: its default"
+        "--model", type=encodable, metavar="NAME", help="one of the service's models (default: its default model)"
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="answers this alone")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this prompt and exit")
     parser.add_argument(
         "--history",
         action=argparse.BooleanOptionalAction,
-        help="whether a line is added to the text so far (at a terminal it is, piped it is not)",
+        help="append each line to the text so far (default: yes at a terminal, no for piped input)",
     )
     parser.add_argument(
         "--wait",
         type=float,
         metavar="SECONDS",
-        help=f"how long a service that is away or busy is waited for "
-        f"(at a terminal until Ctrl-C, piped {PIPED_PATIENCE_SECONDS:g})",
+        help=f"how long to wait for a service that is unreachable or busy "
+        f"(default: until Ctrl-C at a terminal, {PIPED_PATIENCE_SECONDS:g} for piped input)",
     )
     sampling = parser.add_argument_group("sampling")
     for name, shape in SHAPES.items():
@@ -91,7 +91,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Values]:
 
 
 def converse(chat: Chat) -> int:
-    """A conversation at a terminal; returns the exit code."""
+    """Run a conversation at a terminal; return the exit code."""
     keyboard = Keyboard(chat.words)
     chat.greet()
     while True:
@@ -102,19 +102,19 @@ def converse(chat: Chat) -> int:
             return 0
         except KeyboardInterrupt:
             chat.screen.line()
-            chat.screen.note("exit, /quit or Ctrl-D leaves")
+            chat.screen.note("to leave, type exit or /quit, or press Ctrl-D")
             continue
         try:
-            with unechoed():
+            with echo_off():
                 chat.take(line)
-        except Leave:
+        except ExitChat:
             return 0
         except KeyboardInterrupt:
             chat.screen.line()
 
 
 def answer_each(chat: Chat, lines: Iterable[str]) -> int:
-    """Answers prompt by prompt, without comment; returns the exit code. A service that is lost ends it."""
+    """Answer the prompts one by one; return the exit code. Stops if the service is lost."""
     well = True
     for line in lines:
         if not line.strip():
@@ -125,13 +125,13 @@ def answer_each(chat: Chat, lines: Iterable[str]) -> int:
         well = well and answer.problem is None
         if isinstance(answer.problem, Unreachable):
             return 1
-        if isinstance(answer.problem, ServiceError) and (answer.problem.passes or answer.problem.status in (0, 401)):
+        if isinstance(answer.problem, ServiceError) and (answer.problem.temporary or answer.problem.status in (0, 401)):
             return 1
     return 0 if well else 1
 
 
 def run(flags: argparse.Namespace, values: Values) -> int:
-    """Leads the chat; returns the exit code."""
+    """Run the chat; return the exit code."""
     interactive = flags.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     patience = flags.wait if flags.wait is not None else (math.inf if interactive else PIPED_PATIENCE_SECONDS)
     remembers = interactive if flags.history is None else flags.history
@@ -150,13 +150,13 @@ def run(flags: argparse.Namespace, values: Values) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command; return its exit code."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started this: nothing is read from it, and nobody reads it
+        if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what is no UTF-8, either way, must not end the chat
+            stream.reconfigure(errors="replace")  # invalid UTF-8 must not end the chat
     try:
         return run(*parse(argv))
     except ConfigError as error:
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except OSError as error:  # of the output: whoever reads it has left, or its disk is full
+    except OSError as error:  # writing output: the reader has closed it, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             print(f"error: the answer cannot be written: {str(error.strerror).lower()}", file=sys.stderr)

@@ -1,8 +1,7 @@
-"""One answer, whatever comes between: a service that is away, full or still loading is waited for.
+"""Gets one answer: waits and retries while the service is unreachable, full or still loading.
 
-In come a request's body and three functions: what to do with text, with news for the person, and how long to wait.
-Out comes an `Answer`, always. Ctrl-C ends it and closes the connection. What has begun is never asked twice: a stream
-that breaks off is kept as it is, since another attempt would be another text.
+`ask` always returns a `ChatAnswer`. Ctrl-C stops it and closes the connection. An answer that has started is never
+requested again: if its stream breaks off, the partial text is kept, since a retry would give another text.
 """
 
 import time
@@ -16,14 +15,14 @@ from serve_app.chat.client import BrokenOff, Piece, Service, ServiceError, Unrea
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 8.0
 STREAMED_SECONDS = 0.1
-"""From how long on an answer is a stream whose speed can be told: some of the pieces that the service sends."""
+"""Shortest stream whose speed can be measured: a few of the service's events."""
 ENDS = {"stop": "end of text", "length": "length reached"}
 STOPPED, BROKEN_OFF = "stopped", "broken off"
 
 
 @dataclass
-class Answer:
-    """What came, and how."""
+class ChatAnswer:
+    """The text of an answer and how it came about."""
 
     text: str = ""
     model: str = ""
@@ -31,12 +30,12 @@ class Answer:
     seed: int | None = None
     tokens: int = 0
     total_tokens: int | None = None
-    """Of prompt and answer, if the end came."""
+    """Of prompt and answer together, if the stream ended normally."""
     end: str | None = None
     problem: FoundryError | None = None
-    """Why there is no answer, or not the whole of it."""
+    """Why the answer is missing or incomplete."""
     asked: float = 0.0
-    """When, as the two that follow, in seconds of `time.perf_counter`."""
+    """Time of the request; like `first` and `last`, in seconds of `time.perf_counter`."""
     first: float | None = None
     last: float = 0.0
     at_first: int = 0
@@ -48,16 +47,16 @@ class Answer:
 
     @property
     def label(self) -> str:
-        """Who answered."""
+        """The model and version that answered."""
         return f"{self.model} version {self.version}"
 
     @property
     def cut_short(self) -> str:
-        """stopped or broken off, if it was."""
+        """ "stopped" or "broken off" if the answer is incomplete, else an empty string."""
         return self.end if self.end in (STOPPED, BROKEN_OFF) else ""
 
     def take(self, piece: Piece) -> None:
-        """Adds a piece."""
+        """Add a piece."""
         self.model, self.version, self.seed = piece.model, piece.version, piece.seed
         self.text += piece.text
         self.end = piece.end or self.end
@@ -69,17 +68,16 @@ class Answer:
             self.tokens += piece.tokens
 
     def figures(self) -> str:
-        """One line: who, how much, how fast."""
+        """One line: model, tokens, speed."""
         count = f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
         end = ENDS.get(self.end or "", self.end or "")
         parts = [self.label, count, f"{self.speed():.0f} tokens/s" if self.first else "", f"seed {self.seed}", end]
         return " · ".join(part for part in parts if part)
 
     def speed(self) -> float:
-        """Tokens per second, from the first on, so that waiting for it is no part of it.
+        """Tokens per second since the first token, so that waiting for it does not count.
 
-        Of an answer that came all at once, on the wire or in the service, that would measure nothing: then from when
-        it was asked for.
+        If the answer came all at once, that is not measurable, and the time counts from the request.
         """
         assert self.first is not None
         if self.last - self.first >= STREAMED_SECONDS:
@@ -93,9 +91,9 @@ def ask(
     show: Callable[[str], None],
     tell: Callable[[str], None],
     patience: float,
-) -> Answer:
-    """Gets an answer. `patience` is for how many seconds a service that cannot answer now is waited for."""
-    answer, told = Answer(), ""
+) -> ChatAnswer:
+    """Get an answer. If the service cannot answer now, retry for `patience` seconds."""
+    answer, reported = ChatAnswer(), ""
     started, wait = time.monotonic(), FIRST_WAIT_SECONDS
     try:
         while True:
@@ -109,13 +107,13 @@ def ask(
             except (Unreachable, ServiceError, BrokenOff) as error:
                 pause = error.retry_after if isinstance(error, ServiceError) and error.retry_after else wait
                 late = time.monotonic() + pause > started + patience
-                if answer.begun or late or not may_pass(error):
+                if answer.begun or late or not is_temporary(error):
                     answer.problem = error
                     answer.end = BROKEN_OFF if answer.begun else None
                     return answer
-                if str(error) != told:
+                if str(error) != reported:
                     tell(f"{error}; trying again{_how(error)}")
-                    told = str(error)
+                    reported = str(error)
             time.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
     except KeyboardInterrupt:
@@ -123,9 +121,9 @@ def ask(
         return answer
 
 
-def may_pass(error: FoundryError) -> bool:
-    """Whether asking again may help."""
-    return isinstance(error, Unreachable) or (isinstance(error, ServiceError) and error.passes)
+def is_temporary(error: FoundryError) -> bool:
+    """Whether a retry may help."""
+    return isinstance(error, Unreachable) or (isinstance(error, ServiceError) and error.temporary)
 
 
 def _how(error: FoundryError) -> str:

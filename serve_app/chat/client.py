@@ -1,8 +1,8 @@
-"""The service as the chat uses it: which models there are, and an answer as it comes.
+"""The chat's HTTP client: lists the models, and streams an answer as `Piece`s.
 
-In comes a request's body, out come `Piece`s. What goes wrong is one of three: `Unreachable`, nothing was asked and
-asking again is safe; `ServiceError`, the service (or what stands at its address) said no; `BrokenOff`, a stream that
-ended before its time. A generator that is closed closes its connection, by which the service frees the slot.
+There are three kinds of errors: `Unreachable`, the request was not sent and a retry is safe; `ServiceError`, the
+service (or another server at its address) refused; `BrokenOff`, a stream ended too early. Closing the generator closes
+its connection, so the service frees the slot.
 """
 
 import ipaddress
@@ -22,25 +22,25 @@ from gptcore.errors import ConfigError, FoundryError
 KEY_VARIABLE = "GPT_FOUNDRY_API_KEY"
 CONNECT_SECONDS = 5.0
 SILENT_SECONDS = 600.0
-"""Longest silence of a service that took a request: it may load a model, or let the request wait for a slot."""
+"""Read timeout: the service may load a model first, or queue the request."""
 LONGEST_WAIT_SECONDS = 3600.0
 SHOWN = 200
-"""Characters of a name or message that nobody promised to keep short."""
+"""Most characters to show of a name or message from the service."""
 LARGEST = 2**63 - 1
 NONSENSE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
-"""What comes of JSON that is not what it should be: an infinite number and a thousand brackets are JSON too."""
+"""Exceptions from unexpected JSON, such as an infinite number or a thousand nested lists."""
 
 
 class Unreachable(FoundryError):
-    """No answer, because no connection came about or it was closed before one."""
+    """The service could not be reached, or closed the connection without an answer."""
 
 
 class BrokenOff(FoundryError):
-    """An answer whose end did not come."""
+    """The answer's stream ended too early."""
 
 
 class ServiceError(FoundryError):
-    """An answer that is an error. `status` 0: it was no answer of this service at all."""
+    """An error reply. `status` is 0 if the reply is not from a service of ours."""
 
     def __init__(
         self, message: str, status: int = 0, param: str | None = None, retry_after: float | None = None
@@ -49,26 +49,26 @@ class ServiceError(FoundryError):
         self.status = status
         self.param = param
         self.retry_after = retry_after
-        """Seconds, if the service said when to ask again."""
+        """Seconds, if the service sent Retry-After."""
 
     @property
-    def passes(self) -> bool:
-        """Whether asking again may help: a full queue, a model that is not ready, a proxy without a replica."""
+    def temporary(self) -> bool:
+        """Whether a retry may help: a full queue, a model that is not ready, a proxy without a replica."""
         return self.status in (429, 502, 503)
 
 
-def carriable(text: str) -> str:
-    """`text` as UTF-8 can carry it; a half of a surrogate pair was no text to begin with."""
+def encodable(text: str) -> str:
+    """`text` with lone surrogates replaced, so that it can be encoded as UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
-Name = Annotated[str, AfterValidator(carriable)]
+Name = Annotated[str, AfterValidator(encodable)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """What `GET /models` says of a model, as far as the chat shows it."""
+    """A model in `GET /models`; only the fields that the chat shows."""
 
     name: Name
     state: Name = ""
@@ -85,7 +85,7 @@ LISTING = TypeAdapter(list[ModelEntry])
 
 @dataclass(frozen=True)
 class Piece:
-    """An event of a stream. `total_tokens`, of prompt and answer together, comes with the last one."""
+    """An event of a stream. The last one has `total_tokens`, of prompt and answer together."""
 
     model: str
     version: str
@@ -97,7 +97,7 @@ class Piece:
 
 
 class Service:
-    """One service, at one address. Raises ConfigError for an address, a key or a proxy that can be none."""
+    """A client for one service. Raises ConfigError for an invalid address, key or proxy."""
 
     def __init__(self, url: str, key: str = "") -> None:
         self.url = checked_url(url)
@@ -105,15 +105,15 @@ class Service:
         self.use_key(key)
 
     def use_key(self, key: str) -> None:
-        """Sends `key` from now on; "" sends none."""
+        """Send `key` from now on; "" sends none."""
         if not (key.isascii() and key.isprintable()):
-            raise ConfigError("the API key has characters that no key has; expected printable ASCII")
+            raise ConfigError("the API key has invalid characters; expected printable ASCII")
         self._client.headers.pop("authorization", None)
         if key:
             self._client.headers["authorization"] = f"Bearer {key}"
 
     def models(self) -> list[ModelEntry]:
-        """The models, the default first."""
+        """The models, the default model first."""
         with self._talking():
             reply = self._client.get("models", timeout=CONNECT_SECONDS)
         if reply.status_code != 200:
@@ -124,8 +124,8 @@ class Service:
             raise self._foreign("GET /models has no list of models") from None
 
     def generate(self, body: Mapping[str, Any]) -> Generator[Piece, None, None]:
-        """The pieces of an answer, as they come."""
-        # logprobs 0 tells with each event how many tokens it brings, so that an answer that is stopped is counted too.
+        """Stream the pieces of an answer."""
+        # With logprobs 0, each event lists its tokens, so that the tokens of a stopped answer can be counted too.
         wanted = {**body, "stream": True, "logprobs": 0}
         with self._talking(), self._client.sse("generate", method="POST", json=wanted) as source:
             reply = source.response
@@ -137,7 +137,7 @@ class Service:
             yield from self._pieces(source)
 
     def close(self) -> None:
-        """Closes what is still open."""
+        """Close all connections."""
         self._client.close()
 
     def _pieces(self, source: httpx2.EventSource) -> Iterator[Piece]:
@@ -147,7 +147,7 @@ class Service:
                     return
                 yield self._piece(event.data)
         except httpx2.ReadTimeout:
-            raise BrokenOff(f"nothing came for {SILENT_SECONDS:g} s") from None
+            raise BrokenOff(f"the service sent nothing for {SILENT_SECONDS:g} s") from None
         except httpx2.TransportError:
             raise BrokenOff("the connection was lost before the text was complete") from None
         raise BrokenOff("the connection was closed before the text was complete")
@@ -156,34 +156,34 @@ class Service:
         try:
             event = json.loads(data)
             if "error" in event:
-                raise ServiceError(_message(event) or "the service broke off the answer", 200)
+                raise ServiceError(_message(event) or "the service stopped the answer", 200)
             choice = event["choices"][0] if event["choices"] else {}
             usage = event.get("usage") or {}
             return Piece(
-                model=carriable(str(event["model"]))[:SHOWN],
-                version=carriable(str(event["version"]))[:SHOWN],
+                model=encodable(str(event["model"]))[:SHOWN],
+                version=encodable(str(event["version"]))[:SHOWN],
                 seed=int(event["seed"]),
-                text=carriable(str(choice.get("text") or "")),
+                text=encodable(str(choice.get("text") or "")),
                 tokens=len(choice.get("logprobs") or ()),
-                end=carriable(str(choice.get("finish_reason") or "")) or None,
+                end=encodable(str(choice.get("finish_reason") or "")) or None,
                 total_tokens=min(int(usage["total_tokens"]), LARGEST) if usage else None,
             )
         except NONSENSE:
-            raise self._foreign("an event is not what it should be") from None
+            raise self._foreign("an event has an unexpected form") from None
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """Turns what the library raises before an answer has begun into errors of ours."""
+        """Turn the library's exceptions before an answer has started into our errors."""
         try:
             yield
         except httpx2.ReadTimeout:
-            raise ServiceError(f"{self.url} took the request, and did not answer in time") from None
+            raise ServiceError(f"{self.url} accepted the request but did not answer in time") from None
         except httpx2.DecodingError:
-            raise self._foreign("its answer is packed wrongly") from None
+            raise self._foreign("its reply cannot be decompressed") from None
         except httpx2.TransportError as error:
             if tls := [cause for cause in _chain(error) if isinstance(cause, ssl.SSLError)]:
                 reason = getattr(tls[-1], "verify_message", "") or str(tls[-1].reason).replace("_", " ").lower()
-                raise ServiceError(f"{self.url} cannot be spoken to in private: {reason}") from None
+                raise ServiceError(f"no secure connection to {self.url}: {reason}") from None
             raise Unreachable(f"{self.url} cannot be reached ({_reason(error)})") from None
 
     def _refusal(self, reply: httpx2.Response) -> ServiceError:
@@ -194,10 +194,10 @@ class Service:
             body, known = {}, False
         message = _message(body)
         if status == 401:
-            message = f"{message or 'an API key is needed'} ({KEY_VARIABLE} has it at start)"
+            message = f"{message or 'an API key is needed'} (set {KEY_VARIABLE} before the start)"
         elif not message:
             what = "" if known or status >= 500 else "; is it the address of a GPT Foundry service?"
-            message = f"{self.url} answers with status {status}{what}"
+            message = f"{self.url} returned status {status}{what}"
         error = body.get("error") if isinstance(body, dict) else None
         param = error.get("param") if isinstance(error, dict) else None
         return ServiceError(message, status, param, _seconds(reply.headers.get("retry-after")))
@@ -207,27 +207,27 @@ class Service:
 
 
 def _client(url: httpx2.URL) -> httpx2.Client:
-    """The library's client. Raises ConfigError if the environment has a proxy or certificates that it cannot use."""
+    """The library's client. Raises ConfigError if the environment sets an invalid proxy or certificate file."""
     try:
         return httpx2.Client(
             base_url=url,
             timeout=httpx2.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
-            trust_env=not is_loopback(url.host),  # no proxy leads back to this machine
+            trust_env=not is_loopback(url.host),  # a proxy cannot reach this machine's loopback
         )
-    except OSError as error:  # ssl's own are among them
+    except OSError as error:  # including ssl's
         file = os.environ.get("SSL_CERT_FILE")
         raise ConfigError(f"SSL_CERT_FILE is {file!r}; expected a file of certificates ({_reason(error)})") from None
     except ImportError:
-        raise ConfigError("the environment names a SOCKS proxy, which needs a package: pip install socksio") from None
-    except (ValueError, httpx2.InvalidURL) as error:  # the library hides a password in what it says
+        raise ConfigError("the environment sets a SOCKS proxy, which needs a package: pip install socksio") from None
+    except (ValueError, httpx2.InvalidURL) as error:  # the library's message contains no password
         raise ConfigError(
-            f"the environment names a proxy that cannot be one: {error}; expected http://HOST:PORT in HTTP_PROXY, "
-            "HTTPS_PROXY and ALL_PROXY"
+            f"the environment sets an invalid proxy: {error}; expected http://HOST:PORT in HTTP_PROXY, HTTPS_PROXY and "
+            "ALL_PROXY"
         ) from None
 
 
 def checked_url(text: str) -> httpx2.URL:
-    """The service's address, with a path that ends in a slash. Raises ConfigError."""
+    """The service's address, with a trailing slash. Raises ConfigError."""
     expected = "expected http://HOST:PORT or https://HOST"
     if "://" not in text:
         near = f". Did you mean 'http://{text}'?" if text and not text.startswith("/") else ""
@@ -235,10 +235,10 @@ def checked_url(text: str) -> httpx2.URL:
     try:
         url = httpx2.URL(text)
     except (httpx2.InvalidURL, ValueError) as error:
-        raise ConfigError(f"--url is {text!r}, which is no address: {error}; {expected}", param="url") from None
+        raise ConfigError(f"--url is {text!r}, which is not an address: {error}; {expected}", param="url") from None
     if url.userinfo:
         raise ConfigError(
-            f"--url has a user or password, for all to see; a key belongs into {KEY_VARIABLE}", param="url"
+            f"--url has a user or password, which other users can read; put a key in {KEY_VARIABLE}", param="url"
         )
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
         raise ConfigError(f"--url is {text!r}; {expected}", param="url")
@@ -246,7 +246,7 @@ def checked_url(text: str) -> httpx2.URL:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the name or address is this machine's own."""
+    """Whether the name or address is loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -256,11 +256,11 @@ def is_loopback(host: str) -> bool:
 def _message(body: Any) -> str:
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else None
-    return carriable(message) if isinstance(message, str) else ""
+    return encodable(message) if isinstance(message, str) else ""
 
 
 def _seconds(text: str | None) -> float | None:
-    """`Retry-After` in seconds. Its other form, a date, is no better than our own patience."""
+    """`Retry-After` in seconds; None for its other form, a date."""
     return min(float(text), LONGEST_WAIT_SECONDS) if text and text.isdecimal() else None
 
 
@@ -271,7 +271,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _reason(error: Exception) -> str:
-    """What the system said, in lower case and without its number."""
+    """The operating system's message, in lower case and without its number."""
     causes = [cause for cause in _chain(error) if isinstance(cause, OSError) and cause.strerror]
     text = causes[-1].strerror if causes else str(error) or type(error).__name__
     return str(text)[:SHOWN].lower()

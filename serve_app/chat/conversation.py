@@ -1,82 +1,82 @@
-"""The text that person and model write at, turn by turn, and how much of it the model is given.
+"""The text of a chat, turn by turn, and how much of it to send to the model.
 
-In come what was said and what was answered; out comes the text to continue. The model's tokens are the service's
-affair, so how many a text has is estimated from the last reply's usage; the service has the last word.
+The chat has no tokenizer, so it estimates a text's tokens from the usage of the last reply. If the estimate is too
+low, the service refuses the prompt and the text is cut further.
 """
 
 from dataclasses import dataclass, field
 
 KEPT = 0.75
-"""Share of the room that is kept when the text is cut: the next cut is some answers away."""
+"""How much of the available room a cut text fills, so that the next cut is some answers away."""
 CAUTION = 1.1
-"""By how much a text may have more tokens than the last ones make expect."""
+"""Safety factor on the estimated number of tokens."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a person added to the text, and how the model went on."""
+    """What the user added to the text, and how the model continued."""
 
-    said: str
+    prompt: str
     answer: str
     opens: bool
-    """Whether a new text begins here, which knows nothing of those before."""
+    """Whether a new text starts here, without the earlier ones."""
     ended: str = ""
-    """Why the answer is not whole: stopped, or broken off."""
+    """Why the answer is incomplete: stopped, or broken off."""
 
 
 @dataclass
 class Conversation:
-    """All turns of a chat. The current text is what was written since the last turn that opens one."""
+    """All turns of a chat. The current text starts at the last turn that opens one."""
 
     turns: list[Turn] = field(default_factory=list)
     skipped: int = 0
-    """Characters at the current text's beginning that the model is no longer given."""
+    """Characters at the start of the current text that are no longer sent."""
     density: float | None = None
-    """Tokens per character, as the last answer had them."""
+    """Tokens per character in the last reply."""
 
     @property
     def text(self) -> str:
         """The current text."""
-        return "".join(turn.said + turn.answer for turn in self.turns[self._opening() :])
+        return "".join(turn.prompt + turn.answer for turn in self.turns[self._opening() :])
 
     def whole(self) -> str:
-        """Every text that was written, an empty line between them."""
-        parts = [("\n\n" if n and turn.opens else "") + turn.said + turn.answer for n, turn in enumerate(self.turns)]
+        """All texts, separated by empty lines."""
+        parts = [("\n\n" if n and turn.opens else "") + turn.prompt + turn.answer for n, turn in enumerate(self.turns)]
         return "".join(parts)
 
     def added(self, line: str, opens: bool) -> str:
-        """`line` as it is put behind the text: on a line of its own."""
+        """`line` in the form that is appended to the text: on a new line."""
         return line if opens or not self.text or self.text.endswith("\n") else f"\n{line}"
 
     def add(self, turn: Turn) -> None:
-        """Takes a turn that is over."""
+        """Add a finished turn."""
         if turn.opens:
             self.skipped = 0
         self.turns.append(turn)
 
     def undo(self) -> Turn | None:
-        """Takes back the last turn, if there is one."""
+        """Remove and return the last turn, if there is one."""
         self.skipped = 0
         return self.turns.pop() if self.turns else None
 
     def clear(self) -> None:
-        """Forgets everything that was written."""
+        """Delete all turns."""
         self.turns.clear()
         self.skipped = 0
 
     def forget_measure(self) -> None:
-        """For another model, whose tokens and context are others."""
+        """Reset what depends on the model: its token density and the cut."""
         self.skipped, self.density = 0, None
 
     def measure(self, text: str, tokens: int) -> None:
-        """Learns from a reply how many tokens a text has."""
+        """Learn the token density from a reply."""
         if text:
             self.density = tokens / len(text)
 
     def fit(self, text: str, newest: int, context: int | None, wanted: int) -> str:
-        """The part of `text` that is to be sent: its end, with at least the `newest` last characters.
+        """The part of `text` to send: its end, with at least the `newest` last characters.
 
-        Of a context of so many tokens, the `wanted` ones of the answer are kept free, up to a half.
+        `wanted` tokens of the context are kept free for the answer, but at most half of it.
         """
         if context is not None:
             room = context - min(wanted, context // 2)
@@ -86,7 +86,7 @@ class Conversation:
         return text[self.skipped :]
 
     def cut(self, text: str, newest: int) -> bool:
-        """Leaves out half of what is older than the newest; False if there is no such thing."""
+        """Leave out half of the older text; False if there is none left."""
         last = len(text) - newest
         before = self.skipped
         self._skip_to(text, (before + last + 1) // 2, newest)
@@ -96,7 +96,7 @@ class Conversation:
         return max((index for index, turn in enumerate(self.turns) if turn.opens), default=0)
 
     def _skip_to(self, text: str, place: int, newest: int) -> None:
-        """Begins at `place` or at the next line's or word's beginning, never within the newest."""
+        """Start at `place`, moved to the next start of a line or word, but never within the newest text."""
         last = len(text) - max(newest, 1)
         near = place + max(20, (len(text) - place) // 4)
         for border in ("\n", " "):

@@ -1,9 +1,8 @@
-"""Keyboard and screen: lines in, with editing and a history of what was typed; text out that cannot steer a terminal.
+"""Keyboard and screen: line editing with a history, and output without terminal control characters.
 
-`Screen` is the only way to the terminal. Whatever the model, the service or a file says, escape sequences lose their
-first character on the way. `Keyboard` is readline's: arrow keys, Ctrl-R, Tab for commands, pastes of several lines; a
-Python without readline has plain lines. What was typed is kept between sessions in the user's state folder, where
-nobody else may read it.
+All output goes through `Screen`, which replaces control characters in whatever the model, the service or a file sends.
+`Keyboard` uses readline: arrow keys, Ctrl-R, Tab for commands, multi-line pastes. Without readline, lines are plain.
+The history is kept between sessions in the user's state folder, readable by the user only.
 """
 
 import contextlib
@@ -17,22 +16,23 @@ from types import ModuleType
 from typing import TextIO
 
 from gptcore.errors import ConfigError
+from gptcore.files import write_file
 from gptcore.home import expanded
 
 PROMPT, FURTHER = "> ", ". "
 REMEMBERED_LINES = 1000
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""C0 and C1 and DEL, without tab and newline: what a terminal takes for orders."""
+"""Control characters (C0, C1 and DEL) except tab and newline."""
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
 def harmless(text: str) -> str:
-    """`text` with U+FFFD for every character that steers a terminal; carriage returns, as in Windows' files, vanish."""
+    """`text` with U+FFFD for every control character; carriage returns, as in Windows files, are removed."""
     return CONTROLS.sub("\ufffd", text.replace("\r", ""))
 
 
 class Screen:
-    """Where answers, news and problems go. At a terminal all share it; else stdout has answers and nothing else."""
+    """The output. At a terminal everything goes to stdout; otherwise stdout gets answers only, and stderr the rest."""
 
     def __init__(self, interactive: bool, out: TextIO | None = None, aside: TextIO | None = None) -> None:
         self.interactive = interactive
@@ -42,33 +42,33 @@ class Screen:
         self._within_line = False
 
     def text(self, piece: str) -> None:
-        """A piece of an answer, at once."""
+        """Write a piece of an answer at once."""
         if piece := harmless(piece):
             self._out.write(piece)
             self._out.flush()
             self._within_line = not piece.endswith("\n")
 
     def end_line(self) -> None:
-        """Goes to the beginning of a line, unless there."""
+        """Start a new line unless at the start of one."""
         if self._within_line:
             self._out.write("\n")
             self._out.flush()
             self._within_line = False
 
     def line(self, text: str = "") -> None:
-        """Something that was asked for."""
+        """Write the output of a command."""
         self._say(text)
 
     def note(self, text: str) -> None:
-        """Something that it may help to know."""
+        """Write a hint."""
         self._say(text, DIM)
 
     def news(self, text: str) -> None:
-        """Something that is not to be missed."""
+        """Write something important."""
         self._say(text, BOLD)
 
     def problem(self, text: object) -> None:
-        """What went wrong, on one line."""
+        """Write an error, on one line."""
         self._say(f"error: {' '.join(str(text).split())}")
 
     def _say(self, text: str, style: str = "") -> None:
@@ -79,20 +79,20 @@ class Screen:
 
 
 class Keyboard:
-    """Lines as they are typed. `words` gives what Tab completes a line's beginning to."""
+    """Reads lines. `words` returns the words that Tab completes."""
 
     def __init__(self, words: Callable[[], Sequence[str]]) -> None:
         self._words = words
         self._readline: ModuleType | None = None
         self._file: Path | None = None
         with contextlib.suppress(ImportError):  # not every Python has it
-            import readline  # changes how input() works, and says things to some terminals: only for whoever types
+            import readline  # changes input() and writes to some terminals, so only import it for interactive use
 
             self._readline, self._file = readline, history_file()
             self._set_up(readline)
 
     def line(self) -> str:
-        """The next line; one that ends in a backslash goes on in the next, unless Ctrl-D ends it there.
+        """Read a line; one that ends in a backslash continues on the next, unless Ctrl-D ends it.
 
         Raises EOFError and KeyboardInterrupt.
         """
@@ -113,7 +113,9 @@ class Keyboard:
         readline.set_completer(self._complete)
         readline.parse_and_bind("tab: complete")
         if os.environ.get("TERM") != "dumb":
-            readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off: a paste is one prompt
+            readline.parse_and_bind(
+                "set enable-bracketed-paste on"
+            )  # so that a paste is one prompt; Python turns it off
         for line in remembered(self._file) if self._file else ():
             readline.add_history(line)
 
@@ -135,10 +137,10 @@ class Keyboard:
 
 
 @contextlib.contextmanager
-def unechoed() -> Iterator[None]:
-    """Keys that are typed meanwhile do not show in between; whoever reads a line next gets them.
+def echo_off() -> Iterator[None]:
+    """Hide keys typed within the block; the next read gets them.
 
-    A shell puts the echo back for itself when the chat is suspended.
+    A shell restores the echo itself when the chat is suspended.
     """
     before = termios.tcgetattr(sys.stdin)
     try:
@@ -149,11 +151,11 @@ def unechoed() -> Iterator[None]:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
-# --- what was typed before: lines in a file; one that ends in a backslash goes on in the next, as at the prompt
+# --- The history: lines in a file; one that ends in a backslash continues on the next, as at the prompt
 
 
 def history_file() -> Path | None:
-    """Where it is kept, readable by its owner alone; None where it cannot be kept."""
+    """The history file, readable by its owner only; None if it cannot be created."""
     state = os.environ.get("XDG_STATE_HOME", "")
     try:
         folder = (Path(state) if os.path.isabs(state) else expanded("~/.local/state")) / "gpt-foundry"
@@ -167,33 +169,23 @@ def history_file() -> Path | None:
 
 
 def remembered(path: Path) -> list[str]:
-    """The newest that was typed, in its order; the file is made shorter if it holds much more."""
+    """The newest lines of the history, oldest first; shortens the file if it has many more."""
     try:
         text = path.read_bytes().decode("utf-8", "replace")
         entries = [harmless(entry.replace("\\\n", "\n")) for entry in re.split(r"(?<!\\)\n", text) if entry]
         kept = entries[-REMEMBERED_LINES:]
         if len(entries) > 2 * len(kept):
-            _write_anew(path, kept)
+            write_file(path, b"".join(map(_written, kept)), mode=0o600)
     except OSError:
         return []
     return kept
 
 
 def remember(path: Path, line: str) -> None:
-    """Adds what was typed, if the disk takes it."""
+    """Append a line to the history, if the disk allows."""
     with contextlib.suppress(OSError), path.open("ab") as file:
         file.write(_written(line))
 
 
 def _written(line: str) -> bytes:
     return line.replace("\n", "\\\n").encode("utf-8", "replace") + b"\n"
-
-
-def _write_anew(path: Path, lines: Sequence[str]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.touch(0o600)
-    try:
-        beside.write_bytes(b"".join(map(_written, lines)))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

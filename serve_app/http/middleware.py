@@ -1,8 +1,8 @@
-"""What holds for every request, whatever its route: its id, its log line, its limits, and the form of its failure.
+"""Middleware for every route: request ids, logging, access, limits and error replies.
 
-In comes an ASGI app, out comes one wrapped. Each layer is plain ASGI and passes messages on as they come, so that a
-stream is never held back. From the outside in: `RequestLog`, CORS if asked for, `Failures`, `Hosts`, `Origins`,
-`ApiKeys`, `Bodies`, `Deadline`. The inner layers raise; `Failures` answers.
+Each layer is plain ASGI and passes messages on as they come, so streams are not buffered. From the outside in:
+`RequestLog`, CORS if configured, `ErrorReplies`, `AllowedHosts`, `AllowedOrigins`, `ApiKeys`, `BodyReader`,
+`Deadline`. Inner layers raise; `ErrorReplies` sends the error.
 """
 
 import asyncio
@@ -31,24 +31,23 @@ log = logging.getLogger(__name__)
 
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OPEN_PATHS = ("/", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
-"""Served without a key: probes and scrapers carry none, and the pages ask for one themselves."""
+"""Open without a key: probes and scrapers have none, and the web pages ask for one themselves."""
 OPEN_FOLDER = "/playground/"
 SHOWN_ORIGIN = 100
 QUIET_PATHS = ("/health", "/ready", "/metrics")
-"""Asked every few seconds by machines: logged at debug level while all is well."""
+"""Polled every few seconds by monitoring: successful requests are logged at debug level."""
 LAST_EVENT_SECONDS = 5.0
-"""How long the last event of a stream that failed may take to leave; then the connection is cut."""
+"""Time limit for sending the last event of a failed stream; then the connection is closed."""
 MOST_BODIES = 64
-"""Whole bodies' worth of memory for bodies that are on their way."""
+"""Memory limit for unfinished bodies, in bodies of the largest allowed size."""
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class RequestLog:
-    """Gives a request its id, its reply x-request-id, the log a line and the metrics a count.
+    """Assigns a request id, returns it as x-request-id, and logs and counts the request.
 
-    The id is the client's x-request-id if that is short and plain. It is not put on the reply if `tag` is false, for a
-    proxy in front that does so: the reply would have it twice. `x-model-version: <name>/<version>`, set by the
-    routes that use a model, is where the labels come from.
+    The id is the client's x-request-id if that is short and plain. If `tag` is false, the reply does not get it, since
+    a proxy in front adds it. The metrics' labels come from the reply's `x-model-version: <name>/<version>`.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tag: bool = True) -> None:
@@ -66,7 +65,7 @@ class RequestLog:
         scope.setdefault("state", {})["request_id"] = request_id
         token = REQUEST_ID.set(request_id)
         started = time.perf_counter()
-        status, model, version = 499, "", ""  # until a reply starts: the client has left, as nginx writes it
+        status, model, version = 499, "", ""  # until a reply starts; 499 is nginx's code for a client that left
 
         async def tagged(message: Message) -> None:
             nonlocal status, model, version
@@ -85,13 +84,13 @@ class RequestLog:
             self.metrics.request(route, status, model, version)
             facts = {"method": scope["method"], "route": route, "status": status, "model": model, "version": version}
             if error := scope["state"].get("error"):
-                facts |= {"code": error.code, "param": error.param}  # its message may repeat what the client wrote
+                facts |= {"code": error.code, "param": error.param}  # not the message, which may quote the client
             facts["seconds"] = round(time.perf_counter() - started, 4)
             log.log(logging.DEBUG if route in QUIET_PATHS and status < 400 else logging.INFO, "request", extra=facts)
             REQUEST_ID.reset(token)
 
     def _template(self, scope: Scope) -> str:
-        """The route's path as it was declared, also for a request that was refused before it reached the router."""
+        """The declared path of the route, even for a request refused before it reached the router."""
         if route := scope.get("route"):
             return route.path
         if not self.templates and "app" in scope:
@@ -100,8 +99,8 @@ class RequestLog:
         return next((template for template, regex in self.templates.items() if regex.match(path)), "unmatched")
 
 
-class Failures:
-    """Answers whatever is raised further in: with an error reply or, where a stream has begun, with its last event."""
+class ErrorReplies:
+    """Turns exceptions into an error reply or, if a stream has started, into its last event."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -110,7 +109,7 @@ class Failures:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        content_type: str | None = None  # of the reply, once it has begun
+        content_type: str | None = None  # of the reply, once it has started
         complete = False
 
         async def watched(message: Message) -> None:
@@ -124,7 +123,7 @@ class Failures:
         try:
             await self.app(scope, receive, watched)
         except Exception as exc:
-            # Starlette wraps what its handlers can no longer answer, since the reply has begun.
+            # Starlette wraps exceptions that come after the reply has started.
             wrapped = content_type is not None and type(exc) is RuntimeError and exc.__cause__
             error = to_api_error(exc.__cause__ if wrapped and exc.__cause__ else exc)
             if content_type is None:
@@ -133,17 +132,17 @@ class Failures:
                 scope.setdefault("state", {})["error"] = error
                 event = f"data: {json.dumps(error_body(error))}\n\n".encode()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(LAST_EVENT_SECONDS):  # who does not read would keep us here
+                    async with asyncio.timeout(LAST_EVENT_SECONDS):  # the client may not be reading
                         await send({"type": "http.response.body", "body": event, "more_body": False})
             else:
-                raise  # the server cuts the connection: what was sent so far must not pass for the whole
+                raise  # the server closes the connection, so that a partial reply does not look complete
 
 
-class Hosts:
-    """Refuses a request that addresses the service by a name that is neither loopback's nor among `allowed`.
+class AllowedHosts:
+    """Refuses requests whose Host header is neither a loopback name nor in `allowed`.
 
-    A page whose own name is made to point to 127.0.0.1 (DNS rebinding) is of the service's origin, as browsers see it;
-    only the name tells. A request without a Host header is from no browser, and passes.
+    To a browser, a page whose host name is rebound to 127.0.0.1 (DNS rebinding) has the service's origin; only the
+    name differs. A request without a Host header does not come from a browser and passes.
     """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
@@ -157,21 +156,21 @@ class Hosts:
                 if name and name not in self.allowed and not is_loopback(name):
                     raise ApiError(
                         403,
-                        f"{name[:SHOWN_ORIGIN]!r} is no name of this service; GPT_ALLOWED_HOSTS says which it has",
+                        f"the host name {name[:SHOWN_ORIGIN]!r} is not allowed; see GPT_ALLOWED_HOSTS",
                         code="host_not_allowed",
                     )
         await self.app(scope, receive, send)
 
 
 def host_of(header: str) -> str:
-    """The name or address in a Host header, in lower case, without port, brackets and the root's dot."""
+    """The name or address in a Host header, in lower case, without port, brackets and trailing dot."""
     name = header.strip().lower()
     name = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] or name
     return name.removesuffix(".")
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name or address always means the machine itself."""
+    """Whether a name or address always refers to this machine."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
@@ -179,10 +178,10 @@ def is_loopback(name: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-class Origins:
-    """Refuses what a browser sends for a page of another origin, unless that is among `allowed` or "*" is.
+class AllowedOrigins:
+    """Refuses requests from pages of other origins, unless `allowed` has the origin or "*".
 
-    CORS alone only hides the answer from such a page: a request that needs no preflight would still be computed.
+    CORS only hides the reply from such a page: a request without preflight would still be computed.
     """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
@@ -196,14 +195,14 @@ class Origins:
             if origin and origin not in self.allowed and origin.partition("://")[2] != headers.get("host"):
                 raise ApiError(
                     403,
-                    f"a page of {origin[:SHOWN_ORIGIN]!r} may not call this service; GPT_CORS_ORIGINS names who may",
+                    f"pages of {origin[:SHOWN_ORIGIN]!r} may not call this service; see GPT_CORS_ORIGINS",
                     code="origin_not_allowed",
                 )
         await self.app(scope, receive, send)
 
 
 class ApiKeys:
-    """Asks for `Authorization: Bearer <key>` on every path but the open ones. Without keys, everything is open."""
+    """Requires `Authorization: Bearer <key>` except on open paths. Without configured keys, everything is open."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self.app = app
@@ -220,10 +219,10 @@ class ApiKeys:
     def _check(self, authorization: str) -> None:
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip().encode("latin-1"))
-        # Digests have one length and every key is compared, so that the time taken says nothing about any of them.
+        # Equal-length digests, and every key is compared, so the time taken reveals nothing about the keys.
         known = sum(hmac.compare_digest(given, digest) for digest in self.digests)
         if scheme.lower() != "bearer" or not known:
-            fault = "the API key is not known" if authorization else "an API key is needed"
+            fault = "the API key is unknown" if authorization else "an API key is needed"
             raise ApiError(
                 401,
                 f"{fault}; send the header Authorization: Bearer <key>",
@@ -233,7 +232,7 @@ class ApiKeys:
 
 
 def _path(scope: Scope) -> str:
-    """The path below the prefix that the app is mounted at."""
+    """The path below the app's mount point."""
     return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
@@ -241,19 +240,18 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-class Bodies:
-    """Reads a request's body whole, within `limit` bytes and `seconds`, and lets through none but sound JSON.
+class BodyReader:
+    """Reads the whole body, within `limit` bytes and `seconds`, and accepts valid JSON only.
 
-    Bodies that are on their way take no place in the engines' queue, and together no more memory than `MOST_BODIES`
-    whole ones: beyond that, the one that has taken longest is given up. The body is taken for JSON whatever its
-    content-type says, since `curl -d` calls it a form.
+    Unfinished bodies take no place in the engines' queue, and together no more memory than `MOST_BODIES` full ones:
+    beyond that, the oldest one is dropped. The content-type is ignored, since `curl -d` sends that of a form.
     """
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
         self.app = app
         self.limit = limit
         self.seconds = seconds
-        self.coming: dict[asyncio.Timeout, int] = {}  # bytes so far, the oldest body first
+        self.unfinished: dict[asyncio.Timeout, int] = {}  # bytes so far, the oldest body first
         self.bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -262,17 +260,17 @@ class Bodies:
             return
         packing = Headers(scope=scope).get("content-encoding", "identity").strip().lower()
         if packing not in ("", "identity"):
-            why = f"content-encoding is {packing[:40]!r}; expected a body as it is, not packed"
+            why = f"content-encoding is {packing[:40]!r}; expected an uncompressed body"
             raise ApiError(415, why, code="unsupported_content_encoding")
         timer = asyncio.timeout(self.seconds)
         try:
             async with timer:
                 body = await self._read(scope, receive, timer)
         except TimeoutError:
-            why = f"the body did not arrive within {self.seconds:g} s, or too many others are as slow"
+            why = f"the body did not arrive within {self.seconds:g} s, or too many other bodies are arriving slowly"
             raise ApiError(408, why, code="timeout") from None
         finally:
-            self.bytes -= self.coming.pop(timer, 0)
+            self.bytes -= self.unfinished.pop(timer, 0)
         if body is None:
             return
         if body:
@@ -286,7 +284,7 @@ class Bodies:
         await self.app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive, timer: asyncio.Timeout) -> bytes | None:
-        """The body, or None if the client left before it was whole."""
+        """The body, or None if the client left before it was complete."""
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared[:20]) > self.limit:
             raise self._too_large()
@@ -305,18 +303,18 @@ class Bodies:
         return b"".join(parts)
 
     def _hold(self, timer: asyncio.Timeout, size: int) -> None:
-        """Counts bytes of an unfinished body; gives up the oldest body if all together are too much."""
-        self.coming[timer] = self.coming.get(timer, 0) + size
+        """Count bytes of an unfinished body; drop the oldest body if all of them together are too large."""
+        self.unfinished[timer] = self.unfinished.get(timer, 0) + size
         self.bytes += size
         if self.bytes > MOST_BODIES * self.limit:
-            next(iter(self.coming)).reschedule(0)
+            next(iter(self.unfinished)).reschedule(0)
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self.limit} bytes, the most accepted", code="body_too_large")
+        return ApiError(413, f"the body is larger than {self.limit} bytes, the limit", code="body_too_large")
 
 
 class Deadline:
-    """Ends a request `seconds` after its body is there; cancelled, its route aborts its sequences."""
+    """Cancels a request `seconds` after its body has arrived; its route then aborts its sequences."""
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
         self.app = app
@@ -337,10 +335,10 @@ class Deadline:
 
 
 def check_json(body: bytes) -> None:
-    """Refuse what `json.loads` would accept or choke on, and JSON does not have or UTF-8 cannot carry.
+    """Refuse what `json.loads` accepts but JSON or UTF-8 does not allow, and what would crash it.
 
-    That is invalid UTF-8, NaN and infinities, lone surrogates, integers of thousands of digits, and nesting beyond
-    Python's stack. Raises ApiError 400, naming the field where there is one.
+    That is invalid UTF-8, NaN and infinities, lone surrogates, integers with thousands of digits, and nesting beyond
+    Python's stack. Raises ApiError 400, naming the field if there is one.
     """
     suspicious = SURROGATE_ESCAPE.search(body) is not None
 
@@ -356,7 +354,7 @@ def check_json(body: bytes) -> None:
     except json.JSONDecodeError as exc:
         raise _bad_json(f"{exc.msg} at line {exc.lineno}, column {exc.colno}") from None
     except ValueError:
-        raise _bad_json("it has an integer of too many digits") from None
+        raise _bad_json("it has an integer with too many digits") from None
     except RecursionError:
         raise _bad_json("it is nested too deeply") from None
     if suspicious and (fault := next(_faults(value), None)):
@@ -369,7 +367,7 @@ def _bad_json(what: str) -> ApiError:
 
 
 def _faults(value: Any, field: str | None = None) -> Iterator[tuple[str | None, str]]:
-    """(top-level field, what is wrong) for every number and string that JSON cannot hold, without recursion."""
+    """(top-level field, error) for every number and string that JSON cannot represent; not recursive."""
     stack = [(field, value)]
     while stack:
         field, value = stack.pop()

@@ -1,8 +1,8 @@
-"""What the generating routes take and give: request bodies as they are checked, replies and events as documented.
+"""Request bodies as they are validated, and the documented replies and events.
 
-In comes JSON, out comes a body whose every field has the right type and range, or a 400 that names the field. A field
-that is not known is refused, and so is one of OpenAI's that this service does not implement: nothing is ignored.
-`null` says the same as leaving a field out. The replies' models describe; the routes write the JSON themselves.
+An invalid field gets a 400 that names it. An unknown field is refused, and so is one of OpenAI's that this service
+does not implement: nothing is ignored. `null` means the same as leaving a field out. The reply models are
+documentation; the routes write the JSON themselves.
 
 Server-sent events of `POST /generate` with `"stream": true` are lines `data: {json}`, an empty line after each:
 
@@ -16,14 +16,14 @@ Server-sent events of `POST /generate` with `"stream": true` are lines `data: {j
              "prompt_tokens_details": {"cached_tokens": 0}}}
     data: [DONE]
 
-An event has one choice; the texts of one index, joined, are the text of the reply that is not streamed. An event
-may bring several tokens, or a token and no text yet (half a character, or what might begin a stop string). With
-`logprobs` k, a choice's `logprobs` is the list of the tokens that came with the event, each
+Each event has one choice. The joined texts of one index equal the text of the unstreamed reply. An event may contain
+several tokens, or a token without text yet (half a character, or the possible start of a stop string). With `logprobs`
+k, a choice's `logprobs` lists the event's tokens, each
 
     {"token_id": 318, "text": " is", "bytes": [32, 105, 115], "logprob": -0.71, "top": [
         {"token_id": 318, "text": " is", "bytes": [32, 105, 115], "logprob": -0.71}, … k of these, likeliest first]}
 
-A stream that fails after it began ends with `data: {"error": {"message", "type", "param", "code"}}` and no `[DONE]`.
+A stream that fails after it started ends with `data: {"error": {"message", "type", "param", "code"}}` and no `[DONE]`.
 `POST /v1/completions` streams the same way in OpenAI's shape: see `Completion`.
 """
 
@@ -32,31 +32,15 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from gptcore.sampling import MOST_LOGPROBS, SamplingParams
+from gptcore.parameters import SAMPLING, SamplingParams
 from gptcore.tokenizer import EOT
 from serve_app.errors import ApiError
-from serve_app.http.foreign import without_foreign
-from serve_app.http.parameters import (
-    INT32,
-    Body,
-    FrequencyPenalty,
-    IgnoreEos,
-    MinP,
-    Parameters,
-    PresencePenalty,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    StopTokenIds,
-    Temperature,
-    TokenIds,
-    TopK,
-    TopP,
-)
+from serve_app.http.parameters import INT32, Body, Parameters, SamplingFields, TokenIds, sampling_field
+from serve_app.http.unsupported import drop_unsupported
 
 
 def _kind(value: Any) -> str:
-    """Which of a union's forms `value` is meant to be, so that a fault is told of that form alone."""
+    """Which form of a prompt `value` is, so that an error is about that form only."""
     if not isinstance(value, list):
         return "text"
     match value[:1]:
@@ -79,21 +63,21 @@ Choices = Annotated[
     Field(
         ge=1,
         le=INT32,
-        description="Continuations of each prompt. Each has a seed of its own, made of seed and its number.",
+        description="Continuations per prompt. Each gets its own seed, made from seed and its number.",
     ),
 ]
 Echo = Annotated[
     bool,
-    Field(description="Begin the text with the prompt, and `logprobs` with the prompt's tokens."),
+    Field(description="Start the text with the prompt, and `logprobs` with the prompt's tokens."),
 ]
-Stream = Annotated[bool, Field(description="Send server-sent events as the text comes, `[DONE]` as the last.")]
+Stream = Annotated[bool, Field(description="Send the text as server-sent events while it is generated, then `[DONE]`.")]
 
 
 Logprobs = Annotated[
-    Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None,
+    Annotated[int, Field(ge=SAMPLING["logprobs"].least, le=SAMPLING["logprobs"].most)] | None,
     BeforeValidator(lambda value: None if value is False else value),
     Field(
-        description="Report each token's log-probability and those of the k likeliest; none or false: do not.",
+        description=f"{SAMPLING['logprobs'].help} None or false: do not.",
         json_schema_extra=lambda schema: schema["anyOf"].append({"const": False}),
     ),
 ]
@@ -104,24 +88,23 @@ class Sampling(Parameters):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_foreign(cls, data: Any) -> Any:
-        return without_foreign(data, cls.model_fields) if isinstance(data, dict) else data
+    def _drop_unsupported(cls, data: Any) -> Any:
+        return drop_unsupported(data, cls.model_fields) if isinstance(data, dict) else data
 
     def params(self, logprobs: int | None = None) -> SamplingParams:
-        """As the engine takes them."""
+        """What the engine takes."""
         return _params(self, self.max_new_tokens, logprobs)
 
 
 class GenerateRequest(Sampling):
     """Body of `POST /generate`."""
 
-    prompt: str = Field(description="The text to continue; an empty one: begin a document.")
-    model: str | None = Field(None, description="A model of GET /models; none: the service's first.")
-    max_new_tokens: int = Field(
-        128,
+    prompt: str = Field(description="The text to continue; if empty, the model begins a document.")
+    model: str | None = Field(None, description="A model from GET /models; none: the default model.")
+    max_new_tokens: int = sampling_field(
+        "max_new_tokens",
         ge=0,
-        description="Tokens to generate at most; fewer if the context is full; 0 with echo: the prompt alone. "
-        "The service has a bound.",
+        description=f"{SAMPLING['max_new_tokens'].help} 0 together with echo: return the prompt only.",
     )
     n: Choices = 1
     echo: Echo = False
@@ -137,60 +120,50 @@ class GenerateRequest(Sampling):
 class PromptRequest(Sampling):
     """Body of `POST /generate/{model}`."""
 
-    prompt: str = Field(description="The text to continue; an empty one: begin a document.")
-    max_new_tokens: int = Field(50, ge=1, description="Tokens to generate at most.")
+    prompt: str = Field(description="The text to continue; if empty, the model begins a document.")
+    max_new_tokens: int = sampling_field("max_new_tokens", default=50)
 
 
 class SentenceRequest(Sampling):
     """Body of `POST /complete-sentence`."""
 
-    text: str = Field(description="The beginning of a text; an empty one: begin a document.")
-    max_new_tokens: int = Field(50, ge=1, description="Tokens to generate at most.")
+    text: str = Field(description="The text to continue; if empty, the model begins a document.")
+    max_new_tokens: int = sampling_field("max_new_tokens", default=50)
 
 
 class StreamOptions(Body):
     """`stream_options` of OpenAI's API."""
 
-    include_usage: bool = Field(False, description="Send one more event with the usage; until then it is null.")
-    include_obfuscation: Literal[False] = Field(False, description="Events are not padded.")
-    continuous_usage_stats: Literal[False] = Field(False, description="The usage comes once, at the end.")
+    include_usage: bool = Field(False, description="Send a final event with the usage; in earlier events it is null.")
+    include_obfuscation: Literal[False] = Field(False, description="Not supported: events are not padded.")
+    continuous_usage_stats: Literal[False] = Field(False, description="Not supported: usage is sent once, at the end.")
 
 
-class CompletionRequest(Body):
-    """Body of `POST /v1/completions`: OpenAI's fields, and after `user` our own."""
+class CompletionRequest(SamplingFields):
+    """Body of `POST /v1/completions`: OpenAI's fields, and this service's other sampling parameters."""
 
-    model: str = Field(description="A model of GET /v1/models.")
+    model: str = Field(description="A model from GET /v1/models.")
     prompt: Prompt | None = Field(
-        None, description="Text, token ids, or a list of either; none, or an empty one: begin a document."
+        None, description="Text, token ids, or a list of either; none or empty: the model begins a document."
     )
     max_tokens: int = Field(
         16,
         ge=0,
-        description="Tokens to generate at most; 0 with echo: the prompt alone. The service has a bound.",
+        description="Most tokens to generate; 0 together with echo: return the prompt only. "
+        "The service may set a lower limit.",
     )
-    temperature: Temperature = 1.0
-    top_p: TopP = 1.0
     n: Choices = 1
-    best_of: int | None = Field(None, description="1, or the value of n: there is no choosing among candidates.")
+    best_of: int | None = Field(None, description="1 or the value of n; choosing among candidates is not supported.")
     echo: Echo = False
     logprobs: Logprobs = None
-    presence_penalty: PresencePenalty = 0.0
-    frequency_penalty: FrequencyPenalty = 0.0
-    seed: Seed = None
-    stop: Stop | None = None
     stream: Stream = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=256, description="Taken as OpenAI's clients send it; it changes nothing.")
-    top_k: TopK = 0
-    min_p: MinP = 0.0
-    repetition_penalty: RepetitionPenalty = 1.0
-    stop_token_ids: StopTokenIds = []
-    ignore_eos: IgnoreEos = False
+    user: str | None = Field(None, max_length=256, description="Accepted for OpenAI's clients; it has no effect.")
 
     @model_validator(mode="before")
     @classmethod
-    def _without_foreign(cls, data: Any) -> Any:
-        return without_foreign(data, cls.model_fields) if isinstance(data, dict) else data
+    def _drop_unsupported(cls, data: Any) -> Any:
+        return drop_unsupported(data, cls.model_fields) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _fit_together(self) -> "CompletionRequest":
@@ -198,17 +171,17 @@ class CompletionRequest(Body):
             message = f"best_of is {self.best_of} and n is {self.n}: best_of is supported only as 1 or the value of n"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
-            message = "stream_options has include_usage, which needs stream to be true; else the reply has the usage"
+            message = "stream_options has include_usage, which needs stream to be true; other replies include the usage"
             raise ApiError(400, message, param="stream_options", code="invalid_value")
         _check_length("max_tokens", self.max_tokens, self.echo)
         return self
 
     def params(self) -> SamplingParams:
-        """As the engine takes them."""
+        """What the engine takes."""
         return _params(self, self.max_tokens, self.logprobs)
 
     def prompts(self) -> Sequence[str | Sequence[int]]:
-        """The prompts, one or several; no ids at all stand for "begin a document"."""
+        """The prompts as a list; an empty one begins a document."""
         match self.prompt:
             case None | []:
                 return [[]]
@@ -226,63 +199,52 @@ def _check_length(name: str, length: int, echo: bool) -> None:
         raise ApiError(400, message, param=name, code="invalid_value")
 
 
-def _params(body: Sampling | CompletionRequest, length: int, logprobs: int | None) -> SamplingParams:
+def _params(body: SamplingFields, length: int, logprobs: int | None) -> SamplingParams:
+    values = {name: getattr(body, name) for name in SamplingFields.model_fields}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return SamplingParams(
-        max_new_tokens=max(length, 1),  # 0 is the prompt alone, of which the parameters know nothing
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        seed=body.seed,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        stop=tuple(text for text in stop if text),
-        stop_token_ids=tuple(body.stop_token_ids),
-        ignore_eos=body.ignore_eos,
-        logprobs=logprobs,
-    )
+    values |= {"stop": tuple(text for text in stop if text), "stop_token_ids": tuple(body.stop_token_ids)}
+    # A length of 0 asks for the prompt alone, which SamplingParams cannot express.
+    return SamplingParams(max_new_tokens=max(length, 1), logprobs=logprobs, **values)
 
 
 FinishReason = Annotated[
     Literal["stop", "length"] | None,
-    Field(description="stop: end of text, or a stop string or token; length: as long as it may be; null: more comes."),
+    Field(description="stop: end of text, stop string or stop token; length: length limit reached; null: unfinished."),
 ]
 
 
 class Alternative(BaseModel):
-    """A token that could stand at a place."""
+    """A token that could have been chosen at a position."""
 
     token_id: int
-    text: str = Field(description="The token's bytes as text; bytes that are no whole characters become U+FFFD.")
+    text: str = Field(description="The token's bytes as text; incomplete characters become U+FFFD.")
     bytes: list[int]
     logprob: float | None = Field(
-        description="Nats, of the model's distribution at temperature 1; null for a prompt's first token."
+        description="In nats, under the model at temperature 1; null for a prompt's first token."
     )
 
 
 class Token(Alternative):
-    """A token of the text, and the likeliest ones at its place."""
+    """A token of the text, and the likeliest tokens at its position."""
 
     top: list[Alternative]
 
 
 class CachedTokens(BaseModel):
-    cached_tokens: int = Field(description="Prompt tokens that did not have to be computed anew.")
+    cached_tokens: int = Field(description="Prompt tokens found in the prefix cache.")
 
 
 class Usage(BaseModel):
-    """Tokens in and out. A prompt counts once, however many continuations it got."""
+    """Token counts. A prompt counts once, however many continuations it has."""
 
     prompt_tokens: int
-    completion_tokens: int = Field(description="Generated tokens, the end-of-text token included.")
+    completion_tokens: int = Field(description="Generated tokens, including the end-of-text token.")
     total_tokens: int
     prompt_tokens_details: CachedTokens
 
 
 class GenerateChoice(BaseModel):
-    """One continuation, or the part of it that an event brings."""
+    """One continuation, or an event's part of it."""
 
     index: int
     text: str
@@ -291,12 +253,12 @@ class GenerateChoice(BaseModel):
 
 
 class GenerateReply(BaseModel):
-    """Reply of `POST /generate`; as an event of its stream, `usage` comes with the last one alone."""
+    """Reply of `POST /generate`; in a stream, only the last event has `usage`."""
 
     id: str
     model: str
     version: str
-    seed: int = Field(description="What gives the same text again.")
+    seed: int = Field(description="The seed used; send it to get the same text again.")
     choices: list[GenerateChoice]
     usage: Usage
 
@@ -314,19 +276,19 @@ class CompletedSentence(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """OpenAI's legacy form: four lists of one entry per token.
+    """OpenAI's legacy form: four lists with one entry per token, including the token that ended the text.
 
-    A token that is no whole characters is written `bytes:\\xe2\\x80`. The token that ended the text is among them.
+    A token with incomplete characters is written as `bytes:\\xe2\\x80`.
     """
 
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int] = Field(description="Where the token begins in the choice's text, in characters.")
+    text_offset: list[int] = Field(description="The token's start in the choice's text, in characters.")
 
 
 class CompletionChoice(BaseModel):
-    """One continuation, or the part of it that an event brings."""
+    """One continuation, or an event's part of it."""
 
     index: int = Field(description="The j-th continuation of the i-th prompt has index i * n + j.")
     text: str
@@ -337,7 +299,7 @@ class CompletionChoice(BaseModel):
 class Completion(BaseModel):
     """Reply of `POST /v1/completions`, and each event of its stream.
 
-    Of a stream, `usage` is there only with `stream_options.include_usage`: null, until a last event without choices.
+    In a stream, `usage` is present only with `stream_options.include_usage`: null until a final event without choices.
     """
 
     id: str
@@ -350,12 +312,12 @@ class Completion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model, in OpenAI's terms; GET /models says more."""
+    """A model in OpenAI's form; GET /models has more."""
 
     id: str
     object: Literal["model"]
-    created: int = Field(description="When it was loaded, in seconds since 1970; 0 if it has not been.")
-    owned_by: str = Field(description="Who serves it: gpt-foundry.")
+    created: int = Field(description="When it was loaded, in seconds since 1970; 0 if it is not loaded.")
+    owned_by: str = Field(description="Always gpt-foundry.")
 
 
 class ModelList(BaseModel):
@@ -366,43 +328,43 @@ class ModelList(BaseModel):
 
 
 class TokenizeRequest(Body):
-    """Body of `POST /tokenize`, as vLLM has it."""
+    """Body of `POST /tokenize`, in vLLM's form."""
 
     prompt: str = Field(description="The text.")
-    model: str | None = Field(None, description="A model of GET /models; none: the service's first.")
-    add_special_tokens: bool = Field(True, description="These tokenizers add none, so it changes nothing.")
-    return_token_strs: bool = Field(False, description="Add the tokens as the tokenizer's vocabulary spells them.")
+    model: str | None = Field(None, description="A model from GET /models; none: the default model.")
+    add_special_tokens: bool = Field(True, description="No effect: these tokenizers add no special tokens.")
+    return_token_strs: bool = Field(False, description="Also return the tokens as spelled in the vocabulary.")
 
 
 class Tokenized(BaseModel):
     """Reply of `POST /tokenize`."""
 
-    count: int = Field(description="How many tokens the text has.")
-    max_model_len: int = Field(description="The model's context, in tokens.")
+    count: int = Field(description="Number of tokens.")
+    max_model_len: int = Field(description="The model's context length, in tokens.")
     tokens: list[int]
     token_strs: list[str] | None
 
 
 class DetokenizeRequest(Body):
-    """Body of `POST /detokenize`, as vLLM has it."""
+    """Body of `POST /detokenize`, in vLLM's form."""
 
-    tokens: TokenIds = Field(description="Token ids of the model.")
-    model: str | None = Field(None, description="A model of GET /models; none: the service's first.")
+    tokens: TokenIds = Field(description="Token ids of the model's tokenizer.")
+    model: str | None = Field(None, description="A model from GET /models; none: the default model.")
 
 
 class Detokenized(BaseModel):
     """Reply of `POST /detokenize`."""
 
-    prompt: str = Field(description="The text; bytes that are no UTF-8 become U+FFFD.")
+    prompt: str = Field(description="The text; invalid UTF-8 becomes U+FFFD.")
 
 
 class TokenizerInfo(BaseModel):
-    """Reply of `GET /tokenizer_info`; there is no chat template, since the models have no chat format."""
+    """Reply of `GET /tokenizer_info`; the models have no chat format, so there is no chat template."""
 
     tokenizer_class: str = "PreTrainedTokenizerFast"
     bos_token: str = EOT
     eos_token: str = EOT
     add_prefix_space: bool = False
     clean_up_tokenization_spaces: bool = False
-    model_max_length: int = Field(description="The model's context, in tokens.")
+    model_max_length: int = Field(description="The model's context length, in tokens.")
     chat_template: None = None

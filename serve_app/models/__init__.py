@@ -1,1 +1,1 @@
-"""The models that a replica holds: loaded from the registry, followed as aliases move."""
+"""The models of a replica: loaded from their sources, and replaced when a registry alias moves."""

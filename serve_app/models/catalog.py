@@ -1,8 +1,7 @@
-"""The models that a replica holds, by name: who gets which version, and what there is to tell about each.
+"""All models of a replica, by name: leases for requests, and the status of each model.
 
-In come the settings' names and sources; out come leases. Whoever holds a lease keeps its version running, however
-often the registry's aliases move meanwhile. One source is held once, whatever names it has. Everything here belongs
-to one event loop.
+A lease keeps its version loaded, however often the registry's aliases move meanwhile. A source is loaded once, even if
+it has several names. Everything here belongs to one event loop.
 """
 
 import asyncio
@@ -13,35 +12,36 @@ from dataclasses import dataclass, field, replace
 
 from gptcore.engine.engine import Engine
 from gptcore.errors import EngineError, did_you_mean
+from gptcore.home import default_tracking_uri
 from gptcore.redact import without_password
 from serve_app.errors import ApiError, without_folders
 from serve_app.models.follow import Model, OnReload
 from serve_app.models.load import MakeEngine, ServedModel
 from serve_app.models.registry import Registry
-from serve_app.settings import ALL, ServeSettings, default_tracking_uri
+from serve_app.settings import ALL, ServeSettings
 
 __all__ = ["ModelStatus", "Models", "ServedModel"]
 
 START_PATIENCE_S = 30.0
-"""How long a replica that starts waits for a registry that does not answer, rather than begin without its model."""
+"""How long a starting replica waits for an unreachable registry before it accepts requests without its model."""
 
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """What there is to tell about one name. What is known of loaded models only is None for others."""
+    """The status of one model. Facts known only for loaded models are None for others."""
 
     name: str
     source: str
     state: str
-    """ready, loading, failed, or unloaded until somebody asks for it."""
+    """ready, loading, failed, or unloaded until the first request."""
     default: bool
     canary_share: float | None
     error: str | None
-    """Why it is not loaded, or why it does not follow its alias."""
+    """Why it is not loaded, or why its alias's version is not."""
     refused: dict[str, str]
-    """Versions that could not be loaded, and why."""
+    """Versions that failed to load, and why."""
     loading: str | None = None
-    """What is being loaded, and since when; another version may serve meanwhile."""
+    """What is being loaded, and since when; another version may be serving meanwhile."""
     version: str | None = None
     alias: str | None = None
     loaded_at: str | None = None
@@ -63,7 +63,7 @@ class ModelStatus:
 
 
 class Models:
-    """All models of a service, with the canary beside them. Nothing is loaded before `start`."""
+    """All models of a service, including the canary. Nothing is loaded before `start`."""
 
     def __init__(
         self, settings: ServeSettings, registry: Registry | None = None, make_engine: MakeEngine = Engine
@@ -98,15 +98,15 @@ class Models:
         return self._models[self.default].state == "ready"
 
     def on_reload(self, call: OnReload) -> None:
-        """Has `call(name, succeeded)` called after every attempt to follow an alias."""
+        """Register `call(name, succeeded)`, to be called after every attempt to load an alias's new version."""
         for model in self._sources:
             model.on_reload = call
 
     async def start(self) -> None:
-        """Loads the models that are to be there from the start, then watches their sources. Raises nothing.
+        """Load the eager models, then watch their sources. Raises nothing.
 
-        While the registry does not answer, it waits up to `START_PATIENCE_S` for the default model: a replica that
-        comes up meanwhile should not turn away requests that others would answer.
+        If the registry does not answer, wait up to `START_PATIENCE_S` for the default model, so that a new replica
+        does not refuse requests that other replicas could answer.
         """
         await asyncio.gather(*(model.refresh() for model in self._eager))
         default = self._models[self.default]
@@ -120,44 +120,48 @@ class Models:
         self._watching = [asyncio.create_task(self._watch(model)) for model in self._sources]
 
     async def poll(self) -> None:
-        """Looks once at each source that is loaded or is to be, as the watch does every `poll_seconds`."""
+        """Check each watched source once, as happens every `poll_seconds`."""
         await asyncio.gather(*(model.refresh() for model in self._sources if self._wanted(model)))
 
     @asynccontextmanager
     async def lease(self, name: str | None, request_id: str) -> AsyncIterator[ServedModel]:
-        """The model that is to answer a request, kept until the context is left.
+        """The model for a request, kept loaded until the context is left.
 
-        Without a name, or with the default model's, the canary gets its share. Raises ApiError 404 for an unknown
-        name, and 503 for a model that is not ready.
+        The canary gets its share of the default model's requests. Raises ApiError 404 for an unknown name, and 503 for
+        a model that is not ready.
         """
         name = self._choose(name, request_id)
-        held = await self._models[name].get()
-        held.take()
+        loaded = await self._models[name].get()
+        loaded.acquire()
         try:
-            yield replace(held.served, name=name)
+            yield replace(loaded.served, name=name)
         finally:
-            held.give_back()
+            loaded.release()
 
     def loaded(self) -> list[ServedModel]:
-        """Every version that has an engine, once per name, those included that only finish what they began."""
-        return [replace(held.served, name=name) for name, model in self._models.items() for held in model.held]
+        """Every version with an engine, once per name, including replaced versions that are finishing requests."""
+        return [
+            replace(loaded.served, name=name)
+            for name, model in self._models.items()
+            for loaded in model.loaded_versions
+        ]
 
     def describe(self) -> list[ModelStatus]:
-        """What there is to tell about each name, the default model first."""
+        """The status of each model, the default model first."""
         return [self._status(name, model) for name, model in self._models.items()]
 
     def check_health(self) -> None:
-        """Raises EngineError if an engine that is to answer has died."""
+        """Raises EngineError if the engine of a current version has died."""
         for model in self._sources:
             if model.current is not None and not model.current.served.engine.alive:
-                raise EngineError(f"the engine of {model.current.served.label} has died")
+                raise EngineError(f"the engine of {model.current.served.label} died")
 
     async def left(self) -> None:
-        """Returns when every version that was replaced so far is closed."""
+        """Wait until every replaced version is closed."""
         await asyncio.gather(*(model.left() for model in self._sources))
 
     async def close(self) -> None:
-        """Stops watching, lets requests finish, and closes every engine."""
+        """Stop watching, let requests finish, and close every engine."""
         for task in self._watching:
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
@@ -220,5 +224,5 @@ class Models:
 
 
 def share_of(request_id: str) -> float:
-    """A number in [0, 1) that depends on the id alone, and spreads evenly over ids."""
+    """A number in [0, 1) that depends on the id only, uniformly distributed over ids."""
     return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8]) / 2**64

@@ -1,8 +1,7 @@
-"""One source of a model in a replica: at most one current version, and those that finish what they began.
+"""One model source in a replica: its current version, and replaced versions that are finishing their requests.
 
-In come the registry's answers; out come `Held` versions for `models.py` to lease. When an alias has moved, the new
-version is loaded beside the current one and then takes its place; the old one's engine is closed when its last lease
-has ended. A version that cannot be loaded is refused and remembered, and changes nothing else.
+When an alias moves, the new version is loaded beside the current one and then replaces it; the old engine is closed
+when its last lease ends. A version that fails to load is remembered and the current one stays.
 """
 
 import asyncio
@@ -17,7 +16,7 @@ from gptcore.engine.async_engine import AsyncEngine
 from gptcore.errors import FoundryError, HubError, NoMemory, QueueFull
 from gptcore.redact import without_password
 from serve_app.errors import ApiError, without_folders
-from serve_app.models.journal import Journal
+from serve_app.models.crash_record import CrashRecord
 from serve_app.models.load import LoadTimeout, MakeEngine, ServedModel, alias_of, load
 from serve_app.models.registry import Registry
 from serve_app.settings import ServeSettings
@@ -26,13 +25,13 @@ log = logging.getLogger(__name__)
 
 LONGEST_BACKOFF_S = 300.0
 PINNED = ""
-"""Stands for the version of a source that has but one."""
+"""The version of a source without an alias, which has only one."""
 
 OnReload = Callable[[str, bool], None]
 
 
-class Held:
-    """A loaded version and how many leases there are on it."""
+class LoadedVersion:
+    """A loaded version and the number of its leases."""
 
     def __init__(self, served: ServedModel) -> None:
         self.served = served
@@ -40,13 +39,13 @@ class Held:
         self.free = asyncio.Event()
         self.free.set()
 
-    def take(self) -> None:
-        """Begins a lease."""
+    def acquire(self) -> None:
+        """Start a lease."""
         self.leases += 1
         self.free.clear()
 
-    def give_back(self) -> None:
-        """Ends a lease."""
+    def release(self) -> None:
+        """End a lease."""
         self.leases -= 1
         if not self.leases:
             self.free.set()
@@ -54,33 +53,33 @@ class Held:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version that could not be loaded: why, and after how many seconds and when (monotonic time) it may be again."""
+    """Why a version failed to load, the wait before the next attempt in seconds, and its time (monotonic clock)."""
 
     reason: str
     wait: float
     retry_at: float
 
     @property
-    def stands(self) -> bool:
-        """Whether it is too early for another attempt."""
+    def in_effect(self) -> bool:
+        """Whether it is still too early for another attempt."""
         return time.monotonic() < self.retry_at
 
 
 def refusal(error: Exception, before: Refusal | None, first_wait: float) -> Refusal:
-    """The waits double. Files that lack their hash, or numbers that are none, are no better next time: no retry."""
+    """The refusal for an error. Waits double; an error that would repeat, such as a damaged file, is never retried."""
     hopeless = isinstance(error, FoundryError) and not isinstance(error, HubError | NoMemory)
     wait = math.inf if hopeless else min(2 * before.wait if before else first_wait, LONGEST_BACKOFF_S)
     return Refusal(reason_of(error), wait, time.monotonic() + wait)
 
 
 def reason_of(error: BaseException) -> str:
-    """One line for people; the type's name where the message alone would not say much."""
+    """The error as one line for people, with the type's name if it is not one of ours."""
     text = without_password(" ".join(str(error).split()))
     return text if isinstance(error, FoundryError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 class Model:
-    """A source under the name that it is served as. Belongs to one event loop; what blocks runs in threads."""
+    """One source and its loaded versions. Belongs to one event loop; blocking calls run in threads."""
 
     def __init__(
         self, name: str, source: str, settings: ServeSettings, registry: Registry, make_engine: MakeEngine
@@ -89,30 +88,30 @@ class Model:
         self.source = source
         self.alias = alias_of(source)
         self.optional = False
-        """Whether it is let go once its alias points to nothing."""
+        """Whether to unload it when its alias is removed."""
         self.essential = False
-        """Whether the service is nothing without it: then a version of which a replica died is tried again soon."""
+        """Whether the service needs it: then a version that crashed a replica is retried soon."""
         self.loading: str | None = None
         """What is being loaded, and since when."""
         self.on_reload: OnReload = lambda name, succeeded: None
-        self.current: Held | None = None
+        self.current: LoadedVersion | None = None
         self.error: str | None = None
-        """Why nothing is loaded, or why the alias is not followed."""
+        """Why nothing is loaded, or why the alias's version is not."""
         self.refused: dict[str, Refusal] = {}
         self.registry_away = False
         self._settings = settings
         self._registry = registry
         self._make_engine = make_engine
-        self._journal = Journal(source, registry.tracking_uri)
+        self._crash_record = CrashRecord(source, registry.tracking_uri)
         self._stuck: dict[str, AsyncEngine] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._waiting = 0
         self._tried_at = -math.inf
-        self._leaving: dict[asyncio.Task[None], Held] = {}
+        self._closing: dict[asyncio.Task[None], LoadedVersion] = {}
 
     @property
     def state(self) -> str:
-        """ready, loading, failed, or unloaded until somebody asks for it."""
+        """ready, loading, failed, or unloaded until the first request."""
         if self.current is not None:
             return "ready" if self.current.served.engine.alive else "failed"
         if self._refreshing is not None:
@@ -120,15 +119,15 @@ class Model:
         return "failed" if self.error else "unloaded"
 
     @property
-    def held(self) -> list[Held]:
-        """The current version, and those that are being let go."""
-        return ([self.current] if self.current else []) + list(self._leaving.values())
+    def loaded_versions(self) -> list[LoadedVersion]:
+        """The current version, and replaced ones that are still open."""
+        return ([self.current] if self.current else []) + list(self._closing.values())
 
-    async def get(self) -> Held:
-        """The current version, loaded first if there is none; those who ask meanwhile share the one load.
+    async def get(self) -> LoadedVersion:
+        """The current version, loaded first if there is none; concurrent callers share one load.
 
-        Raises ApiError 503 with the reason if it cannot be loaded, or could not a moment ago, and QueueFull if as many
-        wait for the load as its engine will have room for.
+        Raises ApiError 503 with the reason if it fails to load, or failed less than `poll_seconds` ago, and QueueFull
+        if as many requests wait for the load as the engine will have room for.
         """
         waited = time.monotonic() - self._tried_at
         if self.current is None and (self._refreshing is not None or waited >= self._settings.poll_seconds):
@@ -153,27 +152,27 @@ class Model:
         return self.current
 
     async def refresh(self) -> None:
-        """Asks where the source points, and loads what is there unless it is loaded or was refused. Raises nothing.
+        """Look up the source's version, and load it unless it is loaded or was refused. Raises nothing.
 
-        Calls that come while one is at work wait for that one, and a caller that is cancelled does not end it.
+        Concurrent calls wait for the one that is running; cancelling a caller does not cancel it.
         """
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh())
         await asyncio.wait((self._refreshing,))
 
     async def left(self) -> None:
-        """Returns when every version that was let go so far is closed."""
-        await asyncio.gather(*self._leaving)
+        """Wait until every replaced version is closed."""
+        await asyncio.gather(*self._closing)
 
     async def close(self) -> None:
-        """Ends a load at work, lets requests finish, and closes every engine."""
+        """Cancel a running load, let requests finish, and close every engine."""
         self.error = "the service is closing"
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.wait((self._refreshing,))
-            self._refreshing = None  # cancelled before its first step, it did not do so itself
-        self._put(None)
-        self._tried_at = math.inf  # so a late request loads nothing again
+            self._refreshing = None  # a task cancelled before its first step does not do so itself
+        self._replace_current(None)
+        self._tried_at = math.inf  # so that a late request does not load it again
         await self.left()
 
     async def _refresh(self) -> None:
@@ -188,11 +187,11 @@ class Model:
             if version is None:
                 self._report("no version of the registered model {!r} has the alias {!r}".format(*self.alias))
                 if self.optional:
-                    self._put(None)
+                    self._replace_current(None)
             elif self.current is None:
                 await self._take_first([version])
-                if self.current is None:  # then what was served before it, as the other replicas still do
-                    await self._take_first([served] if (served := self._journal.served()) else [])
+                if self.current is None:  # try what was served before, as the other replicas still do
+                    await self._take_first([served] if (served := self._crash_record.last_served()) else [])
                 if self.current is None:
                     earlier = await asyncio.to_thread(self._registry.earlier_champions, self.alias[0], version)
                     await self._take_first(earlier)
@@ -205,33 +204,33 @@ class Model:
                 self._report(self._reason(version))
             else:
                 self._report(None)
-        except Exception as error:  # of the registry; whatever it is, what is loaded serves on
+        except Exception as error:  # from the registry; the current version stays
             self.registry_away = True
             self._report(f"cannot ask where {self.source} points: {reason_of(error)}")
         finally:
             self._refreshing, self._tried_at = None, time.monotonic()
 
     async def _take_first(self, versions: list[str], alone: bool = False) -> None:
-        """Loads the first of `versions` that can be loaded; `alone`: there is nothing else to serve."""
+        """Load the first of `versions` that loads; `alone`: there is nothing else to serve."""
         for version in versions:
             if self._may_try(version, alone) and (served := await self._start(version)):
-                self._put(served)
+                self._replace_current(served)
                 return
 
     async def _follow(self, version: str) -> None:
-        """Loads `version` beside the current one, and puts it in its place."""
+        """Load `version` beside the current one, then replace that."""
         log.info("%s moves to version %s", self.source, version)
         served = await self._start(version)
         if served:
-            self._put(served)
+            self._replace_current(served)
         self.on_reload(self.name, served is not None)
 
     async def _start(self, version: str) -> ServedModel | None:
-        """`version` loaded and warm; None if that failed, which is remembered."""
+        """Load and warm up `version`; None if that fails, which is remembered."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self.loading = f"loading version {version} since {since}" if version else f"loading since {since}"
         try:
-            with self._journal.load(version):
+            with self._crash_record.loading(version):
                 served = await load(
                     self.name,
                     self.source,
@@ -241,55 +240,55 @@ class Model:
                     make_engine=self._make_engine,
                     seconds=self._settings.load_seconds,
                 )
-        except Exception as error:  # bad files, no memory, a compiler's: the service outlives them all
+        except Exception as error:  # bad files, no memory, a compiler error: the service must survive them all
             if isinstance(error, LoadTimeout):
                 self._stuck[version] = error.engine
             self.refused[version] = refusal(error, self.refused.get(version), self._settings.poll_seconds)
             return None
         finally:
             self.loading = None
-        self._journal.serves(version)
+        self._crash_record.record_served(version)
         self.refused.pop(version, None)
         log.info("%s is ready", served.label, extra={"source": served.source, "runner": served.engine.info.runner})
         return served
 
     def _may_try(self, version: str, alone: bool = False) -> bool:
-        """Whether `version` was not refused, or long enough ago; nor has killed a replica, or long enough ago."""
+        """Whether `version` may be loaded now: neither refused nor the cause of a crash too recently."""
         known = self.refused.get(version)
-        if known is not None and known.stands:
+        if known is not None and known.in_effect:
             return False
         if version in self._stuck:
-            if self._stuck[version].at_work:  # a second attempt would hang beside it
+            if self._stuck[version].at_work:  # a second attempt would hang too
                 return False
             del self._stuck[version]
-        deaths = self._journal.deaths(version)
-        if deaths is not None and time.time() < deaths.retry_at(alone):
-            self.refused[version] = Refusal(deaths.reason, self._settings.poll_seconds, -math.inf)
+        crashes = self._crash_record.crashes(version)
+        if crashes is not None and time.time() < crashes.retry_at(alone):
+            self.refused[version] = Refusal(crashes.reason, self._settings.poll_seconds, -math.inf)
             return False
         return True
 
     def _reason(self, version: str) -> str | None:
-        """Why `version` was refused, if it was, even if it may be tried again."""
+        """Why `version` was refused last, if it was."""
         known = self.refused.get(version)
         if known is None:
             return None
         return f"version {version} was refused: {known.reason}" if version else known.reason
 
-    def _put(self, served: ServedModel | None) -> None:
-        """Makes `served` the current version and lets the one before go: its requests end on it."""
-        before, self.current = self.current, Held(served) if served else None
+    def _replace_current(self, served: ServedModel | None) -> None:
+        """Make `served` the current version, and close the previous one when its requests have ended."""
+        before, self.current = self.current, LoadedVersion(served) if served else None
         if before is not None:
-            task = asyncio.create_task(self._leave(before))
-            self._leaving[task] = before
-            task.add_done_callback(self._leaving.pop)
+            task = asyncio.create_task(self._close_version(before))
+            self._closing[task] = before
+            task.add_done_callback(self._closing.pop)
 
-    async def _leave(self, held: Held) -> None:
-        await held.free.wait()
-        await held.served.engine.close()
-        log.info("%s is closed", held.served.label)
+    async def _close_version(self, loaded: LoadedVersion) -> None:
+        await loaded.free.wait()
+        await loaded.served.engine.close()
+        log.info("%s is closed", loaded.served.label)
 
     def _report(self, error: str | None) -> None:
-        """Remembers what is wrong, if anything, and logs it when it is news."""
+        """Remember what is wrong, if anything, and log it if it has changed."""
         if error and error != self.error:
             log.warning("model %s: %s", self.name, error)
         self.error = error

@@ -1,8 +1,6 @@
-"""From a model's source to an engine that answers.
+"""Loads a model: from its source (a folder, models:/…, runs:/…, hf:… or a URL) to a warm engine, as a `ServedModel`.
 
-In come a source (a folder, models:/…, runs:/… or hf:…) and the engine's settings; out comes a `ServedModel`: the
-package found, verified, loaded and warm. Who asks, and what happens to the version before, is
-`models.py`'s business.
+`follow.py` decides when, and what happens to the previous version.
 """
 
 import asyncio
@@ -27,19 +25,19 @@ from serve_app.models.registry import Lineage, Registry, lineage
 
 SHORT_HASH = 12
 CLOSE_SECONDS = 5.0
-"""How long a load that was given up is waited for; it may hang in somebody else's storage."""
+"""How long to wait for an abandoned load, which may hang in remote storage."""
 
 MakeEngine = Callable[[Package, EngineSettings], Engine]
 
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """One version of a model, ready to be asked."""
+    """One version of a model, ready for requests."""
 
     name: str
     source: str
     version: str
-    """The registry's number; for other sources, what stands for the content: a commit or a hash."""
+    """The registry's version number; for other sources, a commit or a hash of the content."""
     alias: str | None
     engine: AsyncEngine = field(repr=False)
     lineage: Lineage = field(repr=False)
@@ -53,19 +51,19 @@ class ServedModel:
 
     @property
     def label(self) -> str:
-        """For people: `gpt@champion v7`."""
+        """The name for people, such as `gpt@champion v7`."""
         name = f"{self.name}@{self.alias}" if self.alias and "@" not in self.name else self.name
         return f"{name} v{self.version}"
 
 
 def alias_of(source: str) -> tuple[str, str] | None:
-    """(registered model, alias) for models:/NAME@ALIAS; None for a source that cannot move."""
+    """(registered model, alias) for models:/NAME@ALIAS; None for any other source."""
     name, at, alias = source.removeprefix("models:/").partition("@")
     return (name, alias) if at and source.startswith("models:/") else None
 
 
 class LoadTimeout(TimeoutError):
-    """A load that took longer than it may. Its thread cannot be stopped; it ends by itself once it gets on."""
+    """A load that exceeded its time limit. Its thread cannot be stopped and ends by itself, if it does."""
 
     def __init__(self, message: str, engine: AsyncEngine) -> None:
         super().__init__(message)
@@ -74,7 +72,7 @@ class LoadTimeout(TimeoutError):
 
 @dataclass(frozen=True)
 class Opened:
-    """What is known of a version before it has an engine."""
+    """A version before it has an engine."""
 
     package: Package
     lineage: Lineage
@@ -91,17 +89,19 @@ async def load(
     make_engine: MakeEngine = Engine,
     seconds: float = math.inf,
 ) -> ServedModel:
-    """Finds, verifies, loads and warms the model. `version` is where the alias points, for a source with one.
+    """Find, verify, load and warm up the model. `version` is the alias's version, for a source with an alias.
 
-    All of it happens in the engine's thread. Raises HubError if the files cannot be had, PackageError and its like if
-    they are no good, LoadTimeout after `seconds`, or what the engine raises. Cancelled, it leaves no engine behind.
+    All of it runs in the engine's thread. Raises HubError if the files are unavailable, PackageError or similar if they
+    are invalid, LoadTimeout after `seconds`, or what the engine raises. If cancelled, it closes the engine.
     """
     moving = alias_of(source)
     pinned = f"models:/{moving[0]}/{version}" if moving else source
     found: list[Opened] = []
 
     def make() -> Engine:
-        with TemporaryDirectory(prefix="gpt-foundry-", ignore_cleanup_errors=True) as downloads:  # until it is mapped
+        with TemporaryDirectory(
+            prefix="gpt-foundry-", ignore_cleanup_errors=True
+        ) as downloads:  # kept until it is memory-mapped
             found.append(_open(pinned, version, registry, Path(downloads)))
             return make_engine(found[0].package, settings)
 
@@ -114,7 +114,7 @@ async def load(
             async with asyncio.timeout(CLOSE_SECONDS):
                 await engine.close(drain=False)
         if limit.expired():
-            raise LoadTimeout(f"the load took longer than load_seconds, which is {seconds:g}", engine) from error
+            raise LoadTimeout(f"the load took longer than load_seconds ({seconds:g})", engine) from error
         raise
     return ServedModel(
         name=name,
@@ -145,7 +145,7 @@ def _version_of(pinned: str, package: Package) -> str:
         return pinned.rpartition("/")[2]
     if pinned.startswith("hf:") and re.fullmatch("[0-9a-f]{40}", package.path.name):
         return package.path.name[:SHORT_HASH]  # the hub's commit
-    # A manifest names every file by its hash, so its own hash stands for all of them.
+    # A manifest contains every file's hash, so its own hash identifies the whole package.
     files = [package.path / MANIFEST] if package.info else weight_files(package.path)
     digest = hashlib.sha256()
     for file in files:

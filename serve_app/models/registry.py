@@ -1,7 +1,7 @@
-"""What the service asks MLflow: which version an alias points to, and what made that version.
+"""Queries to MLflow's registry: which version an alias points to, and where that version came from.
 
-In come registered models' names, out come version numbers and `Lineage`. Every call blocks, at most for some seconds
-where the server is away, so that `models.py` makes them in threads. MLflow is imported by the first of them.
+Every call blocks, for some seconds if the server is down, so callers run them in threads. The first call imports
+MLflow.
 """
 
 import math
@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import HubError
-from gptcore.redact import without_password
+from gptcore.redact import reason, without_password
 
 HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-"""Unless the environment says otherwise: MLflow's own defaults keep a thread waiting for minutes."""
+"""Defaults for the environment: MLflow's own would make a thread wait for minutes."""
 UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow's codes for a model that is not registered, and for an alias that no version has."""
+"""MLflow's codes for an unregistered model and for an alias that no version has."""
 FACTS = ("data", "data_fingerprint", "git_commit")
 LONGEST_FACT = 1000
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """From a version back to what made it. What nobody recorded is None."""
+    """Where a version came from. What was not recorded is None."""
 
     run_id: str | None = None
     run_url: str | None = None
-    """The run's page, where a tracking server has one."""
+    """The run's page, if there is a tracking server."""
     bits_per_byte: float | None = None
     data: str | None = None
     data_fingerprint: str | None = None
@@ -46,7 +46,7 @@ class Registry:
         self._opened: Any = None
 
     def version(self, name: str, alias: str) -> str | None:
-        """The version of `name` that `alias` points to; None if there is none. Raises HubError if nobody answers."""
+        """The version of `name` that `alias` points to, or None. Raises HubError if MLflow does not answer."""
         from mlflow import MlflowException
 
         try:
@@ -61,7 +61,7 @@ class Registry:
     def earlier_champions(self, name: str, version: str) -> list[str]:
         """Versions before `version` that were promoted when they were registered, the latest first.
 
-        Raises HubError if nobody answers.
+        Raises HubError if MLflow does not answer.
         """
         from mlflow import MlflowException
 
@@ -73,7 +73,7 @@ class Registry:
         return [str(number) for number in sorted(earlier, reverse=True)]
 
     def lineage(self, name: str, version: str) -> Lineage:
-        """What the registry knows of a version. Raises HubError if nobody answers, or there is no such version."""
+        """The origin of a version. Raises HubError if MLflow does not answer or there is no such version."""
         from mlflow import MlflowException
 
         try:
@@ -103,14 +103,14 @@ class Registry:
         return self._opened
 
     def _away(self, error: Exception) -> HubError:
-        reason = str(error).splitlines()[0]
-        return HubError(without_password(f"MLflow at {self.tracking_uri} does not answer: {reason}"))
+        uri = without_password(self.tracking_uri)
+        return HubError(f"MLflow at {uri} does not answer: {reason(error).rstrip('.')}")
 
 
 def lineage(known: Mapping[str, Any], **more: Any) -> Lineage:
-    """A `Lineage` from tags, or from what a package says of its training; `more` is taken as it is."""
+    """A `Lineage` from a version's tags or a package's training summary; `more` fields are set unchanged."""
     facts: dict[str, Any] = {key: str(known[key])[:LONGEST_FACT] for key in FACTS if key in known}
-    # A tag is text that anybody may write; a package may say null, or a number that JSON lacks.
+    # A tag may hold any text; a package may hold null or a number that JSON lacks.
     with suppress(KeyError, ValueError, TypeError, OverflowError):
         if math.isfinite(bits := float(known["bits_per_byte"])):
             facts["bits_per_byte"] = bits

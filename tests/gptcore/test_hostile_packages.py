@@ -21,7 +21,7 @@ from gptcore.config import ModelConfig
 from gptcore.documents import MOST_BYTES
 from gptcore.engine import EngineSettings, runners
 from gptcore.errors import NoMemory, PackageError
-from gptcore.hf_format import count_parameters, empty_model, publish, tensor_shapes
+from gptcore.hf_format import count_parameters, empty_model, tensor_shapes, to_published
 from gptcore.model import GPT
 from gptcore.package import Package, open_package, save_package
 from gptcore.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def change_json(file: Path, **changes: Any) -> None:
 
 
 def test_the_shapes_that_are_held_against_a_header_are_those_that_are_published(config: ModelConfig) -> None:
-    published = publish(empty_model(config), GPT(config).state_dict())
+    published = to_published(empty_model(config), GPT(config).state_dict())
     assert dict(tensor_shapes(config)) == {name: tuple(tensor.shape) for name, tensor in published.items()}
     assert count_parameters(config) == empty_model(config).num_parameters()
 
@@ -130,7 +130,7 @@ def test_one_weight_that_is_no_finite_number_is_found(bare: Path, value: float) 
     tensors = load_file(bare / "model.safetensors")
     tensors["model.embed_tokens.weight"][77, 5] = value  # of a token that no warm-up runs
     save_file(tensors, bare / "model.safetensors")
-    with pytest.raises(PackageError, match=r"model\.embed_tokens\.weight holds values that are no finite numbers"):
+    with pytest.raises(PackageError, match=r"model\.embed_tokens\.weight contains values that are not finite"):
         open_package(bare).load_model()
 
 
@@ -230,7 +230,7 @@ def test_a_pipe_or_a_device_is_no_file_of_a_package(package: Package, name: str,
     for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
         (package.path / name).unlink()
         make(package.path / name)
-        refused(package.path, rf"{name} is no regular file|holds no tokenizer")
+        refused(package.path, rf"{name} is not a regular file|holds no tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_listed_file_is_read_only_if_it_has_the_size_of_one(package: Package, 
     change_json(package.path / "foundry.json", files=manifest["files"])
     with open(package.path / name, "ab") as file:
         file.truncate(1 << 40)
-    refused(package.path, rf"{name} has 1,099,511,627,776 bytes; in a package of this model it has at most")
+    refused(package.path, rf"{name} has 1,099,511,627,776 bytes; for this model it can have at most")
 
 
 def test_a_manifest_that_leads_nowhere_is_not_taken_for_none(package: Package) -> None:

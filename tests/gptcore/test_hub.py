@@ -24,7 +24,7 @@ def test_a_name_that_leads_nowhere_says_what_is_expected_and_what_is_near(packag
         resolve(str(package.path) + "s")
     with pytest.raises(HubError, match=r"README\.md' is a file"):
         resolve(str(package.path / "README.md"))
-    with pytest.raises(HubError, match="'~nobody-of-this-name/x' begins in a home folder that is not known here"):
+    with pytest.raises(HubError, match="'~nobody-of-this-name/x' starts with an unknown home folder"):
         resolve("~nobody-of-this-name/x")
 
 
@@ -104,7 +104,7 @@ def test_mlflows_names_lead_to_the_package_inside_its_model(registry: str, packa
     with pytest.raises(HubError, match="Did you mean 'models:/gpt@champion'") as caught:
         resolve("models:/gpt@champoin")
     assert "\n" not in str(caught.value)
-    with pytest.raises(HubError, match="MLflow knows no model 'runs:/nothing/model'"):
+    with pytest.raises(HubError, match="MLflow has no model 'runs:/nothing/model'"):
         resolve("runs:/nothing/model")
 
     loaded = mlflow.pyfunc.load_model("models:/gpt@champion")
@@ -115,7 +115,7 @@ def test_mlflows_names_lead_to_the_package_inside_its_model(registry: str, packa
 
 def test_an_mlflow_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "MLmodel").write_text("flavors:\n  python_function:\n    loader_module: mlflow.sklearn\n")
-    with pytest.raises(HubError, match="not one of ours"):
+    with pytest.raises(HubError, match="without a model package"):
         resolve(str(tmp_path))
 
 
@@ -141,5 +141,5 @@ def test_an_mlflow_model_leads_to_a_package_inside_itself_or_nowhere(
     package.path.rename(tmp_path / "secret")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "MLmodel").write_text(content)
-    with pytest.raises(HubError, match="holds no model package"):
+    with pytest.raises(HubError, match="without a model package"):
         resolve(str(tmp_path / "model"))

@@ -44,7 +44,7 @@ def test_a_submitted_job_that_got_another_python_is_told_how_to_submit_it(monkey
     monkeypatch.setattr(interpreter, "ROOT", str(tmp_path))  # what --working-dir uploads has no environment
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     works = 'ray job submit --working-dir . -- "$PWD/.venv/bin/python" train_job/run.py'
-    assert interpreter.way_on(["train_job/run.py"]) == works
+    assert interpreter.suggested_command(["train_job/run.py"]) == works
 
 
 def test_what_is_read_before_the_check_has_syntax_that_old_pythons_know():

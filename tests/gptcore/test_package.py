@@ -96,10 +96,10 @@ def test_a_folder_that_is_not_there_or_holds_something_else_is_refused(tmp_path:
     with pytest.raises(PackageError, match=r"model\.safetensors is missing"):
         open_package(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
-    with pytest.raises(PackageError, match=r"is a pickle, .* never opened"):
+    with pytest.raises(PackageError, match=r"is a pickle, .* not opened"):
         open_package(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(PackageError, match="is no index"):
+    with pytest.raises(PackageError, match="is invalid"):
         open_package(tmp_path)
     with pytest.raises(PackageError, match="not a folder"):
         open_package(tmp_path / "pytorch_model.bin")
@@ -221,7 +221,7 @@ def test_a_folder_with_other_things_in_it_is_not_replaced(package: Package, tmp_
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "draft.txt").write_text("mine")
     state = package.load_model().state_dict()
-    with pytest.raises(PackageError, match="no package of ours"):
+    with pytest.raises(PackageError, match="is not a model package"):
         save_package(tmp_path / "thesis", package.config, state, package.tokenizer, {})
     assert (tmp_path / "thesis" / "draft.txt").read_text() == "mine"
 

@@ -18,9 +18,9 @@ def told(monkeypatch: pytest.MonkeyPatch):
         came.set()
 
     monkeypatch.setattr(progress, "AGAIN_SECONDS", 0.05)
-    progress.speak_through(say)
+    progress.set_output(say)
     yield lines, came
-    progress.speak_through(None)
+    progress.set_output(None)
 
 
 def test_what_takes_long_says_what_it_is_and_how_far_it_has_come(told):
@@ -61,7 +61,7 @@ def test_a_line_that_cannot_be_said_stops_nothing():
         tried.set()
         raise BrokenPipeError
 
-    progress.speak_through(say)
+    progress.set_output(say)
     try:
         with progress.doing("something", first_seconds=0.01):
             assert tried.wait(10)
@@ -69,4 +69,4 @@ def test_a_line_that_cannot_be_said_stops_nothing():
         with progress.doing("something else", first_seconds=0.01):
             assert tried.wait(10)
     finally:
-        progress.speak_through(None)
+        progress.set_output(None)

@@ -21,17 +21,17 @@ from gptcore.model import GPT
 from gptcore.package import Package
 from gptcore.sampling import (
     ONE,
-    Row,
     SamplingParams,
+    SamplingState,
+    apply_penalties,
     choice_seed,
     filtered_probs,
     generate,
     generate_text,
     next_tokens,
-    penalised,
     stream_text,
+    token_weights,
     uniform,
-    weigh,
 )
 from tests.chance import examples
 from tests.sampling import PARAMS, VALUES, by_definition
@@ -42,7 +42,7 @@ WORDS = 50257
 
 
 def next_token(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> int:
-    (token,) = next_tokens(logits[None], [Row(params, seed, range(position), position)])
+    (token,) = next_tokens(logits[None], [SamplingState(params, seed, range(position), position)])
     return token
 
 
@@ -139,7 +139,7 @@ def test_of_tokens_that_are_equally_likely_those_with_the_greatest_logits_are_ke
 
 def test_min_p_is_not_rounded() -> None:
     logits = torch.tensor([0.0, math.log(9_000_000 / ONE)])
-    weight = weigh(logits[None], [1.0])[0, 1].item()
+    weight = token_weights(logits[None], [1.0])[0, 1].item()
     just_above, exact = (weight + 0.4) / ONE, weight / ONE
     assert filtered_probs(logits, SamplingParams(min_p=just_above)).count_nonzero() == 1
     assert filtered_probs(logits, SamplingParams(min_p=exact)).count_nonzero() == 2
@@ -159,7 +159,7 @@ def test_with_a_whole_vocabulary_the_filters_keep_what_they_should(filters: dict
 
 def test_weights_are_the_exponentials_in_whole_numbers() -> None:
     logits = torch.tensor([[3.0, 1.0, -5.0, -40.0, -math.inf]])
-    weights = weigh(logits, [2.0])[0].double()
+    weights = token_weights(logits, [2.0])[0].double()
     assert weights[0] == ONE
     assert (weights == weights.round()).all()
     exact = torch.tensor([math.exp((x - 3) / 2) * ONE for x in logits[0].tolist()])
@@ -167,7 +167,7 @@ def test_weights_are_the_exponentials_in_whole_numbers() -> None:
     assert weights.cumsum(0)[-1] == sum(int(w) for w in weights)
 
 
-def mixed_rows(count: int) -> list[Row]:
+def mixed_rows(count: int) -> list[SamplingState]:
     """Rows of all kinds, with a history of their own."""
     kinds: list[dict[str, Any]] = [
         {},
@@ -181,7 +181,7 @@ def mixed_rows(count: int) -> list[Row]:
         {"temperature": 0.0, "repetition_penalty": 1.1},
     ]
     tokens = torch.randint(0, WORDS, (count, 30)).tolist()
-    return [Row(SamplingParams(**kinds[i % len(kinds)]), i, tokens[i], 20) for i in range(count)]
+    return [SamplingState(SamplingParams(**kinds[i % len(kinds)]), i, tokens[i], 20) for i in range(count)]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -193,10 +193,10 @@ def test_a_rows_token_and_weights_do_not_depend_on_the_rows_beside_it(threads: i
     assert len(set(together)) > 9
     order = list(reversed(range(18)))
     assert next_tokens(logits[order], [rows[i] for i in order]) == together[::-1]
-    weights = weigh(logits, [0.8] * 18)
+    weights = token_weights(logits, [0.8] * 18)
     for i, row in enumerate(rows):
         assert next_tokens(logits[i : i + 1], [row]) == [together[i]]
-        assert torch.equal(weigh(logits[i].clone()[None], [0.8])[0], weights[i])
+        assert torch.equal(token_weights(logits[i].clone()[None], [0.8])[0], weights[i])
 
 
 def test_transformers_penalises_and_filters_alike() -> None:
@@ -211,30 +211,30 @@ def test_transformers_penalises_and_filters_alike() -> None:
         MinPLogitsWarper(params.min_p),
     ):
         theirs = processor(torch.tensor([prompt]), theirs)
-    ours = filtered_probs(penalised(logits, [Row(params, 0, prompt, 5)])[0], params)
+    ours = filtered_probs(apply_penalties(logits, [SamplingState(params, 0, prompt, 5)])[0], params)
     torch.testing.assert_close(ours, theirs[0].softmax(0), atol=1e-6, rtol=0)
 
 
 def test_presence_counts_a_token_once_and_frequency_each_time_in_what_was_generated() -> None:
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    row = Row(params, 0, tokens=[0, 1, 1, 2, 2, 2], prompt_length=2)
+    row = SamplingState(params, 0, tokens=[0, 1, 1, 2, 2, 2], prompt_length=2)
     logits = torch.zeros(2, 4)
-    changed = penalised(logits, [Row(SamplingParams(), 0, [3, 3], 0), row])
+    changed = apply_penalties(logits, [SamplingState(SamplingParams(), 0, [3, 3], 0), row])
     assert changed.tolist() == [[0, 0, 0, 0], [0, -0.75, -1.25, 0]]
     assert not logits.any()
 
 
 def test_a_greedy_row_is_penalised_too() -> None:
     logits = torch.tensor([[2.0, 1.9, 0.0]])
-    assert next_tokens(logits, [Row(SamplingParams(temperature=0), 0, [0], 0)]) == [0]
-    assert next_tokens(logits, [Row(SamplingParams(temperature=0, frequency_penalty=0.2), 0, [0], 0)]) == [1]
+    assert next_tokens(logits, [SamplingState(SamplingParams(temperature=0), 0, [0], 0)]) == [0]
+    assert next_tokens(logits, [SamplingState(SamplingParams(temperature=0, frequency_penalty=0.2), 0, [0], 0)]) == [1]
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0}], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_still_give_a_token(bad: float, params: dict[str, Any]) -> None:
     logits = torch.tensor([[0.0, 1.0, bad, 2.0], [0.0, 9.0, 0.0, 0.0]])
-    rows = [Row(SamplingParams(**params), 0, [0], 0)] * 2
+    rows = [SamplingState(SamplingParams(**params), 0, [0], 0)] * 2
     first, second = next_tokens(logits, rows)
     assert first == 2
     assert [second] == next_tokens(logits[1:], rows[1:])

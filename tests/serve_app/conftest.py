@@ -65,7 +65,7 @@ def journal_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where replicas in this process keep what they tell those that come after them."""
     folder = tmp_path_factory.mktemp("journals")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serve_app.models.journal.home", lambda: folder)
+        patch.setattr("serve_app.models.crash_record.home", lambda: folder)
         yield folder
 
 

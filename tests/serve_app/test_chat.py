@@ -113,8 +113,8 @@ def test_a_text_that_grows_too_long_is_cut_at_its_beginning_and_it_is_said(open_
     for line in range(6):
         cut += chat.ask(f"line {line}")
         assert "30 tokens" in chat.seen or "· 30 tokens" in cut  # there was room for all of each answer
-    assert f"the text is longer than the {SHORT_CONTEXT} tokens that the model holds: its first" in cut
-    assert "the model is no longer given the first" in chat.do("/history")
+    assert f"the text is longer than the model's context of {SHORT_CONTEXT} tokens: its first" in cut
+    assert "characters are no longer sent to the model" in chat.do("/history")
     refused = chat.do("x" * 200)
     assert "error: the prompt is 201 tokens long" in refused or "error: the prompt is 200 tokens long" in refused
 
@@ -128,7 +128,7 @@ def test_every_answer_says_who_gave_it_and_a_change_is_news(open_chat: Open, ser
         relay.drop()
         relay.target = newer.url
         changed = chat.ask("The")
-        after = re.search(r"tiny version (\S+) answers now; the answer before came from tiny version (\S+)", changed)
+        after = re.search(r"tiny version (\S+) answers now; the previous answer came from tiny version (\S+)", changed)
         assert after
         assert (after[1] != before, after[2]) == (True, before)
         relay.cut()
@@ -170,7 +170,7 @@ def test_a_service_that_is_away_is_waited_for_and_no_prompt_is_lost(open_chat: O
     chat.type("Once more")
     chat.see(r"Ctrl-C stops\r\n")
     chat.process.sendintr()
-    assert "stopped; /retry asks again" in chat.prompt()
+    assert "stopped; /retry tries again" in chat.prompt()
     relay.listen()
     chat.ask("/retry")
     written = chat.do("/history")
@@ -179,7 +179,7 @@ def test_a_service_that_is_away_is_waited_for_and_no_prompt_is_lost(open_chat: O
     chat.type("/retry")
     chat.see(r"Ctrl-C stops\r\n")
     chat.process.sendintr()
-    assert "the answer of before stays" in chat.prompt()
+    assert "the previous answer stays" in chat.prompt()
     assert chat.do("/history") == written
 
 
@@ -216,19 +216,19 @@ def test_a_key_is_asked_for_and_typed_unseen(open_chat: Open, package: Any) -> N
     settings = ServeSettings(models=(f"tiny={package.path}",), api_keys=(KEY,))
     with running(settings) as guarded:
         chat = open_chat(guarded.url, "--max-new-tokens", "3", ready=False)
-        chat.see("error: an API key is needed.*/key asks for a key")
+        chat.see("error: an API key is needed.*enter a key with /key")
         chat.prompt()
         chat.process.sendline("/key")
         chat.see("API key: ")
         chat.process.waitnoecho()
         chat.process.sendline("wrong")
-        chat.see("error: the API key is not known")
+        chat.see("error: the API key is unknown")
         chat.prompt()
         chat.process.sendline("/key")
         chat.see("API key: ")
         chat.process.waitnoecho()
         chat.process.sendline(KEY)
-        assert KEY not in chat.see("the service takes this key")
+        assert KEY not in chat.see("the service accepts this key")
         chat.prompt()
         chat.ask("The")
         assert piped(guarded.url, "--prompt", "The", **{KEY_VARIABLE: KEY}).returncode == 0
@@ -242,7 +242,7 @@ def test_a_key_is_asked_for_and_typed_unseen(open_chat: Open, package: Any) -> N
 
 def test_ctrl_c_at_a_prompt_says_how_to_leave_and_ctrl_d_leaves(chat: Terminal) -> None:
     chat.process.sendintr()
-    assert "exit, /quit or Ctrl-D leaves" in chat.prompt()
+    assert "to leave, type exit or /quit, or press Ctrl-D" in chat.prompt()
     chat.process.sendeof()
     chat.process.expect(pexpect.EOF)
     chat.process.wait()
@@ -252,7 +252,7 @@ def test_ctrl_c_at_a_prompt_says_how_to_leave_and_ctrl_d_leaves(chat: Terminal) 
 @pytest.mark.parametrize("word", ["exit", "QUIT ", ":q", "exit()"])
 def test_a_word_that_leaves_elsewhere_leaves_and_says_how_to_send_it(chat: Terminal, word: str) -> None:
     chat.process.sendline(word)
-    chat.see(f"to send the word '{re.escape(word.rstrip())}' itself, put a space before it")
+    chat.see(f"to send '{re.escape(word.rstrip())}' as a prompt, put a space before it")
     chat.process.expect(pexpect.EOF)
     chat.process.wait()
     assert chat.process.exitstatus == 0
@@ -381,7 +381,7 @@ def test_a_killed_service_that_is_started_again_goes_on_with_the_conversation(
         eventually(
             lambda: httpx2.get(f"http://127.0.0.1:{port}/ready").json()["version"] == second, "the alias is followed"
         )
-        news = f"chatted version {second} answers now; the answer before came from chatted version {first}"
+        news = f"chatted version {second} answers now; the previous answer came from chatted version {first}"
         assert news in chat.ask("Then")
     finally:
         process.kill()

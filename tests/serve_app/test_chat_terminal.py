@@ -130,7 +130,7 @@ def test_the_terminal_is_left_as_it_was_found(tmp_path: Path) -> None:
     chat.type("The")
     chat.see(r"trying again, Ctrl-C stops\r\n")
     chat.process.sendintr()
-    assert "stopped; /retry asks again" in chat.prompt()
+    assert "stopped; /retry tries again" in chat.prompt()
     chat.process.sendeof()
     chat.process.expect(pexpect.EOF)
     assert " echo " in chat.process.before
@@ -146,10 +146,10 @@ def test_the_old_answer_stays_until_another_has_begun() -> None:
         chat = Chat(Service(url), Screen(True, shown), Values(), patience=0, remembers=True)
         chat.take("x")
         chat.take("/retry")
-        assert [(turn.said, turn.answer) for turn in chat.conversation.turns] == [("x", "one")]
-        assert re.search("cannot be reached.*\n.*the answer of before stays", shown.getvalue())
+        assert [(turn.prompt, turn.answer) for turn in chat.conversation.turns] == [("x", "one")]
+        assert re.search("cannot be reached.*\n.*the previous answer stays", shown.getvalue())
         chat.take("/retry")
-        assert [(turn.said, turn.answer) for turn in chat.conversation.turns] == [("x", "two")]
+        assert [(turn.prompt, turn.answer) for turn in chat.conversation.turns] == [("x", "two")]
         chat.service.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from gptcore.engine import Update
 from gptcore.errors import EngineError
-from serve_app.generation.generation import merged
+from serve_app.generation.stream import merged
 from serve_app.settings import ServeSettings
 from tests.serve_app.conftest import MakePackage
 from tests.serve_app.running import Running, eventually, running

@@ -19,8 +19,8 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_haproxy_is_preferred_with_files_and_ports_of_its_own():
     one: dict[str, str] = {}
     other: dict[str, str] = {}
-    haproxy.prefer(one)
-    haproxy.prefer(other)
+    haproxy.use_haproxy(one)
+    haproxy.use_haproxy(other)
     assert one[haproxy.SWITCH] == other[haproxy.SWITCH] == "1"
     differ = {name for name in one if one[name] != other[name]}
     own = {name for name in one if name.endswith(("_PORT", "_PATH", "_FILE", "_LOC", "_BASE"))} - {haproxy.BINARY}
@@ -32,13 +32,13 @@ def test_haproxy_is_preferred_with_files_and_ports_of_its_own():
 @pytest.mark.parametrize("said", ["0", ""])
 def test_a_user_who_says_no_gets_rays_own_proxy(said: str):
     environment = {haproxy.SWITCH: said}
-    haproxy.prefer(environment)
+    haproxy.use_haproxy(environment)
     assert environment == {haproxy.SWITCH: said} | haproxy.FRONT
 
 
 def test_a_users_settings_stay():
     environment = {"RAY_SERVE_HAPROXY_STATS_PORT": "8404"}
-    haproxy.prefer(environment)
+    haproxy.use_haproxy(environment)
     assert environment["RAY_SERVE_HAPROXY_STATS_PORT"] == "8404"
 
 
@@ -46,22 +46,22 @@ def test_without_haproxy_rays_own_proxy_is_told_how_to_answer(monkeypatch: pytes
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
     environment: dict[str, str] = {}
-    haproxy.prefer(environment)
+    haproxy.use_haproxy(environment)
     assert environment == haproxy.FRONT
 
 
 def test_haproxy_is_told_how_long_a_body_may_take():
     environment: dict[str, str] = {}
-    haproxy.prefer(environment, body_seconds=2.5)
+    haproxy.use_haproxy(environment, body_seconds=2.5)
     assert environment[haproxy.BODY_TIMEOUT] == "2.5"
     text = "frontend http_frontend\n    bind *:1\n"
-    assert "timeout http-request 2500ms" in haproxy.amended(text, Path("s"), Path("u"), environment)
+    assert "timeout http-request 2500ms" in haproxy.amend_config(text, Path("s"), Path("u"), environment)
 
 
 def test_the_image_has_what_nodes_with_haproxy_are_to_find():
     dockerfile = (Path(__file__).parents[2] / "Dockerfile").read_text()
     set_there = dict(re.findall(r"(RAY_(?:SERVE|worker)_\w+)=([^\s\\]+)", dockerfile))
-    wanted = haproxy.of_nodes() | {haproxy.BINARY: f"/opt/venv/bin/{haproxy.KEEPER}"}
+    wanted = haproxy.node_environment() | {haproxy.BINARY: f"/opt/venv/bin/{haproxy.SUPERVISOR}"}
     assert set_there == {name: value for name, value in wanted.items() if name != haproxy.SWITCH}
 
 

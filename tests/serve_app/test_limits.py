@@ -15,7 +15,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.errors import ApiError
-from serve_app.http.middleware import Bodies, Failures
+from serve_app.http.middleware import BodyReader, ErrorReplies
 from serve_app.settings import ServeSettings
 from tests.serve_app.conftest import MakePackage
 from tests.serve_app.running import Running, eventually, running
@@ -190,7 +190,7 @@ async def test_unfinished_bodies_share_their_memory_and_the_oldest_is_given_up(m
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         reached.append(scope["path"])
 
-    bodies, started = Bodies(app, limit=10, seconds=60), asyncio.Event()
+    bodies, started = BodyReader(app, limit=10, seconds=60), asyncio.Event()
 
     async def half_sent(path: str) -> None:
         messages = [{"type": "http.request", "body": b" " * 9, "more_body": True}]
@@ -296,7 +296,7 @@ async def test_the_last_event_of_a_failed_stream_does_not_wait_for_a_reader(monk
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async with asyncio.timeout(10):
-        await Failures(late)({"type": "http"}, receive, full)  # the server cuts a reply that was not finished
+        await ErrorReplies(late)({"type": "http"}, receive, full)  # the server cuts a reply that was not finished
 
 
 @pytest.mark.parametrize("name", LIFTING)

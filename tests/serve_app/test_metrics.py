@@ -12,7 +12,8 @@ from gptcore.engine.engine import Engine
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams
 from serve_app import metrics as module
-from serve_app.generation.generation import Order, generating
+from serve_app.generation.order import Order
+from serve_app.generation.stream import generating
 from serve_app.http.app import create_api
 from serve_app.metrics import METRICS, Metric, Metrics, markdown
 from serve_app.models.catalog import Models

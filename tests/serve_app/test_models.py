@@ -259,7 +259,7 @@ async def test_a_version_that_computes_no_numbers_is_refused(make_package: MakeP
     async with running(settings(model=str(tmp_path / "nan"))) as models:
         known = status(models, "nan")
         assert known.state == "failed"
-        assert "no finite numbers" in (known.error or "")
+        assert "are not finite" in (known.error or "")
 
 
 async def test_a_replica_that_starts_on_a_broken_champion_takes_the_one_before(registry: TestRegistry):

@@ -133,7 +133,7 @@ def test_logprobs_report_every_token_streamed_or_not(client: httpx2.Client, pack
 def test_more_logprobs_than_a_reply_should_hold_are_refused_unless_streamed(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve_app.generation.generation.MOST_LOGPROBS", 100)
+    monkeypatch.setattr("serve_app.generation.order.MOST_LOGPROBS", 100)
     asked = {"prompt": PROMPT, "max_new_tokens": 13, "n": 2, "logprobs": 3, "ignore_eos": True}
     refused = client.post("/generate", json=asked)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")

@@ -480,7 +480,7 @@ def _unlock_and_run(page: Page, url: str) -> None:
     expect(key).to_be_visible()
     key.fill("wrong")
     key.press("Enter")
-    expect(page.locator("#problem")).to_contain_text("not known")
+    expect(page.locator("#problem")).to_contain_text("unknown")
     key.fill(KEY)
     key.press("Enter")
     expect(page.locator(".model option").first).to_be_attached()

@@ -123,7 +123,7 @@ def test_a_tracking_uri_is_the_given_one_then_mlflows_then_the_embedded_database
         ({"dtype": "bf16"}, "dtype", "Did you mean 'bfloat16'?"),
         ({"log_level": "loud"}, "log_level", "debug, info"),
         ({"port": 70000}, "port", "at most 65535"),
-        ({"model": "~nobody-of-this-name/x"}, None, "'~nobody-of-this-name/x' begins in a home folder"),
+        ({"model": "~nobody-of-this-name/x"}, None, "'~nobody-of-this-name/x' starts with an unknown home folder"),
         ({"models": "gpt2"}, "models", "'gpt2'; expected NAME=SOURCE"),
         ({"models": "a=x,a=y"}, "models", "each name once"),
         ({"models": 3}, "models", "expected texts"),
@@ -153,7 +153,7 @@ def test_a_misspelt_name_in_the_environment_is_logged_and_other_programs_names_a
     monkeypatch.setattr(logging.getLogger("serve_app"), "propagate", True)
     load({"GPT_MAX_REPLICA": "4", "GPT_FOUNDRY_HOME": "/x", "GPT_ZZZ": "1"})
     assert {record.getMessage() for record in caplog.records} == {
-        "the environment's GPT_MAX_REPLICA is no setting. Did you mean 'max_replicas'?"
+        "the environment variable GPT_MAX_REPLICA is not a setting. Did you mean 'max_replicas'?"
     }
 
 

@@ -122,7 +122,7 @@ def front(request: pytest.FixtureRequest) -> str:
 def cluster(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster of this module's own."""
     env = {} if front == "haproxy" else {haproxy.SWITCH: "0"}
-    haproxy.prefer(env)
+    haproxy.use_haproxy(env)
     with started(tmp_path_factory.mktemp("home"), **env) as running:
         yield running
 

@@ -50,7 +50,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
         tracking.start()
         try:
             env = NOTICED | {"MLFLOW_TRACKING_URI": tracking.uri}
-            haproxy.prefer(env)
+            haproxy.use_haproxy(env)
             env["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"] = SILENCE_S
             port, dashboard = 6379, 8265
             start_ray(head, "--head", f"--port={port}", f"--dashboard-host={head.address}", temp=temp, **env)

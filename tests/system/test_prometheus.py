@@ -92,7 +92,7 @@ def watching(cluster: Cluster, folder: Path) -> Iterator[Prometheus]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster of this module's own, whose workers tell its exporters their figures every second."""
     env = {"RAY_metrics_report_interval_ms": "1000"}
-    haproxy.prefer(env)
+    haproxy.use_haproxy(env)
     with started(tmp_path_factory.mktemp("home"), **env) as running:
         yield running
 

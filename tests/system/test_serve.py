@@ -47,7 +47,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A cluster of this module's own."""
     env: dict[str, str] = {}
     if request.param == "haproxy":
-        haproxy.prefer(env)
+        haproxy.use_haproxy(env)
     with started(tmp_path_factory.mktemp("home"), **env) as running:
         yield running
 

@@ -98,7 +98,7 @@ def test_a_port_that_is_taken_ends_serve_run_with_one_line(said: str):
         ended = subprocess.run([BIN / "serve", "run", said], cwd=ROOT, env=env, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr.strip().splitlines()[-1] == (
-        f"Error: cannot listen on 127.0.0.1:{port}: another program does; choose another, such as port={port + 1}"
+        f"Error: cannot listen on 127.0.0.1:{port}: it is in use; choose another port, such as port={port + 1}"
     )
     assert "Traceback" not in ended.stderr
 

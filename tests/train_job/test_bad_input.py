@@ -84,7 +84,7 @@ def test_a_missing_corpus_is_named(refused: Refused, text_file: Path) -> None:
 @pytest.mark.parametrize("flag", ["--data", "--init-from", "--storage-path", "--cache-dir"])
 def test_a_home_folder_of_nobody_is_named(refused: Refused, flag: str, text_file: Path) -> None:
     answer = refused(f"--data={text_file}", f"{flag}=~nobody-of-this-name/x", tiny=flag != "--init-from")
-    assert "'~nobody-of-this-name/x' begins in a home folder that is not known here" in answer
+    assert "'~nobody-of-this-name/x' starts with an unknown home folder" in answer
 
 
 def test_an_empty_corpus_is_named(refused: Refused, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from gptcore.config import ModelConfig
 from gptcore.errors import TrainingError
-from gptcore.home import tracking_uri
+from gptcore.home import default_tracking_uri
 from gptcore.hub import resolve
 from gptcore.model import GPT
 from gptcore.package import open_package, save_package
@@ -352,12 +352,12 @@ def test_the_tracking_uri_is_absolute_and_follows_the_environment(tmp_path: Path
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("GPT_FOUNDRY_HOME", "here")
-    assert tracking_uri() == f"sqlite:///{tmp_path}/here/mlflow/mlflow.db"
+    assert default_tracking_uri() == f"sqlite:///{tmp_path}/here/mlflow/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
-    assert tracking_uri() == f"sqlite:///{tmp_path}/mine.db"
+    assert default_tracking_uri() == f"sqlite:///{tmp_path}/mine.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking_uri() == "http://127.0.0.1:5000"
-    assert artifact_root(tracking_uri()) is None
+    assert default_tracking_uri() == "http://127.0.0.1:5000"
+    assert artifact_root(default_tracking_uri()) is None
 
 
 def test_system_metrics_reach_the_run(database: str, tmp_path: Path):

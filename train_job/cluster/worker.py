@@ -83,7 +83,7 @@ def train_worker(settings: dict[str, WorkerSpec]) -> dict[str, float]:
     spec = settings["spec"]
     # Rank 0 reports progress, through the driver.
     say: Any = spec.channel.post.remote if ray.train.get_context().get_world_rank() == 0 else len
-    progress.speak_through(say)
+    progress.set_output(say)
     if ray.get(spec.channel.failed.remote()):
         return {}
     try:
@@ -122,7 +122,7 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
     reporter = Reporter(spec, trainer) if rank == 0 else None
     with doing(lambda: f"training: {trainer.state.step} steps are done"):
         for event in trainer.run():
-            progress.heard()
+            progress.reset_silence()
             if reporter:
                 reporter.report(event)
             if isinstance(event, CheckpointDue):

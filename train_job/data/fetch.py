@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptcore.errors import CorpusError, FoundryError, RecordError, did_you_mean
-from gptcore.hub import file_system
+from gptcore.fetch import file_system
 from gptcore.progress import at, doing
 from train_job.data.formats import bare, unpacked
 from train_job.files import LONGEST_NAME, locked, read_json, written_whole

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from gptcore.errors import CorpusError, FoundryError
-from gptcore.hub import file_system
+from gptcore.fetch import file_system
 from gptcore.progress import at, doing
 from gptcore.tokenizer import Tokenizer
 from train_job.data.corpus import Corpus, Piece

@@ -122,7 +122,7 @@ class Console:
         self._last = 0.0
         self._said = ""
         self._turn = threading.RLock()
-        progress.speak_through(self.say)
+        progress.set_output(self.say)
 
     def say(self, text: str = "") -> None:
         """Prints a line."""
@@ -164,7 +164,7 @@ class Console:
 
     def close(self) -> None:
         """Ends the live line and the log."""
-        progress.speak_through(None)
+        progress.set_output(None)
         with self._turn, contextlib.suppress(OSError):
             if self._open_line:
                 self._write("\n")
@@ -173,7 +173,7 @@ class Console:
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
-        progress.heard()
+        progress.reset_silence()
 
     def _keep(self, text: str) -> None:
         if not text or self._log.closed:

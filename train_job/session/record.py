@@ -68,11 +68,11 @@ def read_record(path: Path) -> Record | None:
 
 def tracked_at(record: Record | None) -> str:
     """MLflow's address for a run: a resumed run keeps its own unless MLFLOW_TRACKING_URI is set."""
-    from gptcore.home import tracking_uri
+    from gptcore.home import default_tracking_uri
 
     if record and not os.environ.get("MLFLOW_TRACKING_URI"):
         return record.tracking_uri
-    return tracking_uri()
+    return default_tracking_uri()
 
 
 def write_record(path: Path, run_id: str, uri: str, inputs: Inputs) -> None:

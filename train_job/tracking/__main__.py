@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from gptcore.errors import FoundryError
-from gptcore.home import tracking_uri
+from gptcore.home import default_tracking_uri
 from train_job.tracking import pages
 from train_job.tracking.client import check_server
 from train_job.tracking.runs import experiment_pages
@@ -29,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         if asked.command == "uri":
-            check_server(tracking_uri())  # makes the folder of the embedded database
-            print(tracking_uri())
+            check_server(default_tracking_uri())  # makes the folder of the embedded database
+            print(default_tracking_uri())
         elif asked.command == "pages":
-            for name, address in experiment_pages(tracking_uri(), asked.ui):
+            for name, address in experiment_pages(default_tracking_uri(), asked.ui):
                 print(f"{name}  {address}")
         else:
             print(f"delivered {deliver(asked.folder)} lines; nothing is left")

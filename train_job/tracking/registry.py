@@ -18,8 +18,8 @@ import gptcore
 from gptcore.errors import ConfigError, FoundryError, HubError, did_you_mean
 from gptcore.hub import resolve
 from gptcore.package import WEIGHTS, Package, describe, open_package
+from gptcore.parameters import SAMPLING
 from gptcore.progress import doing
-from gptcore.pyfunc import PARAMS
 from gptcore.redact import without_password
 from train_job.files import locked, sha256
 from train_job.tracking.client import mlflow_client, translated_errors
@@ -296,7 +296,7 @@ def _signature() -> Any:
         ParamSpec(param.name, types[param.type], list(param.default), (-1,))
         if param.several
         else ParamSpec(param.name, types[param.type], param.default)
-        for param in PARAMS.values()
+        for param in SAMPLING.values()
     ]
     text = Schema([ColSpec(DataType.string)])
     return ModelSignature(Schema([ColSpec(DataType.string, "prompt")]), text, ParamSchema(params))

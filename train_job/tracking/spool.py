@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import RecordError, TrainingError
-from gptcore.home import tracking_uri
+from gptcore.home import default_tracking_uri
 from gptcore.redact import without_password
 from train_job.files import read_json, storage_problem, written_whole
 from train_job.tracking.client import check_server, connected, mlflow_client, request_limits
@@ -243,7 +243,7 @@ def deliver(folder: Path) -> int:
     spool = read_json(folder / "spool.json", "write run_id and tracking_uri to it, as in the run's run.json")
     if not {"run_id", "tracking_uri"} <= spool.keys():
         raise RecordError(f"{folder / 'spool.json'} lacks run_id or tracking_uri; the run's run.json has both")
-    waiting, uri = undelivered(folder), tracking_uri()
+    waiting, uri = undelivered(folder), default_tracking_uri()
     if without_password(uri) != spool["tracking_uri"]:  # the environment's may have a password
         uri = str(spool["tracking_uri"])
     check_server(uri)

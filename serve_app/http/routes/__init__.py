@@ -1,1 +1,1 @@
-"""The routes, one module per audience. Each has `router(state)`, which makes its routes for one app."""
+"""The routes, one module per kind of client. Each module's `router(state)` returns the routes of one app."""

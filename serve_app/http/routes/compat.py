@@ -1,15 +1,17 @@
-"""The routes of the projects that this one succeeds, as their clients know them.
+"""The routes of this project's predecessors, for their clients.
 
-`POST /generate/{model}` takes {"prompt"} and gives {"generated_text"}; `POST /complete-sentence` takes {"text"} and
-gives {"completed_sentence"}. Both texts begin with what was sent, as they did there. Sampling parameters of
-`POST /generate` are taken too.
+`POST /generate/{model}` takes {"prompt"} and returns {"generated_text"}; `POST /complete-sentence` takes {"text"} and
+returns {"completed_sentence"}. Both texts start with the input, as they did there. The sampling parameters of
+`POST /generate` work too.
 """
 
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serve_app.generation.generation import Answer, Choice, Generation, Order, Write, as_json, generating
+from serve_app.generation.order import Order
+from serve_app.generation.replies import GenerationResponse, SequenceResult, Write, as_json
+from serve_app.generation.stream import Generation, generating
 from serve_app.http.schemas import CompletedSentence, GeneratedText, PromptRequest, Sampling, SentenceRequest
 from serve_app.state import AppState
 
@@ -27,10 +29,10 @@ def router(state: AppState) -> APIRouter:
         summary="Continue a text with the named model",
     )
     async def generate(request: Request, model: str, body: PromptRequest) -> Response:
-        # Their own model was called custom; here that is the one this service serves, unless a model has the name.
+        # The predecessors' own model was called custom: here the default model, unless a model has that name.
         named = None if model == CUSTOM and CUSTOM not in state.settings.sources else model
         order = _order(named, body.prompt, body)
-        return Answer(generating(state, request.state.request_id, order), _only("generated_text"))
+        return GenerationResponse(generating(state, request.state.request_id, order), _only("generated_text"))
 
     @routes.post(
         "/complete-sentence",
@@ -40,7 +42,7 @@ def router(state: AppState) -> APIRouter:
     )
     async def complete_sentence(request: Request, body: SentenceRequest) -> Response:
         order = _order(None, body.text, body)
-        return Answer(generating(state, request.state.request_id, order), _only("completed_sentence"))
+        return GenerationResponse(generating(state, request.state.request_id, order), _only("completed_sentence"))
 
     return routes
 
@@ -51,9 +53,9 @@ def _order(model: str | None, prompt: str, body: Sampling) -> Order:
 
 
 def _only(field: str) -> Write:
-    """A reply of one field: the text."""
+    """A reply with one field: the text."""
 
-    def render(generation: Generation, choices: list[Choice]) -> dict[str, Any]:
+    def render(generation: Generation, choices: list[SequenceResult]) -> dict[str, Any]:
         return {field: choices[0].text}
 
     return as_json(render)

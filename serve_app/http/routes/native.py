@@ -1,7 +1,6 @@
-"""The service's own way to ask for text: `POST /generate`, as JSON or as server-sent events.
+"""The service's own route, `POST /generate`, with a JSON reply or server-sent events (see `serve_app.http.schemas`).
 
-In comes a `GenerateRequest`, out goes a `GenerateReply` or a stream of its parts; `serve_app.http.schemas` shows the
-events. Every reply tells the seed and the model's version, which give the same text again.
+Every reply contains the seed and the model's version, which reproduce the text.
 """
 
 from typing import Any
@@ -9,7 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from gptcore.engine import TokenLogprob, Update
-from serve_app.generation.generation import Answer, Choice, Generation, Order, as_events, as_json, generating, to_json
+from serve_app.generation.order import Order
+from serve_app.generation.replies import GenerationResponse, SequenceResult, as_events, as_json, to_json
+from serve_app.generation.stream import Generation, generating
 from serve_app.http.schemas import GenerateReply, GenerateRequest
 from serve_app.state import AppState
 
@@ -37,13 +38,13 @@ def router(state: AppState) -> APIRouter:
             stream=body.stream,
         )
         write = as_events(NativeEvents) if body.stream else as_json(_reply)
-        return Answer(generating(state, request.state.request_id, order), write)
+        return GenerationResponse(generating(state, request.state.request_id, order), write)
 
     return routes
 
 
 def token_json(token: TokenLogprob) -> dict[str, Any]:
-    """A token and its alternatives, as the native routes report them."""
+    """A token and its alternatives in the native form."""
     return {**_alternative(token), "top": [_alternative(other) for other in token.top]}
 
 
@@ -61,7 +62,7 @@ def _head(generation: Generation) -> dict[str, Any]:
     }
 
 
-def _reply(generation: Generation, choices: list[Choice]) -> dict[str, Any]:
+def _reply(generation: Generation, choices: list[SequenceResult]) -> dict[str, Any]:
     asked = generation.order.params.logprobs is not None
     return {
         **_head(generation),
@@ -79,7 +80,7 @@ def _reply(generation: Generation, choices: list[Choice]) -> dict[str, Any]:
 
 
 class NativeEvents:
-    """The events of a stream. What is the same in all of them is encoded once."""
+    """The events of a stream. The part that all events share is encoded once."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
@@ -87,7 +88,7 @@ class NativeEvents:
         self._head = to_json({**_head(generation), "choices": []})[:-2]
 
     def update(self, index: int, update: Update) -> str:
-        """One choice's news; "" if there are none to tell."""
+        """The event for one update; "" if it has nothing new."""
         tokens = update.prompt_logprobs + update.logprobs
         if not (update.text or tokens or update.finish_reason):
             return ""
@@ -97,5 +98,5 @@ class NativeEvents:
         return f'{self._head}{{"index":{index},"text":{text},"finish_reason":{reason},"logprobs":{logprobs}}}]}}'
 
     def last(self) -> str:
-        """The usage."""
+        """The event with the usage."""
         return f'{self._head}],"usage":{to_json(self._generation.usage())}}}'

@@ -1,7 +1,6 @@
-"""OpenAI's API for completions, as its official client speaks it: `/v1/completions` and `/v1/models`.
+"""OpenAI's completions API, for its official clients: `/v1/completions` and `/v1/models`.
 
-In comes a `CompletionRequest`, out goes a `Completion`, whole or in server-sent events. `system_fingerprint` names
-the model's version. What of OpenAI's API is not here is refused by name, never ignored.
+`system_fingerprint` is the model's version. Unsupported parameters of OpenAI's API are refused by name, never ignored.
 """
 
 import codecs
@@ -15,7 +14,9 @@ from fastapi import APIRouter, Request, Response
 from gptcore.engine import TokenLogprob, Update
 from gptcore.errors import did_you_mean
 from serve_app.errors import ApiError
-from serve_app.generation.generation import Answer, Choice, Generation, Order, as_events, as_json, generating, to_json
+from serve_app.generation.order import Order
+from serve_app.generation.replies import GenerationResponse, SequenceResult, as_events, as_json, to_json
+from serve_app.generation.stream import Generation, generating
 from serve_app.http.schemas import Completion, CompletionRequest, ModelCard, ModelList
 from serve_app.models.catalog import ModelStatus
 from serve_app.state import AppState
@@ -32,7 +33,7 @@ def router(state: AppState) -> APIRouter:
         "/completions",
         response_model=None,
         responses={200: {"model": Completion, "content": events}},
-        summary="Continue one or several texts",
+        summary="Continue one or more texts",
     )
     async def completions(request: Request, body: CompletionRequest) -> Response:
         order = Order(
@@ -48,9 +49,9 @@ def router(state: AppState) -> APIRouter:
         )
         usage = body.stream_options is not None and body.stream_options.include_usage
         write = as_events(lambda generation: CompletionEvents(generation, usage)) if body.stream else as_json(_reply)
-        return Answer(generating(state, request.state.request_id, order), write)
+        return GenerationResponse(generating(state, request.state.request_id, order), write)
 
-    @routes.get("/models", summary="The models there are")
+    @routes.get("/models", summary="List the models")
     async def models() -> ModelList:
         return ModelList(object="list", data=[_card(status) for status in state.models.describe()])
 
@@ -72,7 +73,7 @@ def _card(status: ModelStatus) -> ModelCard:
 
 
 class LegacyLogprobs:
-    """Tokens of one choice in OpenAI's legacy form; keeps count of the characters, so `text_offset` goes on."""
+    """Converts one choice's tokens to OpenAI's legacy form; counts characters for `text_offset` across events."""
 
     def __init__(self) -> None:
         self._offset = 0
@@ -84,7 +85,7 @@ class LegacyLogprobs:
         return {
             "tokens": [spelled(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            # What follows nothing has no alternatives, and OpenAI says so with null.
+            # A prompt's first token has no alternatives, which OpenAI marks with null.
             "top_logprobs": [
                 None if token.logprob is None else {spelled(other): other.logprob for other in token.top}
                 for token in tokens
@@ -93,18 +94,18 @@ class LegacyLogprobs:
         }
 
     def _follow(self, content: bytes) -> int:
-        """Where the character begins that the token's first byte is of: it may have begun in a token before."""
+        """The offset of the character that contains the token's first byte; it may start in an earlier token."""
         if not content:
             return self._offset
         first = self._decoder.decode(content[:1])
         begun, _ = self._decoder.getstate()
-        start = self._offset + len(first) - (0 if begun else 1)  # more than one: a character before it broke off
+        start = self._offset + len(first) - (0 if begun else 1)  # len > 1: an earlier character was incomplete
         self._offset += len(first) + len(self._decoder.decode(content[1:]))
         return start
 
 
 def spelled(token: TokenLogprob) -> str:
-    """The token's text, or `bytes:\\xe2\\x80` where it is no whole characters, so that no two tokens look alike."""
+    """The token's text, or `bytes:\\xe2\\x80` for incomplete characters, so that no two tokens look the same."""
     try:
         return bytes(token.bytes).decode("utf-8") or token.text
     except UnicodeDecodeError:
@@ -121,7 +122,7 @@ def _head(generation: Generation) -> dict[str, Any]:
     }
 
 
-def _reply(generation: Generation, choices: list[Choice]) -> dict[str, Any]:
+def _reply(generation: Generation, choices: list[SequenceResult]) -> dict[str, Any]:
     asked = generation.order.params.logprobs is not None
     return {
         **_head(generation),
@@ -139,7 +140,7 @@ def _reply(generation: Generation, choices: list[Choice]) -> dict[str, Any]:
 
 
 class CompletionEvents:
-    """The events of a stream. What is the same in all of them is encoded once."""
+    """The events of a stream. The part that all events share is encoded once."""
 
     def __init__(self, generation: Generation, with_usage: bool) -> None:
         self._generation = generation
@@ -147,10 +148,10 @@ class CompletionEvents:
         self._head = to_json({**_head(generation), "choices": []})[:-2]
         self._tail = '],"usage":null}' if with_usage else "]}"
         asked = generation.order.params.logprobs is not None
-        self._logprobs = [LegacyLogprobs() for _ in range(generation.size)] if asked else None
+        self._logprobs = [LegacyLogprobs() for _ in range(generation.order.size)] if asked else None
 
     def update(self, index: int, update: Update) -> str:
-        """One choice's news; "" if there are none to tell."""
+        """The event for one update; "" if it has nothing new."""
         tokens = update.prompt_logprobs + update.logprobs
         if not (update.text or tokens or update.finish_reason):
             return ""
@@ -162,5 +163,5 @@ class CompletionEvents:
         )
 
     def last(self) -> str:
-        """The usage, if it was asked for."""
+        """The event with the usage, if requested."""
         return f'{self._head}],"usage":{to_json(self._generation.usage())}}}' if self._with_usage else ""

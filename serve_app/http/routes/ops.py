@@ -1,8 +1,8 @@
-"""What operators and their machines ask: is it alive, is it ready, what does it hold, what has it done.
+"""Routes for operators and monitoring: `/health`, `/ready`, `/metrics` and `/models`.
 
-`/health`, `/ready` and `/metrics` need no API key, since probes and scrapers have none and learn no text from them:
-whoever can reach the port can read traffic figures and model names there. `/models` says where each model came from,
-down to the run, the data's fingerprint and the commit, and needs a key where keys are set.
+The first three need no API key, since probes and scrapers have none. They reveal traffic figures and model names to
+anyone who can reach the port, but no text. `/models` shows each model's run, data and commit, and needs a key if keys
+are set.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Ready(BaseModel):
     """Reply of `GET /ready`."""
 
     status: Literal["ready"] = "ready"
-    model: str = Field(description="The model that answers where a request names none.")
+    model: str = Field(description="The default model.")
     version: str
 
 
@@ -40,45 +40,45 @@ class Listing(BaseModel):
 
 
 def router(state: AppState, guarded: Sequence[Depends] = ()) -> APIRouter:
-    """Routes `/health`, `/ready`, `/metrics` and `/models`; `guarded` documents that the last may need a key."""
+    """The four routes; `guarded` documents that `/models` may need a key."""
     routes = APIRouter(tags=["operations"])
     models = state.models
 
     @routes.get("/health", summary="Is the replica alive?", responses=error_responses(500, 503))
     async def health() -> Health:
-        """503 if an engine has died: the replica is to be replaced. A model that could not be loaded is no reason."""
+        """503 if an engine has died, so that the replica gets replaced. A model that failed to load does not count."""
         models.check_health()
         return Health()
 
-    @routes.get("/ready", summary="May requests come?", responses=error_responses(500, 503))
+    @routes.get("/ready", summary="Is it ready for requests?", responses=error_responses(500, 503))
     async def ready() -> Ready:
         """503 until the default model is loaded and its engine warm."""
         default = models.describe()[0]
         if not models.ready or default.version is None:
-            # Why is told at /models, where keys are asked for: it may name folders and hosts.
+            # The reason may name folders and hosts, so only /models shows it, which may need a key.
             doing = default.loading or default.state
-            message = f"the model {default.name!r} is not ready: it is {doing}; GET /models says more"
+            message = f"the model {default.name!r} is not ready: it is {doing}; see GET /models"
             raise ApiError(503, message, code="model_not_ready", headers={"retry-after": "1"})
         return Ready(model=default.name, version=default.version)
 
     @routes.get(
         "/metrics",
-        summary="Figures of this replica for Prometheus",
+        summary="Metrics of this replica for Prometheus",
         response_class=Response,
         responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}, **error_responses(500)},
     )
     async def metrics() -> Response:
-        """Prometheus' text format. Through Serve's port it is one replica that answers: scrape Ray's exporter then."""
+        """Prometheus' text format. Serve's port returns those of any one replica: scrape Ray's exporter instead."""
         return Response(state.metrics.render(), media_type=CONTENT_TYPE)
 
     @routes.get(
         "/models",
-        summary="The models, and where they came from",
+        summary="The models and their origin",
         responses=error_responses(401, 500),
         dependencies=guarded,
     )
     async def listing() -> Listing:
-        """Every model, loaded or not: version, alias, run, bits per byte, data, commit; what is wrong with it."""
+        """Every model, loaded or not: version, alias, run, bits per byte, data, commit, and errors."""
         return Listing(models=models.describe())
 
     return routes

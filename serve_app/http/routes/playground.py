@@ -1,8 +1,7 @@
-"""The playground: one static page at `/` that talks to the service's own HTTP routes.
+"""The playground: a static page at `/` that calls the service's own HTTP routes.
 
-In come the files of `serve_app/playground`, read once; out goes a router that serves them as they are. There is no
-build step and nothing is fetched from elsewhere: the content security policy allows this origin alone, so that even
-a model's text that were taken for markup could load and run nothing.
+The files of `serve_app/playground` are read once and served unchanged, without a build step. The content security
+policy allows this origin only, so even if a model's text were rendered as markup, it could not load or run anything.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ CONTENT_TYPES = {
     ".svg": "image/svg+xml",
 }
 HEADERS = {
-    "cache-control": "no-cache",  # kept, but asked about each time: a page never talks to a service of another release
+    "cache-control": "no-cache",  # revalidate each time, so that page and service are of the same release
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -44,7 +43,7 @@ class Asset:
 
 
 def read_assets(folder: Path = FOLDER) -> dict[str, Asset]:
-    """The files of `folder` by name; those of a kind that the page does not use are left out."""
+    """The files of `folder` by name, except types that the page does not use."""
     return {
         path.name: Asset(body, CONTENT_TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:20]}"')
         for path in sorted(folder.iterdir())
@@ -54,9 +53,9 @@ def read_assets(folder: Path = FOLDER) -> dict[str, Asset]:
 
 
 def router(state: AppState) -> APIRouter:
-    """Routes `/` and `/playground/{file}`. They need nothing of `state`, nor a key: the page asks for one itself.
+    """Routes `/` and `/playground/{file}`. They do not use `state` and need no key: the page asks for one.
 
-    Raises ApiError 404 for a file that is not the page's.
+    An unknown file gets a 404.
     """
     assets = read_assets()
     routes = APIRouter(include_in_schema=False)

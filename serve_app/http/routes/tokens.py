@@ -1,8 +1,8 @@
-"""Text to token ids and back over HTTP, as vLLM has it: `/tokenize`, `/detokenize` and `/tokenizer_info`.
+"""Text to token ids and back, in vLLM's form: `/tokenize`, `/detokenize` and `/tokenizer_info`.
 
-With these a client need not have the model's folder: `lm-eval` counts the tokens of a context with them. The ids are
-those that `/v1/completions` makes of a text, so the characters of a special token are text like any other. One case
-is an exception: a text that is nothing but `<|endoftext|>` is that token, since this is how clients ask for its id.
+Clients such as `lm-eval` use them to count tokens without the model's files. The ids are the same as in
+`/v1/completions`, so the characters of a special token are ordinary text. The one exception is the text
+`<|endoftext|>` alone, which becomes that token, since clients ask for its id this way.
 """
 
 import asyncio
@@ -13,7 +13,8 @@ from fastapi import APIRouter, Request, Response
 
 from gptcore.errors import ConfigError
 from gptcore.tokenizer import EOT
-from serve_app.generation.generation import LONG_TEXT, encoded, to_json
+from serve_app.generation.order import LONG_TEXT, encode
+from serve_app.generation.replies import to_json
 from serve_app.http.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
 from serve_app.models.load import ServedModel
 from serve_app.state import AppState
@@ -27,7 +28,7 @@ def router(state: AppState) -> APIRouter:
     async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         async with state.models.lease(body.model, request.state.request_id) as served:
             tokenizer = served.package.tokenizer
-            ids = (tokenizer.eot,) if body.prompt == EOT else await encoded(tokenizer, body.prompt)
+            ids = (tokenizer.eot,) if body.prompt == EOT else await encode(tokenizer, body.prompt)
 
             def reply() -> dict[str, Any]:
                 spelled = [tokenizer.spelling(token) for token in ids] if body.return_token_strs else None
@@ -49,7 +50,7 @@ def router(state: AppState) -> APIRouter:
 
     @routes.get("/tokenizer_info", response_model=None, responses={200: {"model": TokenizerInfo}})
     async def tokenizer_info(request: Request) -> Response:
-        """The default model's tokenizer, in the words of `transformers`' tokenizer_config.json."""
+        """The default model's tokenizer, in the form of `transformers`' tokenizer_config.json."""
         async with state.models.lease(None, request.state.request_id) as served:
             info = TokenizerInfo(model_max_length=served.engine.info.context_length)
             return await _answer(served, info.model_dump, 1)
@@ -58,7 +59,7 @@ def router(state: AppState) -> APIRouter:
 
 
 async def _answer(served: ServedModel, reply: Callable[[], dict[str, Any]], size: int) -> Response:
-    """`reply()` as JSON. Much of it is written in a thread: the event loop has other streams to serve."""
+    """`reply()` as JSON, encoded in a thread if it is long, so that the event loop can serve other streams."""
 
     def written() -> bytes:
         return to_json(reply()).encode()

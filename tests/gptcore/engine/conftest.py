@@ -12,7 +12,7 @@ from gptcore.engine.engine import Engine
 from gptcore.engine.interface import Chunk, FinishReason, Request, TokenLogprob, Update
 from gptcore.engine.settings import EngineSettings
 from gptcore.package import Package
-from gptcore.sampling import Row, SamplingParams, next_tokens
+from gptcore.sampling import SamplingParams, SamplingState, next_tokens
 from gptcore.tokenizer import Tokenizer
 
 VOCAB, SPARE = 257, 7
@@ -61,7 +61,7 @@ class FakeRunner:
     def logits(self, states: Iterable[int]) -> Tensor:
         return self._logits[torch.tensor([state % ROWS for state in states], dtype=torch.long)]
 
-    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    def next_tokens(self, logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
         return next_tokens(logits, rows)
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -165,7 +165,7 @@ def alone(runner: FakeRunner, prompt: Sequence[int], params: SamplingParams, eot
     for token in prompt:
         state = runner.follow(state, token)
     tokens = list(prompt)
-    row = Row(params, params.seed, tokens, len(prompt))
+    row = SamplingState(params, params.seed, tokens, len(prompt))
     while len(tokens) < min(len(prompt) + params.max_new_tokens, runner.context_length):
         tokens += next_tokens(runner.logits([state])[:, :VOCAB], [row])
         state = runner.follow(state, tokens[-1])

@@ -146,7 +146,7 @@ def test_in_a_long_random_run_every_text_is_as_if_alone_and_no_slot_is_lost(make
             except QueueFull:
                 refused += 1
         if engine.busy and rng.random() < 0.1:
-            name = rng.choice(list(engine._live))
+            name = rng.choice(list(engine._active))
             engine.abort(name)
             aborted.add(name)
         for update in engine.step():

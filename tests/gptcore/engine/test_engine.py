@@ -283,7 +283,7 @@ def test_stats_count_what_was_done(make_engine: MakeEngine) -> None:
 def test_the_check_finds_a_request_that_got_lost(make_engine: MakeEngine) -> None:
     engine = make_engine()
     run(engine, request("lost"), steps=1)
-    del engine._live["lost"]
+    del engine._active["lost"]
     with pytest.raises(EngineError, match="lost"):
         engine.check()
 
@@ -297,7 +297,7 @@ def test_warming_up_leaves_no_trace_and_refuses_a_broken_model(make_engine: Make
     params = SamplingParams(seed=7, max_new_tokens=9)
     assert say(engine, params).tokens == alone(runner, b"a", params)
     runner._logits[:, 3] = torch.nan
-    with pytest.raises(EngineError, match="no finite numbers"):
+    with pytest.raises(EngineError, match="are not finite"):
         engine.warm_up()
 
 

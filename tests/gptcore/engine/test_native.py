@@ -15,7 +15,7 @@ from gptcore.engine import native
 from gptcore.engine.interface import Chunk
 from gptcore.engine.native import NativeRunner, NativeUnavailable
 from gptcore.model import GPT
-from gptcore.sampling import Row, SamplingParams, next_tokens, uniform
+from gptcore.sampling import SamplingParams, SamplingState, next_tokens, uniform
 from tests.sampling import PARAMS, VALUES, by_definition
 
 GPT2 = ModelConfig(vocab_size=257, family="gpt2", num_layers=2, num_heads=2, hidden_size=64, context_length=96)
@@ -134,7 +134,7 @@ def test_tokens_are_drawn_as_sampling_defines_it_in_every_variant(vocab_size: in
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(len(DRAWS), vocab_size + 7, generator=generator)[:, :vocab_size] * 3
     logits[::3] = (logits[::3] * 2).round() / 2  # with many that are equally likely
-    rows = [Row(params, seed, [5, 9, 9, seed % 200, 5], 2) for seed, params in enumerate(DRAWS)]
+    rows = [SamplingState(params, seed, [5, 9, 9, seed % 200, 5], 2) for seed, params in enumerate(DRAWS)]
     expected = next_tokens(logits, rows)
     assert runner.next_tokens(logits, rows) == expected
     assert [runner.next_tokens(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)] == expected
@@ -156,7 +156,7 @@ def test_the_kernel_keeps_what_the_definition_keeps(
 ) -> None:
     logits = torch.tensor(values)
     kept = by_definition(logits, params)
-    rows = [Row(params, seed, [0], 1) for seed in range(50)]
+    rows = [SamplingState(params, seed, [0], 1) for seed in range(50)]
     points = [uniform(seed, 1) for seed in range(50)]
     upto = dict(zip(kept, accumulate(kept.values()), strict=True))
     near = 1e-6 * sum(kept.values())  # its exponentials and torch's differ in the last bit
@@ -172,7 +172,7 @@ def test_logits_that_are_no_numbers_give_the_likeliest_of_those_that_are() -> No
     logits[0], logits[1, 30], logits[2, 40] = float("nan"), float("nan"), float("inf")
     logits[1, 50] = logits[3, 60] = 80.0
     params = [SamplingParams(), SamplingParams(), SamplingParams(top_p=0.9), SamplingParams()]
-    tokens = runner.next_tokens(logits, [Row(p, 1, [1], 1) for p in params])
+    tokens = runner.next_tokens(logits, [SamplingState(p, 1, [1], 1) for p in params])
     assert 0 <= tokens[0] < 257
     assert tokens[1:] == [50, 40, 60]
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from gptcore import devices, memory
 from gptcore.config import ModelConfig
 from gptcore.engine import runners
-from gptcore.engine import torch_runner as torch_runner_module
 from gptcore.engine.engine import Engine
 from gptcore.engine.interface import Chunk, Request
 from gptcore.engine.runners import make_runner
@@ -37,7 +36,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention of several widths in a context of 64."""
-    monkeypatch.setattr(torch_runner_module, "NARROWEST", 16)
+    monkeypatch.setattr("gptcore.engine.torch_runner.NARROWEST", 16)
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from gptcore.engine.sampler import Choice, Row, sample, token_logprobs
+from gptcore.engine.sampler import SampledToken, SamplingState, sample, token_logprobs
 from gptcore.sampling import SamplingParams, next_tokens
 
 VOCAB, SPARE = 300, 20
 
 
-def row(seed: int = 0, tokens: list[int] | None = None, **params: float) -> Row:
-    return Row(SamplingParams(**params), seed, tokens or [1, 2, 3], 2)  # type: ignore[arg-type]
+def row(seed: int = 0, tokens: list[int] | None = None, **params: float) -> SamplingState:
+    return SamplingState(SamplingParams(**params), seed, tokens or [1, 2, 3], 2)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_logprobs_are_the_models_own_whatever_the_parameters(logits: torch.Tenso
     for i, choice in enumerate(sample(logits, ROWS, VOCAB)):
         asked = ROWS[i].params.logprobs
         if asked is None:
-            assert choice == Choice(choice.token)
+            assert choice == SampledToken(choice.token)
             continue
         assert choice.logprob == pytest.approx(exact[i, choice.token].item(), abs=2e-6)
         best = exact[i].topk(asked)

@@ -7,7 +7,7 @@ import pytest
 
 from gptcore.engine.cache import WORTHWHILE, SlotCache
 from gptcore.engine.interface import Request
-from gptcore.engine.scheduler import Plan, Scheduler
+from gptcore.engine.scheduler import ScheduledStep, Scheduler
 from gptcore.engine.sequence import Phase, Sequence
 from gptcore.errors import EngineError, QueueFull
 from gptcore.sampling import SamplingParams
@@ -23,7 +23,7 @@ def sequence(name: str, prompt: Tokens[int], new: int = 4, prompt_logprobs: bool
     return Sequence(Request(name, tuple(prompt), SamplingParams(max_new_tokens=new), prompt_logprobs))
 
 
-def step(scheduler: Scheduler) -> Plan:
+def step(scheduler: Scheduler) -> ScheduledStep:
     """One step in which every token sampled is a 9; sequences that have all of theirs leave."""
     plan = scheduler.schedule()
     for s, count in plan.work:
@@ -35,7 +35,7 @@ def step(scheduler: Scheduler) -> Plan:
     return plan
 
 
-def shares(plan: Plan) -> dict[str, int]:
+def shares(plan: ScheduledStep) -> dict[str, int]:
     return {s.id: count for s, count in plan.work}
 
 
@@ -246,7 +246,7 @@ class Crowd:
         self._run(plan)
         self.scheduler.check()
 
-    def _run(self, plan: Plan) -> None:
+    def _run(self, plan: ScheduledStep) -> None:
         """What a runner does, with tokens in place of keys and values."""
         for source, target, length in plan.copies:
             self.held[target][:length] = self.held[source][:length]

@@ -242,7 +242,7 @@ def test_a_model_that_fails_its_warm_up_is_freed(make_engine: MakeEngine) -> Non
     async def test() -> None:
         runner = FakeRunner()
         runner._logits[:] = torch.nan
-        with pytest.raises(EngineError, match="no finite numbers"):
+        with pytest.raises(EngineError, match="are not finite"):
             await AsyncEngine(lambda: make_engine(runner)).start()
         assert runner.closed
 

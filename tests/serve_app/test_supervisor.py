@@ -1,4 +1,4 @@
-"""Claims about HAProxy as Ray's own manager starts it through the keeper, without a cluster around them."""
+"""Claims about HAProxy as Ray's own manager starts it through the supervisor, without a cluster around them."""
 
 import asyncio
 import http.client
@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from serve_app.front import haproxy
-from serve_app.front.haproxy import KEEPER
+from serve_app.front.haproxy import SUPERVISOR
 from tests.serve_app.running import eventually
 
 rays = pytest.importorskip("ray.serve._private.haproxy")
@@ -86,13 +86,13 @@ class Manager:
         self.api.set_backend_configs({"http-default": backend})
 
     @property
-    def keeper(self) -> psutil.Process:
+    def supervisor(self) -> psutil.Process:
         return psutil.Process(self.api._proc.pid)
 
     def haproxy(self) -> psutil.Process:
-        """The HAProxy of the newest keeper, once it is there."""
-        eventually(lambda: any(child.name() == "haproxy" for child in self.keeper.children()), "HAProxy is there")
-        return next(child for child in self.keeper.children() if child.name() == "haproxy")
+        """The HAProxy of the newest supervisor, once it is there."""
+        eventually(lambda: any(child.name() == "haproxy" for child in self.supervisor.children()), "HAProxy is there")
+        return next(child for child in self.supervisor.children() if child.name() == "haproxy")
 
     def ask(self, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], Any]:
         """(status, headers, JSON of the body)."""
@@ -134,9 +134,9 @@ async def managed(folder: Path, *ports: int, port: int = 0, stop: bool = True) -
 
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where Ray's manager keeps its files; its HAProxy is the keeper."""
-    keeper = Path(sysconfig.get_path("scripts")) / KEEPER
-    monkeypatch.setattr(rays, "RAY_SERVE_HAPROXY_BINARY_PATH", str(keeper))
+    """Where Ray's manager keeps its files; its HAProxy is the supervisor."""
+    supervisor = Path(sysconfig.get_path("scripts")) / SUPERVISOR
+    monkeypatch.setattr(rays, "RAY_SERVE_HAPROXY_BINARY_PATH", str(supervisor))
     monkeypatch.setenv(haproxy.BODY_TIMEOUT, "1")
     return tmp_path_factory.mktemp("f")  # sockets want a short path
 
@@ -211,13 +211,13 @@ async def test_a_reload_fails_no_request(folder: Path, replica: int):
 
         thread = threading.Thread(target=client)
         thread.start()
-        before = manager.keeper
+        before = manager.supervisor
         for _ in range(3):
             await manager.api.reload()
         stop.set()
         thread.join()
         assert set(told) == {200}
-        eventually(lambda: gone(before), "the keeper before has left")
+        eventually(lambda: gone(before), "the supervisor before has left")
 
 
 async def test_ray_stops_it_and_the_port_is_free(folder: Path, replica: int):
@@ -225,7 +225,7 @@ async def test_ray_stops_it_and_the_port_is_free(folder: Path, replica: int):
         assert await manager.answer() == 200
         child = manager.haproxy()
         await manager.api.stop()
-        eventually(lambda: gone(child), "HAProxy has ended with its keeper")
+        eventually(lambda: gone(child), "HAProxy has ended with its supervisor")
         socket.create_server(("127.0.0.1", manager.port)).close()
 
 
@@ -233,9 +233,9 @@ MANAGER = """
 import asyncio, sys, time
 from pathlib import Path
 import ray.serve._private.haproxy as rays
-rays.RAY_SERVE_HAPROXY_BINARY_PATH = {keeper!r}
+rays.RAY_SERVE_HAPROXY_BINARY_PATH = {supervisor!r}
 sys.path.insert(0, {root!r})
-from tests.serve_app.test_keeper import Manager
+from tests.serve_app.test_supervisor import Manager
 async def main():
     manager = Manager(Path({folder!r}), {port})
     manager.serve({replica})
@@ -254,8 +254,8 @@ async def test_when_the_manager_is_killed_haproxy_serves_on_until_the_next_and_e
 ):
     """The node is a process whose child is the manager, as Ray's is."""
     port, root = haproxy.free_port(), str(Path(__file__).parents[2])
-    keeper = rays.RAY_SERVE_HAPROXY_BINARY_PATH
-    code = MANAGER.format(keeper=keeper, root=root, folder=str(folder), port=port, replica=replica)
+    supervisor = rays.RAY_SERVE_HAPROXY_BINARY_PATH
+    code = MANAGER.format(supervisor=supervisor, root=root, folder=str(folder), port=port, replica=replica)
     node = subprocess.Popen(
         [sys.executable, "-c", NODE, sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -264,13 +264,13 @@ async def test_when_the_manager_is_killed_haproxy_serves_on_until_the_next_and_e
     assert node.stdout
     assert node.stdout.readline() == "started\n"
     (killed,) = psutil.Process(node.pid).children()
-    orphan = next(child for child in killed.children() if KEEPER[:15] in child.name())
+    orphan = next(child for child in killed.children() if SUPERVISOR[:15] in child.name())
     killed.kill()
     outside = Manager(folder, port)
     assert await outside.answer() == 200
     async with managed(folder, replica, port=port) as manager:
         assert await manager.answer() == 200
-        eventually(lambda: gone(orphan), "the keeper without a manager has left")
+        eventually(lambda: gone(orphan), "the supervisor without a manager has left")
     node.kill()
     node.wait()
 
@@ -288,8 +288,8 @@ async def test_a_body_that_does_not_come_is_408_in_openais_form_and_reaches_no_r
 async def test_statistics_listen_only_where_a_port_was_chosen_for_them():
     text = "frontend prometheus\n    bind :9101\n    no log\nfrontend http_frontend\n    bind *:1\n"
     text += "listen stats\n  bind *:2\n"
-    assert "9101" not in haproxy.amended(text, Path("s"), Path("u"), {})
-    assert "*:2" not in haproxy.amended(text, Path("s"), Path("u"), {})
-    kept = haproxy.amended(text, Path("s"), Path("u"), {"RAY_SERVE_HAPROXY_STATS_PORT": "2"})
+    assert "9101" not in haproxy.amend_config(text, Path("s"), Path("u"), {})
+    assert "*:2" not in haproxy.amend_config(text, Path("s"), Path("u"), {})
+    kept = haproxy.amend_config(text, Path("s"), Path("u"), {"RAY_SERVE_HAPROXY_STATS_PORT": "2"})
     assert "*:2" in kept
     assert "9101" not in kept

@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.errors import ApiError
-from serve_app.http.foreign import BY_NAME, FOREIGN
 from serve_app.http.schemas import CompletionRequest, GenerateRequest, PromptRequest, SentenceRequest
+from serve_app.http.unsupported import BY_NAME, UNSUPPORTED
 
 BODIES: dict[Any, dict[str, Any]] = {
     CompletionRequest: {"model": "tiny", "prompt": "x"},
@@ -142,19 +142,19 @@ def test_any_other_value_is_refused_by_name(name: str, value: Any) -> None:
 def test_a_refusal_says_why_and_what_would_do() -> None:
     with pytest.raises(ApiError) as refused:
         GenerateRequest(prompt="x", min_tokens=5)
-    reason = "a least length cannot be asked for; see ignore_eos"
+    reason = "there is no minimum length; see ignore_eos"
     assert refused.value.message == f"min_tokens is not supported as 5: {reason}; leave it out or send 0"
 
 
 def test_another_routes_name_for_the_length_is_told_this_ones() -> None:
-    with pytest.raises(ApiError, match="the length is called max_new_tokens here"):
+    with pytest.raises(ApiError, match="use max_new_tokens instead"):
         GenerateRequest(prompt="x", max_tokens=5)
-    with pytest.raises(ApiError, match="the length is called max_tokens here"):
+    with pytest.raises(ApiError, match="use max_tokens instead"):
         CompletionRequest(model="tiny", max_new_tokens=5)
 
 
 def test_each_foreign_parameter_has_one_place() -> None:
-    names = [name for group in FOREIGN.values() for name in group]
+    names = [name for group in UNSUPPORTED.values() for name in group]
     assert len(names) == len(set(names))
 
 

@@ -16,7 +16,7 @@ from gptcore.engine.engine import Engine
 from gptcore.package import Package
 from serve_app.models import load as loading
 from serve_app.models.catalog import Models
-from serve_app.models.journal import ALONE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S, Deaths, Journal
+from serve_app.models.crash_record import ALONE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S, Crashes, CrashRecord
 from tests.serve_app.conftest import MakePackage, TestRegistry
 from tests.serve_app.test_models import ask, running, settings, status
 
@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from serve_app.models.journal import Journal
-with Journal(sys.argv[1], sys.argv[2], Path(sys.argv[3])).load(sys.argv[4]):
+from serve_app.models.crash_record import CrashRecord
+with CrashRecord(sys.argv[1], sys.argv[2], Path(sys.argv[3])).load(sys.argv[4]):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 """A replica that is killed while it loads."""
@@ -37,37 +37,37 @@ def die(folder: Path, source: str, uri: str, version: str) -> None:
 
 
 def test_a_load_that_its_process_did_not_survive_is_a_death_and_no_other_is(tmp_path: Path) -> None:
-    journal = Journal("models:/gpt@champion", "sqlite:///a.db", tmp_path)
-    with pytest.raises(ValueError, match="bad files"), journal.load("7"):
+    record = CrashRecord("models:/gpt@champion", "sqlite:///a.db", tmp_path)
+    with pytest.raises(ValueError, match="bad files"), record.loading("7"):
         raise ValueError("bad files")
-    with journal.load("7"):
-        assert Journal("models:/gpt@champion", "sqlite:///a.db", tmp_path).deaths("7") is None  # it is at work
-    assert journal.deaths("7") is None
+    with record.loading("7"):
+        assert CrashRecord("models:/gpt@champion", "sqlite:///a.db", tmp_path).crashes("7") is None  # it is at work
+    assert record.crashes("7") is None
     for count in (1, 2):
         die(tmp_path, "models:/gpt@champion", "sqlite:///a.db", "7")
-        deaths = journal.deaths("7")
-        assert deaths is not None
-        assert deaths.count == count
-    assert journal.deaths("8") is None
-    assert Journal("models:/gpt@champion", "sqlite:///b.db", tmp_path).deaths("7") is None
-    assert journal.served() is None
-    journal.serves("7")
-    assert (journal.served(), journal.deaths("7")) == ("7", None)
+        crashes = record.crashes("7")
+        assert crashes is not None
+        assert crashes.count == count
+    assert record.crashes("8") is None
+    assert CrashRecord("models:/gpt@champion", "sqlite:///b.db", tmp_path).crashes("7") is None
+    assert record.last_served() is None
+    record.record_served("7")
+    assert (record.last_served(), record.crashes("7")) == ("7", None)
 
 
 def test_each_death_makes_the_next_attempt_later_up_to_a_day(tmp_path: Path) -> None:
-    waits = [Deaths(count, 0.0, tmp_path).retry_at(alone=False) for count in (1, 2, 3, 4, 1000)]
+    waits = [Crashes(count, 0.0, tmp_path).retry_at(alone=False) for count in (1, 2, 3, 4, 1000)]
     assert waits == [FIRST_WAIT_S, 6 * FIRST_WAIT_S, 36 * FIRST_WAIT_S, LONGEST_WAIT_S, LONGEST_WAIT_S]
-    assert Deaths(1, 0.0, tmp_path).retry_at(alone=True) == ALONE_WAIT_S
+    assert Crashes(1, 0.0, tmp_path).retry_at(alone=True) == ALONE_WAIT_S
 
 
 def test_a_disk_that_cannot_be_written_costs_no_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    journal = Journal("models:/gpt@champion", "", tmp_path / "file")
-    with journal.load("7"):
+    record = CrashRecord("models:/gpt@champion", "", tmp_path / "file")
+    with record.loading("7"):
         pass
-    journal.serves("7")
-    assert (journal.served(), journal.deaths("7")) == (None, None)
+    record.record_served("7")
+    assert (record.last_served(), record.crashes("7")) == (None, None)
     assert "loads are not recorded" in caplog.text
 
 
@@ -89,7 +89,7 @@ async def test_a_version_that_killed_a_replica_is_not_tried_first_by_the_next(
         await models.poll()
         assert (await ask(models))[0] == f"deadly@champion v{good}"
         (noted,) = journal_home.glob(f".cache/loading/*/version-{killer}")
-        assert f"{noted.parent.name} below GPT_FOUNDRY_HOME is deleted" in known.refused[killer]
+        assert f"you delete the folder {noted.parent.name} in GPT_FOUNDRY_HOME" in known.refused[killer]
         shutil.rmtree(noted)
         await models.poll()
         assert status(models, "deadly").version == killer
@@ -104,7 +104,7 @@ async def test_with_nothing_else_to_serve_it_is_tried_again_soon(
     models = Models(told)
     await models.start()
     assert "a replica died in a load of it" in (models.describe()[0].error or "")
-    monkeypatch.setattr("serve_app.models.journal.ALONE_WAIT_S", 0.0)
+    monkeypatch.setattr("serve_app.models.crash_record.ALONE_WAIT_S", 0.0)
     await models.poll()
     assert models.ready
     await models.close()

@@ -1,9 +1,9 @@
-"""Keeps HAProxy running: the program that Ray's manager starts in HAProxy's place.
+"""Supervises HAProxy: the program that Ray's manager starts instead of HAProxy.
 
-In come HAProxy's own arguments, as Ray gives them, and Ray's configuration; out goes an HAProxy with the configuration
-of `haproxy.amended`, which is started again within a tenth of a second when it dies, whatever else is being restarted.
-Ray tells its HAProxy by the process id that the command socket names; so that socket is ours, and names ours. A keeper
-takes the port over from the one before it. It outlives a manager that was killed, until there is another or Ray ends.
+It takes HAProxy's arguments from Ray, starts HAProxy with the configuration of `haproxy.amend_config`, and restarts it
+within a tenth of a second when it dies. Ray identifies its HAProxy by the process id that the command socket reports,
+so the supervisor owns that socket and reports its own id. A new supervisor takes the port over from the previous one.
+A supervisor outlives a killed manager, until there is a new one or Ray ends.
 """
 
 import asyncio
@@ -20,18 +20,18 @@ from pathlib import Path
 from serve_app.front import haproxy
 
 BACK_SECONDS = 0.1
-"""Between the death of HAProxy and the next one; doubled while they die at once."""
+"""Delay before a restart; doubled while HAProxy dies within STEADY_SECONDS."""
 MOST_BACK_SECONDS = 2.0
 STEADY_SECONDS = 5.0
 TAKE_OVER_SECONDS = 30.0
 ORPHAN_SECONDS = 60.0
-"""How long a keeper goes on without a manager, for Ray's controller to start another."""
+"""How long a supervisor keeps running without a manager; Ray's controller starts a new one meanwhile."""
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-class Keeper:
-    """One configuration of Ray's, and the HAProxy that runs it."""
+class Supervisor:
+    """One of Ray's HAProxy configurations, and the HAProxy process that runs it."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.config = Path(_after(arguments, "-f"))
@@ -43,11 +43,11 @@ class Keeper:
         self.own_config = self._of(os.getpid(), "cfg")
         self.fresh = self._of(os.getpid(), "new")
         unavailable = self.config.with_name("unavailable.http")
-        unavailable.write_text(haproxy.whole_answer(), newline="")
-        self.before = _holder(self.config)
-        amended = haproxy.amended(text, self.own_socket, unavailable)
+        unavailable.write_text(haproxy.error_page(), newline="")
+        self.before = _port_owner(self.config)
+        amended = haproxy.amend_config(text, self.own_socket, unavailable)
         if self.before and not self.rays and not haproxy.has_backends(amended):
-            # Of a manager that has just started in the place of one that died: it is about to learn what there is.
+            # The manager has just replaced one that died and does not know the replicas yet.
             with suppress(OSError):
                 known = self._of(self.before, "cfg").read_text()
                 amended = known.replace(str(self._of(self.before, "s")), str(self.own_socket))
@@ -57,18 +57,18 @@ class Keeper:
         self.leaving = False
 
     async def run(self) -> int:
-        """Starts HAProxy and keeps it until asked to stop; returns the exit code."""
+        """Run HAProxy until asked to stop; return the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGUSR1, signal.SIGTERM):
             loop.add_signal_handler(number, self._leave, number)
         await self._start(self.before)
         if not await self._answers():
             return self.child.returncode or 1 if self.child else 1
-        _hold(self.config)
+        _take_port(self.config)
         server = await asyncio.start_unix_server(self._command, str(self.fresh))
         os.replace(self.fresh, self.socket)
-        for keeper in {*self.rays, *([self.before] if self.before else [])}:  # Ray's own word for the soft stop
-            _tell(keeper, signal.SIGUSR1, self.config)
+        for supervisor in {*self.rays, *([self.before] if self.before else [])}:  # the signal Ray uses for a soft stop
+            _signal(supervisor, signal.SIGUSR1, self.config)
         watching = asyncio.create_task(self._watch_ray())
         code = await self._keep()
         watching.cancel()
@@ -76,13 +76,13 @@ class Keeper:
         return code
 
     async def _start(self, before: int | None = None) -> None:
-        """Starts HAProxy, which takes the listening sockets over from the keeper `before`, if there is one."""
+        """Start HAProxy; it takes the listening sockets over from the supervisor `before`, if there is one."""
         taking = ["-x", str(self._of(before, "s"))] if before else []
         command = [self.binary, *self.flags, "-f", str(self.own_config), *taking]
         self.child = await asyncio.create_subprocess_exec(*command, preexec_fn=_die_with_parent)
 
     async def _answers(self) -> bool:
-        """Waits until HAProxy takes commands; False if it ends instead, having said why."""
+        """Wait until HAProxy accepts commands; False if it exits instead, after printing why."""
         deadline = time.monotonic() + TAKE_OVER_SECONDS
         while self.child and self.child.returncode is None and time.monotonic() < deadline:
             with suppress(OSError):
@@ -92,7 +92,7 @@ class Keeper:
         return False
 
     async def _keep(self) -> int:
-        """Starts HAProxy again whenever it dies, until the keeper is to leave; returns the last exit code."""
+        """Restart HAProxy whenever it dies, until the supervisor is told to stop; return the last exit code."""
         pause = BACK_SECONDS
         while True:
             assert self.child
@@ -101,18 +101,18 @@ class Keeper:
             if self.leaving:
                 return max(code, 0)
             pause = BACK_SECONDS if time.monotonic() - begun > STEADY_SECONDS else min(2 * pause, MOST_BACK_SECONDS)
-            print(f"HAProxy ended with {code}; starting it again", file=sys.stderr, flush=True)
+            print(f"HAProxy exited with {code}; restarting it", file=sys.stderr, flush=True)
             await asyncio.sleep(pause)
             await self._start()
 
     def _leave(self, number: int) -> None:
-        """Passes a stop on: SIGUSR1 lets HAProxy finish what it answers, SIGTERM does not."""
+        """Pass a stop signal on: with SIGUSR1, HAProxy finishes its requests; with SIGTERM, it does not."""
         self.leaving = True
         if self.child and self.child.returncode is None:
             self.child.send_signal(number)
 
     async def _command(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Passes a command of Ray's on to HAProxy; in the answer, HAProxy's process id becomes the keeper's."""
+        """Pass Ray's command on to HAProxy; in the reply, replace HAProxy's process id by the supervisor's."""
         with suppress(OSError):
             answer = await self._ask(await reader.readline())
             writer.write(re.sub(rb"(?m)^Pid: \d+", b"Pid: %d" % os.getpid(), answer))
@@ -127,12 +127,12 @@ class Keeper:
         finally:
             writer.close()
 
-    def _of(self, keeper: int, kind: str) -> Path:
-        """A file of that keeper's: its HAProxy's configuration (cfg), its command socket (s), or one in the making."""
-        return self.socket.with_name(f"{keeper}.{kind}")
+    def _of(self, supervisor: int, kind: str) -> Path:
+        """A file of that supervisor: HAProxy's configuration (cfg), its command socket (s), or a new socket (new)."""
+        return self.socket.with_name(f"{supervisor}.{kind}")
 
     async def _watch_ray(self) -> None:
-        """Ends the keeper with Ray; one whose manager died alone waits for the next manager's keeper."""
+        """Stop when Ray ends. If only the manager died, wait for the supervisor of the next manager."""
         manager = os.getppid()
         node = os.pidfd_open(_parent(manager)) if hasattr(os, "pidfd_open") else None
         loop, gone, orphaned = asyncio.get_running_loop(), asyncio.Event(), 0.0
@@ -149,41 +149,41 @@ class Keeper:
 
 
 def _die_with_parent() -> None:
-    """In the child: it is killed when its keeper is, which is how Ray stops an HAProxy."""
+    """In the child process: die with the supervisor, since Ray stops HAProxy by killing that."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _hold(config: Path) -> None:
-    """Notes that this keeper has the port of `config`."""
+def _take_port(config: Path) -> None:
+    """Record that this supervisor has the port of `config`."""
     note = config.with_name(f"{os.getpid()}.note")
     note.write_text(str(os.getpid()))
-    os.replace(note, config.with_name("keeper"))
+    os.replace(note, config.with_name("supervisor"))
 
 
-def _holder(config: Path) -> int | None:
-    """The keeper that has the port now, if it lives: with or without a manager."""
+def _port_owner(config: Path) -> int | None:
+    """The running supervisor that has the port now, with or without a manager."""
     with suppress(OSError, ValueError):
-        keeper = int(config.with_name("keeper").read_text())
-        return keeper if _keeps(keeper, config) else None
+        supervisor = int(config.with_name("supervisor").read_text())
+        return supervisor if _supervises(supervisor, config) else None
     return None
 
 
-def _keeps(pid: int, config: Path) -> bool:
-    """Whether that process is a keeper of `config`, and not another that got the same id."""
+def _supervises(pid: int, config: Path) -> bool:
+    """Whether that process is a supervisor of `config`, and not another process that reuses the id."""
     try:
         return os.fsencode(config) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
 
 
-def _tell(pid: int, number: int, config: Path) -> None:
-    if pid != os.getpid() and _keeps(pid, config):
+def _signal(pid: int, number: int, config: Path) -> None:
+    if pid != os.getpid() and _supervises(pid, config):
         with suppress(OSError):
             os.kill(pid, number)
 
 
 def _parent(pid: int) -> int:
-    """The parent of a process, as Linux tells it."""
+    """The parent of a process, from /proc."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
@@ -192,7 +192,7 @@ def _after(arguments: list[str], flag: str) -> str:
 
 
 def _after_all(arguments: list[str], flag: str) -> list[str]:
-    """Every number behind `flag`."""
+    """The numbers that follow `flag`."""
     if flag not in arguments:
         return []
     behind = arguments[arguments.index(flag) + 1 :]
@@ -200,16 +200,16 @@ def _after_all(arguments: list[str], flag: str) -> list[str]:
 
 
 def main() -> int:
-    """As Ray starts it."""
+    """The entry point that Ray starts."""
     arguments = sys.argv[1:]
     if "-f" not in arguments:  # such as -v
         return subprocess.call([haproxy.binary(), *arguments])
-    os.setsid()  # neither Ctrl-C in the terminal nor Ray, when it clears away behind a dead manager, means us
-    keeper = Keeper(arguments)
+    os.setsid()  # neither Ctrl-C in the terminal nor Ray's cleanup after a dead manager should reach us
+    supervisor = Supervisor(arguments)
     try:
-        return asyncio.run(keeper.run())
+        return asyncio.run(supervisor.run())
     finally:
-        for path in (keeper.own_socket, keeper.own_config, keeper.fresh):
+        for path in (supervisor.own_socket, supervisor.own_config, supervisor.fresh):
             path.unlink(missing_ok=True)
 
 

@@ -1,11 +1,11 @@
-"""Parameters that clients of other servers send and this service does not have, and which of their values mean "off".
+"""Parameters of other servers that this service does not support, and the values of them that it accepts.
 
-In comes a request's body, out goes the body without those that ask for nothing. Any other value of theirs is refused
-by name, with the reason: a parameter that was ignored would be a promise that is not kept. The names are those of
-OpenAI, vLLM, llama.cpp's server, Text Generation Inference, SGLang and Hugging Face's `generate`.
+A value that means "off" is dropped from the body. Any other value is refused, naming the parameter and the reason,
+rather than silently ignored. The names come from OpenAI, vLLM, llama.cpp's server, Text Generation Inference, SGLang
+and Hugging Face's `generate`.
 
-Under each reason stand the parameters, each with the values that are let in. A type among them stands for each of its
-values: the parameter changes nothing here, whatever it says. `null` is the same as leaving a parameter out.
+Each reason lists its parameters with their accepted values. A type stands for all of its values: the parameter has no
+effect here. `null` is the same as leaving a parameter out.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,28 +17,28 @@ ZERO: Any = (0,)
 FALSE: Any = (False,)
 NOTHING: Any = ("", [], {})
 
-FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
-    "text is continued at its end only": {"suffix": ("",)},
-    "the logits cannot be biased token by token; see temperature, the penalties and stop_token_ids": {
+UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "text can only be continued at its end": {"suffix": ("",)},
+    "single tokens cannot be biased; use temperature, the penalties or stop_token_ids": {
         "logit_bias": NOTHING,
         "allowed_token_ids": NOTHING,
         "bad_words": NOTHING,
         "logits_processors": NOTHING,
     },
-    "this is the completions route and these models have no chat format; send a prompt": {
+    "these models have no chat format; send a prompt": {
         "messages": (),
         "chat_template": (),
         "chat_template_kwargs": ({},),
         "reasoning_effort": ("none",),
         "verbosity": ("medium",),
     },
-    "the prompt is text or token ids": {
+    "the prompt must be text or token ids": {
         "prompt_embeds": (),
         "modalities": (["text"],),
         "audio": (),
         "image_data": ([],),
     },
-    "these models call no tools": {
+    "these models cannot call tools": {
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (bool,),
@@ -46,7 +46,7 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
         "function_call": ("none", "auto"),
         "web_search_options": (),
     },
-    "the text's form cannot be prescribed": {
+    "structured output is not supported": {
         "response_format": ({}, {"type": "text"}),
         "grammar": ("",),
         "json_schema": NOTHING,
@@ -59,18 +59,18 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
         "guided_grammar": ("",),
         "prediction": (),
     },
-    "the length is called {length} here": {
+    "use {length} instead": {
         "max_tokens": (),
         "max_new_tokens": (),
         "max_completion_tokens": (),
         "n_predict": (),
     },
-    "a least length cannot be asked for; see ignore_eos": {
+    "there is no minimum length; see ignore_eos": {
         "min_tokens": ZERO,
         "min_new_tokens": ZERO,
         "min_length": ZERO,
     },
-    "logprobs is the number of alternatives here, and echo adds the prompt's": {
+    "use logprobs for the number of alternatives, and echo to include the prompt's": {
         "top_logprobs": ZERO,
         "n_probs": ZERO,
         "top_n_tokens": ZERO,
@@ -88,8 +88,8 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
         "diversity_penalty": ZERO,
         "num_return_sequences": (1,),
     },
-    "the tokens are sampled, with temperature 0 the likeliest is taken": {"do_sample": (True,)},
-    "the way of sampling is not known here; there are top_k, top_p and min_p": {
+    "use temperature 0 for greedy decoding": {"do_sample": (True,)},
+    "this sampling method is not supported; there are top_k, top_p and min_p": {
         "typical_p": (1,),
         "tfs_z": (1,),
         "top_a": ZERO,
@@ -106,7 +106,7 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
         "min_keep": (0, 1),
         "samplers": ([],),
     },
-    "the method that it belongs to is not there, and it changes nothing without": {
+    "it belongs to an unsupported method, and has no effect": {
         "xtc_threshold": (int, float),
         "dynatemp_exponent": (int, float),
         "smoothing_curve": (int, float),
@@ -118,7 +118,7 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
         "dry_penalty_last_n": (int,),
         "dry_sequence_breakers": (list,),
     },
-    "repetition is penalised by repetition_penalty, presence_penalty and frequency_penalty": {
+    "use repetition_penalty, presence_penalty or frequency_penalty": {
         "repeat_penalty": (1,),
         "dry_multiplier": ZERO,
         "no_repeat_ngram_size": ZERO,
@@ -126,14 +126,14 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
         "encoder_repetition_penalty": (1,),
         "penalize_nl": FALSE,
     },
-    "a text is always given without special tokens, and up to a stop string": {
+    "replies never contain special tokens or stop strings": {
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (bool,),
         "include_stop_str_in_output": FALSE,
         "no_stop_trim": FALSE,
         "detokenize": (True,),
     },
-    "the reply's form is the one documented": {
+    "the format of replies is fixed": {
         "return_tokens_as_token_ids": FALSE,
         "return_token_ids": FALSE,
         "return_tokens": FALSE,
@@ -144,22 +144,22 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
         "include_reasoning": (bool,),
         "response_fields": ([],),
     },
-    "a prompt is taken whole": {
+    "prompts are never shortened": {
         "truncate_prompt_tokens": (),
         "truncate": (),
         "truncation": FALSE,
         "n_keep": ZERO,
         "n_discard": ZERO,
     },
-    "these tokenizers add no special tokens, so it changes nothing": {"add_special_tokens": (bool,)},
-    "text carries no watermark": {"watermark": FALSE},
-    "there are no adapters; name another model": {
+    "these tokenizers add no special tokens, so it has no effect": {"add_special_tokens": (bool,)},
+    "watermarks are not supported": {"watermark": FALSE},
+    "adapters are not supported; choose another model": {
         "adapter_id": ("",),
         "lora": ([],),
         "lora_path": ("",),
     },
-    "nothing is kept of a request": {"store": FALSE, "metadata": ({},)},
-    "requests are served as they come": {
+    "requests are not stored": {"store": FALSE, "metadata": ({},)},
+    "requests have no priorities": {
         "service_tier": ("auto", "default"),
         "priority": ZERO,
         "id_slot": (-1,),
@@ -168,7 +168,7 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
         "vllm_xargs": ({},),
         "cache_salt": (),
     },
-    "it is a name or a note of the client's own, and expected as text": {
+    "it must be text; it has no effect": {
         "user": (str,),
         "request_id": (str,),
         "rid": (str,),
@@ -176,20 +176,20 @@ FOREIGN: dict[str, dict[str, tuple[Any, ...]]] = {
         "prompt_cache_key": (str,),
         "prompt_cache_retention": (str,),
     },
-    "what prompts have in common is computed once, and changes no text": {
+    "common beginnings of prompts are always cached; it must be true or false": {
         "cache_prompt": (bool,),
         "use_cache": (bool,),
     },
 }
-"""Why a parameter is not taken, to the parameters and those of their values that are let in."""
+"""Reason -> parameter -> accepted values."""
 
-BY_NAME = {name: (reason, off) for reason, group in FOREIGN.items() for name, off in group.items()}
+BY_NAME = {name: (reason, off) for reason, group in UNSUPPORTED.items() for name, off in group.items()}
 
 
-def without_foreign(body: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """`body` without the foreign parameters that ask for nothing; those among the route's own `fields` stay.
+def drop_unsupported(body: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
+    """`body` without unsupported parameters that are off; the route's own `fields` stay.
 
-    Raises ApiError 400 for one that asks for something.
+    Raises ApiError 400 for an unsupported parameter with any other value.
     """
     kept = {}
     for name, value in body.items():
@@ -203,7 +203,7 @@ def without_foreign(body: Mapping[str, Any], fields: Collection[str]) -> dict[st
 
 
 def _is(value: Any, one: Any) -> bool:
-    """Whether `value` is the same JSON as `one`, or of the type `one`. True is no 1, but 1.0 is."""
+    """Whether `value` is the same JSON as `one`, or of the type `one`. True is not 1, but 1.0 is."""
     if isinstance(one, type):
         return type(value) is one
     numbers = all(type(number) in (int, float) for number in (value, one))

@@ -1,0 +1,86 @@
+"""What one HTTP request asks to have generated, and the service's limits on it."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gptcore.parameters import SamplingParams
+from gptcore.tokenizer import Tokenizer
+from serve_app.errors import ApiError
+from serve_app.models.load import ServedModel
+from serve_app.settings import ServeSettings
+
+MOST_LOGPROBS = 100_000
+"""Log-probabilities in a reply that is not streamed: about 8 MB of JSON, a second's work."""
+LONG_TEXT = 4096
+"""Characters from which a prompt is encoded in a thread, so that the event loop can serve other streams meanwhile."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one HTTP request wants generated."""
+
+    model: str | None
+    prompts: Sequence[str | Sequence[int]]
+    """Texts or token ids; an empty one begins a document."""
+    params: SamplingParams
+    n: int = 1
+    echo: bool = False
+    prompt_only: bool = False
+    """Report on the prompts and generate nothing."""
+    length_field: str = "max_new_tokens"
+    """The route's name for `params.max_new_tokens`."""
+    default_length: bool = False
+    """The client gave no length: one above the service's limit is shortened instead of refused."""
+    stream: bool = False
+    """The client wants the text as it is generated."""
+
+    @property
+    def size(self) -> int:
+        """How many sequences to generate."""
+        return len(self.prompts) * self.n
+
+
+def within_limits(order: Order, served: ServedModel, settings: ServeSettings) -> Order:
+    """The order, with a default length shortened to the limit. Raises ApiError if it exceeds the service's limits."""
+    length, most = order.params.max_new_tokens, settings.max_new_tokens
+    # More than slots and queue together would never be admitted, so a 503 "try again later" would be wrong.
+    places = min(settings.max_sequences, served.engine.info.slots + settings.max_queue)
+    if order.size > places:
+        raise _too_much("n" if order.n > 1 else "prompt", "the number of prompts times n is", order.size, places)
+    if length > most:
+        if not order.default_length:
+            raise _too_much(order.length_field, f"{order.length_field} is", length, most)
+        order = replace(order, params=replace(order.params, max_new_tokens=most))
+    return order
+
+
+def check_prompts(order: Order, prompts: Sequence[Sequence[int]], context: int, settings: ServeSettings) -> None:
+    """Raises ApiError if a prompt is too long, or if an unstreamed reply would hold too many log-probabilities."""
+    longest, most = max(map(len, prompts)), settings.max_prompt_tokens
+    if most and longest > most:  # 0: the context is the limit, which the engine checks
+        raise _too_much("prompt", "the prompt's length in tokens is", longest, most)
+    if order.params.logprobs is None or order.stream:
+        return
+    length = 0 if order.prompt_only else order.params.max_new_tokens
+    lengths = [(len(prompt), min(length, context - len(prompt))) for prompt in prompts]
+    tokens = sum(order.echo * prompt + max(0, generated) for prompt, generated in lengths)
+    asked = order.n * tokens * (1 + order.params.logprobs)
+    if asked > MOST_LOGPROBS:
+        what = "the number of log-probabilities, unless streamed, may come to"
+        raise _too_much("logprobs", what, asked, MOST_LOGPROBS)
+
+
+def _too_much(param: str, what: str, value: int, most: int) -> ApiError:
+    return ApiError(400, f"{what} {value}; at most {most} are allowed here", param=param, code="invalid_value")
+
+
+async def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> tuple[int, ...]:
+    """The prompt's token ids; those of an empty prompt begin a document."""
+    ids = await encode(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
+    return ids or (tokenizer.eot,)
+
+
+async def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The token ids of `text`, without blocking the event loop."""
+    return tuple(tokenizer.encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(tokenizer.encode, text))
