@@ -122,13 +122,15 @@ def follows(command: str, earlier: str) -> bool:
     return bool(names[0] & names[1])
 
 
-BLOCKS = [(page, text) for page in PAGES for text in blocks_of(page, "python")]
+QUOTED = {"contributing-tour.md": "tests/docs/test_contributing_tour.py compares them with the file"}
+"""Pages whose Python is lines of one of our files."""
+BLOCKS = [(page, text) for page in PAGES if page.name not in QUOTED for text in blocks_of(page, "python")]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpt2_cache")
 def test_every_python_block_of_the_pages_runs(place: Checkout):
-    assert len(BLOCKS) >= 3
+    assert len(BLOCKS) == 3
     for page, text in BLOCKS:
         if "127.0.0.1:8000" in text:
             place.start_service()
