@@ -18,7 +18,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 WORKDIR /app
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=uv.toml,target=/etc/uv/uv.toml \
-    touch README.md && mkdir -p gptcore/engine serve_app/chat serve_app/routes train_job && \
+    touch README.md && mkdir -p gptcore/engine serve_app/chat serve_app/http/routes train_job && \
     /opt/uv/bin/uv pip install --python=/opt/venv --no-cache --compile-bytecode --quiet \
     ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} --constraints=constraints.txt \
     --editable='.[gpu,hub,s3]' ${PACKAGES} && \
