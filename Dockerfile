@@ -18,7 +18,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 WORKDIR /app
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=uv.toml,target=/etc/uv/uv.toml \
-    touch README.md && mkdir -p gptcore/engine serve_app/chat serve_app/http/routes train_job && \
+    mkdir gptcore serve_app train_job && touch README.md gptcore/__init__.py serve_app/__init__.py train_job/__init__.py && \
     /opt/uv/bin/uv pip install --python=/opt/venv --no-cache --compile-bytecode --quiet \
     ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} --constraints=constraints.txt \
     --editable='.[gpu,hub,s3]' ${PACKAGES} && \

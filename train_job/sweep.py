@@ -13,11 +13,10 @@ import contextlib
 import functools
 import math
 import os
-import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,16 +35,15 @@ from train_job.session.begin import absolute  # noqa: E402
 from train_job.sweeps.begin import PLAN, begin_sweep  # noqa: E402
 from train_job.cluster.connect import ray_cluster, resources_per_worker, resources_text  # noqa: E402
 from train_job.config import build_config  # noqa: E402
-from gptcore.units import duration  # noqa: E402
 from train_job.session.console import Console  # noqa: E402
 from train_job.files import read_json, written_whole  # noqa: E402
-from train_job.session.history import History, read_history  # noqa: E402
+from train_job.session.history import History  # noqa: E402
 from train_job.tracking.pages import NOTE  # noqa: E402
 from train_job.session.exit_code import as_problem, exit_code  # noqa: E402
 from train_job.session.record import RUN, Record, origins_of, read_record, tracked_at, write_record  # noqa: E402
-from train_job.sweeps.space import SweepConfig, described, shown  # noqa: E402
+from train_job.sweeps.progress import SweepProgress  # noqa: E402
+from train_job.sweeps.space import SweepConfig, described  # noqa: E402
 from train_job.session.stop import StopSignals  # noqa: E402
-from train_job.training.storage import drop  # noqa: E402
 from train_job.sweeps.trials import ENDING, Ending, Trial, ranked, table, table_text, write_table  # noqa: E402
 from train_job.session.whatnow import Ended, lines, script_command  # noqa: E402
 
@@ -80,8 +78,6 @@ class Sweep:
         self.run_id = self.experiment_id = ""
         self.channel: Any = None
         self.began = False
-        self.told: set[int] = set()
-        self.dropped: set[int] = set()
 
     def execute(self) -> int:
         """Plans, runs the trials, registers the best; returns the exit code. Raises FoundryError for wrong input."""
@@ -270,14 +266,20 @@ class Sweep:
             except Exception as error:
                 ended.append(error)
 
-        self.told = {trial.number for trial in self.trials if trial not in left}
+        progress = SweepProgress(self.trials, left, self.config.keep, self.console)
+
+        def show() -> None:
+            for line in ray.get(channel.read.remote()):
+                self.console.say(line)
+            progress.show()
+
         thread = threading.Thread(target=fit, daemon=True)
         self.stops.check()
         self.channel, self.began = channel, True
         thread.start()
-        with doing(lambda: "waiting for news of the trials: " + " | ".join(self._status(ranked(self.trials)))):
+        with doing(lambda: f"waiting for news of the trials: {progress.status()}"):
             while thread.is_alive():
-                self._show()
+                show()
                 thread.join(POLL_SECONDS)
         self.channel = None
         self.stops.check()
@@ -291,43 +293,7 @@ class Sweep:
                 reason = why(result.error) if result.error else "it was lost"
                 trial.end(Ending("FAILED", reason, int(trial.best()["step"]), 0.0))
                 self._end_run(trial.folder / RUN, "FAILED")
-        self._show()
-
-    def _show(self) -> None:
-        """Prints trials that have ended, updates the live line, and drops weights that are not kept."""
-        import ray
-
-        for line in ray.get(self.channel.read.remote()) if self.channel else ():
-            self.console.say(line)
-        ended = ranked(self.trials)
-        for trial, ending in sorted(ended, key=lambda pair: pair[0].number):
-            if trial.number not in self.told:
-                self.told.add(trial.number)
-                best = trial.best()
-                bits = f"{best['bits_per_byte']:.4f} bits/byte, " if ending.status == "FINISHED" else ""
-                leads = "  best so far" if (trial, ending) == ended[0] and bits else ""
-                took = duration(ending.seconds)
-                self.console.say(f"{trial.name}  {bits}{ending}, {took} | {shown(trial.values)}{leads}")
-        for place, (trial, ending) in enumerate(ended):
-            if place >= self.config.keep or ending.status == "FAILED":
-                self._drop(trial)
-        self.console.live(" | ".join(self._status(ended)))
-
-    def _status(self, ended: list[tuple[Trial, Ending]]) -> Iterator[str]:
-        yield f"{len(ended)} of {len(self.trials)} trials"
-        for trial in self.trials:
-            if not trial.ending() and (rows := read_history(trial.folder / "history.jsonl")):
-                figure = f", {trial.best()['bits_per_byte']:.3f} bits/byte" if trial.evaluations() else ""
-                yield f"{trial.number:02} step {rows[-1]['step']:.0f}{figure}"
-        if ended and ended[0][1].status == "FINISHED":
-            yield f"best {ended[0][0].best()['bits_per_byte']:.4f} ({ended[0][0].number:02})"
-
-    def _drop(self, trial: Trial) -> None:
-        """Removes the trial's weights; its metrics stay."""
-        if trial.number not in self.dropped:
-            self.dropped.add(trial.number)
-            shutil.rmtree(trial.folder / "package", ignore_errors=True)
-            drop(trial.config, say=self.console.say)
+        progress.show()
 
     def _conclude(self) -> int:
         """Prints the table and registers the best trial's package; returns the exit code."""
