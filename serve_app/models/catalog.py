@@ -154,7 +154,7 @@ class Models:
         """Raises EngineError if the engine of a current version has died."""
         for model in self._sources:
             if model.current is not None and not model.current.served.engine.alive:
-                raise EngineError(f"the engine of {model.current.served.label} died")
+                raise EngineError(f"the engine of {model.current.served.label} has died")
 
     async def left(self) -> None:
         """Wait until every replaced version is closed."""

@@ -214,7 +214,7 @@ async def test_unfinished_bodies_share_their_memory_and_the_oldest_is_given_up(m
         started.clear()
         tasks.append(asyncio.create_task(half_sent(path)))
         await asyncio.wait_for(started.wait(), 10)
-    with pytest.raises(ApiError, match="as slow"):
+    with pytest.raises(ApiError, match="arriving slowly"):
         await asyncio.wait_for(tasks[0], 10)
     await bodies({"type": "http", "path": "/whole", "headers": []}, whole, send)
     assert reached == ["/whole"]

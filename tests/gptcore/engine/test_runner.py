@@ -195,7 +195,8 @@ class NativeUnavailable(FoundryError):
 def native(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A stand-in for gptcore.engine.native."""
     module = SimpleNamespace(NativeRunner=FakeNative, NativeUnavailable=NativeUnavailable)
-    monkeypatch.setitem(sys.modules, "gptcore.engine.native", module)  # type: ignore[arg-type]
+    monkeypatch.setattr(runners, "NativeRunner", lambda *given: module.NativeRunner(*given))
+    monkeypatch.setattr(runners, "NativeUnavailable", NativeUnavailable)
     return module
 
 
