@@ -88,9 +88,10 @@ async def test_a_version_that_killed_a_replica_is_not_tried_first_by_the_next(
         assert re.match(rf"version {killer} was refused: a replica died in a load of it", known.error or "")
         await models.poll()
         assert (await ask(models))[0] == f"deadly@champion v{good}"
-        (noted,) = journal_home.glob(f".cache/loading/*/version-{killer}")
-        assert f"you delete the folder {noted.parent.name} in GPT_FOUNDRY_HOME" in known.refused[killer]
-        shutil.rmtree(noted)
+        crashes = CrashRecord(source, registry.uri).crashes(killer)
+        assert crashes
+        assert f"you delete the folder {crashes.folder.parent.name} in GPT_FOUNDRY_HOME" in known.refused[killer]
+        shutil.rmtree(crashes.folder)
         await models.poll()
         assert status(models, "deadly").version == killer
 
