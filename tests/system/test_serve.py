@@ -45,9 +45,8 @@ FIRST_TOKEN = "gpt_time_to_first_token_seconds_bucket{"
 @pytest.fixture(scope="module", params=["haproxy", pytest.param("proxy", marks=pytest.mark.slow)])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster of this module's own."""
-    env: dict[str, str] = {}
-    if request.param == "haproxy":
-        haproxy.use_haproxy(env)
+    env = {} if request.param == "haproxy" else {haproxy.SWITCH: "0"}
+    haproxy.use_haproxy(env)
     with started(tmp_path_factory.mktemp("home"), **env) as running:
         yield running
 
