@@ -14,6 +14,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
+from gptcore.cli import Parser
 from gptcore.config import MODEL_FIELDS
 from gptcore.errors import ConfigError, did_you_mean
 from train_job.config import HINTS, TrainConfig, read_yaml
@@ -119,13 +120,6 @@ def given_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict
         raise ConfigError(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], known)}")
     flags = {k: v for k, v in vars(namespace).items() if v is not None and k != "config"}
     return ({} if namespace.config is None else read_yaml(namespace.config)) | flags
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ConfigError."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -1,4 +1,4 @@
-"""Atomic file writes, locks and hashes, with one message for a full disk.
+"""Atomic file writes and locks, with one message for a full disk.
 
 A file is written to a draft in the same folder and then renamed. Its writer locks the draft, so drafts that a killed
 process left behind can be recognised and removed.
@@ -6,7 +6,6 @@ process left behind can be recognised and removed.
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -110,9 +109,3 @@ def locked(path: Path) -> Iterator[None]:
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

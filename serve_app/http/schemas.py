@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticKnownError
 
 from gptcore.parameters import SAMPLING, SamplingParams
 from gptcore.tokenizer import EOT
@@ -131,12 +132,23 @@ class SentenceRequest(Sampling):
     max_new_tokens: int = sampling_field("max_new_tokens", default=50)
 
 
+def _require_bool(value: Any) -> Any:
+    """Raises what Literal[False] does for another value: by itself it takes 0 too, which equals False in Python."""
+    if not isinstance(value, bool):
+        raise PydanticKnownError("literal_error", {"expected": "False"})
+    return value
+
+
+Off = Annotated[Literal[False], BeforeValidator(_require_bool)]
+"""A switch of OpenAI's that this service does not have: false alone is accepted."""
+
+
 class StreamOptions(Body):
     """`stream_options` of OpenAI's API."""
 
     include_usage: bool = Field(False, description="Send a final event with the usage; in earlier events it is null.")
-    include_obfuscation: Literal[False] = Field(False, description="Not supported: events are not padded.")
-    continuous_usage_stats: Literal[False] = Field(False, description="Not supported: usage is sent once, at the end.")
+    include_obfuscation: Off = Field(False, description="Not supported: events are not padded.")
+    continuous_usage_stats: Off = Field(False, description="Not supported: usage is sent once, at the end.")
 
 
 class CompletionRequest(SamplingFields):

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.errors import ApiError
-from serve_app.http.schemas import CompletionRequest, GenerateRequest, PromptRequest, SentenceRequest
+from serve_app.http.schemas import CompletionRequest, GenerateRequest, PromptRequest, SentenceRequest, StreamOptions
 from serve_app.http.unsupported import BY_NAME, UNSUPPORTED
 
 BODIES: dict[Any, dict[str, Any]] = {
@@ -182,3 +182,11 @@ def test_off_may_be_said_in_another_servers_words() -> None:
     assert (params.top_k, params.logprobs, params.stop) == (0, None, ("end",))
     for fields in ({"stream_options": {}}, {"stream_options": {"include_usage": False}}):
         CompletionRequest(model="tiny", **fields)
+
+
+@pytest.mark.parametrize("name", ["include_obfuscation", "continuous_usage_stats"])
+@pytest.mark.parametrize("value", [0, 0.0, 1, True, "false"])
+def test_a_switch_that_is_not_supported_takes_false_alone_as_the_schema_says(name: str, value: object) -> None:
+    assert StreamOptions.model_validate({name: False})
+    with pytest.raises(ValidationError, match="Input should be False"):
+        StreamOptions.model_validate({name: value})

@@ -18,13 +18,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gptcore.errors import ConfigError, CorpusError, did_you_mean
+from gptcore.files import sha256
 from gptcore.home import expanded
 from train_job.data import formats
 from train_job.data.fetch import Origin, copy_name, download, fetch_all, in_store, list_objects
 from train_job.data.folders import LeftOut, files_below, files_matching, summarize
 from train_job.data.formats import HEAD_BYTES, NotText
 from train_job.data.pieces import PIECE_BYTES, Piece, Scan, builtin_piece, cut_piece, scan
-from train_job.files import sha256, written_whole
+from train_job.files import written_whole
 
 MEMO_BYTES = 8 * 2**20
 """The scan of a file of this size or more is cached; scanning a smaller one is as fast as reading the cache."""

@@ -15,10 +15,10 @@ from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 
 from gptcore.errors import CorpusError
+from gptcore.files import sha256
 from train_job.data import records
 from train_job.data.fetch import Origin, fetch
 from train_job.data.formats import wrong_text
-from train_job.files import sha256
 
 PIECE_BYTES = 32 * 2**20
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import gptcore
 from gptcore.errors import ConfigError, FoundryError, HubError, did_you_mean
+from gptcore.files import sha256
 from gptcore.hub import resolve
 from gptcore.package import WEIGHTS, Package, describe, open_package
 from gptcore.parameters import SAMPLING
 from gptcore.progress import doing
 from gptcore.redact import without_password
-from train_job.files import locked, sha256
+from train_job.files import locked
 from train_job.tracking.client import mlflow_client, translated_errors
 from train_job.tracking.pages import model_note
 

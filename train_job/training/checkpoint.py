@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptcore.errors import CheckpointError, DamagedCheckpoint, StorageFull, TrainingError
-from train_job.files import sha256, storage_problem
+from gptcore.files import sha256
+from train_job.files import storage_problem
 
 FORMAT = 1
 STATE = "state.json"
