@@ -18,7 +18,7 @@ from urllib.parse import quote
 from playwright.sync_api import Page, expect
 
 from docs.pictures import keep, trained_run
-from tests.serve_app.browser import chromium
+from tests.serve_app.playground.browser import chromium
 from train_job.tracking.spool import mlflow_client
 
 SWEEP = "rates"

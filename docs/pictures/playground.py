@@ -2,8 +2,9 @@
 
     python -m docs.pictures.playground
 
-Out of a real service, started as `serve run serve_app:app`, and a headless Chromium. With `--url` another service is
-shown, with `--width`, `--dark` and `--set` another page; tests/serve_app/browser.py drives it for the tests, too.
+It starts the service with `serve run serve_app:app` and opens its page in a headless Chromium. `--url` shows another
+service; `--width`, `--dark` and `--set` change the page. tests/serve_app/playground/browser.py drives the browser, for
+the tests too.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from playwright.sync_api import Locator
 
 from docs.pictures import environment, keep, trained_run
 from serve_app.demo import await_ready, running
-from tests.serve_app.browser import chromium, open_page, run
+from tests.serve_app.playground.browser import chromium, open_page, run
 
 PATIENCE_SECONDS = 600  # a picture may be made on a busy machine
 PROMPT = "ROMEO:\n"

@@ -20,7 +20,7 @@ EVERY = [command for commands in COMMANDS.values() for command in commands]
 
 ELSEWHERE = {
     r"^make (demo|test|check)$|^make demo PYTHON": "tests/system/test_demo.py; this is one; .ci/run",
-    r"make ui$": "tests/train_job/test_tracking.py",
+    r"make ui$": "tests/train_job/tracking/test_tracking.py",
     r"^docker ": "no Docker here: tests/deploy/test_image.py builds the image by buildah and runs its entry points",
     r"^(ray |export RAY|RAY_)": "tests/system/conftest.py starts and stops clusters, test_job_ends.py submits to them",
     r"--use-gpu": "wants a GPU",
@@ -36,7 +36,7 @@ ELSEWHERE = {
     r"--device mps": "wants Apple's GPU",
     r"-m bench\.(?!plan|gpu_train|decode)": "tests/bench; minutes each",
     r"-m bench\.(plan|decode --peers)": "tests/bench; minutes each",
-    r"train_job\.tracking deliver": "tests/train_job/test_tracking.py",
+    r"train_job\.tracking deliver": "tests/train_job/tracking/test_tracking.py",
     r"train_job/sweep\.py": "tests/system/test_sweep.py",
     r"jupyter lab": "tests/docs/test_tour.py",
 }

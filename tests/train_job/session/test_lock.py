@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.refusals import PROGRESS, one_error
-from tests.train_job.test_sweep_input import GOOD
+from tests.train_job.sweeps.test_sweep_input import GOOD
 from train_job import run, sweep
 from train_job.config import build_config, write_yaml
 from train_job.session import begin, lock

@@ -12,8 +12,8 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect
 from serve_app.http.routes.playground import FOLDER
 from serve_app.http.schemas import GenerateRequest
 from serve_app.settings import ServeSettings
-from tests.serve_app.browser import chromium, chromium_path, ended, open_page, run
 from tests.serve_app.conftest import MakePackage
+from tests.serve_app.playground.browser import chromium, chromium_path, ended, open_page, run
 from tests.serve_app.running import Running, eventually, running
 
 needs_chromium = pytest.mark.skipif(chromium_path() is None, reason="no chromium on PATH: apt-get install chromium")

@@ -8,7 +8,7 @@ from PIL import Image
 from docs.pictures.playground import screenshot
 from gptcore.package import Package
 from serve_app.settings import ServeSettings
-from tests.serve_app.browser import chromium_path
+from tests.serve_app.playground.browser import chromium_path
 from tests.serve_app.running import running
 
 

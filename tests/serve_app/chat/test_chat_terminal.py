@@ -17,8 +17,8 @@ from serve_app.chat.client import Service
 from serve_app.chat.commands import Chat
 from serve_app.chat.terminal import Keyboard, Screen, harmless, remember, remembered
 from serve_app.chat.values import Values
-from tests.serve_app.chatting import CHAT, FIGURES, Terminal
-from tests.serve_app.relay import Relay, saying
+from tests.serve_app.chat.chatting import CHAT, FIGURES, Terminal
+from tests.serve_app.chat.relay import Relay, saying
 
 TYPED = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cc",)) | st.sampled_from("\n\\ a"), min_size=1

@@ -18,9 +18,9 @@ from serve_app.models import load as loading
 from serve_app.models.catalog import Models
 from serve_app.models.crash_record import ALONE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S, Crashes, CrashRecord
 from tests.serve_app.conftest import MakePackage, TestRegistry
-from tests.serve_app.test_models import ask, running, settings, status
+from tests.serve_app.models.test_models import ask, running, settings, status
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DIES = """
 import os, signal, sys
 from pathlib import Path

@@ -238,7 +238,7 @@ from pathlib import Path
 import ray.serve._private.haproxy as rays
 rays.RAY_SERVE_HAPROXY_BINARY_PATH = {supervisor!r}
 sys.path.insert(0, {root!r})
-from tests.serve_app.test_supervisor import Manager
+from tests.serve_app.front.test_supervisor import Manager
 async def main():
     manager = Manager(Path({folder!r}), {port})
     manager.serve({replica})
@@ -256,7 +256,7 @@ async def test_when_the_manager_is_killed_haproxy_serves_on_until_the_next_and_e
     folder: Path, replica: int
 ):
     """The node is a process whose child is the manager, as Ray's is."""
-    port, root = haproxy.free_port(), str(Path(__file__).parents[2])
+    port, root = haproxy.free_port(), str(Path(__file__).parents[3])
     supervisor = rays.RAY_SERVE_HAPROXY_BINARY_PATH
     code = MANAGER.format(supervisor=supervisor, root=root, folder=str(folder), port=port, replica=replica)
     node = subprocess.Popen(

@@ -15,7 +15,7 @@ from serve_app.errors import ApiError, to_api_error
 from serve_app.models.catalog import Models
 from serve_app.models.follow import LONGEST_BACKOFF_S, refusal
 from tests.serve_app.conftest import MakePackage, TestRegistry
-from tests.serve_app.test_models import ask, running, settings, status
+from tests.serve_app.models.test_models import ask, running, settings, status
 
 pytestmark = pytest.mark.anyio
 

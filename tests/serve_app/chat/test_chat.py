@@ -21,9 +21,9 @@ from serve_app.chat.client import KEY_VARIABLE
 from serve_app.chat.terminal import harmless
 from serve_app.settings import ServeSettings
 from tests.ports import free_port
-from tests.serve_app.chatting import FIGURES, LONG, SHORT_CONTEXT, Open, Terminal, api, on_screen, piped, speaking
+from tests.serve_app.chat.chatting import FIGURES, LONG, SHORT_CONTEXT, Open, Terminal, api, on_screen, piped, speaking
+from tests.serve_app.chat.relay import Relay
 from tests.serve_app.conftest import MakePackage, TestRegistry
-from tests.serve_app.relay import Relay
 from tests.serve_app.running import Running, eventually, running
 
 KEY = "key-of-the-chats-test"

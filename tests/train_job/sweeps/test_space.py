@@ -9,7 +9,7 @@ from gptcore.errors import ConfigError
 from train_job.config import build_config, read_yaml
 from train_job.sweeps.space import build_sweep, described, shown
 
-SWEEPS = sorted((Path(__file__).resolve().parents[2] / "train_job" / "sweeps").glob("*.yaml"))
+SWEEPS = sorted((Path(__file__).resolve().parents[3] / "train_job" / "sweeps").glob("*.yaml"))
 SEARCH: dict[str, Any] = {
     "learning_rate": {"log_uniform": ["1e-3", "1e-1"]},
     "num_layers": {"uniform": [2, 4]},

@@ -19,9 +19,9 @@ from serve_app.chat.values import SHAPES
 from serve_app.http.parameters import Parameters
 from serve_app.http.schemas import GenerateRequest
 from serve_app.settings import ServeSettings
-from tests.serve_app.chatting import CHAT, LONG, Terminal, api, on_screen, piped, speaking
+from tests.serve_app.chat.chatting import CHAT, LONG, Terminal, api, on_screen, piped, speaking
+from tests.serve_app.chat.relay import Relay, saying
 from tests.serve_app.conftest import MakePackage
-from tests.serve_app.relay import Relay, saying
 from tests.serve_app.running import Running, running
 
 KEY = "key-of-the-chats-test"

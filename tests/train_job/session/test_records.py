@@ -9,8 +9,8 @@ import pytest
 
 from gptcore.errors import ConfigError, FoundryError, RecordError, StorageFull, TrainingError
 from tests.refusals import one_error
-from tests.train_job.test_lock import begin_run
-from tests.train_job.test_sweep_input import GOOD
+from tests.train_job.session.test_lock import begin_run
+from tests.train_job.sweeps.test_sweep_input import GOOD
 from train_job import run, sweep
 from train_job.config import build_config
 from train_job.files import storage_problem, written_whole

@@ -8,7 +8,7 @@ import pytest
 
 from train_job.session.whatnow import Ended, lines, script_command
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)

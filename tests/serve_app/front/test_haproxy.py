@@ -59,7 +59,7 @@ def test_haproxy_is_told_how_long_a_body_may_take():
 
 
 def test_the_image_has_what_nodes_with_haproxy_are_to_find():
-    dockerfile = (Path(__file__).parents[2] / "Dockerfile").read_text()
+    dockerfile = (Path(__file__).parents[3] / "Dockerfile").read_text()
     set_there = dict(re.findall(r"(RAY_(?:SERVE|worker)_\w+)=([^\s\\]+)", dockerfile))
     wanted = haproxy.node_environment() | {haproxy.BINARY: f"/opt/venv/bin/{haproxy.SUPERVISOR}"}
     assert set_there == {name: value for name, value in wanted.items() if name != haproxy.SWITCH}
