@@ -1,14 +1,15 @@
-// The decoding hot path on a CPU: one pass of the network over a flat batch of tokens, each with its sequence's slot
-// and its position. `gptcore.engine.native` compiles this file for the machine it runs on and calls it with ctypes.
+// Runs the model on a CPU: one forward pass over a flat batch of tokens, each with the slot of its sequence and its
+// position. `gptcore.engine.native` compiles this file for the machine that it runs on, and calls it with ctypes.
 //
-// In: token ids, slots, positions. Out: logits in fp32 of the rows asked for; keys and values stay in their slots.
-// Then, of logits and how to draw, tokens.
+// forward() takes token ids, slots and positions, and returns fp32 logits for the requested rows. Keys and values stay
+// in their slots. choose() takes logits and sampling parameters, and returns tokens.
 //
-// Every sum runs in an order that depends on a token's own prefix alone, never on how many other tokens share the
-// pass, so a token's logits are the same, bit for bit, alone or in a batch, in one chunk or in many.
+// The order of every sum depends only on a token's own prefix, never on the other tokens in the pass. So a token's
+// logits are bit for bit the same, whether it runs alone or in a batch, in one chunk or in several.
 //
-// Weights are packed once. A panel is 64 output columns; along k it is one stream from memory, which is what decoding
-// is bound by. In bf16 a panel holds pairs of k side by side: AMX, AVX512-BF16 and plain shifts all read that layout.
+// Weights are packed once, into panels of 64 output columns. A panel is contiguous along k, so it is read as one
+// stream; memory bandwidth is what limits decoding. In bf16 a panel stores pairs of k side by side, a layout that AMX,
+// AVX512-BF16 and plain shifts can all read.
 
 #include <algorithm>
 #include <atomic>
@@ -50,7 +51,7 @@ struct bf16 {
 
 constexpr IntVec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-inline Vec all(float x) { return Vec{} + x; }
+inline Vec broadcast(float x) { return Vec{} + x; }
 
 inline Vec load(const float* p) {
     Vec v;
@@ -66,7 +67,7 @@ inline Vec load(const bf16* p) {
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-inline void store(bf16* p, Vec v) {  // to nearest, ties to even
+inline void store(bf16* p, Vec v) {  // rounds to nearest, ties to even
     BitVec b = (BitVec)v;
     HalfVec h = __builtin_convertvector((b + 0x7fff + ((b >> 16) & 1)) >> 16, HalfVec);
     std::memcpy(p, &h, sizeof h);
@@ -80,10 +81,10 @@ inline float sum(Vec v) {
 
 // exp(x) for x <= 88, relative error below 2e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (as in Cephes).
 inline Vec exponential(Vec x) {
-    x = x < all(-87.0f) ? all(-87.0f) : x;
+    x = x < broadcast(-87.0f) ? broadcast(-87.0f) : x;
     Vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
     Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vec p = all(1.9875691500e-4f);
+    Vec p = broadcast(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
@@ -93,13 +94,13 @@ inline Vec exponential(Vec x) {
     return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
 }
 
-inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(x > all(-80.0f) ? -x : all(80.0f))); }
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(x > broadcast(-80.0f) ? -x : broadcast(80.0f))); }
 inline Vec silu(Vec x) { return x * sigmoid(x); }
-inline Vec gelu(Vec x) {  // its tanh form: x/2 (1 + tanh u) = x sigmoid(2u)
+inline Vec gelu(Vec x) {  // the tanh approximation: x/2 (1 + tanh u) = x sigmoid(2u)
     return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
 }
 
-// Has `count` values come into the second cache; they may lie anywhere.
+// Prefetches `count` values into the L2 cache. Any address is allowed.
 template <class T>
 inline void prefetch(const T* p, int count) {
     for (int i = 0; i < count; i += CACHE_LINE / (int)sizeof(T)) __builtin_prefetch(p + i, 0, 2);
@@ -107,7 +108,7 @@ inline void prefetch(const T* p, int count) {
 
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// Zeroed memory in huge pages where the system has them: streaming weights would miss the TLB otherwise.
+// Allocates zeroed memory, in huge pages if the system has them. With small pages, reading the weights misses the TLB.
 struct Free {
     void operator()(void* p) const { std::free(p); }
 };
@@ -129,7 +130,7 @@ Block<T> allocate(size_t count) {
 
 // --- matrix products -----------------------------------------------------------------------------------------------
 
-// A linear layer's weight (N, K) in panels. fp32: [panel][k][64]; bf16: [panel][k / 2][64][2]. Padding is zero.
+// The weight (N, K) of a linear layer, in panels. fp32: [panel][k][64]; bf16: [panel][k / 2][64][2]. Padding is zero.
 template <class T>
 struct Matrix {
     int N = 0, K = 0, panels = 0;
@@ -159,7 +160,7 @@ void pack(Matrix<T>& m, const float* weight, int N, int K) {
     for (int p = 0; p < m.panels; p++) {
         T* to = m.data.get() + (size_t)p * PANEL * m.K;
         int columns = std::min(PANEL, N - p * PANEL);
-        for (int k = 0; k < K; k++)  // written nearly in order, read as 64 streams
+        for (int k = 0; k < K; k++)  // writes nearly in order, reads 64 streams
             for (int c = 0; c < columns; c++)
                 put(to + ((size_t)(k / PAIR) * PANEL + c) * PAIR + k % PAIR, weight[(size_t)(p * PANEL + c) * K + k]);
     }
@@ -218,7 +219,7 @@ void product(const bf16* w, int K, const bf16* a, int stride, float* out) {
 }
 
 #ifdef __AMX_BF16__
-// AMX multiplies tiles of 16 rows; the rows beyond `rows` are whatever the buffer holds, and nobody reads them.
+// AMX multiplies tiles of 16 rows. Rows past the last one that was asked for hold garbage, which nothing reads.
 void amx_product(const bf16* w, int K, const bf16* a, int stride, float* out) {
     _tile_zero(0);
     _tile_zero(1);
@@ -283,30 +284,31 @@ void multiply(const Matrix<T>& m, int p, const T* a, int stride, int rows, float
 
 // --- threads -------------------------------------------------------------------------------------------------------
 
-// A fixed team. run(f) calls f(thread) on every member, the caller among them; barrier() holds until all are there.
-// Between runs the members sleep; within one they spin first, since a pass has some hundred barriers. Work between two
-// barriers is taken in portions, so that a member whose core something else needs holds up one portion, not its half.
-// A team as large as the machine gets a core each: else two may share one for milliseconds, and wait for each other.
-class Team {
+// A thread pool of fixed size. run(f) calls f(thread) on every thread, including the caller's. barrier() waits until
+// all threads have reached it. Between runs the threads sleep. Within a run they spin before they sleep, because a pass
+// has about a hundred barriers. The work between two barriers is handed out in portions, so a thread that loses its
+// core delays one portion and not a fixed share of the work. If the pool has as many threads as the machine has cores,
+// each thread is pinned to a core: otherwise two threads may share one for milliseconds and wait for each other.
+class ThreadPool {
   public:
-    explicit Team(int size) : size(size) {
-        for (int t = 1; t < size; t++) members.emplace_back([this, t] { serve(t); });
+    explicit ThreadPool(int size) : size(size) {
+        for (int t = 1; t < size; t++) threads.emplace_back([this, t] { work_until_end(t); });
 #ifdef __linux__
         cpu_set_t present;
         if (size == 1 || sched_getaffinity(0, sizeof present, &present) || CPU_COUNT(&present) != size) return;
         for (int core = 0; core < CPU_SETSIZE; core++)
             if (CPU_ISSET(core, &present)) cores.push_back(core);
-        for (int t = 1; t < size; t++) stay_on(cores[t], members[t - 1].native_handle());
+        for (int t = 1; t < size; t++) pin(cores[t], threads[t - 1].native_handle());
 #endif
     }
 
-    ~Team() {
+    ~ThreadPool() {
         {
             std::lock_guard<std::mutex> lock(mutex);
             ending = true, round++;
         }
         wake.notify_all();
-        for (auto& member : members) member.join();
+        for (auto& thread : threads) thread.join();
     }
 
     template <class F>
@@ -319,10 +321,10 @@ class Team {
         }
         wake.notify_all();
 #ifdef __linux__
-        cpu_set_t before;  // the caller's thread is ours for this run only
+        cpu_set_t before;  // the caller's thread is pinned for this run only
         if (!cores.empty()) {
             pthread_getaffinity_np(pthread_self(), sizeof before, &before);
-            stay_on(cores[0], pthread_self());
+            pin(cores[0], pthread_self());
         }
 #endif
         work(context, 0);
@@ -350,7 +352,7 @@ class Team {
             _mm_pause();
 #endif
         }
-        asleep++;  // the one awaited has lost its core: spinning on would only keep it from getting one
+        asleep++;  // the last thread has lost its core, and more spinning here would only delay it
         {
             std::unique_lock<std::mutex> lock(mutex);
             passed.wait(lock, [&] { return phase.load() != now; });
@@ -358,7 +360,7 @@ class Team {
         asleep--;
     }
 
-    // f(i) for every i below count, each on one member. At most once between two barriers.
+    // Calls f(i) once for every i below count, on any thread. Use at most once between two barriers.
     template <class F>
     void for_each(int count, F&& f) {
         int portion = std::min(std::max(1, count / (size * 8)), 4);
@@ -369,10 +371,10 @@ class Team {
     const int size;
 
   private:
-    static constexpr int SPINS = 20000;  // about a millisecond: to be woken takes long, on a virtual machine above all
+    static constexpr int SPINS = 20000;  // about a millisecond; waking up takes long, especially on a virtual machine
 
 #ifdef __linux__
-    static void stay_on(int core, pthread_t thread) {
+    static void pin(int core, pthread_t thread) {
         cpu_set_t own;
         CPU_ZERO(&own);
         CPU_SET(core, &own);
@@ -380,7 +382,7 @@ class Team {
     }
 #endif
 
-    void serve(int t) {
+    void work_until_end(int t) {
         uint64_t seen = 0;
         for (;;) {
             {
@@ -394,8 +396,8 @@ class Team {
         }
     }
 
-    std::vector<std::thread> members;
-    std::vector<int> cores;  // each member's, or none
+    std::vector<std::thread> threads;
+    std::vector<int> cores;  // the core of each thread; empty if threads are not pinned
     std::mutex mutex;
     std::condition_variable wake, passed;
     uint64_t round = 0;
@@ -415,40 +417,40 @@ inline Range share(int count, int t, int threads) {
 
 // --- sampling ------------------------------------------------------------------------------------------------------
 
-// How the token of one row is chosen; gptcore.engine.native has the same struct.
+// How to choose the token of one row. Must match the struct in gptcore.engine.native.
 struct Draw {
-    double point;  // in [0, 1): the token into whose share of all weights it falls
+    double point;  // random, in [0, 1): selects the token whose share of the total weight contains it
     double top_p, min_p;
-    float temperature;  // 0: the likeliest token
-    int32_t top_k;      // 0: all
+    float temperature;  // 0: take the likeliest token
+    int32_t top_k;      // 0: no limit
     int32_t changes;    // how many of the row's logits are replaced
 };
 
-// What gptcore.sampling.next_tokens does, for one row at a time. Weights are whole numbers, so their sums are exact.
+// Does what gptcore.sampling.next_tokens does, one row at a time. Weights are whole numbers, so their sums are exact.
 class Sampler {
   public:
-    // A token from logits (V); `ids` and `values` are the replaced logits.
+    // Chooses a token from logits (V). logits[ids[i]] is first replaced by values[i].
     int choose(const float* logits, int V, const Draw& how, const int32_t* ids, const float* values) {
         weights.assign(round_up(V, BLOCK), -INFINITY);
         std::copy(logits, logits + V, weights.begin());
         for (int i = 0; i < how.changes; i++) weights[ids[i]] = values[i];
         if (how.top_k > 0 || how.top_p < 1) order = weights;
-        int likeliest = weigh(how.temperature);
+        int likeliest = to_weights(how.temperature);
         if (how.temperature == 0) return likeliest;
         if (how.top_k > 0 || how.top_p < 1 || how.min_p > 0) filter(how);
-        int token = place(how.point);
+        int token = token_at(how.point);
         return token < 0 ? likeliest : token;
     }
 
   private:
     static constexpr int BLOCK = 512, MANTISSA_BITS = 5, LOWEST = 127 << MANTISSA_BITS;
     static constexpr int BUCKETS = (36 << MANTISSA_BITS) + 1;
-    static constexpr float ONE = 34359738368.0f, WHOLE = 8388608.0f;  // 2^35; 2^23, from where floats are whole
+    static constexpr float ONE = 34359738368.0f, WHOLE = 8388608.0f;  // 2^35; 2^23, above which floats are whole
 
-    // Turns logits into weights, of which the largest is ONE; returns its place, the first of equals.
-    int weigh(float temperature) {
+    // Turns logits into weights, the largest of which is ONE. Returns the index of the first largest one.
+    int to_weights(float temperature) {
         int width = weights.size();
-        Vec most = all(-INFINITY);
+        Vec most = broadcast(-INFINITY);
         IntVec at = {};
         for (int i = 0; i < width; i += LANES) {
             Vec x = load(&weights[i]);
@@ -459,17 +461,18 @@ class Sampler {
         for (int i = 1; i < LANES; i++)
             if (most[i] > most[best] || (most[i] == most[best] && at[i] < at[best])) best = i;
         if (temperature > 0) {
-            Vec top = all(most[best]), heat = all(std::min(std::max(temperature, 1e-30f), 1e30f));
+            Vec top = broadcast(most[best]), heat = broadcast(std::min(std::max(temperature, 1e-30f), 1e30f));
             for (int i = 0; i < width; i += LANES) {
                 Vec e = exponential((load(&weights[i]) - top) / heat) * ONE;
-                store(&weights[i], e < all(WHOLE) ? (e + WHOLE) - WHOLE : e);
+                store(&weights[i], e < broadcast(WHOLE) ? (e + WHOLE) - WHOLE : e);
             }
         }
         return at[best];
     }
 
-    // Sets the weights that the filters rule out to 0. Nothing is sorted but the one bucket that a filter's end is in.
-    // Greater weights have greater logits, since no step of weigh() turns an order round; equal ones may differ there.
+    // Sets the weights that top_k, top_p and min_p rule out to 0. Only the bucket in which a filter ends is sorted.
+    // A greater weight always has a greater logit, since to_weights() keeps the order. Equal weights may have different
+    // logits.
     void filter(const Draw& how) {
         uint32_t counts[BUCKETS] = {};
         double sums[BUCKETS] = {}, total = 0;
@@ -506,7 +509,7 @@ class Sampler {
         int64_t count = 0;
     };
 
-    // The likeliest tokens, up to the first for which keep(how many are before it, their sum) is false.
+    // Takes the likeliest tokens until keep(number taken, sum taken) is false.
     template <class F>
     Kept likeliest(const uint32_t* counts, const double* sums, F&& keep) {
         Kept kept;
@@ -530,15 +533,16 @@ class Sampler {
         return kept;
     }
 
-    // Weights from 1 to ONE in order, equal ones together: exponent and first bits of the mantissa.
+    // The bucket of a weight from 1 to ONE: its exponent and the first bits of its mantissa. Greater weights never have
+    // a lower bucket.
     static int bucket(float w) {
         uint32_t bits;
         std::memcpy(&bits, &w, 4);
         return std::min((int)(bits >> (23 - MANTISSA_BITS)) - LOWEST, BUCKETS - 1);
     }
 
-    // The first place up to which more than `point` of all weights lies; -1 if they are no numbers.
-    int place(double point) {
+    // The first token at which the running sum exceeds `point` times the total weight; -1 if the weights are NaN.
+    int token_at(double point) {
         int blocks = weights.size() / BLOCK;
         sums.assign(blocks, 0.0);
         double total = 0;
@@ -558,14 +562,14 @@ class Sampler {
         return i;
     }
 
-    std::vector<float> weights, order, members;  // order: the logits, which say what is likelier of equal weights
+    std::vector<float> weights, order, members;  // order: the logits, which break ties between equal weights
     std::vector<double> sums;
     std::vector<int> ties;
 };
 
 // --- the network ---------------------------------------------------------------------------------------------------
 
-// The order of `shape` and the numbers of the weights, as gptcore.engine.native has them.
+// The fields of `shape` and the numbers of the weights. Both must match gptcore.engine.native.
 struct Shape {
     int32_t qwen3, layers, C, H, K, D, M, V, S, slots, threads, is_bf16;
 };
@@ -593,7 +597,7 @@ class Decoder : public Network {
 
   public:
     Decoder(Shape shape, float eps)
-        : s(shape), eps(eps), team(shape.threads), samplers(shape.threads), layers(shape.layers), blocks(round_up(shape.S, LANES) / LANES) {
+        : s(shape), eps(eps), pool(shape.threads), samplers(shape.threads), layers(shape.layers), blocks(round_up(shape.S, LANES) / LANES) {
         head_cache = (size_t)blocks * LANES * s.D;
         size_t count = (size_t)s.layers * s.slots * s.K * head_cache;
         keys = allocate<T>(count), values = allocate<T>(count);
@@ -609,7 +613,7 @@ class Decoder : public Network {
                 embed = allocate<T>((size_t)rows * columns);
                 for (size_t i = 0; i < (size_t)rows * columns; i++) put(embed.get() + i, data[i]);
                 break;
-            case POSITIONS: place = plain; break;
+            case POSITIONS: position_embed = plain; break;
             case COS: cosine = plain; break;
             case SIN: sine = plain; break;
             case FINAL_GAIN: final_gain = plain; break;
@@ -636,7 +640,7 @@ class Decoder : public Network {
     int64_t cache_bytes() const override { return 2 * (int64_t)s.layers * s.slots * s.K * head_cache * sizeof(T); }
 
     void copy(int source, int target, int length) override {
-        size_t count = (size_t)round_up(length, LANES) * s.D;  // whole blocks of keys; what is behind is not read
+        size_t count = (size_t)round_up(length, LANES) * s.D;  // whole blocks of keys; the excess is never read
         for (int l = 0; l < s.layers; l++)
             for (int g = 0; g < s.K; g++) {
                 std::memcpy(at(keys, l, target, g), at(keys, l, source, g), count * sizeof(T));
@@ -647,46 +651,46 @@ class Decoder : public Network {
     void forward(int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,
                  const int32_t* rows, float* logits) override {
         reserve(n);
-        team.run([&](int t) {
+        pool.run([&](int t) {
 #ifdef __AMX_BF16__
             TileConfig tiles;
             if (sizeof(T) == 2 && amx_allowed()) _tile_loadconfig(&tiles);
 #endif
-            Range mine = share(n, t, team.size);
-            for (int r = mine.begin; r < mine.end; r++) {
+            Range own = share(n, t, pool.size);
+            for (int r = own.begin; r < own.end; r++) {
                 for (int c = 0; c < s.C; c += LANES) {
                     Vec x = load(embed.get() + (size_t)tokens[r] * s.C + c);
-                    store(&residual[(size_t)r * s.C + c], s.qwen3 ? x : x + load(&place[(size_t)positions[r] * s.C + c]));
+                    store(&residual[(size_t)r * s.C + c], s.qwen3 ? x : x + load(&position_embed[(size_t)positions[r] * s.C + c]));
                 }
             }
             for (int l = 0; l < s.layers; l++) {
                 const Layer& layer = layers[l];
-                for (int r = mine.begin; r < mine.end; r++)  // the rows that this thread has just written
+                for (int r = own.begin; r < own.end; r++)  // this thread's own rows, so no barrier
                     normalise(&residual[(size_t)r * s.C], layer.norm1_gain, layer.norm1_bias, normed(r));
-                team.barrier();
+                pool.barrier();
                 linear(n, layer.qkv, normed(0), hidden_stride, [&](int r, int c, Vec x) { store(&qkv(r)[c], x); });
-                team.barrier();
-                team.for_each(n * s.K, [&](int i) { remember(l, slots[i / s.K], positions[i / s.K], i / s.K, i % s.K); });
-                team.barrier();
-                team.for_each(n * s.K, [&](int i) { attend(t, l, slots[i / s.K], positions[i / s.K], i / s.K, i % s.K); });
-                team.barrier();
+                pool.barrier();
+                pool.for_each(n * s.K, [&](int i) { write_cache(l, slots[i / s.K], positions[i / s.K], i / s.K, i % s.K); });
+                pool.barrier();
+                pool.for_each(n * s.K, [&](int i) { attend(t, l, slots[i / s.K], positions[i / s.K], i / s.K, i % s.K); });
+                pool.barrier();
                 linear(n, layer.out, attended(0), attended_stride, [&](int r, int c, Vec x) { add(r, c, x); });
-                team.barrier();
-                for (int r = mine.begin; r < mine.end; r++)
+                pool.barrier();
+                for (int r = own.begin; r < own.end; r++)
                     normalise(&residual[(size_t)r * s.C], layer.norm2_gain, layer.norm2_bias, normed(r));
-                team.barrier();
+                pool.barrier();
                 if (s.qwen3)
                     gated(n, layer);
                 else
                     linear(n, layer.up, normed(0), hidden_stride, [&](int r, int c, Vec x) { store(&middle(r)[c], gelu(x)); });
-                team.barrier();
+                pool.barrier();
                 linear(n, layer.down, middle(0), middle_stride, [&](int r, int c, Vec x) { add(r, c, x); });
-                team.barrier();
+                pool.barrier();
             }
-            Range asked = share(wanted, t, team.size);
+            Range asked = share(wanted, t, pool.size);
             for (int i = asked.begin; i < asked.end; i++)
                 normalise(&residual[(size_t)rows[i] * s.C], final_gain, final_bias, normed(i));
-            team.barrier();
+            pool.barrier();
             int width = head.panels * PANEL;
             linear(wanted, head, normed(0), hidden_stride, [&](int r, int c, Vec x) { store(logits + (size_t)r * width + c, x); });
 #ifdef __AMX_BF16__
@@ -695,7 +699,8 @@ class Decoder : public Network {
         });
     }
 
-    // Tokens of `count` rows of logits; ids and values are the rows' replaced logits, one row's after the other's.
+    // Chooses a token for each of `count` rows of logits. `ids` and `values` list the replaced logits of all rows, row
+    // by row.
     void choose(int count, const float* logits, int stride, int V, const Draw* draws, const int32_t* ids,
                 const float* values, int32_t* tokens) override {
         std::vector<int> begin(count + 1, 0);
@@ -703,8 +708,8 @@ class Decoder : public Network {
         auto one = [&](int t, int i) {
             tokens[i] = samplers[t].choose(logits + (size_t)i * stride, V, draws[i], ids + begin[i], values + begin[i]);
         };
-        if (count == 1) return one(0, 0);  // not worth waking anybody
-        team.run([&](int t) { team.for_each(count, [&](int i) { one(t, i); }); });
+        if (count == 1) return one(0, 0);  // not worth waking the other threads
+        pool.run([&](int t) { pool.for_each(count, [&](int i) { one(t, i); }); });
     }
 
   private:
@@ -712,7 +717,7 @@ class Decoder : public Network {
         return cache.get() + (((size_t)layer * s.slots + slot) * s.K + g) * head_cache;
     }
 
-    // Room for n rows, up to a whole tile, since AMX reads one.
+    // Makes room for n rows, rounded up to whole tiles, because AMX reads whole tiles.
     void reserve(int n) {
         if (n <= room) return;
         room = round_up(n, TILE_ROWS);
@@ -729,11 +734,11 @@ class Decoder : public Network {
     T* middle(int r) { return &middle_rows[(size_t)r * middle_stride]; }
     float* qkv(int r) { return &qkv_rows[(size_t)r * qkv_stride]; }
 
-    // a (n, K) W^T + bias, sixteen columns at a time to `take(row, column, values)`.
+    // Computes a (n, K) W^T + bias and passes it to `take(row, column, values)`, sixteen columns at a time.
     template <class F>
     void linear(int n, const Matrix<T>& m, const T* a, int stride, F&& take) {
         alignas(64) float out[TILE_ROWS * PANEL];
-        team.for_each(m.panels, [&](int p) {
+        pool.for_each(m.panels, [&](int p) {
             for (int first = 0; first < n; first += TILE_ROWS) {
                 int rows = std::min(TILE_ROWS, n - first), columns = std::min(PANEL, round_up(m.N - p * PANEL, LANES));
                 multiply(m, p, a + (size_t)first * stride, stride, rows, out);
@@ -744,9 +749,10 @@ class Decoder : public Network {
         });
     }
 
+    // The first half of qwen3's MLP: silu(gate) * up.
     void gated(int n, const Layer& layer) {
         alignas(64) float gate[TILE_ROWS * PANEL], up[TILE_ROWS * PANEL];
-        team.for_each(layer.up.panels, [&](int p) {
+        pool.for_each(layer.up.panels, [&](int p) {
             for (int first = 0; first < n; first += TILE_ROWS) {
                 int rows = std::min(TILE_ROWS, n - first), columns = std::min(PANEL, s.M - p * PANEL);
                 multiply(layer.gate, p, normed(first), hidden_stride, rows, gate);
@@ -768,9 +774,9 @@ class Decoder : public Network {
         Vec total = {};
         if (!s.qwen3)
             for (int c = 0; c < s.C; c += LANES) total += load(x + c);
-        Vec mean = all(sum(total) / s.C), squares = {};
+        Vec mean = broadcast(sum(total) / s.C), squares = {};
         for (int c = 0; c < s.C; c += LANES) squares += (load(x + c) - mean) * (load(x + c) - mean);
-        Vec scale = all(1.0f / std::sqrt(sum(squares) / s.C + eps));
+        Vec scale = broadcast(1.0f / std::sqrt(sum(squares) / s.C + eps));
         for (int c = 0; c < s.C; c += LANES) {
             Vec y = (load(x + c) - mean) * scale * load(&gain[c]);
             store(out + c, s.qwen3 ? y : y + load(&bias[c]));
@@ -778,7 +784,7 @@ class Decoder : public Network {
     }
 
     // RMSNorm of one head (D), then RoPE, in place.
-    void turn(float* x, const Floats& gain, int position) {
+    void normalise_and_rotate(float* x, const Floats& gain, int position) {
         Vec squares = {};
         for (int d = 0; d < s.D; d += LANES) squares += load(x + d) * load(x + d);
         float scale = 1.0f / std::sqrt(sum(squares) / s.D + eps);
@@ -791,14 +797,14 @@ class Decoder : public Network {
         }
     }
 
-    // Puts key and value of a token's head group into the cache. Keys lie as [block of 16 positions][D][16], so that
-    // sixteen scores are summed side by side; values as [position][D].
-    void remember(int l, int slot, int position, int r, int g) {
+    // Writes the key and the value of one token and one head group to the cache. Keys are stored as
+    // [block of 16 positions][D][16], so that sixteen scores are summed side by side, and values as [position][D].
+    void write_cache(int l, int slot, int position, int r, int g) {
         int per_group = s.H / s.K;
         float *query = qkv(r) + g * per_group * s.D, *key = qkv(r) + (s.H + g) * s.D, *value = key + s.K * s.D;
         if (s.qwen3) {
-            for (int h = 0; h < per_group; h++) turn(query + h * s.D, layers[l].q_norm, position);
-            turn(key, layers[l].k_norm, position);
+            for (int h = 0; h < per_group; h++) normalise_and_rotate(query + h * s.D, layers[l].q_norm, position);
+            normalise_and_rotate(key, layers[l].k_norm, position);
         }
         T* to = at(keys, l, slot, g) + (size_t)(position / LANES) * s.D * LANES + position % LANES;
         for (int d = 0; d < s.D; d++) put(to + (size_t)d * LANES, key[d]);
@@ -807,7 +813,7 @@ class Decoder : public Network {
     }
 
     void attend(int t, int l, int slot, int position, int r, int g) {
-        switch (s.D / LANES) {  // widths known to the compiler keep the sums in registers
+        switch (s.D / LANES) {  // with a width known at compile time, the sums stay in registers
             case 1: return attend_wide<1>(t, l, slot, position, r, g);
             case 2: return attend_wide<2>(t, l, slot, position, r, g);
             case 4: return attend_wide<4>(t, l, slot, position, r, g);
@@ -816,16 +822,16 @@ class Decoder : public Network {
         for (int d = 0; d < s.D; d += LANES) attend_wide<1>(t, l, slot, position, r, g, d);
     }
 
-    // softmax(q k^T / sqrt(D)) v of one token, for the heads that share key/value head g; of v the WIDE * 16 features
-    // from `first`. Meanwhile the next head's keys and values come in from memory: these streams are too short for the
-    // processor to foresee.
+    // softmax(q k^T / sqrt(D)) v of one token, for the heads that share key/value head g. Of v, it takes WIDE * 16
+    // features, starting at `first`. Meanwhile it prefetches the keys and values of the next head: these streams are
+    // too short for the hardware prefetcher.
     template <int WIDE>
     void attend_wide(int t, int l, int slot, int position, int r, int g, int first = 0) {
         const T *key = at(keys, l, slot, g), *value = at(values, l, slot, g) + first;
         float* p = scores[t].data();
         int per_group = s.H / s.K, length = position + 1;
         for (int h = g * per_group; h < (g + 1) * per_group; h++) {
-            float share = 1.0f / weigh(qkv(r) + h * s.D, key, length, p);
+            float share = 1.0f / softmax_weights(qkv(r) + h * s.D, key, length, p);
             Vec acc[2][WIDE] = {};
             int j = 0;
             for (; j + 2 <= length; j += 2) {
@@ -839,17 +845,18 @@ class Decoder : public Network {
         }
     }
 
-    // p[j] = exp(q k_j / sqrt(D) - the largest such) for the first `length` keys, 0 behind; returns their sum.
-    float weigh(const float* q, const T* key, int length, float* p) {
+    // p[j] = exp(score_j - max score), where score_j = q k_j / sqrt(D), for the first `length` keys, and 0 after them.
+    // Returns their sum.
+    float softmax_weights(const float* q, const T* key, int length, float* p) {
         float scale = 1.0f / std::sqrt((float)s.D);
-        Vec most = all(-INFINITY);
+        Vec most = broadcast(-INFINITY);
         for (int j = 0; j < length; j += LANES, key += s.D * LANES) {
             prefetch(key + head_cache, s.D * LANES);
             Vec acc[4] = {};
             for (int d = 0; d < s.D; d += 4)
                 for (int i = 0; i < 4; i++) acc[i] += load(key + (d + i) * LANES) * q[d + i];
             Vec score = ((acc[0] + acc[1]) + (acc[2] + acc[3])) * scale;
-            score = LANE < length - j ? score : all(-INFINITY);
+            score = LANE < length - j ? score : broadcast(-INFINITY);
             most = score > most ? score : most;
             store(p + j, score);
         }
@@ -857,7 +864,7 @@ class Decoder : public Network {
         for (int i = 1; i < LANES; i++) top = std::max(top, most[i]);
         Vec total = {};
         for (int j = 0; j < length; j += LANES) {
-            Vec e = LANE < length - j ? exponential(load(p + j) - top) : all(0.0f);
+            Vec e = LANE < length - j ? exponential(load(p + j) - top) : broadcast(0.0f);
             total += e;
             store(p + j, e);
         }
@@ -866,14 +873,14 @@ class Decoder : public Network {
 
     const Shape s;
     const float eps;
-    Team team;
+    ThreadPool pool;
     std::vector<Sampler> samplers;  // one per thread
     std::vector<Layer> layers;
     const int blocks;
     size_t head_cache;
     Block<T> embed, keys, values;
     Matrix<T> head;
-    Floats place, cosine, sine, final_gain, final_bias, residual, qkv_rows;
+    Floats position_embed, cosine, sine, final_gain, final_bias, residual, qkv_rows;
     std::vector<Floats> scores;
     std::vector<T> normed_rows, attended_rows, middle_rows;
     int room = 0, hidden_stride = 0, middle_stride = 0, attended_stride = 0, qkv_stride = 0;
