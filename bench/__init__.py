@@ -1,1 +1,1 @@
-"""Every figure that docs/benchmarks.md claims, and the command that makes it again. Each prints one JSON line last."""
+"""One command for each figure in docs/benchmarks.md. Each command prints one JSON line last."""

@@ -1,9 +1,10 @@
-"""How fast the engine decodes: `python -m bench.decode --preset gpt2-124m --batch 1 16 --peers`.
+"""Measures how fast the engine decodes: `python -m bench.decode --preset gpt2-124m --batch 1 16 --peers`.
 
-Random weights of the preset, greedy, no token ends a text. Tokens per second (while decoding; from the prompts on),
-the bandwidth achieved, and the share of the floor: the same matrix products alone, measured in the same rounds. With
-`--peers`, transformers, CTranslate2 and llama.cpp do the same with the same weights, in turn with ours, and in fp32
-their text is compared with ours. Nothing else should run meanwhile. One JSON line last.
+The model has the preset's shape and random weights; decoding is greedy and no token ends a text. It reports tokens per
+second (while decoding, and from when the prompts arrive), the bandwidth achieved, and the share of the floor: the same
+matrix products alone, measured in the same rounds. With `--peers`, transformers, CTranslate2 and llama.cpp do the same
+with the same weights, in turn with the engine, and in fp32 their text is compared with the engine's. Run nothing else
+at the same time. It prints one JSON line last.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 from bench.floor import Floor, open_floor, step_bytes
 from bench.peers import PEERS, REFERENCES
 from bench.peers.task import DecodeTask, DecodeTurn
-from bench.turns import Contestant, Play, Results, cores, median_ratio, play_in_turn
+from bench.turns import Contestant, Results, RunTurn, cores, median_ratio, run_in_turn
 from bench.weights import random_package
 from gptcore.config import ModelConfig
 from gptcore.engine import EngineSettings, Request
@@ -35,11 +36,11 @@ from gptcore.sampling import SamplingParams
 
 ENGINE, FLOOR = "engine", "floor"
 AGREE_BATCH, AGREE_TOKENS = 2, 24
-"""Sequences and new tokens that the contestants' texts are compared on."""
+"""Sequences and new tokens for the comparison of the contestants' texts."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a table per batch and the JSON line; 2 for bad input."""
+    """Prints a table per batch and the JSON line. Returns 2 for bad input."""
     arguments = parse(argv)
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
@@ -59,10 +60,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="measure transformers, CTranslate2 and llama.cpp as well")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=5, help="rounds that count; one more warms up")
+    parser.add_argument("--turns", type=int, default=5, help="rounds that count, after one for warm-up")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of every contestant")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--backend", default="auto", help="the engine's: auto, native or torch")
+    parser.add_argument("--backend", default="auto", help="the engine's backend: auto, native or torch")
     arguments = parser.parse_args(argv)
     for name in ("batch", "prompt_tokens", "new_tokens", "turns", "threads"):
         value = getattr(arguments, name)
@@ -73,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """The whole report."""
+    """Measures everything, and returns the report."""
     package = random_package(scratch / "package", arguments.preset)
     task = DecodeTask(
         package=str(package.path),
@@ -103,7 +104,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def machine(threads: int, device: str) -> dict[str, Any]:
-    """Where this was measured, and how busy it was before."""
+    """The machine's CPU, cores, versions, and load average before the measurement."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -120,8 +121,8 @@ def engine(precision: str, backend: str) -> Contestant:
     return Contestant(ENGINE, precision, functools.partial(open_engine, backend=backend))
 
 
-def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[Play, str]:
-    """The engine with a slot per sequence. All prompts are run in the first step, so that decoding is decoding only."""
+def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[RunTurn, str]:
+    """Opens the engine with a slot per sequence. All prompts run in the first step, so later steps only decode."""
     package = open_package(Path(task.package), verify=False)
     settings = EngineSettings(
         slots=task.batch,
@@ -131,13 +132,13 @@ def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[Play, s
         device=task.device,
         backend=backend,
         threads=task.threads,
-        prefix_cache=False,  # every turn has the same prompts
+        prefix_cache=False,  # every turn has the same prompts, so a cache would skip them
     )
     runner = Engine(package, settings)
     runner.warm_up()
     params = SamplingParams(max_new_tokens=task.new_tokens, temperature=0, ignore_eos=True)
 
-    def play() -> DecodeTurn:
+    def run_turn() -> DecodeTurn:
         tokens: dict[str, list[int]] = {}
         start = time.perf_counter()
         for number, prompt in enumerate(task.prompts()):
@@ -152,7 +153,7 @@ def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[Play, s
         ordered = [tokens[str(number)] for number in range(task.batch)]
         return DecodeTurn(first - start, end - first, ordered, sum(map(len, ordered)) - begun)
 
-    return play, f"{runner.info.runner}, slots {runner.info.slots}"
+    return run_turn, f"{runner.info.runner}, slots {runner.info.slots}"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class ContestantResult:
     engine_ratio: float
     """The engine's decoding rate over this one's."""
     engine_whole_ratio: float
-    """The same from the prompts' arrival on."""
+    """The same, from when the prompts arrive."""
     engine_ratio_at_equal_precision: float | None
     """The same for the engine in this one's precision; None if the engine does not support it."""
     spread: tuple[float, float]
@@ -187,7 +188,7 @@ def measure_batch(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, 
     if arguments.peers:
         other = "float32" if arguments.dtype == "bfloat16" else "bfloat16"
         contestants += [*PEERS, engine(other, arguments.backend)]
-    results = play_in_turn(contestants, task, arguments.turns)
+    results = run_in_turn(contestants, task, arguments.turns)
     for label in (floor.label, ours.label):
         if label in results.absent:
             raise SystemExit(f"{label}: {results.absent[label]}")
@@ -212,7 +213,7 @@ def measure_batch(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, 
 def row_of(
     contestant: Contestant, results: Results, config: ModelConfig, task: DecodeTask, floor: Contestant, ours: Contestant
 ) -> ContestantResult:
-    """The medians of one contestant; the share of the floor is taken round by round, as ratios are."""
+    """The medians of one contestant. Ratios and the share of the floor are computed round by round."""
     turns: list[DecodeTurn] = results.turns[contestant.label]
     rates = [turn.decode_rate for turn in turns]
     steps = [task.batch / rate for rate in rates]  # seconds
@@ -238,7 +239,7 @@ def row_of(
 
 
 def print_table(task: DecodeTask, rows: list[ContestantResult], results: Results, step: float, read: float) -> None:
-    """Prints the results; `step` (seconds) and `read` (bytes per second) are the floor."""
+    """Prints the results. `step` (seconds) and `read` (bytes per second) are the floor."""
     print(f"\nbatch {task.batch}, prompt {task.prompt_tokens}, {task.new_tokens} new tokens, median of the turns")
     print(f"{'':24}{'decode':>10}{'whole':>10}{'step':>10}{'read':>8}{'floor':>7}{'engine is':>11}")
     print(f"{'':24}{'tok/s':>10}{'tok/s':>10}{'ms':>10}{'GB/s':>8}{'share':>7}{'so fast':>11}")
@@ -253,9 +254,9 @@ def print_table(task: DecodeTask, rows: list[ContestantResult], results: Results
 
 
 def agreement(task: DecodeTask, backend: str) -> dict[str, Any]:
-    """How many of the first greedy tokens each peer in fp32 shares with the engine in fp32, sequence by sequence."""
+    """For each sequence, how many of the first greedy tokens each peer shares with the engine, both in fp32."""
     ours = engine("float32", backend)
-    results = play_in_turn([ours, *REFERENCES], task, turns=1)
+    results = run_in_turn([ours, *REFERENCES], task, turns=1)
     if ours.label in results.absent:
         raise SystemExit(f"{ours.label}: {results.absent[ours.label]}")
     expected = results.turns[ours.label][0].tokens
@@ -264,13 +265,13 @@ def agreement(task: DecodeTask, backend: str) -> dict[str, Any]:
         if label != ours.label:
             pairs = zip(expected, turns[0].tokens, strict=True)
             found[label] = [common_prefix(left, right) for left, right in pairs]
-    print(f"the same greedy text as the engine in fp32, tokens of {task.new_tokens}: ", end="")
+    print(f"tokens of {task.new_tokens} that are the same as the engine's, greedy, in fp32: ", end="")
     print(", ".join(f"{label} {counts}" for label, counts in found.items() if label != "of"))
     return found
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:
-    """How many of the first tokens are the same."""
+    """How many of the first tokens are the same in both."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 

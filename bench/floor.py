@@ -1,7 +1,7 @@
-"""The machine's limits: the time of one decoding step's matrix products, and the memory bandwidth.
+"""Measures the machine's limits: the time of one decoding step's matrix products, and the memory bandwidth.
 
-The products run as plain PyTorch runs them at its best: weights packed once by oneDNN on a CPU, cuBLAS on a GPU. Each
-layer has weights of its own, so that they come from memory as in a model. Nothing else of a step is counted.
+The products run the fastest way that PyTorch has: weights packed once by oneDNN on a CPU, cuBLAS on a GPU. Each layer
+has its own weights, so they are read from memory as in a model. The rest of a step is not counted.
 """
 
 import statistics
@@ -24,16 +24,16 @@ READ_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Floor:
-    """One turn of the floor."""
+    """The result of one turn."""
 
     step_seconds: float
-    """The matrix products of one step, median of several."""
+    """Time of the matrix products of one step, the median of several."""
     bandwidth: float
     """Bytes per second of one large read."""
 
 
 def open_floor(task: DecodeTask, precision: str) -> tuple[Callable[[], Floor], str]:
-    """Measures both for the package's shape at the task's batch."""
+    """Prepares both measurements, for the package's shape and the task's batch."""
     dtype, device = getattr(torch, precision), torch.device(task.device)
     torch.set_num_threads(task.threads)
     config = open_package(Path(task.package), verify=False).config
@@ -44,15 +44,15 @@ def open_floor(task: DecodeTask, precision: str) -> tuple[Callable[[], Floor], s
         for product in products:
             product()
 
-    def play() -> Floor:
+    def run_turn() -> Floor:
         read = min(_seconds(large.sum, device) for _ in range(3))
         return Floor(statistics.median(_seconds(step, device) for _ in range(STEPS)), READ_BYTES / read)
 
-    return play, "matrix products alone, " + ("oneDNN, packed once" if device.type == "cpu" else "cuBLAS")
+    return run_turn, "matrix products alone, " + ("oneDNN, packed once" if device.type == "cpu" else "cuBLAS")
 
 
 def matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """(out, in) of each product of a step: q, k, v in one, gate and up in one, the output head last."""
+    """(out, in) of each product of a step. q, k and v are one product, gate and up are one; the output head is last."""
     C, M, D = config.hidden_size, config.intermediate_size or 0, config.head_size
     up = 2 * M if config.family == "qwen3" else M
     layer = [((config.num_heads + 2 * config.kv_heads) * D, C), (C, config.num_heads * D), (up, C), (C, M)]
@@ -60,9 +60,9 @@ def matrices(config: ModelConfig) -> list[tuple[int, int]]:
 
 
 def step_bytes(config: ModelConfig, batch: int, length: float, precision: str) -> float:
-    """Bytes that a step of `batch` sequences of `length` tokens reads: every matrix once, and each one's keys, values.
+    """Bytes that a step of `batch` sequences reads: every matrix once, and the keys and values of each sequence.
 
-    `length` is the mean over the steps.
+    `length` is the mean number of tokens per sequence over the steps.
     """
     weight_bytes, cache_bytes = {"bfloat16": (2, 2), "float32": (4, 4), "int8": (1, 4)}[precision]
     kv = 2 * config.num_layers * config.kv_heads * config.head_size * length * batch

@@ -1,7 +1,7 @@
-"""Training speed on one GPU: `python -m bench.gpu_train`, torch alone, bf16, compiled.
+"""Measures training speed on one GPU: `python -m bench.gpu_train`. torch alone, bf16, compiled.
 
-For `gpt2-124m` and `foundry-124m`: tokens/s, the share of the chip's peak (MFU) and peak memory of the real loop on
-random tokens. Where there is no GPU it says so and exits 0.
+It runs the real loop on random tokens, for `gpt2-124m` and `foundry-124m`, and reports tokens/s, the share of the
+chip's peak (MFU) and peak memory. Without a GPU it says so and exits with 0.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from train_job.training.loop import Trainer
 
 
 class RandomTokens:
-    """A token stream in memory that looks like a TokenSet: uniform ids, one token a byte."""
+    """A token stream in memory with the interface of TokenSet: uniform ids, one byte per token."""
 
     fingerprint = "random"
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(preset: str, arguments: argparse.Namespace) -> dict[str, float | None]:
-    """Median tokens/s over the log intervals after compilation and warm-up."""
+    """Trains, and returns the median tokens/s of the log intervals after warm-up, MFU, memory and size."""
     config = build_config(
         dict(
             preset=preset,

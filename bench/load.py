@@ -1,8 +1,8 @@
-"""The load of `bench.serve`: some streams at once, each asking again as soon as it has been answered.
+"""The load of `bench.serve`: several streams at once. Each sends its next request as soon as the last is answered.
 
-The same prompts go over HTTP to a service, or straight into an engine in the client's own process. Out come the
-moments at which text arrived; nothing is computed or parsed meanwhile but where an event ends, since the client shares
-the machine with what it measures.
+The same prompts go to a service over HTTP, or directly to an engine in the client's process. The result is the time at
+which each piece of text arrived. The client shares the machine with what it measures, so it parses nothing until the
+answer is complete.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.turns import Play
+from bench.turns import RunTurn
 from gptcore.engine import EngineSettings, Request
 from gptcore.engine.async_engine import AsyncEngine
 from gptcore.engine.engine import Engine
@@ -24,27 +24,27 @@ from gptcore.package import open_package
 from gptcore.sampling import SamplingParams
 
 READ_SECONDS = 600
-"""Without a byte from a service for so long, a request has failed."""
+"""A request fails if the service sends nothing for this long."""
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "lmnrst"]
 
 
 @dataclass(frozen=True)
 class Load:
-    """`concurrency` streams, each of `requests` one after the other; what a turn of any contestant is."""
+    """One turn of any contestant: `concurrency` streams, each of which sends `requests`, one after the other."""
 
     package: str
     concurrency: int
     requests: int
     prompt_tokens: int
     new_tokens: int
-    """On average: a request asks for half to one and a half times as many, so that streams fall out of step."""
+    """The average. A request asks for half to one and a half times as many, so streams fall out of step."""
     threads: int
     urls: dict[str, str] = field(default_factory=dict)
     """Where each service listens."""
 
     def ask(self, turn: int, stream: int, number: int) -> tuple[str, int]:
-        """The prompt and the length of one request; no two begin alike, and everyone is asked the same."""
+        """The prompt and the length of one request. No two prompts begin alike. All contestants get the same."""
         chooser = random.Random(f"{turn} {stream} {number}")
         prompt = " ".join(chooser.choices(WORDS, k=self.prompt_tokens // 2))  # a word is two tokens of bench.weights
         return prompt, chooser.randint((self.new_tokens + 1) // 2, self.new_tokens * 3 // 2)
@@ -52,7 +52,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Reply:
-    """One request: when it was sent, when text came, how many tokens, and what went wrong, if anything."""
+    """The result of one request: when it was sent, when text arrived, how many tokens, and the error, if any."""
 
     sent: float
     arrivals: list[float]
@@ -61,11 +61,11 @@ class Reply:
 
 
 Ask = Callable[[str, int], Awaitable[Reply]]
-"""(prompt, tokens) -> what came."""
+"""(prompt, tokens) -> the result of the request."""
 
 
 async def drive(load: Load, turn: int, ask: Ask) -> list[Reply]:
-    """One turn of the load."""
+    """Runs one turn of the load."""
 
     async def stream(number: int) -> list[Reply]:
         return [await ask(*load.ask(turn, number, i)) for i in range(load.requests)]
@@ -77,8 +77,8 @@ async def drive(load: Load, turn: int, ask: Ask) -> list[Reply]:
 # --- contestants ------------------------------------------------------------------------------------------------
 
 
-def open_service(load: Load, precision: str, name: str) -> tuple[Play, str]:
-    """A client of the service that listens at `load.urls[name]`; `precision` is what the service was started with."""
+def open_service(load: Load, precision: str, name: str) -> tuple[RunTurn, str]:
+    """Opens a client of the service at `load.urls[name]`. `precision` is the one that the service was started with."""
     import aiohttp
 
     url = f"{load.urls[name]}/generate"
@@ -106,18 +106,18 @@ def open_service(load: Load, precision: str, name: str) -> tuple[Play, str]:
 
 
 def read_reply(sent: float, arrivals: list[float], parts: list[bytes], tokens: int, status: int) -> Reply:
-    """What an event stream amounts to, once it has ended; anything but `tokens` tokens and [DONE] is an error."""
+    """Reads a complete event stream. It is an error unless it has `tokens` tokens and ends with [DONE]."""
     text = b"".join(parts)
     if status != 200 or not text.endswith(b"data: [DONE]\n\n"):
         return Reply(sent, arrivals, 0, f"status {status}: {text[-200:]!r}")
     came = json.loads(text.split(b"\n\n")[-3].removeprefix(b"data: "))["usage"]["completion_tokens"]
-    # The usage comes after the last text, alone or with it: it is no text.
+    # The usage follows the last text, in the same part or in its own. A part with only the usage is not text.
     times = arrivals[:-1] if len(parts) > 1 and b'"text"' not in parts[-1] else arrivals
-    return Reply(sent, times, came, "" if came == tokens else f"{came} tokens came, {tokens} were asked for")
+    return Reply(sent, times, came, "" if came == tokens else f"got {came} tokens, asked for {tokens}")
 
 
-def open_engine(load: Load, precision: str, settings: EngineSettings) -> tuple[Play, str]:
-    """The engine in this process, in its thread, asked from an event loop as a service asks it."""
+def open_engine(load: Load, precision: str, settings: EngineSettings) -> tuple[RunTurn, str]:
+    """Runs the engine in a thread of this process, called from an event loop as a service calls it."""
     runner = asyncio.Runner()
     package = open_package(Path(load.package), verify=False)
     engine = AsyncEngine(lambda: Engine(package, settings))
@@ -131,7 +131,7 @@ def open_engine(load: Load, precision: str, settings: EngineSettings) -> tuple[P
         async for update in engine.generate(request):
             if update.text or update.finish_reason:
                 arrivals.append(time.perf_counter())
-        error = "" if update.generated_tokens == tokens else f"{update.generated_tokens} of {tokens} tokens came"
+        error = "" if update.generated_tokens == tokens else f"got {update.generated_tokens} tokens, asked for {tokens}"
         return Reply(sent, arrivals, update.generated_tokens, error)
 
     return lambda: runner.run(drive(load, next(turns), ask)), f"{engine.info.runner}, {engine.info.dtype}"
@@ -141,7 +141,7 @@ def open_engine(load: Load, precision: str, settings: EngineSettings) -> tuple[P
 
 
 def tokens_per_second(replies: Sequence[Reply]) -> float:
-    """From the first request of a turn to the last text of it."""
+    """The rate from the first request of a turn to its last text."""
     good = [reply for reply in replies if reply.arrivals]
     if not good:
         return 0.0
@@ -149,12 +149,12 @@ def tokens_per_second(replies: Sequence[Reply]) -> float:
 
 
 def first_token_seconds(replies: Sequence[Reply]) -> list[float]:
-    """From sending to the first text, of each request."""
+    """Seconds from sending each request to its first text."""
     return [reply.arrivals[0] - reply.sent for reply in replies if reply.arrivals]
 
 
 def figures(turns: Sequence[Sequence[Reply]]) -> dict[str, Any]:
-    """Of all the turns of one contestant at one concurrency."""
+    """The figures of one contestant at one concurrency, over all turns."""
     replies = [reply for turn in turns for reply in turn]
     gaps = [b - a for r in replies for a, b in zip(r.arrivals, r.arrivals[1:], strict=False)]
     first, errors = first_token_seconds(replies), [reply.error for reply in replies if reply.error]
@@ -172,7 +172,7 @@ def figures(turns: Sequence[Sequence[Reply]]) -> dict[str, Any]:
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and 95th percentile, in milliseconds; {} of nothing."""
+    """Median and 95th percentile, in milliseconds; {} if there are no values."""
     if not seconds:
         return {}
     ordered = sorted(seconds)

@@ -33,7 +33,7 @@ from train_job.training.loop import Trainer
 
 Settings = Mapping[str, Any]
 Measured = Mapping[str, tuple[Device, Rates]]
-"""By family."""
+"""The device and its rates, for each family."""
 TRAINED: dict[str, tuple[Settings, int]] = {
     "quick": (dict(preset="quick"), 2048),
     "quick, twice as deep": (dict(preset="quick", num_layers=8), 2048),
@@ -41,22 +41,22 @@ TRAINED: dict[str, tuple[Settings, int]] = {
     "quick, GPT-2's vocabulary": (dict(preset="quick", num_layers=2), 50304),
     "gpt2 family, AdamW": (dict(preset="tiny", hidden_size=256, num_layers=6, context_length=256), 4096),
 }
-"""(settings, rows of the vocabulary) of models that are trained."""
+"""The models to train: (settings, vocabulary size)."""
 SERVED: dict[str, tuple[str, int]] = {
     "gpt2-124m, one sequence": ("gpt2-124m", 1),
     "gpt2-124m, four": ("gpt2-124m", 4),
     "foundry-124m, sixteen": ("foundry-124m", 16),
 }
-"""(preset, sequences) of models that decode."""
+"""The models that decode: (preset, sequences)."""
 SECONDS = 4.0
 WITHIN = 0.25
-"""How far a prediction may be off."""
+"""The largest relative error that a prediction may have."""
 PROMPT, NEW = 64, 48  # tokens
 VOCABULARY = 50257
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a line per model and the JSON line; 0 if every prediction is within a quarter of the truth, else 1."""
+    """Prints a line per model and the JSON line. Returns 0 if every prediction is within a quarter, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(rounds: int, trained: Sequence[str] = tuple(TRAINED), served: Sequence[str] = tuple(SERVED)) -> Settings:
-    """Predicted seconds over measured ones: for each model the median of the rounds."""
+    """For each model, predicted over measured seconds: the median of the rounds."""
     ratios: dict[str, list[float]] = {}
     for _ in range(rounds):
         rates = {family: measure_in_subprocess(family) for family in FAMILIES}
@@ -80,14 +80,14 @@ def measure(rounds: int, trained: Sequence[str] = tuple(TRAINED), served: Sequen
 
 
 def predict_training(rates: Measured, settings: Settings, vocabulary: int) -> float:
-    """Seconds per step by the plan."""
+    """The plan's prediction of the seconds per training step."""
     config = config_of(settings)
     work = workload(config.model_config(vocabulary), config.context)
     return training_step(config, work, *rates[work.model.family], 1).seconds
 
 
 def predict_serving(rates: Measured, preset: str, sequences: int) -> float:
-    """Seconds per decoding step by the plan."""
+    """The plan's prediction of the seconds per decoding step."""
     config = build_config(dict(preset=preset))
     work = workload(config.model_config(VOCABULARY), config.context)
     return decode_seconds(work, *rates[work.model.family], sequences, PROMPT + NEW / 2)
@@ -98,14 +98,14 @@ def config_of(settings: Settings) -> TrainConfig:
 
 
 def _in_a_process(name: str) -> float:
-    """Seconds per step of that model, in a process set up as a training worker's is."""
+    """Measures seconds per step of that model, in a process with a training worker's environment."""
     command = [sys.executable, "-m", "bench.plan", "one", name]
     ended = subprocess.run(command, env=os.environ | WORKER_ENV, capture_output=True, text=True, check=True)
     return float(ended.stdout.splitlines()[-1])
 
 
 def train(settings: Settings, vocabulary: int) -> float:
-    """Median seconds per step of the real loop, on random tokens."""
+    """Measures the median seconds per step of the real loop on random tokens."""
     config = config_of(settings)
     tokens, device = RandomTokens(vocabulary, 200_000), pick_device(config.device)
     torch.manual_seed(config.seed)
@@ -121,7 +121,7 @@ def train(settings: Settings, vocabulary: int) -> float:
 
 
 def serve(preset: str, sequences: int) -> float:
-    """Seconds per decoding step of the real engine."""
+    """Measures the seconds per decoding step of the real engine."""
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         return decode_times(random_package(Path(scratch) / "package", preset), sequences, PROMPT, NEW)[1]
 

@@ -1,8 +1,9 @@
 """Measures Ray's overhead: steady-state tokens/s of the job and of the bare loop, with the same config.
 
-`python -m bench.ray_overhead` starts both and lets them run in turn, with the other one's processes, including all of
-Ray's, suspended. So the drift of the machine's speed, which is larger than the overhead, affects both. Turns are long,
-since Ray catches up on missed timers after it is resumed. Each pair of turns gives a ratio; the median is reported.
+`python -m bench.ray_overhead` starts both and lets them run in turn. While one runs, all processes of the other one are
+suspended, including Ray's. The machine's speed drifts by more than the overhead, and this way the drift affects both.
+Turns are long, because Ray catches up on missed timers after it is resumed. Each pair of turns gives a ratio; the
+report has the median.
 """
 
 import argparse
@@ -31,16 +32,18 @@ from train_job.training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 20
-"""Log intervals before anything counts: by then the job's worker has imported MLflow and delivered its first points."""
+"""Log intervals of warm-up. By then the job's worker has imported MLflow and delivered its first points."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the ratio job / bare as JSON."""
+    """Measures, and prints the ratio job / bare as JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.ray_overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="builtin", help="corpus, as for train_job/run.py")
     parser.add_argument("--turns", type=int, default=6, help="turns of each")
     parser.add_argument("--seconds", type=float, default=25.0, help="length of a turn")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings in place of the default's")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change from their defaults"
+    )
     arguments = parser.parse_args(argv)
     try:
         changes = dict(map(parse_change, arguments.set))
@@ -79,7 +82,7 @@ Rates = Callable[[], list[float]]
 
 @contextlib.contextmanager
 def bare_loop(settings: dict[str, Any], home: Path) -> Iterator[tuple[psutil.Process, Rates]]:
-    """The loop in a process of its own, and its tokens/s in each log interval so far."""
+    """Runs the loop in its own process. The second value returns its tokens/s in each log interval so far."""
     command = [sys.executable, "-m", "bench.ray_overhead", "bare", json.dumps(settings | {"cache_dir": str(home)})]
     output = home / "bare.txt"
     with output.open("w") as file, running(command, WORKER_ENV, file) as process:
@@ -88,7 +91,7 @@ def bare_loop(settings: dict[str, Any], home: Path) -> Iterator[tuple[psutil.Pro
 
 @contextlib.contextmanager
 def ray_job(settings: dict[str, Any], home: Path) -> Iterator[tuple[psutil.Process, Rates]]:
-    """The job as a user starts it, and the tokens/s that it has put into its spool so far."""
+    """Runs the job as a user starts it. The second value returns the tokens/s in its spool so far."""
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     env = {"GPT_FOUNDRY_HOME": str(home), "RAY_ADDRESS": "local", "MLFLOW_TRACKING_URI": ""}
     spool = home / "runs" / "measured" / "spool" / "lines.jsonl"
@@ -105,7 +108,7 @@ def ray_job(settings: dict[str, Any], home: Path) -> Iterator[tuple[psutil.Proce
 
 @contextlib.contextmanager
 def running(command: list[str], env: dict[str, str], output: Any) -> Iterator[psutil.Process]:
-    """A process that is killed with all its children at the end. What it says on stderr is shown as it comes."""
+    """Starts a process, and kills it with all its children at the end. Its stderr is shown as it comes."""
     child = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=output)
     process = psutil.Process(child.pid)
     try:
@@ -123,7 +126,7 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def await_warm_up(process: psutil.Process, rates: Rates) -> None:
-    """Returns once enough intervals are behind it."""
+    """Waits until the process has finished its warm-up intervals."""
     while len(rates()) < WARM_UP:
         if process.status() == psutil.STATUS_ZOMBIE:
             raise SystemExit(f"{' '.join(process.cmdline()) or 'the process'} ended before it was measured")
@@ -131,16 +134,17 @@ def await_warm_up(process: psutil.Process, rates: Rates) -> None:
 
 
 def pause(process: psutil.Process) -> None:
-    """Stops it and all its descendants where they are."""
+    """Suspends the process and all its descendants."""
     for one in family(process):
         one.suspend()
 
 
 def turn(process: psutil.Process, rates: Rates, seconds: float) -> float:
-    """Lets it run for a while; its tokens/s over the intervals that ended meanwhile, but the one the pause fell into.
+    """Resumes the process for some seconds. Returns its tokens/s over the intervals that ended in that time.
 
-    On a busy machine it runs until there is such an interval. All intervals have as many tokens, so their harmonic mean
-    is the tokens over the time.
+    The first of these intervals contains the pause and does not count. If no other one has ended, as on a busy machine,
+    the process runs on until one has. All intervals have the same number of tokens, so the harmonic mean of their rates
+    is the total tokens over the total time.
     """
     before = len(rates())
     for one in family(process):
@@ -153,7 +157,7 @@ def turn(process: psutil.Process, rates: Rates, seconds: float) -> float:
 
 
 def print_bare(settings: dict[str, Any]) -> None:
-    """The loop's rate at every log interval, a line each."""
+    """Trains, and prints the tokens/s of every log interval, one per line."""
     config = build_config(settings)
     inputs = prepare_inputs(config)
     trainer = Trainer(

@@ -1,9 +1,10 @@
 """Compares the service's speed with the engine's: `python -m bench.serve --concurrency 1 4 16`.
 
-Starts the service as `serve run` does (own Ray, loopback, free port), and a simple app around transformers' generate.
-Sends the same requests in turn to both, and to the engine alone in a client's process:
-streams of greedy text, random weights of the preset, no token ends a text. Tokens per second, time to the first text
-and between texts as the client sees them. Nothing else should run meanwhile. One JSON line last.
+Starts the service with `serve run` (its own Ray, loopback, a free port), and a simple app around transformers'
+`generate`. Sends the same requests in turn to both, and to the engine alone in a client's process. The model has the
+preset's shape and random weights; decoding is greedy and no token ends a text. It reports tokens per second, the time
+to the first text and the time between texts, as the client sees them. Run nothing else at the same time. It prints one
+JSON line last.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import IO, Any
 
 from bench.decode import machine
 from bench.load import Load, Reply, figures, first_token_seconds, open_engine, open_service, tokens_per_second
-from bench.turns import Contestant, Results, cores, median_ratio, play_in_turn
+from bench.turns import Contestant, Results, cores, median_ratio, run_in_turn
 from bench.weights import random_package
 from gptcore.engine import EngineSettings
 from gptcore.errors import FoundryError
@@ -34,13 +35,13 @@ from gptcore.package import describe
 SERVICE, ENGINE, NAIVE = "service", "engine", "naive"
 START_SECONDS, STOP_SECONDS = 300, 60
 TARGETS = {"of_engine": 0.85, "first_token_added_ms": 15.0, "of_naive": 4.0}
-"""At 16 streams: at least, at most, at least."""
+"""At 16 streams: at least, at most and at least these values."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a table and the JSON line; 1 if a request failed, 2 for bad input."""
+    """Prints a table and the JSON line. Returns 1 if a request failed, 2 for bad input."""
     arguments = parse(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is stopped
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the services are stopped
     try:
         with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
             report = measure(arguments, Path(scratch))
@@ -56,18 +57,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="gpt2-124m", help="shape of the model")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16], help="streams at once")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="everyone's precision")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="precision of every contestant"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128, help="mean length of an answer")
-    parser.add_argument("--requests", type=int, default=1, help="requests of a stream in a turn, one after the other")
-    parser.add_argument("--turns", type=int, default=3, help="rounds that count; one more warms up")
+    parser.add_argument("--requests", type=int, default=1, help="requests per stream in a turn, one after the other")
+    parser.add_argument("--turns", type=int, default=3, help="rounds that count, after one for warm-up")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of every contestant")
-    parser.add_argument("--no-naive", action="store_true", help="leave the app around transformers out")
+    parser.add_argument("--no-naive", action="store_true", help="do not measure the app around transformers")
     return parser.parse_args(argv)
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """The whole report."""
+    """Measures everything, and returns the report."""
     package = random_package(scratch / "package", arguments.preset)
     hardware = machine(arguments.threads, "cpu")
     load = Load(
@@ -102,7 +105,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def measure_level(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The contestants in turn at one concurrency."""
+    """Measures the contestants in turn at one concurrency."""
     settings = EngineSettings(dtype=arguments.dtype, device="cpu", threads=load.threads)
     contestants = [
         Contestant(ENGINE, arguments.dtype, functools.partial(open_engine, settings=settings)),
@@ -111,7 +114,7 @@ def measure_level(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
             for name in load.urls
         ),
     ]
-    results = play_in_turn(contestants, load, arguments.turns)
+    results = run_in_turn(contestants, load, arguments.turns)
     found = {c.name: figures(results.turns[c.label]) for c in contestants if c.label in results.turns}
     compared = compare(results, {c.name: c.label for c in contestants if c.label in results.turns})
     print_level(load.concurrency, found, compared)
@@ -119,10 +122,10 @@ def measure_level(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(results: Results, labels: dict[str, str]) -> dict[str, float]:
-    """The service beside the others, round by round: shares are medians of ratios, the delay one of differences."""
+    """Compares the service with the others, round by round. Shares are medians of ratios, the delay of differences."""
     turns: dict[str, list[list[Reply]]] = {name: results.turns[label] for name, label in labels.items()}
     rates = {name: list(map(tokens_per_second, of)) for name, of in turns.items()}
-    turns = {name: of for name, of in turns.items() if all(rates[name])}  # nothing can be said of one that failed
+    turns = {name: of for name, of in turns.items() if all(rates[name])}  # without those that failed
     compared: dict[str, float] = {}
     if SERVICE in turns and ENGINE in turns:
         compared["of_engine"] = round(median_ratio(rates[SERVICE], rates[ENGINE]), 3)
@@ -137,7 +140,7 @@ def compare(results: Results, labels: dict[str, str]) -> dict[str, float]:
 
 
 def print_level(concurrency: int, found: dict[str, dict[str, Any]], compared: dict[str, float]) -> None:
-    """For people."""
+    """Prints the table of one concurrency."""
     print(f"\n{concurrency} streams   tokens/s  requests/s   first text ms     between texts ms   errors")
     for name, one in found.items():
         first, between = one["first_token_ms"], one["between_tokens_ms"]
@@ -154,7 +157,7 @@ def print_level(concurrency: int, found: dict[str, dict[str, Any]], compared: di
 
 @contextlib.contextmanager
 def service(load: Load, dtype: str, scratch: Path) -> Iterator[str]:
-    """The service as a user starts it, with a Ray of its own; its address."""
+    """Starts the service as a user does, with its own Ray. Yields its address."""
     port = free_port()
     settings = dict(model=load.package, dtype=dtype, device="cpu", threads=load.threads, port=port, log_level="warning")
     command = [str(Path(sys.executable).with_name("serve")), "run", "serve_app:build_app"]
@@ -166,7 +169,7 @@ def service(load: Load, dtype: str, scratch: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def naive_service(load: Load, dtype: str, scratch: Path) -> Iterator[str]:
-    """`bench.peers.naive_service` around the same package; its address."""
+    """Starts `bench.peers.naive_service` with the same package. Yields its address."""
     port = free_port()
     command = [sys.executable, "-m", "bench.peers.naive_service", load.package]
     command += ["--port", str(port), "--dtype", dtype, "--threads", str(load.threads)]
@@ -176,7 +179,7 @@ def naive_service(load: Load, dtype: str, scratch: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def running(command: Sequence[str], environment: dict[str, str], port: int, output: Path) -> Iterator[str]:
-    """A server from when it is ready until the block ends; SystemExit, with what it wrote, if it never is."""
+    """Starts a server, and yields its address once it is ready. Raises SystemExit with its output if it never is."""
     with output.open("w+") as file:
         process = subprocess.Popen(
             command, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, process_group=0
@@ -195,7 +198,7 @@ def running(command: Sequence[str], environment: dict[str, str], port: int, outp
 
 
 def await_ready(url: str, process: subprocess.Popen[bytes], output: IO[str]) -> None:
-    """Returns once `url` answers at /ready."""
+    """Waits until `url` answers at /ready."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/ready", timeout=5):
@@ -208,7 +211,7 @@ def await_ready(url: str, process: subprocess.Popen[bytes], output: IO[str]) -> 
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,7 +1,8 @@
-"""Measures startup time: a run of twenty steps, `serve run` until it is ready, a mistyped flag.
+"""Measures startup times: a run of twenty steps, `serve run` until it is ready, and a mistyped flag.
 
-`python -m bench.startup` runs each several times as a user would, prints the phases of the fastest as tables, and one
-JSON line last. A phase begins when a function of the job is entered, or when a process of Ray's appears.
+`python -m bench.startup` runs each of them several times as a user would. It prints a table with the phases of the
+fastest try of each, and one JSON line last. A phase begins when a function of the job is entered, or when one of Ray's
+processes appears.
 """
 
 import argparse
@@ -27,37 +28,37 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 Marks = list[tuple[str, float]]
-"""What begins, and when, in seconds since the process was started."""
-FIRST = "Python and what the command imports"
+"""(phase, when it began in seconds since the process was started)."""
+FIRST = "Python starts, and the command's imports"
 TRACED_FUNCTIONS = (
-    ("train_job.run", "begin", "flags, the imports of MLflow and Ray, the text and its tokens"),
+    ("train_job.run", "begin", "flags are read, MLflow and Ray imported, the text tokenised"),
     ("ray", "init", "Ray starts"),
     ("train_job.session.session", "open_session", "MLflow's run is opened"),
     ("train_job.cluster.training", "Training.introduce", "the plan is printed"),
-    ("train_job.cluster.training", "torch_trainer", "Ray Train: a controller, a worker, both of which import torch"),
+    ("train_job.cluster.training", "torch_trainer", "Ray Train starts a controller and a worker; both import torch"),
     ("train_job.session.finish", "build", "the package is written"),
-    ("train_job.session.finish", "_figures", "figures"),
-    ("train_job.tracking.registry", "publish", "the version is registered and tried"),
-    ("train_job.session.finish", "show", "a sample, the summary"),
+    ("train_job.session.finish", "_figures", "figures are drawn"),
+    ("train_job.tracking.registry", "publish", "the version is registered and tested"),
+    ("train_job.session.finish", "show", "the sample and the summary are printed"),
     ("train_job.session.finish", "close", "MLflow's run is closed"),
     ("ray", "shutdown", "Ray ends"),
 )
-"""Functions of the job, and the phase that begins when each is first entered."""
+"""(module, function, the phase that begins when the function is first entered)."""
 EVENTS = {"Started": "20 steps, an evaluation, a checkpoint", "Finished": "Ray Train ends"}
-"""Events of the worker, which reach the driver within a second, and the phase that each begins."""
+"""The worker's events and the phase that each one begins. Events reach the driver within a second."""
 PROCESSES = (
     ("gcs_server", "Ray starts"),
     ("ServeController", "Serve's controller starts"),
     ("ServeReplica", "a replica starts, imports, loads the model, warms it up; the front starts"),
 )
-"""Names of Ray's processes, and the phase that begins when each appears."""
+"""(name of one of Ray's processes, the phase that begins when it appears)."""
 READY_SECONDS = 300
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints tables and a JSON line."""
+    """Measures, and prints tables and a JSON line."""
     parser = argparse.ArgumentParser(prog="python -m bench.startup", description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=3, help="how often each is done; the fastest counts")
+    parser.add_argument("--times", type=int, default=3, help="how often each is run; the fastest try counts")
     parser.add_argument("--steps", type=int, default=20, help="steps of the run")
     arguments = parser.parse_args(argv)
     load = os.getloadavg()[0]
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def phases(marks: Marks) -> dict[str, float]:
-    """Seconds of each phase, in order; the last mark is the end."""
+    """The seconds of each phase, in order. The last mark is the end."""
     seconds: dict[str, float] = {}
     for (phase, begun), (_, ended) in itertools.pairwise(marks):
         seconds[phase] = round(seconds.get(phase, 0.0) + ended - begun, 2)
@@ -91,13 +92,13 @@ def phases(marks: Marks) -> dict[str, float]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """A user's, with a Ray and an MLflow of one's own."""
+    """The user's environment, but with a separate Ray and MLflow."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("GPT_", "MLFLOW_", "RAY_"))}
     return kept | {"GPT_FOUNDRY_HOME": str(home), "RAY_ADDRESS": "local"}
 
 
 def run(home: Path, *flags: str, code: int = 0) -> Marks:
-    """`train_job/run.py` with these flags; raises RuntimeError if it ends with another code."""
+    """Runs `train_job/run.py` with these flags. Raises RuntimeError if its exit code is not `code`."""
     file = home / "marks.json"
     file.write_text("[]")
     begun = time.time()
@@ -111,7 +112,7 @@ def run(home: Path, *flags: str, code: int = 0) -> Marks:
 
 
 def traced(file: Path, flags: list[str]) -> int:
-    """The job in this process; writes when each phase began, in seconds since 1970."""
+    """Runs the job in this process, and writes to `file` when each phase began, in seconds since 1970."""
     marks: Marks = []
 
     def mark(phase: str) -> None:
@@ -141,7 +142,7 @@ def traced(file: Path, flags: list[str]) -> int:
     def executed(self: TrainingJob) -> int:
         from train_job.cluster.training import Training
 
-        trace_functions(lambda module: module != "train_job.run")  # what the job itself imports only now
+        trace_functions(lambda module: module != "train_job.run")  # modules that the job imports only now
         show = Training._show
 
         def shown(self: Training, events: list[Any]) -> list[Any]:
@@ -156,13 +157,13 @@ def traced(file: Path, flags: list[str]) -> int:
     trace_functions(lambda module: module == "train_job.run")
     TrainingJob.execute = executed  # type: ignore[method-assign]
     code = job(flags)
-    mark("Python ends" if code == 0 else "the error is said")
+    mark("Python ends" if code == 0 else "the error is printed")
     file.write_text(json.dumps(marks))
     return code
 
 
 def serve(home: Path, package: Path) -> Marks:
-    """`serve run serve_app:app` with a package, until it is ready. Raises RuntimeError if it does not become so."""
+    """Runs `serve run serve_app:app` with a package until it is ready. Raises RuntimeError if it never is."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -186,7 +187,7 @@ def serve(home: Path, package: Path) -> Marks:
 
 
 def appeared(pid: int) -> Iterator[tuple[str, float]]:
-    """The phases whose process is there, and since when."""
+    """The phases whose process exists, and when that process started, in seconds since 1970."""
     with contextlib.suppress(psutil.Error):
         named = [(process, " ".join(process.cmdline())) for process in psutil.Process(pid).children(recursive=True)]
         for name, phase in PROCESSES:

@@ -1,8 +1,9 @@
-"""Time of the bare loop to a given quality: `python -m bench.time_to_quality --data FILE --bpb 2.1203`.
+"""Measures how long the bare loop takes to a given quality: `python -m bench.time_to_quality --data FILE --bpb 2.1203`.
 
-The figure to beat is nanoGPT's: 1.4697 nats per character on tiny Shakespeare's last tenth, which is 2.1203 bits per
-byte, after 180 s on one A100; and 2.712 bits per byte is its CPU recipe's. torch alone, no Ray. The clock counts
-training steps from the first one on; evaluations stand beside it. Settings can be overridden as in train_job/run.py.
+The figures to beat are nanoGPT's, on the last tenth of tiny Shakespeare: 1.4697 nats per character, which is 2.1203
+bits per byte, after 180 s on one A100, and 2.712 bits per byte with its CPU recipe. torch alone, no Ray. The clock
+counts training steps only; the time of evaluations is reported separately. `--set` overrides settings as in
+train_job/run.py.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from train_job.training.events import Evaluation, Progress
 from train_job.training.hardware import WORKER_ENV
 from train_job.training.loop import Trainer
 
-# The first recipe that is good enough for the target is run: (bits per byte it comes to, settings).
+# (bits per byte that the recipe reaches, settings). The first recipe that reaches the target is run.
 RECIPES: list[tuple[float, dict[str, Any]]] = [
     (2.69, dict(hidden_size=128, tokenizer="bpe:1024", max_steps=80, eval_interval=80)),
     (2.11, dict(max_steps=330, eval_interval=330)),
@@ -32,11 +33,13 @@ RECIPES: list[tuple[float, dict[str, Any]]] = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains until the target is met; 0 if it was, 1 if not, 2 for bad input."""
+    """Trains until the target is met. Returns 0 if it was, 1 if not, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m bench.time_to_quality", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="shakespeare", help="corpus, as for train_job/run.py")
     parser.add_argument("--bpb", type=float, default=2.1203, help="validation bits per byte to reach")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings in place of the recipe's")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change from the recipe's"
+    )
     arguments = parser.parse_args(argv)
     try:
         if not 0 < arguments.bpb < math.inf:
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_change(item: str) -> tuple[str, str]:
-    """`KEY=VALUE` as a pair. Raises ConfigError if it is none."""
+    """Splits `KEY=VALUE` into a pair. Raises ConfigError if there is no `=`."""
     key, equals, value = item.partition("=")
     if not equals:
         raise ConfigError(f"--set has {item!r}; expected KEY=VALUE, such as max_steps=100")
@@ -62,7 +65,7 @@ def parse_change(item: str) -> tuple[str, str]:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Runs the loop; the last evaluation and the seconds until it."""
+    """Runs the loop. Returns the last evaluation and the seconds until it."""
     config = build_config(settings)
     inputs = prepare_inputs(config)
     model = build_model(config, inputs.model)
@@ -90,7 +93,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if not os.environ.keys() >= WORKER_ENV.keys():  # as a training worker is started
+    if not os.environ.keys() >= WORKER_ENV.keys():  # the environment of a training worker
         again = [sys.executable, "-m", "bench.time_to_quality", *sys.argv[1:]]
         os.execve(sys.executable, again, os.environ | WORKER_ENV)
     sys.exit(main())

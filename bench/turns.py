@@ -1,8 +1,8 @@
-"""Contestants measured in turn: A B C A B C …, each in a process of its own, all on the same number of threads.
+"""Measures contestants in turn: A B C A B C …, each in its own process, all with the same number of threads.
 
-A machine's speed drifts, so what is compared runs close together and a ratio is the median over the turns. Processes
-keep one library's threads from spinning while another is measured. A contestant that cannot take part (not installed,
-unsupported here) is left out by name, with the reason.
+A machine's speed drifts. So compared contestants run close together, and a ratio is the median over the turns. Separate
+processes keep one library's threads from spinning while another one is measured. A contestant that cannot run here (not
+installed, unsupported) is skipped, and reported with the reason.
 """
 
 import importlib.util
@@ -19,28 +19,29 @@ from typing import Any, Protocol
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-Play = Callable[[], Any]
-"""Plays one turn and returns what was measured."""
+RunTurn = Callable[[], Any]
+"""Runs one turn and returns what it measured."""
 
 
 class Task(Protocol):
-    """What is asked of everyone; it travels to their processes."""
+    """The task of every contestant. It is sent to their processes."""
 
     @property
     def threads(self) -> int:
-        """CPU threads that each may compute with."""
+        """CPU threads per contestant."""
         ...
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name for the report, what it computes in, what it needs installed, and how it is opened (in its process)."""
+    """One of the things that are compared: its name in the report, its precision, and how its process opens it."""
 
     name: str
     precision: str
-    open: Callable[[Any, str], tuple[Play, str]]
-    """(task, precision) -> (play, a note for the report). Raises Unsupported if it cannot be done here."""
+    open: Callable[[Any, str], tuple[RunTurn, str]]
+    """(task, precision) -> (run_turn, a note for the report). Raises Unsupported if it cannot run here."""
     needs: tuple[str, ...] = ()
+    """Modules that must be installed."""
 
     @property
     def label(self) -> str:
@@ -53,18 +54,18 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Results:
-    """Of each label: its turns, a note about it, or why it did not take part."""
+    """For each label: its turns and a note about it, or why it is absent."""
 
     turns: dict[str, list[Any]]
     notes: dict[str, str]
     absent: dict[str, str]
 
 
-def play_in_turn(contestants: Sequence[Contestant], task: Task, turns: int) -> Results:
-    """Plays one warm-up turn of each, which is thrown away, then `turns` rounds of all of them."""
+def run_in_turn(contestants: Sequence[Contestant], task: Task, turns: int) -> Results:
+    """Runs one warm-up turn of each contestant, which does not count, then `turns` rounds."""
     results = Results({}, {}, {})
     with ExitStack() as stack:
-        players: dict[str, Connection] = {}
+        connections: dict[str, Connection] = {}
         for contestant in contestants:
             missing = [name for name in contestant.needs if importlib.util.find_spec(name) is None]
             if missing:
@@ -75,13 +76,13 @@ def play_in_turn(contestants: Sequence[Contestant], task: Task, turns: int) -> R
             if kind == "absent":
                 results.absent[contestant.label] = value
                 continue
-            players[contestant.label], results.notes[contestant.label] = connection, value
+            connections[contestant.label], results.notes[contestant.label] = connection, value
         for number in range(turns + 1):
             for contestant in contestants:
-                if contestant.label not in players:
+                if contestant.label not in connections:
                     continue
-                players[contestant.label].send("turn")
-                _, turn = _receive(players[contestant.label], contestant)
+                connections[contestant.label].send("turn")
+                _, turn = _receive(connections[contestant.label], contestant)
                 if number:
                     results.turns.setdefault(contestant.label, []).append(turn)
     return results
@@ -109,11 +110,11 @@ def _receive(connection: Connection, contestant: Contestant) -> tuple[str, Any]:
 
 @contextmanager
 def _process(contestant: Contestant, task: Task) -> Iterator[Connection]:
-    """A process that has opened `contestant`; it ends when the connection closes."""
+    """Starts a process that opens `contestant`, and yields the connection to it. The process ends with the block."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     with _environment({name: str(task.threads) for name in THREAD_VARIABLES}):
-        process = context.Process(target=_play, args=(there, contestant, task), daemon=True)
+        process = context.Process(target=_run_child, args=(there, contestant, task), daemon=True)
         process.start()
     there.close()
     try:
@@ -127,7 +128,7 @@ def _process(contestant: Contestant, task: Task) -> Iterator[Connection]:
 
 @contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """The environment with `changes`, for a child to inherit; restored afterwards."""
+    """Changes the environment for a child to inherit, and restores it afterwards."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -137,13 +138,13 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _play(connection: Connection, contestant: Contestant, task: Task) -> None:
-    """The child: opens the contestant, then a turn for each message, until the parent hangs up."""
+def _run_child(connection: Connection, contestant: Contestant, task: Task) -> None:
+    """Runs in the child: opens the contestant, then runs a turn per message until the connection is closed."""
     try:
-        play, note = contestant.open(task, contestant.precision)
+        run_turn, note = contestant.open(task, contestant.precision)
         connection.send(("ready", note))
         while connection.recv():
-            connection.send(("turn", play()))
+            connection.send(("turn", run_turn()))
     except Unsupported as error:
         connection.send(("absent", str(error)))
     except EOFError:

@@ -1,7 +1,7 @@
-"""A model package to measure with: a preset's shape, seeded random weights, and a vocabulary of GPT-2's size.
+"""Makes a model package for benchmarks: a preset's shape, seeded random weights, a vocabulary of GPT-2's size.
 
-Speed does not depend on what a model has learned, so nothing is downloaded. The weights are numbers that bf16 can
-hold, so that a contestant in bf16 and one in fp32 compute with the same ones.
+Speed does not depend on what a model has learned, so nothing is downloaded. bf16 can represent all the weights exactly,
+so contestants in bf16 and in fp32 compute with the same weights.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ GPT2_VOCAB_SIZE = 50257
 
 
 def random_package(folder: Path, preset: str, vocab_size: int = GPT2_VOCAB_SIZE, seed: int = 0) -> Package:
-    """Saves and opens a package of `preset` with random weights, equal for equal arguments.
+    """Saves and opens a package of `preset` with random weights. The same arguments give the same weights.
 
     Raises ConfigError for an unknown preset.
     """
@@ -29,7 +29,7 @@ def random_package(folder: Path, preset: str, vocab_size: int = GPT2_VOCAB_SIZE,
     state = {}
     for name, like in empty_model(config).state_dict().items():
         frozen = name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) and not config.qkv_bias
-        # Each layer's output is about as large as its input, so that attention and MLP sway the greedy choice.
+        # Each layer's output is about as large as its input, so attention and MLP affect the greedy choice.
         std = like.size(1) ** -0.5 if name.endswith("proj.weight") else 0.0 if frozen else 0.02
         tensor = torch.empty(like.shape).normal_(std=std, generator=generator) if std else torch.zeros(like.shape)
         gain = "norm" in name and name.endswith("weight")
@@ -38,9 +38,9 @@ def random_package(folder: Path, preset: str, vocab_size: int = GPT2_VOCAB_SIZE,
 
 
 def made_up_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> Tokenizer:
-    """A byte-level BPE with `vocab_size` tokens that was learned from nothing and needs no download.
+    """A byte-level BPE with `vocab_size` made-up tokens, which needs no download.
 
-    Most tokens are whole characters, so that text streams as it does with a real vocabulary.
+    Most tokens are whole characters, so text streams as it does with a real vocabulary.
     """
     tokens = [bytes([b]) for b in range(256)]
     tokens += islice(_made_up_words(), vocab_size - len(tokens) - 1)
@@ -50,9 +50,9 @@ def made_up_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> Tokenizer:
 
 
 def _made_up_words() -> Iterator[bytes]:
-    """Pairs of ASCII characters, then characters of two bytes, then an ASCII character with one of those.
+    """Pairs of ASCII characters, then characters of two bytes, then pairs of a two-byte and an ASCII character.
 
-    Each is the merge of two tokens before it.
+    Each is the merge of two earlier tokens.
     """
     ascii_characters = [bytes([b]) for b in range(0x20, 0x7F)]
     two_bytes = [chr(c).encode() for c in range(0x80, 0x800)]

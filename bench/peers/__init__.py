@@ -1,6 +1,6 @@
-"""The engines that ours is measured beside, each with the same weights: a contestant of `bench.turns` per module.
+"""The engines that ours is compared with, on the same weights. Each module has one contestant of `bench.turns`.
 
-A module imports its library only when opened, so that one that is not installed is reported and not needed.
+A module imports its library only when the contestant is opened. So a library that is not installed is only reported.
 """
 
 from bench.peers.ctranslate2 import open_ctranslate2
@@ -20,11 +20,11 @@ PEERS = [
     Contestant("CTranslate2", "int8", open_ctranslate2, CTRANSLATE2),
     Contestant("llama.cpp", "bfloat16", open_llama_cpp, LLAMA_CPP),
 ]
-"""At every precision that they are measured in."""
+"""Every engine in every precision that it is measured in."""
 
 REFERENCES = [
     Contestant("transformers", "float32", open_transformers, TRANSFORMERS),
     Contestant("CTranslate2", "float32", open_ctranslate2, CTRANSLATE2),
     Contestant("llama.cpp", "float32", open_llama_cpp, LLAMA_CPP),
 ]
-"""In fp32, where greedy text must agree if the weights are the same."""
+"""The engines in fp32: if the weights are the same, their greedy text must agree."""

@@ -1,4 +1,4 @@
-"""CTranslate2's generator, on the package as its own converter reads it."""
+"""Measures CTranslate2's generator. Its own converter reads the package."""
 
 import json
 import time
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.task import DecodeTask, DecodeTurn
-from bench.turns import Play, Unsupported
+from bench.turns import RunTurn, Unsupported
 from gptcore.tokenizer import EOT
 
 
-def open_ctranslate2(task: DecodeTask, precision: str) -> tuple[Play, str]:
-    """Converts the package once per scratch folder; weights are cast or quantised while they load."""
+def open_ctranslate2(task: DecodeTask, precision: str) -> tuple[RunTurn, str]:
+    """Converts the package once per scratch folder, and opens it. Weights are cast or quantised as they load."""
     import ctranslate2
 
     if task.device != "cpu":
@@ -28,7 +28,7 @@ def open_ctranslate2(task: DecodeTask, precision: str) -> tuple[Play, str]:
     names = _vocabulary(task.package)
     prompts = [[names[token] for token in prompt] for prompt in task.prompts()]
 
-    def play() -> DecodeTurn:
+    def run_turn() -> DecodeTurn:
         first = 0.0
 
         def note_first(_: Any) -> bool:
@@ -41,7 +41,7 @@ def open_ctranslate2(task: DecodeTask, precision: str) -> tuple[Play, str]:
             prompts,
             max_length=task.new_tokens,
             min_length=task.new_tokens,  # no token ends a text
-            include_prompt_in_result=False,  # the prompt in one pass
+            include_prompt_in_result=False,  # then the prompt runs in one pass
             sampling_topk=1,
             callback=note_first,
         )
@@ -49,7 +49,7 @@ def open_ctranslate2(task: DecodeTask, precision: str) -> tuple[Play, str]:
         tokens = [result.sequences_ids[0] for result in results]
         return DecodeTurn(first - start, end - first, tokens, task.batch * (task.new_tokens - 1))
 
-    return play, f"CTranslate2 {ctranslate2.__version__}, compute type {generator.compute_type}"
+    return run_turn, f"CTranslate2 {ctranslate2.__version__}, compute type {generator.compute_type}"
 
 
 def _convert(package: str, folder: Path) -> None:
@@ -59,14 +59,14 @@ def _convert(package: str, folder: Path) -> None:
 
     transformers.logging.disable_progress_bar()
     ctranslate2.converters.TransformersConverter(package).convert(str(folder))
-    # Its loader wants a name for the unknown token, which a byte-level vocabulary has no use for.
+    # Its loader requires an unknown token, which a byte-level vocabulary does not have.
     file = folder / "config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({name: EOT if name == "unk_token" else value for name, value in settings.items()}))
 
 
 def _vocabulary(package: str) -> list[str]:
-    """How the tokens are spelt, in the order of their ids: CTranslate2 takes prompts as strings."""
+    """The tokens as strings, in the order of their ids, because CTranslate2 takes prompts as strings."""
     from transformers import AutoTokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(package).get_vocab()

@@ -1,6 +1,6 @@
-"""A model package as the GGUF file that llama.cpp reads, written with the `gguf` package.
+"""Writes a model package as a GGUF file, which llama.cpp reads, with the `gguf` package.
 
-Token ids go in and out as they are, so the file carries no vocabulary, only its size.
+Prompts and answers are token ids, so the file has no vocabulary, only its size.
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ def write_gguf(package: Path, file: Path, precision: str) -> None:
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise ValueError(f"llama.cpp has no name for {name}")
-        # GPT-2's `c_` matrices lie transposed in the published layout.
+        # GPT-2's `c_` matrices are transposed in the published layout.
         matrix = tensor.t() if config.family == "gpt2" and ".c_" in name and tensor.ndim == 2 else tensor
         lower = precision == "bfloat16" and tensor.ndim == 2 and not stored.startswith("position_embd")
         values = np.ascontiguousarray(matrix.float().numpy())

@@ -1,5 +1,7 @@
-"""llama.cpp through llama-cpp-python's low-level calls, batched as its own batched-bench does: one token of every
-sequence in one `llama_batch` per step. The likeliest token is taken by numpy, which costs less than its sampler.
+"""Measures llama.cpp through llama-cpp-python's low-level calls.
+
+It batches as llama.cpp's own batched-bench does: each step is one `llama_batch` with one token of every sequence. numpy
+picks the likeliest token, which is cheaper than llama.cpp's sampler.
 """
 
 import ctypes
@@ -11,13 +13,13 @@ import numpy as np
 
 from bench.peers.gguf_file import write_gguf
 from bench.peers.task import DecodeTask, DecodeTurn
-from bench.turns import Play, Unsupported
+from bench.turns import RunTurn, Unsupported
 
 PHYSICAL_BATCH = 512
 """Prompt tokens per pass; llama.cpp's default."""
 
 
-def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[Play, str]:
+def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[RunTurn, str]:
     """Writes the package as GGUF once per precision and scratch folder, and opens it."""
     import llama_cpp
 
@@ -28,7 +30,7 @@ def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[Play, str]:
         write_gguf(Path(task.package), file, precision)
     decoder = Decoder(llama_cpp, file, task)
 
-    def play() -> DecodeTurn:
+    def run_turn() -> DecodeTurn:
         decoder.clear()
         start = time.perf_counter()
         last = decoder.prefill(task.prompts())
@@ -41,7 +43,7 @@ def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[Play, str]:
         sequences = np.stack(tokens, axis=1).tolist()  # (batch, new_tokens)
         return DecodeTurn(first - start, end - first, sequences, task.batch * (task.new_tokens - 1))
 
-    return play, f"llama.cpp by llama-cpp-python {llama_cpp.__version__}, {precision} weights, f16 cache"
+    return run_turn, f"llama.cpp by llama-cpp-python {llama_cpp.__version__}, {precision} weights, f16 cache"
 
 
 class Decoder:
@@ -62,7 +64,7 @@ class Decoder:
         settings.n_threads = settings.n_threads_batch = task.threads
         self.context = library.llama_init_from_model(self.model, settings)
         if not self.context:
-            raise Unsupported("llama.cpp gives no context of the size that is needed")
+            raise Unsupported("llama.cpp cannot create a context of the required size")
         self.batch = library.llama_batch_init(settings.n_batch, 0, 1)
         self.vocab_size = task.vocab_size
 
@@ -79,7 +81,7 @@ class Decoder:
         return self._run(len(prompts))
 
     def decode(self, tokens: np.ndarray, position: int) -> np.ndarray:
-        """The token after `tokens` (batch,), which stand at `position` of their sequences."""
+        """The token after each of `tokens` (batch,), which are at `position` of their sequences."""
         self.batch.n_tokens = 0
         for sequence, token in enumerate(tokens):
             self._put(int(token), position, sequence, wanted=True)

@@ -1,8 +1,8 @@
 """A simple service for comparison: FastAPI, transformers' generate in a thread, its streamer, a lock.
 
-`python -m bench.peers.naive_service PACKAGE --port 8001 --dtype bfloat16`. Requests are answered one after the other:
-without the lock, threads that generate at once only take each other's cores. It answers `POST /generate` in the form
-of ours, as far as `bench.serve` asks.
+`python -m bench.peers.naive_service PACKAGE --port 8001 --dtype bfloat16`. It answers one request at a time,
+because threads that generate at the same time only compete for the cores. `POST /generate` has the parts of our
+service's interface that `bench.serve` uses.
 """
 
 import argparse

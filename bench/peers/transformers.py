@@ -1,4 +1,4 @@
-"""transformers' `generate`, as its documentation shows it: a batch of prompts, greedy, its default cache."""
+"""Measures transformers' `generate` as its documentation shows it: a batch of prompts, greedy, the default cache."""
 
 import time
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from bench.peers.task import DecodeTask, DecodeTurn
-from bench.turns import Play
+from bench.turns import RunTurn
 
 
 class FirstToken:
-    """A streamer that notes when the first new token of the batch is there; the prompt is put before it."""
+    """A streamer that records when the first new token of the batch arrives. The prompt is put first."""
 
     def __init__(self) -> None:
         self.puts = 0
@@ -24,8 +24,8 @@ class FirstToken:
     def end(self) -> None: ...
 
 
-def open_transformers(task: DecodeTask, precision: str) -> tuple[Play, str]:
-    """The package as AutoModelForCausalLM reads it."""
+def open_transformers(task: DecodeTask, precision: str) -> tuple[RunTurn, str]:
+    """Opens the package with AutoModelForCausalLM."""
     import transformers
 
     torch.set_num_threads(task.threads)
@@ -37,7 +37,7 @@ def open_transformers(task: DecodeTask, precision: str) -> tuple[Play, str]:
     prompts = torch.tensor(task.prompts(), device=task.device)
     attention = torch.ones_like(prompts)
 
-    def play() -> DecodeTurn:
+    def run_turn() -> DecodeTurn:
         first = FirstToken()
         start = time.perf_counter()
         with torch.inference_mode():
@@ -53,4 +53,4 @@ def open_transformers(task: DecodeTask, precision: str) -> tuple[Play, str]:
         end = time.perf_counter()
         return DecodeTurn(first.at - start, end - first.at, tokens, task.batch * (task.new_tokens - 1))
 
-    return play, f"transformers {transformers.__version__}, generate, {model.config._attn_implementation} attention"
+    return run_turn, f"transformers {transformers.__version__}, generate, {model.config._attn_implementation} attention"

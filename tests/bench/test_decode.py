@@ -1,4 +1,4 @@
-"""The decoding benchmark measures what it says: the same work for all, in turn. Speeds are not judged here."""
+"""The decoding benchmark gives all contestants the same work, in turn. These tests do not judge speeds."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from bench.peers.ctranslate2 import open_ctranslate2
 from bench.peers.llama_cpp import open_llama_cpp
 from bench.peers.task import DecodeTask, DecodeTurn
 from bench.peers.transformers import open_transformers
-from bench.turns import Contestant, Play, Unsupported, median_ratio, play_in_turn
+from bench.turns import Contestant, RunTurn, Unsupported, median_ratio, run_in_turn
 from bench.weights import made_up_tokenizer, random_package
 from gptcore.model import GPT, KVCache
 from gptcore.package import Package
@@ -27,7 +27,7 @@ LIBRARIES = {
 
 @pytest.fixture(scope="module", params=["tiny", "quick"])
 def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Package:
-    """A gpt2 and a qwen3 of a small vocabulary."""
+    """A gpt2 and a qwen3 with a small vocabulary."""
     return random_package(tmp_path_factory.mktemp("bench") / "package", request.param, VOCAB)
 
 
@@ -37,7 +37,7 @@ def task(package: Package, tmp_path: Path) -> DecodeTask:
 
 
 def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
-    """The plain model's likeliest tokens."""
+    """The plain model's greedy continuation."""
     cache, tokens, new = KVCache(model.config, 1), [], prompt
     for _ in range(count):
         with torch.inference_mode():
@@ -76,11 +76,11 @@ def test_a_peer_continues_every_prompt_as_the_plain_model_does(name: str, packag
     pytest.importorskip(library)
     if name == "llama.cpp":
         pytest.importorskip("gguf")
-    play, note = opens(task, "float32")
-    turn = play()
+    run_turn, note = opens(task, "float32")
+    turn = run_turn()
     model = package.load_model()
     assert turn.tokens == [greedy(model, prompt, task.new_tokens) for prompt in task.prompts()]
-    assert turn.tokens == play().tokens  # nothing is left behind by a turn
+    assert turn.tokens == run_turn().tokens  # a turn leaves no state behind
     assert turn.decoded == task.batch * (task.new_tokens - 1)
     assert turn.prompt_seconds > 0
     assert turn.decode_seconds > 0
@@ -88,8 +88,8 @@ def test_a_peer_continues_every_prompt_as_the_plain_model_does(name: str, packag
 
 
 def test_the_engine_does_the_same_work(package: Package, task: DecodeTask) -> None:
-    play, _ = open_engine(task, "float32", "auto")
-    turn = play()
+    run_turn, _ = open_engine(task, "float32", "auto")
+    turn = run_turn()
     model = package.load_model()
     assert turn.tokens == [greedy(model, prompt, task.new_tokens) for prompt in task.prompts()]
     assert turn.decoded == task.batch * (task.new_tokens - 1)
@@ -101,8 +101,8 @@ def test_the_floor_runs_every_matrix_of_the_model_once(package: Package, task: D
     if package.config.tie_embeddings:
         sizes.append(model.lm_head.weight.numel())
     assert sum(o * i for o, i in matrices(package.config)) == sum(sizes)
-    play, _ = open_floor(task, "float32")
-    floor = play()
+    run_turn, _ = open_floor(task, "float32")
+    floor = run_turn()
     assert floor.step_seconds > 0
     assert floor.bandwidth > 0
 
@@ -128,49 +128,49 @@ def test_the_common_beginning_is_counted() -> None:
 # --- turns -------------------------------------------------------------------------------------------------------
 
 
-def open_clerk(task: DecodeTask, name: str) -> tuple[Play, str]:
-    """A contestant that writes its name into a file when it is its turn."""
+def open_recorder(task: DecodeTask, name: str) -> tuple[RunTurn, str]:
+    """A contestant that appends its name to a file on each turn."""
 
-    def play() -> str:
+    def run_turn() -> str:
         with (Path(task.scratch) / "order.txt").open("a") as file:
             file.write(name)
         return name
 
-    return play, f"{name}'s note"
+    return run_turn, f"{name}'s note"
 
 
-def open_unfit(task: DecodeTask, name: str) -> tuple[Play, str]:
-    raise Unsupported(f"{name} wants another machine")
+def open_unsupported(task: DecodeTask, name: str) -> tuple[RunTurn, str]:
+    raise Unsupported(f"{name} needs another machine")
 
 
-def open_clumsy(task: DecodeTask, name: str) -> tuple[Play, str]:
-    def play() -> str:
-        raise ZeroDivisionError(f"{name} stumbled")
+def open_failing(task: DecodeTask, name: str) -> tuple[RunTurn, str]:
+    def run_turn() -> str:
+        raise ZeroDivisionError(f"{name} broke")
 
-    return play, ""
+    return run_turn, ""
 
 
 def test_contestants_play_in_turn_and_the_first_round_warms_up(task: DecodeTask) -> None:
-    contestants = [Contestant(name, name, open_clerk) for name in "ab"]
-    results = play_in_turn(contestants, task, turns=2)
+    contestants = [Contestant(name, name, open_recorder) for name in "ab"]
+    results = run_in_turn(contestants, task, turns=2)
     assert (Path(task.scratch) / "order.txt").read_text() == "ababab"
     assert results.turns == {"a a": ["a", "a"], "b b": ["b", "b"]}
     assert results.notes["a a"] == "a's note"
 
 
 def test_who_cannot_take_part_is_reported_with_the_reason(task: DecodeTask) -> None:
-    absent = Contestant("absent", "float32", open_clerk, needs=("no_such_library",))
-    results = play_in_turn([absent, Contestant("unfit", "float32", open_unfit)], task, turns=1)
+    absent = Contestant("absent", "float32", open_recorder, needs=("no_such_library",))
+    results = run_in_turn([absent, Contestant("unsupported", "float32", open_unsupported)], task, turns=1)
     assert results.turns == {}
     assert results.absent == {
         "absent float32": "not installed: no_such_library",
-        "unfit float32": "float32 wants another machine",
+        "unsupported float32": "float32 needs another machine",
     }
 
 
 def test_a_contestant_that_fails_ends_the_benchmark(task: DecodeTask) -> None:
-    with pytest.raises(SystemExit, match="float32 stumbled"):
-        play_in_turn([Contestant("clumsy", "float32", open_clumsy)], task, turns=1)
+    with pytest.raises(SystemExit, match="float32 broke"):
+        run_in_turn([Contestant("failing", "float32", open_failing)], task, turns=1)
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:

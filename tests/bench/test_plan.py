@@ -1,4 +1,4 @@
-"""The plan's benchmark holds predictions against runs. How far they are off is judged there, on a quiet machine."""
+"""The plan's benchmark compares predictions with runs. The benchmark itself judges the errors, on an idle machine."""
 
 import json
 

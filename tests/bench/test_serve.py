@@ -1,4 +1,4 @@
-"""The serving benchmark asks everyone the same and counts what came. Speeds are not judged here."""
+"""The serving benchmark sends the same requests to all contestants. These tests do not judge speeds."""
 
 import json
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def load(package: Package) -> Load:
 
 @pytest.fixture
 def naive(load: Load, tmp_path: Path) -> Iterator[Load]:
-    """The load, with the app around transformers started."""
+    """The load, with the app around transformers running."""
     pytest.importorskip("transformers")
     with naive_service(load, "float32", tmp_path) as url:
         yield replace(load, urls={"naive": url})
@@ -66,8 +66,8 @@ def test_the_engine_and_the_app_around_transformers_answer_the_whole_load(naive:
     asked = sorted(naive.ask(0, stream, number)[1] for stream in range(2) for number in range(2))
     engine, _ = open_engine(naive, "float32", EngineSettings(dtype="float32", device="cpu", threads=1, slots=2))
     client, _ = open_service(naive, "float32", "naive")
-    for play in (engine, client):
-        replies = play()
+    for run_turn in (engine, client):
+        replies = run_turn()
         assert [reply.error for reply in replies] == [""] * 4
         assert sorted(reply.tokens for reply in replies) == asked
         assert all(reply.arrivals and reply.sent < reply.arrivals[0] for reply in replies)
@@ -76,7 +76,7 @@ def test_the_engine_and_the_app_around_transformers_answer_the_whole_load(naive:
 def test_a_reply_is_good_only_with_all_its_tokens_and_its_end() -> None:
     times = [1.0, 2.0, 3.0]
     good = read_reply(0.0, times, [*EVENTS[:2], EVENTS[2] + DONE], 2, 200)
-    assert good == Reply(0.0, [1.0, 2.0], 2)  # the usage is no text
+    assert good == Reply(0.0, [1.0, 2.0], 2)  # the usage is not text
     assert read_reply(0.0, times, [*EVENTS[:2], EVENTS[2] + DONE], 3, 200).error
     assert read_reply(0.0, times, EVENTS, 2, 200).error
     assert "status 503" in read_reply(0.0, [1.0], [b'{"error": {}}'], 2, 503).error

@@ -18,7 +18,7 @@ def test_phases_add_up_to_the_whole() -> None:
 
 def test_a_typing_error_is_told_apart_from_what_was_imported_for_it(tmp_path: Path) -> None:
     found = startup.phases(startup.run(tmp_path, "--nmae=x", code=2))
-    assert list(found) == [startup.FIRST, "the error is said"]
+    assert list(found) == [startup.FIRST, "the error is printed"]
     with pytest.raises(RuntimeError, match="ended with 2, not 0"):
         startup.run(tmp_path, "--nmae=x")
 
