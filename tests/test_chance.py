@@ -25,7 +25,7 @@ def drawn() -> list[tuple[int, str, float]]:
     return seen
 
 
-def test_what_is_tried_follows_from_nothing_but_the_test(tmp_path: Path) -> None:
+def test_the_examples_of_a_property_test_depend_only_on_the_test(tmp_path: Path) -> None:
     before = drawn()
     random.seed(1)
     file = tmp_path / "of_the_project.py"
@@ -43,7 +43,7 @@ def test_what_is_tried_follows_from_nothing_but_the_test(tmp_path: Path) -> None
         del sys.modules["of_the_project"]
 
 
-def test_examples_are_in_proportion_to_the_profile() -> None:
+def test_the_number_of_examples_scales_with_the_profile() -> None:
     now = settings.get_current_profile_name()
     try:
         for profile, times in (("same", 1), ("fuzz", FUZZ_TIMES)):

@@ -10,7 +10,7 @@ from tests.system.conftest import ROOT
 TAKE = "from tests.ports import free_port; print(*(free_port() for _ in range(5))); input()"
 
 
-def test_no_two_processes_are_given_the_same_port_nor_one_that_is_taken() -> None:
+def test_no_two_processes_get_the_same_port_or_a_used_one() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", free_port() + 1))
         pipe = subprocess.PIPE
@@ -26,7 +26,7 @@ def test_no_two_processes_are_given_the_same_port_nor_one_that_is_taken() -> Non
         assert taken.getsockname()[1] not in given
 
 
-def test_ports_are_not_among_those_of_outgoing_connections() -> None:
+def test_ports_are_outside_the_range_of_outgoing_connections() -> None:
     port = free_port()
     with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(server.getsockname()) as client:
         assert client.getsockname()[1] >= 32_000

@@ -46,7 +46,7 @@ def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
     return tokens
 
 
-def test_the_made_up_vocabulary_is_one_that_transformers_reads(package: Package) -> None:
+def test_transformers_reads_the_made_up_vocabulary(package: Package) -> None:
     transformers = pytest.importorskip("transformers")
     text = "A naïve café, 12 of them…\n\tand it's déjà vu"
     ids = package.tokenizer.encode(text)
@@ -71,7 +71,7 @@ def test_random_weights_are_the_same_each_time_and_fit_bf16(package: Package, tm
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_a_peer_continues_every_prompt_as_the_plain_model_does(name: str, package: Package, task: DecodeTask) -> None:
+def test_a_peer_continues_every_prompt_like_the_plain_model(name: str, package: Package, task: DecodeTask) -> None:
     opens, library = LIBRARIES[name]
     pytest.importorskip(library)
     if name == "llama.cpp":
@@ -114,7 +114,7 @@ def test_a_step_reads_each_weight_once_and_each_sequence_its_own_cache(package: 
     assert one - (two - one) == 2 * sum(o * i for o, i in matrices(c))
 
 
-def test_rates_count_what_was_made_in_the_time() -> None:
+def test_rates_count_the_tokens_of_their_time() -> None:
     turn = DecodeTurn(prompt_seconds=1.0, decode_seconds=2.0, tokens=[[1] * 5, [1] * 5], decoded=8)
     assert turn.decode_rate == 4
     assert turn.whole_rate == pytest.approx(10 / 3)
@@ -150,7 +150,7 @@ def open_failing(task: DecodeTask, name: str) -> tuple[RunTurn, str]:
     return run_turn, ""
 
 
-def test_contestants_play_in_turn_and_the_first_round_warms_up(task: DecodeTask) -> None:
+def test_contestants_run_in_turn_and_the_first_round_is_a_warm_up(task: DecodeTask) -> None:
     contestants = [Contestant(name, name, open_recorder) for name in "ab"]
     results = run_in_turn(contestants, task, turns=2)
     assert (Path(task.scratch) / "order.txt").read_text() == "ababab"
@@ -158,7 +158,7 @@ def test_contestants_play_in_turn_and_the_first_round_warms_up(task: DecodeTask)
     assert results.notes["a a"] == "a's note"
 
 
-def test_who_cannot_take_part_is_reported_with_the_reason(task: DecodeTask) -> None:
+def test_a_contestant_that_cannot_run_here_is_reported_with_the_reason(task: DecodeTask) -> None:
     absent = Contestant("absent", "float32", open_recorder, needs=("no_such_library",))
     results = run_in_turn([absent, Contestant("unsupported", "float32", open_unsupported)], task, turns=1)
     assert results.turns == {}
@@ -173,7 +173,7 @@ def test_a_contestant_that_fails_ends_the_benchmark(task: DecodeTask) -> None:
         run_in_turn([Contestant("failing", "float32", open_failing)], task, turns=1)
 
 
-def test_a_ratio_is_taken_round_by_round() -> None:
+def test_a_ratio_is_the_median_over_the_rounds() -> None:
     assert median_ratio([1, 20, 300], [1, 10, 100]) == 2
 
 

@@ -8,7 +8,7 @@ from bench import plan
 
 
 @pytest.mark.slow
-def test_each_prediction_is_held_against_a_run_of_its_own(capsys: pytest.CaptureFixture[str]):
+def test_each_prediction_is_compared_with_a_run(capsys: pytest.CaptureFixture[str]):
     names = ("quick", "gpt2-124m, one sequence")
     found = plan.measure(1, names[:1], names[1:])
     assert set(found) == set(names)

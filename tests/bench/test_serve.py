@@ -45,13 +45,13 @@ def naive(load: Load, tmp_path: Path) -> Iterator[Load]:
         yield replace(load, urls={"naive": url})
 
 
-def test_no_two_requests_begin_alike_and_a_turn_asks_everyone_the_same(load: Load) -> None:
+def test_no_two_requests_begin_alike_and_all_contestants_get_the_same(load: Load) -> None:
     asked = [load.ask(turn, stream, number) for turn in range(3) for stream in range(4) for number in range(4)]
     assert len({prompt[:12] for prompt, _ in asked}) == len(asked)
     assert load.ask(1, 2, 3) == load.ask(1, 2, 3)
 
 
-def test_prompts_are_about_as_long_as_asked_for(load: Load, package: Package) -> None:
+def test_prompts_have_about_the_requested_length(load: Load, package: Package) -> None:
     wanted = replace(load, prompt_tokens=64)
     lengths = [len(package.tokenizer.encode(wanted.ask(0, stream, 0)[0])) for stream in range(20)]
     assert all(60 <= length <= 68 for length in lengths)
@@ -73,7 +73,7 @@ def test_the_engine_and_the_app_around_transformers_answer_the_whole_load(naive:
         assert all(reply.arrivals and reply.sent < reply.arrivals[0] for reply in replies)
 
 
-def test_a_reply_is_good_only_with_all_its_tokens_and_its_end() -> None:
+def test_a_reply_without_all_its_tokens_and_done_is_an_error() -> None:
     times = [1.0, 2.0, 3.0]
     good = read_reply(0.0, times, [*EVENTS[:2], EVENTS[2] + DONE], 2, 200)
     assert good == Reply(0.0, [1.0, 2.0], 2)  # the usage is not text
@@ -82,7 +82,7 @@ def test_a_reply_is_good_only_with_all_its_tokens_and_its_end() -> None:
     assert "status 503" in read_reply(0.0, [1.0], [b'{"error": {}}'], 2, 503).error
 
 
-def test_figures_are_of_the_moments_at_which_text_came() -> None:
+def test_figures_follow_from_the_times_at_which_text_arrived() -> None:
     turn = [Reply(0.0, [1.0, 1.5, 2.0], 3), Reply(0.5, [1.0, 2.5], 2)]
     assert tokens_per_second(turn) == 2
     assert first_token_seconds(turn) == [1.0, 0.5]
@@ -92,7 +92,7 @@ def test_figures_are_of_the_moments_at_which_text_came() -> None:
     assert (found["requests"], found["errors"], found["first_error"]) == (5, 1, "refused")
 
 
-def test_the_service_is_held_against_the_others_round_by_round() -> None:
+def test_the_service_is_compared_with_the_others_round_by_round() -> None:
     def turn(first: float, seconds: float) -> list[Reply]:
         return [Reply(0.0, [first, seconds], 10)]
 

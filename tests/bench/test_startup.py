@@ -16,7 +16,7 @@ def test_phases_add_up_to_the_whole() -> None:
     assert startup.phases(marks) == {"Python": 1.75, "work": 2.5}
 
 
-def test_a_typing_error_is_told_apart_from_what_was_imported_for_it(tmp_path: Path) -> None:
+def test_the_time_of_a_mistyped_flag_has_two_phases(tmp_path: Path) -> None:
     found = startup.phases(startup.run(tmp_path, "--nmae=x", code=2))
     assert list(found) == [startup.FIRST, "the error is printed"]
     with pytest.raises(RuntimeError, match="ended with 2, not 0"):
@@ -24,7 +24,7 @@ def test_a_typing_error_is_told_apart_from_what_was_imported_for_it(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_run_and_a_service_have_every_phase_that_is_looked_for() -> None:
+def test_a_run_and_a_service_have_every_phase() -> None:
     command = [sys.executable, "-m", "bench.startup", "--times=1", "--steps=4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -58,14 +58,14 @@ def environment(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_ray_up_takes_the_file(name: str):
+def test_ray_up_accepts_the_file(name: str):
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     jsonschema.validate(read(name), schema)
     prepared(read(name))
 
 
 @pytest.mark.parametrize("name", LAUNCHED[:2])
-def test_machines_with_gpus_scale_from_none(name: str):
+def test_machines_with_gpus_scale_from_zero(name: str):
     types = prepared(read(name))["available_node_types"]
     assert types["gpu"]["min_workers"] == types["cpu"]["min_workers"] == 0 < types["gpu"]["max_workers"]
     assert types["head"]["resources"] == {"CPU": 0}, "work on the head would keep the others from starting"
@@ -81,7 +81,7 @@ MISTAKES: dict[str, Mistake] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_ray_up_refuses(mistake: str):
+def test_ray_up_refuses_a_bad_file(mistake: str):
     config = read("cluster.yaml")
     MISTAKES[mistake](config)
     with pytest.raises((jsonschema.ValidationError, ValueError, AssertionError)):
@@ -89,7 +89,7 @@ def test_ray_up_refuses(mistake: str):
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_ray_start_takes_the_commands_and_keeps_the_dashboard_on_loopback(name: str):
+def test_ray_start_accepts_the_commands_and_keeps_the_dashboard_on_loopback(name: str):
     config = read(name)
     (head,) = [start_flags(command) for command in config["head_start_ray_commands"] if "ray start" in command]
     (worker,) = [start_flags(command) for command in config["worker_start_ray_commands"] if "ray start" in command]
@@ -109,12 +109,12 @@ def start_flags(command: str) -> dict[str, Any]:
     return start.make_context("ray start", flags).params
 
 
-def test_ray_start_refuses_a_flag_that_it_has_not():
+def test_ray_start_refuses_an_unknown_flag():
     with pytest.raises(click.UsageError):
         start_flags("ray start --head --dashbord-host=127.0.0.1")
 
 
-def test_the_launchers_differ_in_nothing_but_their_machines_and_addresses():
+def test_the_launchers_differ_only_in_machines_and_addresses():
     def common(name: str) -> dict[str, Any]:
         config = read(name)
         same = ["cluster_name", "file_mounts", "head_start_ray_commands", "worker_start_ray_commands"]
@@ -204,7 +204,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def test_on_aws_each_type_of_machine_is_launched_and_ray_knows_what_it_has(aws: None):
+def test_on_aws_each_type_of_machine_is_launched_and_ray_knows_its_resources(aws: None):
     import boto3
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
@@ -230,14 +230,14 @@ def test_on_aws_each_type_of_machine_is_launched_and_ray_knows_what_it_has(aws: 
 
 
 @pytest.mark.parametrize("name", OPERATED)
-def test_rays_autoscaler_reads_the_pods_that_it_may_ask_for(name: str):
+def test_rays_autoscaler_reads_the_pods_that_it_may_request(name: str):
     types = autoscaling(name)["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == 0
     assert types["gpu"]["resources"]["GPU"] == 1
     assert types["gpu"]["max_workers"] == 8
 
 
-def test_pods_for_training_scale_from_none():
+def test_pods_for_training_scale_from_zero():
     assert autoscaling(JOB)["available_node_types"]["gpu"]["min_workers"] == 0
 
 
@@ -249,7 +249,7 @@ def autoscaling(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", OPERATED)
-def test_no_pod_runs_as_root_or_gains_rights(name: str):
+def test_no_pod_runs_as_root_or_gains_privileges(name: str):
     for template in templates(read(name)):
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
         for container in template["spec"]["containers"]:
@@ -260,7 +260,7 @@ def test_no_pod_runs_as_root_or_gains_rights(name: str):
 # What the files start
 
 
-def test_the_training_command_is_one_that_the_job_takes_and_its_workers_fit_the_pods():
+def test_the_job_accepts_the_training_command_and_its_workers_fit_the_pods():
     command, script, *flags = shlex.split(read(JOB)["spec"]["entrypoint"])
     assert (command, script) == ("python", "train_job/run.py")
     config = build_config(parse_settings(flags))
@@ -270,7 +270,7 @@ def test_the_training_command_is_one_that_the_job_takes_and_its_workers_fit_the_
     assert config.workers[1] == pod["max_workers"]
 
 
-def test_the_docs_commands_are_ones_that_ray_and_the_job_take():
+def test_ray_and_the_job_accept_the_commands_of_the_docs():
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("ray ") and "…" not in line]
@@ -292,14 +292,14 @@ def served() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("config", [served(), read("deploy/serve.yaml")], ids=[SERVICE, "deploy/serve.yaml"])
-def test_serve_takes_the_config_and_the_service_its_settings(config: dict[str, Any]):
+def test_serve_accepts_the_config_and_the_service_its_settings(config: dict[str, Any]):
     schema = ServeDeploySchema.model_validate(config)
     (application,) = schema.applications
     assert application.import_path == "serve_app:build_app"
     build_app(application.args)
 
 
-def test_a_replica_fits_its_pod_and_may_finish_there():
+def test_a_replica_fits_its_pod_and_has_time_to_finish():
     (application,) = served()["applications"]
     settings = load_settings(application["args"], {})
     (group,) = cluster_of(read(SERVICE))["workerGroupSpecs"]
@@ -312,7 +312,7 @@ def test_a_replica_fits_its_pod_and_may_finish_there():
 
 
 @pytest.mark.parametrize("name", OPERATED)
-def test_the_operator_is_told_the_ray_that_the_image_has(name: str):
+def test_the_operator_gets_the_ray_version_of_the_image(name: str):
     assert cluster_of(read(name))["rayVersion"] == ray.__version__
 
 
@@ -343,7 +343,7 @@ RAY = Path(ray.__file__).parent
 
 
 @pytest.mark.parametrize("name", [*LAUNCHED, *OPERATED])
-def test_each_variable_that_a_file_sets_is_read(name: str):
+def test_each_variable_set_in_a_file_is_read_by_the_code(name: str):
     assert environment(name)
     assert [variable for variable in environment(name) if not is_read(variable)] == []
 
@@ -355,7 +355,7 @@ def test_a_misspelt_variable_is_found():
 
 
 @pytest.mark.parametrize("name", [*LAUNCHED, *OPERATED])
-def test_every_node_keeps_its_files_together_asks_for_the_token_and_unpickles_nothing(name: str):
+def test_every_node_has_the_home_requires_the_token_and_unpickles_nothing(name: str):
     env = environment(name)
     assert env["GPT_FOUNDRY_HOME"] == "/mnt/gpt-foundry"
     assert env["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
@@ -368,12 +368,12 @@ def test_every_node_keeps_its_files_together_asks_for_the_token_and_unpickles_no
 
 
 @pytest.mark.parametrize("name", [*LAUNCHED, SERVICE])
-def test_haproxy_stands_before_the_replicas(name: str):
+def test_haproxy_is_in_front_of_the_replicas(name: str):
     assert environment(name)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
 
 
 @pytest.mark.parametrize("name", [*LAUNCHED, JOB])
-def test_a_stopped_job_has_time_for_a_checkpoint(name: str):
+def test_a_stopped_job_has_time_to_save_a_checkpoint(name: str):
     assert int(environment(name)["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
 
 

@@ -225,7 +225,7 @@ def image(builder: Builder) -> Iterator[Image]:
     builder("umount", container)
 
 
-def test_the_image_has_the_code_and_its_packages_and_tells_nothing_of_where_it_was_built(
+def test_the_image_has_the_code_and_its_packages_and_nothing_about_the_build_machine(
     builder: Builder, image: Image
 ) -> None:
     app = {path.name for path in (image.root / "app").iterdir()}
@@ -243,7 +243,7 @@ def test_the_image_has_the_code_and_its_packages_and_tells_nothing_of_where_it_w
         assert not list(image.root.glob(tool)), tool
 
 
-def test_the_image_is_of_a_size_that_is_told(builder: Builder, image: Image) -> None:
+def test_the_image_is_small_and_has_no_cuda_by_default(builder: Builder, image: Image) -> None:
     size = json.loads(builder("images", "--json", TAG))[0]["size"]
     parts = {part: run("du", "-sm", image.root / part).split()[0] for part in ("opt/venv", "usr", "app")}
     print(f"\nimage: {size}; MB of it: {parts}")
@@ -252,7 +252,7 @@ def test_the_image_is_of_a_size_that_is_told(builder: Builder, image: Image) -> 
     assert (code, said.strip()) == (0, "None")
 
 
-def test_its_user_is_nobody_special_and_finds_everything_that_rays_launcher_and_kuberay_ask_for(image: Image) -> None:
+def test_the_images_user_is_not_root_and_has_what_the_launcher_and_kuberay_need(image: Image) -> None:
     tools = "id -u; id -g; umask; pwd; command -v python ray serve rsync ssh wget g++ bash"
     for shell in (("bash", "-lc"), ("bash", "-c"), ("bash", "--login", "-c")):
         code, said = image.run(*shell, tools)
@@ -266,7 +266,7 @@ def test_its_user_is_nobody_special_and_finds_everything_that_rays_launcher_and_
     assert said.count("Permission denied") == 3
 
 
-def test_its_words_are_train_serve_and_ray_and_another_is_refused_by_name(image: Image) -> None:
+def test_the_entry_point_accepts_train_serve_and_ray_and_refuses_others_by_name(image: Image) -> None:
     code, said = image.run("train", "--help")
     assert (code, said.splitlines()[0].split()[:2]) == (0, ["usage:", "python"])
     [pinned] = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ray==")]
@@ -313,9 +313,7 @@ def serves_until_stopped(image: Image, port: int, check: list[str], service: sub
     service.wait(60)
 
 
-def test_it_trains_to_the_end_then_serves_the_champion_healthily_until_it_is_stopped(
-    image: Image, text_file: Path
-) -> None:
+def test_the_image_trains_then_serves_the_champion_until_it_is_stopped(image: Image, text_file: Path) -> None:
     shutil.copy(text_file, image.root / "data" / "text.txt")
     (image.root / "data" / "text.txt").chmod(0o644)
     code, said = image.run("train", *SMALL, "--max-steps=20", "--data=/data/text.txt", "--name=first")
@@ -335,7 +333,7 @@ def test_it_trains_to_the_end_then_serves_the_champion_healthily_until_it_is_sto
     other.kill()
 
 
-def test_a_change_of_code_leaves_the_layer_of_packages_as_it_is(builder: Builder, tmp_path: Path) -> None:
+def test_a_code_change_keeps_the_layer_of_packages(builder: Builder, tmp_path: Path) -> None:
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for name in ("Dockerfile", ".dockerignore", *kept):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -41,9 +41,7 @@ def small_package(folder: Path, seed: int = 0) -> Package:
 # --- Packages ---------------------------------------------------------------------------------------------------
 
 
-def test_a_package_behind_a_url_is_fetched_once_and_again_when_it_has_changed(
-    bucket: str, s3: Store, tmp_path: Path
-) -> None:
+def test_a_package_at_a_url_is_fetched_once_and_again_when_it_changes(bucket: str, s3: Store, tmp_path: Path) -> None:
     fs, url = s3.filesystem(), f"{bucket}/package"
     package = small_package(tmp_path / "package")
     fs.put(str(package.path), url, recursive=True)
@@ -63,9 +61,7 @@ def test_a_package_behind_a_url_is_fetched_once_and_again_when_it_has_changed(
     assert open_package(second).info["files"] != package.info["files"]
 
 
-def test_a_service_answers_with_a_package_behind_a_url_and_leaves_no_copy(
-    bucket: str, s3: Store, tmp_path: Path
-) -> None:
+def test_a_service_serves_a_package_at_a_url_and_leaves_no_copy(bucket: str, s3: Store, tmp_path: Path) -> None:
     package = small_package(tmp_path / "package")
     s3.filesystem().put(str(package.path), f"{bucket}/package", recursive=True)
     given = {"model": f"{bucket}/package", "slots": 2, "threads": 1, "backend": "torch", "dtype": "float32"}
@@ -76,7 +72,7 @@ def test_a_service_answers_with_a_package_behind_a_url_and_leaves_no_copy(
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
-def test_a_package_that_was_altered_in_the_store_is_refused(bucket: str, s3: Store, tmp_path: Path) -> None:
+def test_a_package_altered_in_the_store_is_refused(bucket: str, s3: Store, tmp_path: Path) -> None:
     package = small_package(tmp_path / "package")
     weights = package.path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
@@ -86,7 +82,7 @@ def test_a_package_that_was_altered_in_the_store_is_refused(bucket: str, s3: Sto
 
 
 @pytest.mark.usefixtures("no_gcsfs")
-def test_a_url_that_leads_to_no_package_is_one_clear_line(bucket: str, s3: Store, tmp_path: Path) -> None:
+def test_a_url_without_a_package_is_one_clear_line(bucket: str, s3: Store, tmp_path: Path) -> None:
     s3.filesystem().pipe(f"{bucket}/notes/a.txt", b"a")
     for url in (f"{bucket}/nothing", f"{bucket}/notes", "s3://no-such-bucket/package"):
         with pytest.raises(HubError, match="there is no model at") as caught:
@@ -107,7 +103,7 @@ def stream(tokens: TokenSet) -> Any:
     return tokens.read(0, tokens.num_tokens)
 
 
-def test_a_machine_without_the_text_has_its_shards_from_the_store(
+def test_a_machine_without_the_text_gets_its_shards_from_the_store(
     bucket: str, s3: Store, text_file: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
@@ -124,7 +120,7 @@ def test_a_machine_without_the_text_has_its_shards_from_the_store(
     assert fetched.shards[0].path.startswith(str(tmp_path / "two"))
 
 
-def test_a_shard_cut_short_in_the_store_is_made_anew(bucket: str, s3: Store, text_file: Path, tmp_path: Path) -> None:
+def test_a_truncated_shard_in_the_store_is_made_again(bucket: str, s3: Store, text_file: Path, tmp_path: Path) -> None:
     tokenizer, corpus = load_tokenizer("bytes", None), open_corpus(str(text_file))
     made = prepare(corpus, tokenizer, tmp_path / "one", store=f"{bucket}/cache")
     fs, name = s3.filesystem(), Path(made.shards[0].path).name
@@ -134,9 +130,7 @@ def test_a_shard_cut_short_in_the_store_is_made_anew(bucket: str, s3: Store, tex
     assert fs.size(f"{bucket}/cache/shards/{name}") == Path(made.shards[0].path).stat().st_size
 
 
-def test_a_cache_dir_behind_a_url_is_where_a_runs_shards_go(
-    bucket: str, s3: Store, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_runs_shards_go_to_a_cache_dir_at_a_url(bucket: str, s3: Store, text_file: Path, tmp_path: Path) -> None:
     config = build_config(
         dict(data=str(text_file), tokenizer="bytes", context_length=32, batch_size=4, cache_dir=f"{bucket}/cache")
     )
@@ -150,9 +144,7 @@ def test_a_cache_dir_behind_a_url_is_where_a_runs_shards_go(
     assert {path.name for path in paths} <= set(stored)
 
 
-def test_a_store_that_cannot_be_used_is_named_before_anything_is_trained(
-    bucket: str, text_file: Path, tmp_path: Path
-) -> None:
+def test_an_unusable_store_is_named_before_training(bucket: str, text_file: Path, tmp_path: Path) -> None:
     corpus, tokenizer = open_corpus(str(text_file)), load_tokenizer("bytes", None)
     with pytest.raises(CorpusError, match="cannot be stored at s3://no-such-bucket/cache"):
         prepare(corpus, tokenizer, tmp_path, store="s3://no-such-bucket/cache")
@@ -174,7 +166,7 @@ def run_job(s3: Store, home: Path, *flags: str, **env: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_a_bucket_that_is_not_there_ends_the_job_with_one_line(s3: Store, text_file: Path, tmp_path: Path) -> None:
+def test_a_missing_bucket_ends_the_job_with_one_line(s3: Store, text_file: Path, tmp_path: Path) -> None:
     flags = [*SMALL, f"--data={text_file}", "--name=lost", "--storage-path=s3://no-such-bucket/runs"]
     code, output = run_job(s3, tmp_path, *flags)
     assert code == 2, output
@@ -183,7 +175,7 @@ def test_a_bucket_that_is_not_there_ends_the_job_with_one_line(s3: Store, text_f
 
 
 @pytest.mark.parametrize("scheme", ["s3", "fsspec+s3"])
-def test_what_it_takes_to_go_on_with_a_run_is_kept_beside_its_checkpoints(
+def test_everything_needed_to_resume_a_run_is_kept_beside_its_checkpoints(
     bucket: str, s3: Store, tmp_path: Path, scheme: str
 ) -> None:
     url = bucket.replace("s3", scheme, 1) + "/runs"
@@ -221,9 +213,7 @@ def test_a_run_in_a_bucket_has_one_owner(bucket: str, s3: Store, scheme: str) ->
 
 
 @pytest.mark.slow
-def test_a_run_kept_in_a_bucket_goes_on_from_there_on_another_machine(
-    s3: Store, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_run_in_a_bucket_resumes_on_another_machine(s3: Store, text_file: Path, tmp_path: Path) -> None:
     """Its text is in a bucket, too; of what has come there since, the run takes nothing."""
     s3.filesystem().pipe("mlflow/text/rhyme.txt", text_file.read_bytes())
     tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}

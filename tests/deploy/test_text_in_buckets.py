@@ -62,7 +62,7 @@ def fetched(cache: Path) -> dict[str, int]:
     return {file.name.partition("-")[2]: file.stat().st_mtime_ns for file in found}
 
 
-def test_a_folder_in_a_bucket_is_the_text_that_it_would_be_here(bucket: str, s3: Store, tmp_path: Path) -> None:
+def test_a_folder_in_a_bucket_is_the_same_text_as_a_local_one(bucket: str, s3: Store, tmp_path: Path) -> None:
     folder = filled(tmp_path / "text")
     upload(s3.filesystem(), folder, f"{bucket}/text")
     here = open_corpus(str(folder), cache_dir=tmp_path / "one")
@@ -74,7 +74,7 @@ def test_a_folder_in_a_bucket_is_the_text_that_it_would_be_here(bucket: str, s3:
 
 
 @pytest.mark.parametrize("pattern", ["b.txt", "*.txt", "a/*", "**/*.parquet", "**/*.txt", "?.jsonl", "*.gz"])
-def test_an_object_or_a_pattern_names_what_it_would_name_here(
+def test_an_object_or_a_pattern_in_a_bucket_works_like_a_local_one(
     bucket: str, s3: Store, tmp_path: Path, pattern: str
 ) -> None:
     folder = filled(tmp_path / "text")
@@ -84,7 +84,7 @@ def test_an_object_or_a_pattern_names_what_it_would_name_here(
     assert there.fingerprint == here.fingerprint
 
 
-def test_an_object_is_fetched_once_and_again_when_it_has_changed(bucket: str, s3: Store, tmp_path: Path) -> None:
+def test_an_object_is_fetched_once_and_again_when_it_changes(bucket: str, s3: Store, tmp_path: Path) -> None:
     fs, cache = s3.filesystem(), tmp_path / "cache"
     upload(fs, filled(tmp_path / "text"), bucket)
     begun = open_corpus(bucket, cache_dir=cache)
@@ -102,9 +102,7 @@ def test_an_object_is_fetched_once_and_again_when_it_has_changed(bucket: str, s3
     assert (goes_on.fingerprint, text_of(goes_on)) == (begun.fingerprint, text)
 
 
-def test_a_run_that_goes_on_elsewhere_refuses_an_object_that_has_changed(
-    bucket: str, s3: Store, tmp_path: Path
-) -> None:
+def test_a_run_resumed_on_another_machine_refuses_a_changed_object(bucket: str, s3: Store, tmp_path: Path) -> None:
     fs = s3.filesystem()
     fs.pipe(f"{bucket}/a.txt", b"Once upon a time")
     begun = open_corpus(bucket, cache_dir=tmp_path / "one")
@@ -118,9 +116,7 @@ def test_a_run_that_goes_on_elsewhere_refuses_an_object_that_has_changed(
     assert not fetched(tmp_path / "three")
 
 
-def test_a_machine_that_has_neither_text_nor_shards_makes_them_from_the_bucket(
-    bucket: str, s3: Store, tmp_path: Path
-) -> None:
+def test_a_machine_without_text_or_shards_makes_them_from_the_bucket(bucket: str, s3: Store, tmp_path: Path) -> None:
     upload(s3.filesystem(), filled(tmp_path / "text"), bucket)
     tokenizer, corpus = load_tokenizer("bytes", None), open_corpus(bucket, cache_dir=tmp_path / "one")
     made = prepare(corpus, tokenizer, tmp_path / "one")
@@ -134,7 +130,7 @@ def test_a_machine_that_has_neither_text_nor_shards_makes_them_from_the_bucket(
     assert not (tmp_path / "one").exists()
 
 
-def test_what_was_altered_on_the_way_is_no_text_of_the_run(bucket: str, s3: Store, tmp_path: Path) -> None:
+def test_a_text_altered_in_transit_is_refused(bucket: str, s3: Store, tmp_path: Path) -> None:
     """The store names the same state, and the content is another."""
     s3.filesystem().pipe(f"{bucket}/a.txt", b"Once upon a time")
     corpus = open_corpus(bucket, cache_dir=tmp_path / "one")
@@ -167,7 +163,7 @@ def refused(
     return call
 
 
-def test_what_is_not_there_is_one_clear_line(bucket: str, s3: Store, refused: Refused) -> None:
+def test_a_missing_object_is_one_clear_line(bucket: str, s3: Store, refused: Refused) -> None:
     s3.filesystem().pipe(f"{bucket}/text/notes.txt", b"Here.")
     known = f"--data={bucket}/text"
     assert f"nothing at '{bucket}/text/note.txt'. Did you mean 'notes.txt'?" in refused(f"{known}/note.txt")
@@ -181,7 +177,7 @@ def test_what_is_not_there_is_one_clear_line(bucket: str, s3: Store, refused: Re
 
 
 @pytest.mark.usefixtures("no_gcsfs")
-def test_what_may_not_be_read_or_cannot_is_one_clear_line(bucket: str, s3: Store, refused: Refused) -> None:
+def test_a_forbidden_or_unreadable_object_is_one_clear_line(bucket: str, s3: Store, refused: Refused) -> None:
     fs = s3.filesystem()
     fs.pipe(f"{bucket}/text/a.txt", b"Here.")
     with s3.closed():
@@ -232,7 +228,7 @@ def test_text_shards_and_packages_may_be_in_google_cloud_storage(google: str, tm
     assert open_package(resolve(f"{google}/package")).info == package.info
 
 
-def test_what_it_takes_to_go_on_with_a_run_may_be_in_google_cloud_storage(
+def test_everything_needed_to_resume_a_run_may_be_in_google_cloud_storage(
     google: str, gcs: dict[str, str], tmp_path: Path
 ) -> None:
     """Ray's own client, which keeps the checkpoints, is told in the URL where the emulator is."""

@@ -37,7 +37,7 @@ PASSWORDS = {"ada": "a long password of her own", "bo": "a long password of his 
 # --- The files --------------------------------------------------------------------------------------------------
 
 
-def test_the_compose_file_is_one_by_the_specification() -> None:
+def test_the_compose_file_follows_the_specification() -> None:
     compose_spec = pytest.importorskip("compose_spec", reason="compose-spec, a parser of compose files, is missing")
     parsed = compose_spec.PyCompose.from_yaml(COMPOSE.read_text())
     assert set(parsed.service_names()) == {"mlflow", "postgres", "s3"}
@@ -72,7 +72,7 @@ def test_compose_reads_the_file_as_these_tests_do_and_refuses_to_start_without_s
     assert "make .env as README.md says" in refused.stderr
 
 
-def test_the_env_that_the_readme_makes_has_a_secret_behind_each_name_that_the_file_asks_for(tmp_path: Path) -> None:
+def test_the_readmes_command_makes_an_env_with_every_secret_that_compose_needs(tmp_path: Path) -> None:
     shutil.copy(ENV_EXAMPLE, tmp_path)
     [command] = re.findall(r"^\(umask .*$", README, re.MULTILINE)
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
@@ -92,14 +92,14 @@ def test_no_secret_and_no_python_is_in_the_folder() -> None:
         assert value.startswith("${"), f"{name} has a value of its own"
 
 
-def test_images_are_pinned_and_mlflow_is_the_one_that_clients_have(dotenv: dict[str, str]) -> None:
+def test_images_are_pinned_and_mlflow_has_the_clients_version(dotenv: dict[str, str]) -> None:
     images = {name: service["image"].partition(":")[2] for name, service in services(dotenv).items()}
     assert all(re.search(r"\d+\.\d+", tag) for tag in images.values()), images
     [pinned] = re.findall(r"^mlflow==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert images["mlflow"] == f"v{pinned}-full"
 
 
-def test_one_port_is_open_on_loopback_alone_and_the_stores_reach_nothing(dotenv: dict[str, str]) -> None:
+def test_only_one_port_is_open_and_the_stores_reach_nothing(dotenv: dict[str, str]) -> None:
     found = services(dotenv)
     assert {name: service.get("ports") for name, service in found.items()} == {
         "mlflow": ["127.0.0.1:5000:5000"],
@@ -155,7 +155,7 @@ def be(monkeypatch: pytest.MonkeyPatch, team: Team, name: str, password: str | N
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password or PASSWORDS[name])
 
 
-def test_nobody_is_answered_without_a_password_nor_under_another_name_of_the_server(members: Team) -> None:
+def test_requests_without_a_password_or_with_another_host_name_are_refused(members: Team) -> None:
     ada = basic("ada", PASSWORDS["ada"])
     assert members.status(SEARCH, Authorization=ada) == 200
     assert members.status("/health") == 200
@@ -185,7 +185,7 @@ def published(team: Team, package: Package, folder: Path, name: str, bits: float
     return run_id, version
 
 
-def test_members_log_into_one_experiment_and_one_model_and_cannot_delete_each_others_work(
+def test_members_share_an_experiment_and_a_model_and_cannot_delete_each_others_work(
     members: Team, s3: Store, package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient, MlflowException
@@ -209,7 +209,7 @@ def test_members_log_into_one_experiment_and_one_model_and_cannot_delete_each_ot
     MlflowClient(members.uri).delete_registered_model("shared")
 
 
-def test_the_service_answers_with_the_champion_of_the_server_and_has_no_key_of_the_store(
+def test_the_service_serves_the_servers_champion_without_a_key_for_the_store(
     members: Team, package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be(monkeypatch, members, "ada")
@@ -241,7 +241,7 @@ def run_job(home: Path, *flags: str, **env: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_a_wrong_password_ends_the_job_with_one_line_and_code_2_before_anything_is_begun(
+def test_a_wrong_password_ends_the_job_with_one_line_and_exit_code_2_before_it_starts(
     members: Team, text_file: Path, tmp_path: Path
 ) -> None:
     env = members.client(MLFLOW_TRACKING_USERNAME="ada", MLFLOW_TRACKING_PASSWORD="not hers")
@@ -267,7 +267,7 @@ def test_a_wrong_password_is_one_line_wherever_a_model_is_looked_up(
 
 
 @pytest.mark.slow
-def test_the_training_job_logs_and_registers_through_the_server_and_generate_speaks_from_it(
+def test_the_job_logs_and_registers_through_the_server_and_generate_reads_from_it(
     members: Team, s3: Store, text_file: Path, tmp_path: Path
 ) -> None:
     env = members.client(MLFLOW_TRACKING_USERNAME="ada", MLFLOW_TRACKING_PASSWORD=PASSWORDS["ada"])
@@ -285,7 +285,7 @@ def test_the_training_job_logs_and_registers_through_the_server_and_generate_spe
     assert said.stdout.strip()
 
 
-def test_the_upgrade_that_the_readme_names_finds_the_database(team: Team, tmp_path: Path) -> None:
+def test_the_readmes_upgrade_command_finds_the_database(team: Team, tmp_path: Path) -> None:
     [command] = re.findall(r"docker compose run --rm mlflow (mlflow db upgrade \S+)", README)
     done = subprocess.run(command.split(), cwd=tmp_path, env=team.env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
-def test_every_metric_that_is_looked_at_is_one_that_we_export():
+def test_every_metric_in_the_dashboard_and_the_rules_is_exported():
     exported = {f"ray_{name}" for name in FIGURES}
     for metric in METRICS:
         endings = ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",)
@@ -69,7 +69,7 @@ def test_prometheus_understands_every_expression_of_the_dashboard(tmp_path: Path
     assert promtool("check", "rules", file).returncode != 0
 
 
-def test_the_panels_stand_side_by_side_and_say_what_they_show():
+def test_the_panels_do_not_overlap_and_have_titles_and_units():
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
     assert all(place["x"] + place["w"] <= COLUMNS for place in places)
@@ -81,13 +81,13 @@ def test_the_panels_stand_side_by_side_and_say_what_they_show():
     assert {target["datasource"]["uid"] for panel in PANELS for target in panel["targets"]} == {"${datasource}"}
 
 
-def test_prometheus_takes_the_config_and_the_rules():
+def test_prometheus_accepts_the_config_and_the_rules():
     checked = promtool("check", "config", PROMETHEUS / "prometheus.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert f"{len(rules())} rules found" in checked.stdout
 
 
-def test_each_alert_fires_when_it_should_and_not_before(tmp_path: Path):
+def test_each_alert_fires_when_it_should(tmp_path: Path):
     written = (Path(__file__).parent / "rules_test.yml").read_text()
     assert {rule["alert"] for rule in rules()} == set(re.findall(r"alertname: (\w+)", written))
     file = tmp_path / "test.yml"

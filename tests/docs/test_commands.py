@@ -49,7 +49,7 @@ def test_every_exception_is_still_needed():
     assert len(EVERY) > 160
 
 
-def test_every_exception_names_tests_that_are_there():
+def test_every_exception_names_existing_tests():
     named = [file for reason in ELSEWHERE.values() for file in re.findall(r"tests/[\w/]+(?:\.py)?", reason)]
     assert [file for file in named if not (ROOT / file).exists()] == []
 
@@ -62,14 +62,14 @@ SHARES = shared_out({name: [c for c in commands if not elsewhere(c)] for name, c
 """What is run for each page."""
 
 
-def test_every_command_is_run_once_or_named() -> None:
+def test_every_command_is_run_once_or_listed_as_an_exception() -> None:
     run = [command for share in SHARES.values() for command in share]
     assert set(run) == {command for command in EVERY if not elsewhere(command)}
     twice = {command for command in run if run.count(command) > 1}
     assert [command for command in twice if "serve run " not in command] == []
 
 
-def test_a_service_is_started_again_only_for_commands_that_are_new() -> None:
+def test_a_service_is_started_again_only_for_new_commands() -> None:
     pages = {
         "one": ["a serve run 1", "curl 1"],
         "two": ["a serve run 1", "curl 1"],

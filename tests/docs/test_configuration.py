@@ -49,7 +49,7 @@ def asked_for(node: ast.AST) -> ast.expr | None:
     return None
 
 
-def test_the_page_is_what_the_code_says() -> None:
+def test_the_page_is_up_to_date_with_the_code() -> None:
     current = PAGE.read_text(encoding="utf-8") == markdown()
     assert current, "docs/configuration.md is not what the code says; `make docs` writes it anew"
 
@@ -71,7 +71,7 @@ def test_every_setting_of_the_service_has_one_row() -> None:
     assert [row.lower() for row in rows] == list(FIELDS)
 
 
-def test_what_may_change_on_a_resume_is_what_a_resume_accepts() -> None:
+def test_settings_marked_as_changeable_on_a_resume_are_those_that_it_accepts() -> None:
     saved = build_config({}).flat()
     rows = dict(re.findall(r"^\| `--([\w-]+)`.* \| (yes)? ?\|$", markdown(), re.MULTILINE))
     numbers = {name: value for name, value in saved.items() if type(value) in (int, float)}
@@ -90,18 +90,18 @@ def accepts(saved: dict[str, Any], given: dict[str, Any]) -> bool:
     return True
 
 
-def test_every_environment_variable_that_the_code_names_is_listed() -> None:
+def test_every_environment_variable_in_the_code_is_listed() -> None:
     missing = sorted({name for name in names_in_code() if not is_listed(name)})
     assert missing == [], f"list {', '.join(missing)} in docs/configuration.py, then `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_environment_variable_that_a_page_names_is_listed(page: Path) -> None:
+def test_every_environment_variable_on_a_page_is_listed(page: Path) -> None:
     assert [name for name in NAMED.findall(page.read_text(encoding="utf-8")) if not is_listed(name)] == []
 
 
 @pytest.mark.parametrize("variable", LISTED, ids=lambda variable: variable.name)
-def test_every_listed_variable_is_spoken_of_somewhere(variable: Variable) -> None:
+def test_every_listed_variable_is_used_somewhere(variable: Variable) -> None:
     code = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     files = [*code, *PAGES, ROOT / "Makefile", ROOT / "cluster.yaml"]
     assert any(variable.name.rstrip("*") in path.read_text(encoding="utf-8") for path in files)
@@ -117,5 +117,5 @@ def test_a_new_variable_in_the_code_would_be_found(tmp_path: Path, monkeypatch: 
     assert not is_listed("FRESH")
 
 
-def test_a_table_keeps_its_columns_whatever_stands_in_a_cell() -> None:
+def test_a_table_keeps_its_columns_whatever_a_cell_contains() -> None:
     assert configuration.table(["a", "b"], [["x|y", 1]]).splitlines()[-1] == "| x\\|y | 1 |"

@@ -18,14 +18,14 @@ MOST_BYTES = 300_000
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
-def test_each_picture_has_a_module_that_makes_it_and_make_pictures_runs_it(path: Path) -> None:
+def test_each_picture_has_a_module_and_make_pictures_runs_it(path: Path) -> None:
     makers = [maker.stem for maker, text in MAKERS.items() if f"docs/images/{path.name}" in text]
     assert makers
     assert any(f"docs.pictures.{maker}" in (ROOT / "Makefile").read_text(encoding="utf-8") for maker in makers)
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
-def test_each_picture_is_light_enough_for_a_page(path: Path) -> None:
+def test_each_picture_is_small_enough_for_a_page(path: Path) -> None:
     assert path.stat().st_size < MOST_BYTES
     with Image.open(path) as picture:
         picture.verify()
@@ -48,7 +48,7 @@ def test_a_kept_picture_looks_the_same_and_its_plain_areas_are_the_same(
     assert seen.getpixel((450, 120)) == (181, 69, 26)
 
 
-def test_pictures_are_of_a_home_and_of_settings_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_made_with_their_own_home_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GPT_MODEL", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(name, "somebody's")
     monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))

@@ -71,7 +71,7 @@ def is_module(name: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_path_and_module_that_a_page_names_is_there(page: Path) -> None:
+def test_every_path_and_module_on_a_page_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert sorted(path for path in paths_in(text) if not is_there(path)) == []
     assert sorted(module for module in modules_in(text) if not is_module(module)) == []
@@ -80,13 +80,13 @@ def test_every_path_and_module_that_a_page_names_is_there(page: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["see `train_job/gone.py`", "`bench/none/`", "[x](tests/nowhere.py)", "run serve_app/*.exe"]
 )
-def test_a_path_that_is_not_there_would_be_found(text: str) -> None:
+def test_a_missing_path_would_be_found(text: str) -> None:
     (path,) = paths_in(text)
     assert not is_there(path)
 
 
 @pytest.mark.parametrize("text", ["python -m train_job.gone", "`gptcore.model.gone_for_good`"])
-def test_a_module_that_is_not_there_would_be_found(text: str) -> None:
+def test_a_missing_module_would_be_found(text: str) -> None:
     (module,) = modules_in(text)
     assert not is_module(module)
 
@@ -99,7 +99,7 @@ def headings(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_link_of_a_page_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> None:
+def test_every_link_on_a_page_leads_to_an_existing_file_and_heading(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
         file = page.parent / target if target else page
         assert file.exists(), f"{page.name} leads to {target}"

@@ -62,11 +62,11 @@ def test_a_path_would_be_found(path: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["139 steps / 3 epochs", "and/or", "https://example.org/a/b", "docs/tour.ipynb"])
-def test_what_is_no_path_is_left_alone(text: str) -> None:
+def test_text_that_is_not_a_path_is_ignored(text: str) -> None:
     assert not ABSOLUTE_PATH.search(text)
 
 
-def test_text_that_came_in_pieces_is_stored_as_one() -> None:
+def test_text_that_arrived_in_pieces_is_stored_as_one() -> None:
     pieces = [nbformat.v4.new_output("stream", name=n, text=t) for n, t in (("stdout", "a"), ("stdout", "b"))]
     assert [output.text for output in settled(pieces)] == ["ab"]
 

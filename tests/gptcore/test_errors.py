@@ -66,21 +66,21 @@ STRANGERS = [
 
 
 @pytest.mark.parametrize(("value", "name"), SLIPS)
-def test_a_slip_is_answered_with_what_was_meant(value: str, name: str) -> None:
+def test_a_typo_gets_the_intended_name_as_a_hint(value: str, name: str) -> None:
     assert did_you_mean(value, ["something", name, "else"]) == f" Did you mean {name!r}?"
 
 
 @pytest.mark.parametrize(("value", "name"), STRANGERS)
-def test_what_is_not_near_gets_no_hint(value: str, name: str) -> None:
+def test_a_distant_name_gets_no_hint(value: str, name: str) -> None:
     assert did_you_mean(value, [name]) == ""
 
 
-def test_of_several_the_nearest_is_named() -> None:
+def test_the_nearest_of_several_names_is_the_hint() -> None:
     assert "'eval_interval'" in did_you_mean("evalinterval", ["log_interval", "eval_intervals", "eval_interval"])
     assert "'max_step'" in did_you_mean("max_ste", ["max_steps_of_all", "max_step"])
 
 
-def test_a_folder_of_many_files_and_a_very_long_value_cost_no_time() -> None:
+def test_hints_are_fast_for_many_files_and_very_long_values() -> None:
     start = time.process_time()
     did_you_mean("part-012345x.txt", [f"part-{n:06}.parquet" for n in range(5_000)])
     did_you_mean("x" * 1_000_000, ["y" * 30] * 100)

@@ -21,7 +21,7 @@ def test_a_new_folder_replaces_an_earlier_one_unless_told_to_keep_it(tmp_path: P
     assert [path.name for path in folder.parent.iterdir()] == ["folder"]
 
 
-def test_a_block_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_block_leaves_no_new_files_and_keeps_the_old_ones(tmp_path: Path) -> None:
     fill(tmp_path / "folder", "a")
     with pytest.raises(UnicodeEncodeError):
         fill(tmp_path / "folder", "\ud800")

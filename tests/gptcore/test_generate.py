@@ -25,7 +25,7 @@ def test_the_command_prints_prompt_and_continuation(package: Package) -> None:
     assert (done.returncode, PROGRESS.sub("", done.stderr.decode())) == (0, "")
 
 
-def test_a_terminal_that_is_not_utf_8_shows_what_it_can(package: Package) -> None:
+def test_a_terminal_without_utf_8_shows_what_it_can(package: Package) -> None:
     command = [sys.executable, "-m", "gptcore.generate", str(package.path), "--prompt", "Café: ", "--seed", "4"]
     root, env = Path(__file__).resolve().parents[2], os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([*command, "--max-new-tokens", "5"], capture_output=True, cwd=root, env=env, timeout=120)

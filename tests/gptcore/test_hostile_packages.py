@@ -50,7 +50,7 @@ def change_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_the_shapes_that_are_held_against_a_header_are_those_that_are_published(config: ModelConfig) -> None:
+def test_the_shapes_compared_with_a_header_are_the_published_ones(config: ModelConfig) -> None:
     published = to_published(empty_model(config), GPT(config).state_dict())
     assert dict(tensor_shapes(config)) == {name: tuple(tensor.shape) for name, tensor in published.items()}
     assert count_parameters(config) == empty_model(config).num_parameters()
@@ -70,30 +70,30 @@ def test_the_shapes_that_are_held_against_a_header_are_those_that_are_published(
         "intermediate_size",
     ],
 )
-def test_a_whole_number_that_is_none_or_out_of_bounds_is_named(bare: Path, key: str, value: Any) -> None:
+def test_an_invalid_or_out_of_range_whole_number_is_named(bare: Path, key: str, value: Any) -> None:
     change_json(bare / "config.json", **{key: value})
     refused(bare, rf"config\.json.*{key}|is missing|has shape")
 
 
 @pytest.mark.parametrize("value", [-1.0, 10**400, "1", True, None, [1.0], float("nan"), float("inf")], ids=repr)
 @pytest.mark.parametrize("key", ["rms_norm_eps", "attention_dropout", "rope_theta"])
-def test_a_number_that_is_none_or_out_of_bounds_is_named(bare: Path, key: str, value: Any) -> None:
+def test_an_invalid_or_out_of_range_number_is_named(bare: Path, key: str, value: Any) -> None:
     change_json(bare / "config.json", **{key: value}, rope_parameters=None)
     refused(bare, rf"config\.json: {key} is ")
 
 
 @pytest.mark.parametrize("value", ["false", 0, 1, None, []])
-def test_a_switch_is_true_or_false(bare: Path, value: Any) -> None:
+def test_a_switch_must_be_true_or_false(bare: Path, value: Any) -> None:
     change_json(bare / "config.json", tie_word_embeddings=value)
     refused(bare, r"config\.json: tie_word_embeddings is .*expected")
 
 
-def test_a_context_of_a_billion_is_refused_before_tables_of_it_are_made(bare: Path) -> None:
+def test_a_context_of_a_billion_is_refused_before_its_tables_are_made(bare: Path) -> None:
     change_json(bare / "config.json", max_position_embeddings=10**9)
     refused(bare, "max_position_embeddings is 1000000000; expected a whole number from 1 to 16777216")
 
 
-def test_a_context_for_which_there_is_no_memory_is_refused_with_the_figures(
+def test_a_context_too_large_for_memory_is_refused_with_the_figures(
     bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_json(bare / "config.json", max_position_embeddings=2**22)
@@ -107,18 +107,18 @@ def test_a_context_for_which_there_is_no_memory_is_refused_with_the_figures(
 
 
 @pytest.mark.parametrize("layers", [3, 1000])
-def test_layers_that_the_weights_lack_are_told_from_the_header(bare: Path, layers: int) -> None:
+def test_layers_missing_from_the_weights_are_found_from_the_header(bare: Path, layers: int) -> None:
     change_json(bare / "config.json", num_hidden_layers=layers)
     refused(bare, rf"model\.layers\.2\.\S+ is missing: config\.json says {layers} layers, the weights have 2")
 
 
-def test_millions_of_layers_are_out_of_bounds(bare: Path) -> None:
+def test_millions_of_layers_are_refused(bare: Path) -> None:
     change_json(bare / "config.json", num_hidden_layers=3_000_000)
     refused(bare, "num_hidden_layers is 3000000; expected a whole number from 1 to 1024")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn], ids=str)
-def test_weights_that_are_no_floats_are_named(bare: Path, dtype: torch.dtype) -> None:
+def test_weights_that_are_not_floats_are_named(bare: Path, dtype: torch.dtype) -> None:
     tensors = load_file(bare / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
     save_file(tensors, bare / "model.safetensors")
@@ -126,7 +126,7 @@ def test_weights_that_are_no_floats_are_named(bare: Path, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_weight_that_is_no_finite_number_is_found(bare: Path, value: float) -> None:
+def test_a_single_weight_that_is_not_finite_is_found(bare: Path, value: float) -> None:
     tensors = load_file(bare / "model.safetensors")
     tensors["model.embed_tokens.weight"][77, 5] = value  # of a token that no warm-up runs
     save_file(tensors, bare / "model.safetensors")
@@ -173,7 +173,7 @@ def test_rotary_embeddings_of_the_default_kind_load_as_in_transformers(bare: Pat
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_the_network_cannot_be_is_refused_by_name(bare: Path, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_network_features_are_refused_by_name(bare: Path, changes: dict[str, Any], message: str) -> None:
     change_json(bare / "config.json", **changes)
     refused(bare, message)
 
@@ -206,14 +206,14 @@ def test_a_tied_head_that_is_stored_and_differs_is_used_as_transformers_does(
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a/b", "..", ".", "", "a\0b", "x" * 300, "a\\b"], ids=ascii)
-def test_a_manifest_names_files_in_its_folder_and_nothing_else(package: Package, name: str) -> None:
+def test_a_manifest_may_only_name_files_in_its_folder(package: Package, name: str) -> None:
     manifest = package.path / "foundry.json"
     edit(manifest, files={**json.loads(manifest.read_text())["files"], name: "0" * 64})
     refused(package.path, r"foundry\.json names the file .*expected plain names in the folder")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_manifest_that_is_silent_about_a_file_that_is_opened_is_incomplete(package: Package, name: str) -> None:
+def test_a_manifest_without_a_required_file_is_incomplete(package: Package, name: str) -> None:
     files = json.loads((package.path / "foundry.json").read_text())["files"]
     del files[name]
     edit(package.path / "foundry.json", files=files)
@@ -222,7 +222,7 @@ def test_a_manifest_that_is_silent_about_a_file_that_is_opened_is_incomplete(pac
 
 @pytest.mark.parametrize("manifest", [True, False])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "foundry.json"])
-def test_a_pipe_or_a_device_is_no_file_of_a_package(package: Package, name: str, manifest: bool) -> None:
+def test_a_pipe_or_a_device_is_refused_in_a_package(package: Package, name: str, manifest: bool) -> None:
     if not manifest:
         (package.path / "foundry.json").unlink()
         if name == "foundry.json":
@@ -248,9 +248,7 @@ def test_a_pipe_or_a_device_is_no_file_of_a_package(package: Package, name: str,
     ids=["deep list", "deep object", "key twice", "no UTF-8", "digits", "huge", "empty", "null"],
 )
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "foundry.json"])
-def test_json_that_nobody_could_have_written_is_refused(
-    package: Package, name: str, content: str | bytes, message: str
-) -> None:
+def test_absurd_json_is_refused(package: Package, name: str, content: str | bytes, message: str) -> None:
     (package.path / "foundry.json").unlink()
     (package.path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if message == "expected at most" and name == "tokenizer.json":
@@ -299,7 +297,7 @@ def mutate_weights(data: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_is_changed_a_package_opens_with_its_logits_or_is_refused(package: Package, seed: int) -> None:
+def test_a_changed_package_either_gives_the_same_logits_or_is_refused(package: Package, seed: int) -> None:
     chance = random.Random(seed)
     (package.path / "foundry.json").unlink()
     before = {file: file.read_bytes() for file in package.path.iterdir()}
@@ -318,7 +316,7 @@ def test_whatever_is_changed_a_package_opens_with_its_logits_or_is_refused(packa
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
-def test_a_listed_file_is_read_only_if_it_has_the_size_of_one(package: Package, name: str) -> None:
+def test_a_listed_file_is_read_only_if_its_size_is_plausible(package: Package, name: str) -> None:
     """A sparse file of a terabyte costs nobody anything to make, and hours to hash."""
     manifest = json.loads((package.path / "foundry.json").read_text())
     manifest["files"][name] = "0" * 64
@@ -328,7 +326,7 @@ def test_a_listed_file_is_read_only_if_it_has_the_size_of_one(package: Package, 
     refused(package.path, rf"{name} has 1,099,511,627,776 bytes; for this model it can have at most")
 
 
-def test_a_manifest_that_leads_nowhere_is_not_taken_for_none(package: Package) -> None:
+def test_a_broken_link_to_a_manifest_is_not_treated_as_no_manifest(package: Package) -> None:
     (package.path / "foundry.json").unlink()
     (package.path / "foundry.json").symlink_to("nowhere")
     refused(package.path, r"foundry\.json")

@@ -13,13 +13,13 @@ from gptcore.package import Package, open_package
 from tests.ports import free_port
 
 
-def test_a_folder_is_itself(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_resolves_to_itself(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(str(package.path)) == package.path
     monkeypatch.chdir(package.path.parent)
     assert resolve(package.path.name) == package.path
 
 
-def test_a_name_that_leads_nowhere_says_what_is_expected_and_what_is_near(package: Package) -> None:
+def test_an_unknown_name_says_what_is_expected_and_what_is_similar(package: Package) -> None:
     with pytest.raises(HubError, match=r"models:/NAME@ALIAS.* Did you mean .*/package'"):
         resolve(str(package.path) + "s")
     with pytest.raises(HubError, match=r"README\.md' is a file"):
@@ -52,7 +52,7 @@ def test_hugging_faces_client_offline_is_one_clear_message(monkeypatch: pytest.M
     assert "\n" not in str(caught.value)
 
 
-def test_no_database_yet_says_to_train_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_database_says_to_train_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))
     with pytest.raises(HubError, match=rf"no database at sqlite:///{tmp_path}/mlflow/mlflow\.db; train a model first"):
@@ -61,14 +61,14 @@ def test_no_database_yet_says_to_train_first(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "127.0.0.1:port"])
-def test_a_password_in_the_tracking_uri_is_not_shown_nor_taken_for_a_host(host: str) -> None:
+def test_a_password_in_the_tracking_uri_is_neither_shown_nor_read_as_a_host(host: str) -> None:
     with pytest.raises(HubError, match=r"http://127.0.0.1:.* does not answer") as caught:
         resolve("models:/gpt@champion", tracking_uri=f"http://me:secret@{host}")
     assert "secret" not in str(caught.value)
     assert "not known" not in str(caught.value)
 
 
-def test_a_server_that_is_away_is_told_within_seconds() -> None:
+def test_a_server_that_is_down_is_reported_within_seconds() -> None:
     port = free_port()
     start = time.monotonic()
     with pytest.raises(HubError, match=rf"http://127.0.0.1:{port} does not answer"):
@@ -94,7 +94,7 @@ def registry(tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch) 
     return run.info.run_id
 
 
-def test_mlflows_names_lead_to_the_package_inside_its_model(registry: str, package: Package) -> None:
+def test_mlflows_names_resolve_to_the_package_inside_its_model(registry: str, package: Package) -> None:
     import mlflow
 
     for name in ("models:/gpt@champion", "models:/gpt/1", f"runs:/{registry}/model"):
@@ -135,7 +135,7 @@ def test_an_mlflow_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     ],
     ids=lambda text: text[:60],
 )
-def test_an_mlflow_model_leads_to_a_package_inside_itself_or_nowhere(
+def test_an_mlflow_model_may_only_point_to_a_package_inside_itself(
     content: str, package: Package, tmp_path: Path
 ) -> None:
     package.path.rename(tmp_path / "secret")

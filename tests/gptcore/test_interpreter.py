@@ -40,14 +40,14 @@ def test_an_old_python_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch
         interpreter.check()  # as a library: pytest is no command of ours
 
 
-def test_a_submitted_job_that_got_another_python_is_told_how_to_submit_it(monkeypatch: pytest.MonkeyPatch, tmp_path):
+def test_a_job_submitted_with_another_python_says_how_to_submit_it(monkeypatch: pytest.MonkeyPatch, tmp_path):
     monkeypatch.setattr(interpreter, "ROOT", str(tmp_path))  # what --working-dir uploads has no environment
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     works = 'ray job submit --working-dir . -- "$PWD/.venv/bin/python" train_job/run.py'
     assert interpreter.suggested_command(["train_job/run.py"]) == works
 
 
-def test_what_is_read_before_the_check_has_syntax_that_old_pythons_know():
+def test_code_that_runs_before_the_check_has_syntax_for_old_pythons():
     for package in ("gptcore/__init__.py", "gptcore/interpreter.py", "train_job/__init__.py"):
         ast.parse((ROOT / package).read_text(encoding="utf-8"), feature_version=(3, 5))
     for script in ("run", "sweep"):

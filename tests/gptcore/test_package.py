@@ -52,7 +52,7 @@ def test_an_altered_file_is_named(package: Package, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_short_is_named(package: Package, name: str) -> None:
+def test_a_truncated_file_is_named(package: Package, name: str) -> None:
     data = (package.path / name).read_bytes()
     (package.path / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(PackageError, match=rf"{name} was altered or cut short"):
@@ -66,7 +66,7 @@ def test_a_missing_file_is_named(package: Package, name: str) -> None:
         open_package(package.path, verify=False)
 
 
-def test_weights_cut_short_are_refused_even_unverified(package: Package) -> None:
+def test_truncated_weights_are_refused_even_unverified(package: Package) -> None:
     data = (package.path / "model.safetensors").read_bytes()
     (package.path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(PackageError, match=r"model\.safetensors cannot be used"):
@@ -90,7 +90,7 @@ def test_an_unknown_or_broken_manifest_is_refused(package: Package, content: str
         open_package(package.path)
 
 
-def test_a_folder_that_is_not_there_or_holds_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_or_one_without_a_package_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="no such folder"):
         open_package(tmp_path / "nowhere")
     with pytest.raises(PackageError, match=r"model\.safetensors is missing"):
@@ -180,7 +180,7 @@ def gpt2_package(tmp_path: Path, random_model: MakeModel, byte_tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_gpt2_as_openai_publishes_it_opens(gpt2_package: Package, prefix: str) -> None:
+def test_openais_published_gpt2_opens(gpt2_package: Package, prefix: str) -> None:
     expected = gpt2_package.load_model().state_dict()
     weights = gpt2_package.path / "model.safetensors"
     tensors = {prefix + name.removeprefix("transformer."): t for name, t in load_file(weights).items()}
@@ -208,7 +208,7 @@ def test_a_model_without_qkv_bias_is_published_with_zeros_and_says_so(
     assert package.config == config
 
 
-def test_saving_again_replaces_the_package_and_leaves_nothing_else(package: Package, random_model: MakeModel) -> None:
+def test_saving_again_replaces_the_package_and_leaves_no_other_files(package: Package, random_model: MakeModel) -> None:
     model = random_model(package.config)
     save_package(package.path, package.config, model.state_dict(), package.tokenizer, {"steps": 4})
     again = open_package(package.path)
@@ -240,7 +240,7 @@ def test_a_full_disk_keeps_the_earlier_package_and_names_the_folder(
     assert [p.name for p in package.path.parent.iterdir()] == [package.path.name]
 
 
-def test_weights_on_a_graph_or_in_half_precision_are_saved(package: Package) -> None:
+def test_weights_with_gradients_or_in_half_precision_are_saved(package: Package) -> None:
     parameters = dict(package.load_model().bfloat16().named_parameters())
     saved = save_package(package.path, package.config, parameters, package.tokenizer, {})
     assert load_file(saved.path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
@@ -263,7 +263,7 @@ def test_the_description_names_the_shape_the_tokenizer_and_the_training(package:
     assert describe(package).splitlines()[0] in (package.path / "README.md").read_text()
 
 
-def test_gpt2s_vocabulary_travels_in_the_package(gpt2_cache: Path, random_model: MakeModel, tmp_path: Path) -> None:
+def test_the_package_contains_gpt2s_vocabulary(gpt2_cache: Path, random_model: MakeModel, tmp_path: Path) -> None:
     tokenizer = load_tokenizer("gpt2")
     config = ModelConfig(vocab_size=50304, hidden_size=32, num_layers=1, num_heads=2, context_length=16)
     package = save_package(tmp_path / "p", config, random_model(config).state_dict(), tokenizer, {})

@@ -21,13 +21,13 @@ def test_every_preset_builds_a_network_that_computes_logits(name: str) -> None:
     ("name", "vocab_size", "millions"),
     [("gpt2-124m", 50257, 124.4), ("shakespeare", 50257, 124.4), ("foundry-124m", 50257, 123.6), ("quick", 2048, 4.26)],
 )
-def test_the_size_of_a_preset_is_what_its_name_says(name: str, vocab_size: int, millions: float) -> None:
+def test_a_preset_has_the_size_in_its_name(name: str, vocab_size: int, millions: float) -> None:
     with torch.device("meta"):
         model = GPT(model_preset(name, vocab_size))
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_the_predecessors_shapes_are_kept() -> None:
+def test_the_predecessors_shapes_are_unchanged() -> None:
     story, mini, tiny = (model_preset(name, 50257) for name in ("story", "mini", "tiny"))
     assert (story.context_length, story.num_layers, story.num_heads, story.hidden_size) == (256, 12, 12, 768)
     assert (story.dropout, story.qkv_bias) == (0.1, False)
@@ -52,6 +52,6 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         ({"dropout": 1.0}, r"dropout is 1\.0"),
     ],
 )
-def test_numbers_that_do_not_fit_each_other_are_named(changes: dict, message: str) -> None:
+def test_inconsistent_numbers_are_named(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig(vocab_size=256, **changes)

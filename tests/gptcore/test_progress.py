@@ -23,7 +23,7 @@ def told(monkeypatch: pytest.MonkeyPatch):
     progress.set_output(None)
 
 
-def test_what_takes_long_says_what_it_is_and_how_far_it_has_come(told):
+def test_slow_work_says_what_it_is_and_how_far_it_is(told):
     lines, came = told
     with progress.doing("judging the champion", first_seconds=0.01):
         progress.at(1, 4)
@@ -33,20 +33,20 @@ def test_what_takes_long_says_what_it_is_and_how_far_it_has_come(told):
     assert "judging the champion (0:00, 25%, about 0:00 left)" in lines[0]
 
 
-def test_what_is_quick_says_nothing(told):
+def test_quick_work_prints_nothing(told):
     lines, _ = told
     with progress.doing("something quick", first_seconds=60):
         pass
     assert lines == []
 
 
-def test_what_is_announced_is_said_before_it_begins(told):
+def test_announced_work_is_printed_before_it_begins(told):
     lines, _ = told
     with progress.doing("judging the champion", at_once=True):
         assert lines == ["...       judging the champion"]
 
 
-def test_of_nested_things_the_innermost_is_told(told):
+def test_the_innermost_of_nested_work_is_printed(told):
     lines, came = told
     with progress.doing("getting ready", first_seconds=60), progress.doing("reading notes.txt", first_seconds=0.01):
         assert came.wait(10)
@@ -54,7 +54,7 @@ def test_of_nested_things_the_innermost_is_told(told):
     assert not any("getting ready" in line for line in lines)
 
 
-def test_a_line_that_cannot_be_said_stops_nothing():
+def test_a_line_that_cannot_be_printed_stops_nothing():
     tried = threading.Event()
 
     def say(line: str) -> None:

@@ -62,7 +62,7 @@ def test_logits_are_those_of_transformers(layout: Layout, tmp_path: Path) -> Non
     [("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.json", "vocab.json", "merges.txt")],
     ids=["tokenizer.json", "vocab.json and merges.txt", "both"],
 )
-def test_the_tokenizer_is_read_from_whichever_files_there_are(
+def test_the_tokenizer_is_read_from_any_supported_files(
     files: tuple[str, ...], learn: Callable[[int, str], Tokenizer], tmp_path: Path
 ) -> None:
     tokenizer = learn(259, "#v #v cat, #v cat; " * 30)
@@ -92,7 +92,7 @@ def test_gpt2s_vocabulary_is_tiktokens(gpt2_cache: Path, tmp_path: Path, written
     assert AutoTokenizer.from_pretrained(folder).encode(plain) == package.tokenizer.encode(plain)
 
 
-def test_a_pickle_is_refused_and_the_way_out_that_is_named_leads_out(tmp_path: Path) -> None:
+def test_a_pickle_is_refused_and_the_suggested_conversion_works(tmp_path: Path) -> None:
     folder = publish_gpt2(tmp_path / "gpt2")
     expected = open_package(folder).load_model().state_dict()
     torch.save(GPT2LMHeadModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
@@ -105,7 +105,7 @@ def test_a_pickle_is_refused_and_the_way_out_that_is_named_leads_out(tmp_path: P
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-def test_a_file_of_several_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_missing_part_of_the_weights_is_named(tmp_path: Path) -> None:
     folder = publish_gpt2(tmp_path / "gpt2", Layout(files=3))
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(PackageError, match=r"model-00002-of-00003\.safetensors is missing"):
@@ -113,7 +113,7 @@ def test_a_file_of_several_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ['{"h.0": "../secret.safetensors"}', '{"h.0": "w.bin"}', "{}", '["x.safetensors"]'])
-def test_an_index_leads_to_weights_beside_it_or_nowhere(where: str, tmp_path: Path) -> None:
+def test_an_index_may_only_point_to_weights_beside_it(where: str, tmp_path: Path) -> None:
     folder = publish_gpt2(tmp_path / "gpt2", Layout(files=2))
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {where}}}')
     with pytest.raises(PackageError, match=r"index\.json is invalid"):
@@ -121,7 +121,7 @@ def test_an_index_leads_to_weights_beside_it_or_nowhere(where: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_link_without_its_file_is_told_from_a_file_that_was_never_there(name: str, tmp_path: Path) -> None:
+def test_a_broken_link_is_distinguished_from_a_missing_file(name: str, tmp_path: Path) -> None:
     layout = Layout(tokenizer=("tokenizer.json",))
     snapshot = put_into_cache(tmp_path / "hub", GPT2, publish_gpt2(tmp_path / "gpt2", layout))
     (snapshot / name).resolve().unlink()
@@ -134,7 +134,7 @@ def test_a_link_without_its_file_is_told_from_a_file_that_was_never_there(name: 
 
 @pytest.mark.parametrize("kept_as", [GPT2, "gpt2"])
 @pytest.mark.parametrize("asked_for", [GPT2, "gpt2"])
-def test_the_old_name_and_the_new_one_lead_to_either_in_the_cache(
+def test_the_old_and_the_new_name_both_find_the_model_in_the_cache(
     cache: Path, tmp_path: Path, kept_as: str, asked_for: str
 ) -> None:
     snapshot = put_into_cache(cache, kept_as, publish_gpt2(tmp_path / "gpt2"))
@@ -158,9 +158,7 @@ def test_the_cache_is_where_hugging_faces_variables_say(
     assert resolve("hf:gpt2") == snapshot
 
 
-def test_a_snapshot_that_is_not_whole_gives_way_to_one_that_is_or_says_what_it_lacks(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_an_incomplete_snapshot_is_replaced_by_a_complete_one_or_named(cache: Path, tmp_path: Path) -> None:
     folder = publish_gpt2(tmp_path / "gpt2")
     newest = put_into_cache(cache, GPT2, folder, "f" * 40)
     (newest / "model.safetensors").unlink()
@@ -193,7 +191,7 @@ def test_without_network_and_cache_one_line_says_what_to_fetch_and_where_to_put_
         ("", "is not a name"),
     ],
 )
-def test_a_name_that_the_hub_cannot_have_is_told_at_once(cache: Path, name: str, message: str) -> None:
+def test_an_impossible_hub_name_is_refused_at_once(cache: Path, name: str, message: str) -> None:
     with pytest.raises(HubError, match=message):
         resolve(f"hf:{name}")
 
@@ -206,7 +204,7 @@ def generated(endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_a_model_is_fetched_from_the_hub_and_from_then_on_needs_none(tmp_path: Path) -> None:
+def test_a_model_is_fetched_from_the_hub_once(tmp_path: Path) -> None:
     folder = publish_gpt2(tmp_path / "gpt2")
     (folder / "onnx").mkdir()
     for name in ("pytorch_model.bin", "tf_model.h5", "onnx/config.json"):
@@ -233,9 +231,7 @@ def online(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None
     return at
 
 
-def test_a_repository_of_pickles_is_refused_before_anything_is_fetched(
-    online: Callable[[str], None], tmp_path: Path
-) -> None:
+def test_a_repository_of_pickles_is_refused_before_any_download(online: Callable[[str], None], tmp_path: Path) -> None:
     folder = publish_gpt2(tmp_path / "old")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with hub("some/old-model", folder) as (address, fetched):
@@ -247,7 +243,7 @@ def test_a_repository_of_pickles_is_refused_before_anything_is_fetched(
     assert fetched == []
 
 
-def test_a_hub_that_takes_the_question_and_never_answers_is_given_up(
+def test_a_hub_that_never_answers_times_out(
     online: Callable[[str], None], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gptcore.hub.SERVER_SECONDS", 0.2)
@@ -262,7 +258,9 @@ def test_a_hub_that_takes_the_question_and_never_answers_is_given_up(
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_the_hub_does_not_know_is_no_missing_network(online: Callable[[str], None], tmp_path: Path) -> None:
+def test_a_name_unknown_to_the_hub_is_not_reported_as_a_network_error(
+    online: Callable[[str], None], tmp_path: Path
+) -> None:
     with hub(GPT2, publish_gpt2(tmp_path / "gpt2")) as (address, _):
         online(address)
         with pytest.raises(HubError, match=r"the hub has no model.* Did you mean 'openai-community/gpt2'") as caught:

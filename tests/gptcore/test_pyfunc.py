@@ -32,7 +32,7 @@ def test_each_prompt_gets_its_continuation(model_input: Any, package: Package) -
     assert _load_pyfunc(str(package.path)).predict(model_input, params) == expected
 
 
-def test_one_prompt_and_parameters_left_open_are_fine(package: Package) -> None:
+def test_one_prompt_and_default_parameters_work(package: Package) -> None:
     loaded = _load_pyfunc(str(package.path))
     assert len(loaded.predict("to be", {"seed": None, "max_new_tokens": 2})) == 1
     assert len(loaded.predict({"prompt": "to be"}, {"max_new_tokens": 2})) == 1
@@ -49,7 +49,7 @@ def test_mistakes_are_named(package: Package) -> None:
         loaded.predict(pd.DataFrame({"text": ["x"]}))
 
 
-def test_a_dict_of_several_prompts_is_several_prompts() -> None:
+def test_a_dict_of_several_prompts_gives_several_continuations() -> None:
     """MLflow turns {"prompt": ["a", "b"]} into one row that holds a list."""
     import pandas
 

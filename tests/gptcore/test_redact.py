@@ -31,20 +31,20 @@ PASSWORDS = [
         ("s3", "bucket/folder"),
     ],
 )
-def test_a_password_is_not_shown_whatever_is_in_it(password: str, scheme: str, rest: str) -> None:
+def test_a_password_is_hidden_whatever_characters_it_has(password: str, scheme: str, rest: str) -> None:
     assert without_password(f"{scheme}://user:{password}@{rest}") == f"{scheme}://{rest}"
     said = f"API request to {scheme}://user:{password}@{rest} failed"
     assert without_password(said) == f"API request to {scheme}://{rest} failed"
 
 
 @pytest.mark.parametrize("name", ["password", "token", "X-Amz-Signature", "sig", "api_key"])
-def test_nor_one_that_stands_among_a_urls_parameters(name: str) -> None:
+def test_a_password_in_a_urls_parameters_is_hidden(name: str) -> None:
     shown = without_password(f"postgresql://host/db?user=me&{name}=se/cr@et&timeout=5")
     assert "cr@et" not in shown
     assert "se/" not in shown
 
 
-def test_a_user_alone_may_be_a_key() -> None:
+def test_a_user_without_a_password_is_hidden_because_it_may_be_a_key() -> None:
     assert without_password("https://ghp_1234@host/x") == "https://host/x"
 
 
@@ -61,5 +61,5 @@ def test_a_user_alone_may_be_a_key() -> None:
         "http://host/db?timeout=5&monkey_business=1",
     ],
 )
-def test_what_names_nobody_stays_as_it_is(text: str) -> None:
+def test_a_url_without_a_user_is_unchanged(text: str) -> None:
     assert without_password(text) == text

@@ -61,7 +61,7 @@ def test_the_draws_are_uniform_and_independent_of_each_other() -> None:
         assert abs((centred * neighbour).mean() * 12) < 0.03
 
 
-def test_a_draw_is_the_same_for_ever() -> None:
+def test_a_draw_never_changes() -> None:
     assert uniform(1, 2) == uniform(1 + 2**64, 2) != uniform(2, 1)
     assert uniform(0, 0) == 0.6524484863740322
     assert uniform(1337, 42) == 0.8796181351403449
@@ -89,7 +89,7 @@ def test_a_draw_is_the_same_for_ever() -> None:
         ({"temperature": 1e30}, [0.25, 0.25, 0.25, 0.25]),
     ],
 )
-def test_the_filters_leave_what_their_definitions_say(params: dict[str, float], expected: list[float]) -> None:
+def test_the_filters_keep_what_their_definitions_say(params: dict[str, float], expected: list[float]) -> None:
     assert probs(**params) == pytest.approx(expected, abs=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_the_filters_leave_what_their_definitions_say(params: dict[str, float], 
 @given(VALUES, PARAMS, st.integers(0, 2**64 - 1))
 @example([0.0, 0.0, 2.28e-38], SamplingParams(top_k=2), 0)
 @example([0.0, 0.0, 1.4e-45], SamplingParams(top_p=0.5), 0)
-def test_the_filters_and_the_draw_are_what_a_full_sort_and_plain_sums_give(
+def test_the_filters_and_the_draw_agree_with_a_full_sort_and_plain_sums(
     values: list[float], params: SamplingParams, seed: int
 ) -> None:
     logits = torch.tensor(values)
@@ -128,7 +128,7 @@ def test_the_filters_and_the_draw_are_what_a_full_sort_and_plain_sums_give(
         ([0.0, 0.0, 2.28e-38], {"min_p": 1.0}, {0, 1, 2}),
     ],
 )
-def test_of_tokens_that_are_equally_likely_those_with_the_greatest_logits_are_kept(
+def test_among_equal_weights_the_tokens_with_the_greatest_logits_are_kept(
     values: list[float], params: dict[str, Any], expected: set[int]
 ) -> None:
     logits = torch.tensor(values)
@@ -157,7 +157,7 @@ def test_with_a_whole_vocabulary_the_filters_keep_what_they_should(filters: dict
     assert filtered_probs(logits, params).nonzero().flatten().tolist() == list(by_definition(logits, params))
 
 
-def test_weights_are_the_exponentials_in_whole_numbers() -> None:
+def test_weights_are_exponentials_rounded_to_whole_numbers() -> None:
     logits = torch.tensor([[3.0, 1.0, -5.0, -40.0, -math.inf]])
     weights = token_weights(logits, [2.0])[0].double()
     assert weights[0] == ONE
@@ -185,7 +185,7 @@ def mixed_rows(count: int) -> list[SamplingState]:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_rows_token_and_weights_do_not_depend_on_the_rows_beside_it(threads: int) -> None:
+def test_a_rows_token_and_weights_do_not_depend_on_the_other_rows(threads: int) -> None:
     torch.set_num_threads(threads)
     rows = mixed_rows(18)
     logits = torch.randn(18, WORDS + 47)[:, :WORDS] * 3
@@ -199,7 +199,7 @@ def test_a_rows_token_and_weights_do_not_depend_on_the_rows_beside_it(threads: i
         assert torch.equal(token_weights(logits[i].clone()[None], [0.8])[0], weights[i])
 
 
-def test_transformers_penalises_and_filters_alike() -> None:
+def test_penalties_and_filters_agree_with_transformers() -> None:
     params = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.4)
     logits, prompt = torch.randn(1, 300) * 3, list(range(0, 300, 7))
     theirs = logits
@@ -215,7 +215,7 @@ def test_transformers_penalises_and_filters_alike() -> None:
     torch.testing.assert_close(ours, theirs[0].softmax(0), atol=1e-6, rtol=0)
 
 
-def test_presence_counts_a_token_once_and_frequency_each_time_in_what_was_generated() -> None:
+def test_presence_penalty_counts_a_generated_token_once_and_frequency_penalty_each_time() -> None:
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     row = SamplingState(params, 0, tokens=[0, 1, 1, 2, 2, 2], prompt_length=2)
     logits = torch.zeros(2, 4)
@@ -232,7 +232,7 @@ def test_a_greedy_row_is_penalised_too() -> None:
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0}], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_still_give_a_token(bad: float, params: dict[str, Any]) -> None:
+def test_nan_logits_still_give_a_token(bad: float, params: dict[str, Any]) -> None:
     logits = torch.tensor([[0.0, 1.0, bad, 2.0], [0.0, 9.0, 0.0, 0.0]])
     rows = [SamplingState(SamplingParams(**params), 0, [0], 0)] * 2
     first, second = next_tokens(logits, rows)
@@ -240,7 +240,7 @@ def test_logits_that_are_no_numbers_still_give_a_token(bad: float, params: dict[
     assert [second] == next_tokens(logits[1:], rows[1:])
 
 
-def test_the_choices_of_one_seed_have_seeds_of_their_own() -> None:
+def test_the_choices_of_one_seed_get_different_seeds() -> None:
     assert choice_seed(-5, 0) == -5
     seeds = [choice_seed(seed, choice) for seed in range(200) for choice in range(1, 50)]
     assert len(set(seeds)) == len(seeds)
@@ -302,7 +302,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(package: Pac
     assert len({text(1), text(2), text(None), text(None)}) == 4
 
 
-def test_generation_is_decoding_without_a_cache_token_by_token(package: Package, model: GPT) -> None:
+def test_generation_equals_decoding_token_by_token_without_a_cache(package: Package, model: GPT) -> None:
     params = SamplingParams(max_new_tokens=20, top_k=40, seed=5)
     tokens = package.tokenizer.encode("Once upon")
     expected: list[int] = []
@@ -327,7 +327,7 @@ def test_generation_stops_at_the_end_of_text_and_leaves_it_out(package: Package,
     assert list(stopped) == []
 
 
-def test_generation_goes_on_after_the_end_of_text_if_asked_to(package: Package, model: GPT) -> None:
+def test_generation_continues_after_end_of_text_if_asked(package: Package, model: GPT) -> None:
     always_end, eot = biased(model, package.tokenizer.eot), package.tokenizer.eot
     params = SamplingParams(max_new_tokens=5, ignore_eos=True)
     assert list(generate(always_end, package.tokenizer, "x", params)) == [eot] * 5

@@ -51,7 +51,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @pytest.mark.hypothesis
-def test_any_text_survives(tokenizer: Tokenizer) -> None:
+def test_any_text_survives_encoding_and_decoding(tokenizer: Tokenizer) -> None:
     @examples(150)
     @given(any_text)
     def check(text: str) -> None:
@@ -100,7 +100,7 @@ def test_transformers_encodes_shakespeare_identically(
         assert theirs.encode(text) == tokenizer.encode(text)
 
 
-def test_white_space_of_every_kind_is_split_identically(learned: Tokenizer, tmp_path: Path) -> None:
+def test_all_kinds_of_white_space_are_split_identically(learned: Tokenizer, tmp_path: Path) -> None:
     save_tokenizer(learned, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     odd = [chr(c) for c in range(0x3100) if unicodedata.category(chr(c)) in ("Zs", "Zl", "Zp", "Cc", "Cf")]
@@ -109,7 +109,7 @@ def test_white_space_of_every_kind_is_split_identically(learned: Tokenizer, tmp_
         assert theirs.encode(text) == learned.encode(text), hex(ord(c))
 
 
-def test_a_saved_tokenizer_is_read_back_as_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_read_back_unchanged(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_tokenizer(tokenizer, tmp_path)
     again = read_tokenizer(tmp_path)
     assert (again.name, again.eot, again.fingerprint) == (tokenizer.name, tokenizer.eot, tokenizer.fingerprint)
@@ -150,7 +150,7 @@ def test_learning_is_deterministic_and_gives_the_size_asked_for(learn: Learn) ->
     assert learn(257, TEXT).encode("é") == list("é".encode())
 
 
-def test_text_too_small_to_learn_from_says_what_it_can_give(learn: Learn) -> None:
+def test_text_too_small_to_learn_from_says_which_size_is_possible(learn: Learn) -> None:
     with pytest.raises(TokenizerError, match=r"to learn 1000 tokens .* bpe:(\d+) is the largest") as caught:
         learn(1000, "to be or not to be")
     size = int(str(caught.value).split("bpe:")[1].split()[0])
@@ -158,7 +158,7 @@ def test_text_too_small_to_learn_from_says_what_it_can_give(learn: Learn) -> Non
 
 
 @pytest.mark.parametrize("size", ["256", "0", "1048577", "99999999999", "9" * 5000])
-def test_a_vocabulary_out_of_bounds_is_refused_before_anything_is_learned(size: str) -> None:
+def test_an_invalid_vocabulary_size_is_refused_before_anything_is_learned(size: str) -> None:
     with pytest.raises(TokenizerError, match=r"too (small|large); bpe:(257|1048576) .*the (small|larg)est"):
         load_tokenizer(f"bpe:{size}", lambda: pytest.fail("the text was read"))
 
@@ -177,9 +177,7 @@ ENDLESS = {
 
 @pytest.mark.timeout(60)  # each took minutes, or did not end
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_text_without_a_border_is_learned_from_and_encoded_in_time_that_grows_as_it_does(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_text_without_word_breaks_is_learned_and_encoded_in_linear_time(name: str, tmp_path: Path) -> None:
     text = ENDLESS[name]
     tokenizer = load_tokenizer("bpe:264", lambda: iter([text]))
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -188,7 +186,7 @@ def test_a_text_without_a_border_is_learned_from_and_encoded_in_time_that_grows_
     assert AutoTokenizer.from_pretrained(tmp_path).encode(part) == tokenizer.encode(part)
 
 
-def test_an_error_in_the_text_is_raised_and_not_taken_for_its_end() -> None:
+def test_an_error_while_reading_the_text_is_raised() -> None:
     def texts() -> Iterator[str]:
         yield "the cat sat on the mat. " * 10
         raise OSError("the disk is gone")
@@ -197,7 +195,7 @@ def test_an_error_in_the_text_is_raised_and_not_taken_for_its_end() -> None:
         load_tokenizer("bpe:260", texts)
 
 
-def test_very_long_white_space_encodes_as_the_whole_would(learned: Tokenizer) -> None:
+def test_very_long_white_space_encodes_as_if_uncut(learned: Tokenizer) -> None:
     space = LONG_SPACE + 7
     text = "x" + " " * space + "the" + "\n" * space + "b" + "\t " * space + "\u3000é" + " " * space
     assert learned.encode(text) == learned.encoding.encode_ordinary(text)
@@ -205,7 +203,7 @@ def test_very_long_white_space_encodes_as_the_whole_would(learned: Tokenizer) ->
 
 
 @pytest.mark.timeout(60)
-def test_many_runs_of_white_space_just_too_short_to_be_cut_take_no_longer_than_others(learned: Tokenizer) -> None:
+def test_long_runs_of_white_space_below_the_cut_are_not_slow(learned: Tokenizer) -> None:
     text = (" " * (LONG_SPACE - 1) + "a") * 30  # looked at from each of its characters, minutes
     assert learned.decode(learned.encode(text)) == text
 

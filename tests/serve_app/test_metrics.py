@@ -62,7 +62,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_every_definition_is_exported_under_its_name_and_kind_and_documented():
+def test_every_metric_is_exported_with_its_name_and_type_and_documented():
     families = {family.name: family for family in text_string_to_metric_families(Metrics().render().decode())}
     table = markdown()
     for metric in METRICS:
@@ -72,7 +72,7 @@ def test_every_definition_is_exported_under_its_name_and_kind_and_documented():
         assert table.count(f"| `{metric.name}` |") == 1
 
 
-def test_names_and_labels_are_what_prometheus_calls_good():
+def test_names_and_labels_follow_prometheus_conventions():
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     for metric in METRICS:
         assert metric.name.startswith("gpt_")
@@ -83,7 +83,7 @@ def test_names_and_labels_are_what_prometheus_calls_good():
         assert all(bound > 0 for bound in metric.buckets)  # Ray's exporter takes no others
 
 
-def test_two_apps_do_not_share_figures():
+def test_two_apps_do_not_share_metrics():
     one, other = Metrics(), Metrics()
     one.request("/generate", 200, "gpt", "7")
     labels = dict(route="/generate", status="200", model="gpt", version="7")
@@ -117,7 +117,7 @@ def test_a_sequence_is_timed_from_the_request_to_each_of_its_tokens(clock: list[
 
 
 @pytest.mark.parametrize("tokens", [0, 2])
-def test_a_sequence_left_before_its_end_counts_once_as_aborted(tokens: int):
+def test_an_abandoned_sequence_counts_once_as_aborted(tokens: int):
     metrics = Metrics()
     timer = metrics.sequence("gpt", "7", time.perf_counter())
     for token in range(tokens):
@@ -129,7 +129,7 @@ def test_a_sequence_left_before_its_end_counts_once_as_aborted(tokens: int):
     assert value(metrics, "gpt_time_to_first_token_seconds_count", model="gpt", version="7") == min(tokens, 1)
 
 
-def test_reloads_count_by_outcome():
+def test_reloads_are_counted_by_outcome():
     metrics = Metrics()
     for succeeded in (True, True, False):
         metrics.reload("gpt", succeeded)
@@ -137,7 +137,7 @@ def test_reloads_count_by_outcome():
     assert value(metrics, "gpt_model_reloads_total", model="gpt", outcome="failure") == 1
 
 
-def test_gauges_are_read_at_each_scrape_and_a_version_that_is_gone_takes_its_own_along():
+def test_gauges_are_read_at_each_scrape_and_disappear_with_their_version():
     metrics, versions = Metrics(), ["7"]
     counts = itertools.count(1)
     metrics.gauges = lambda: [(module.RUNNING, ("gpt", version), next(counts)) for version in versions]
@@ -149,7 +149,7 @@ def test_gauges_are_read_at_each_scrape_and_a_version_that_is_gone_takes_its_own
     ]
 
 
-def test_the_sink_hears_all_that_prometheus_shows():
+def test_the_sink_gets_everything_that_prometheus_shows():
     heard = Heard()
     metrics = Metrics(heard)
     timer = metrics.sequence("gpt", "7", time.perf_counter())
@@ -168,7 +168,7 @@ def test_the_sink_hears_all_that_prometheus_shows():
     assert {name for name, _ in heard.values} == {metric.name for metric in METRICS} - silent
 
 
-def test_a_sink_hears_that_a_gauge_is_gone():
+def test_the_sink_is_told_when_a_gauge_disappears():
     heard = Heard()
     metrics = Metrics(heard)
     metrics.gauges = lambda: [(module.LOADED, ("gpt", "7"), 1)]
@@ -179,9 +179,7 @@ def test_a_sink_hears_that_a_gauge_is_gone():
 
 
 @pytest.mark.anyio
-async def test_a_request_that_waits_for_its_model_to_load_is_timed_from_when_it_came(
-    make_package: MakePackage, clock: list[float]
-):
+async def test_a_request_that_waits_for_a_load_is_timed_from_its_arrival(make_package: MakePackage, clock: list[float]):
     def make(package: Package, told: EngineSettings) -> Engine:
         clock[0] += 8.0
         return Engine(package, told)
@@ -202,7 +200,7 @@ async def test_a_request_that_waits_for_its_model_to_load_is_timed_from_when_it_
 
 
 @pytest.mark.anyio
-async def test_each_name_of_a_source_has_gauges_beside_its_counters(package: Package):
+async def test_each_name_of_a_source_has_its_own_gauges(package: Package):
     said = (f"one={package.path}", f"other={package.path}")
     settings = ServeSettings(models=said, slots=3, threads=1, backend="torch", dtype="float32")
     state = AppState(settings, Models(settings), Metrics())

@@ -20,21 +20,21 @@ def load(environ: dict[str, str] | None = None, **given: Any) -> ServeSettings:
     return load_settings(given, environ or {})
 
 
-def test_with_nothing_said_the_champion_is_served_on_loopback_without_keys():
+def test_by_default_the_champion_is_served_on_loopback_without_keys():
     settings = load()
     assert settings.sources == {"gpt": "models:/gpt@champion"}
     assert (settings.host, settings.api_keys, settings.cors_origins) == ("127.0.0.1", (), ())
     assert settings.tracking_uri.startswith("sqlite:////")
 
 
-def test_the_environment_is_read_and_a_builders_argument_stands_above_it():
+def test_a_builders_argument_wins_over_the_environment():
     environ = {"GPT_MODEL": "models:/story@champion", "GPT_MAX_REPLICAS": "4", "GPT_COMPILE": "true", "GPT_SLOTS": ""}
     settings = load(environ, max_replicas="2", poll_seconds=1)
     assert settings.sources == {"story": "models:/story@champion"}
     assert (settings.max_replicas, settings.compile, settings.slots, settings.poll_seconds) == (2, True, 0, 1.0)
 
 
-def test_every_setting_can_be_said_in_the_environment_in_its_own_type():
+def test_every_setting_can_be_set_in_the_environment_with_its_type():
     said = {"models": "a=models:/a@champion,b=hf:x/y", "eager": "b", "canary": "b:0.5", "model": "b", "api_keys": "k,l"}
     said |= {"cors_origins": "*", "tracking_uri": "http://127.0.0.1:5000", "host": "0.0.0.0", "device": "cpu"}
     said |= {"dtype": "float32", "backend": "torch", "log_level": "debug", "compile": "true", "prefix_cache": "false"}
@@ -85,20 +85,20 @@ def test_a_canary_is_a_source_or_a_name_and_a_share():
     assert load(models="a=models:/a@x,b=/p", canary="b:1").canary_share == Canary("b", 1.0)
 
 
-def test_a_canary_is_called_by_its_name_in_models_or_after_its_source():
+def test_a_canary_is_named_as_in_models_or_after_its_source():
     assert load().canary_name == ""
     assert load(canary="models:/gpt@candidate:0.1").canary_name == "gpt@candidate"
     assert load(models="a=/a,b=/p", canary="b:1").canary_name == "b"
     assert load(models="a=/a,b=/p", canary="/q/b:1").canary_name == "b-canary"
 
 
-def test_a_source_whose_name_is_not_allowed_is_served_under_another():
+def test_a_source_with_an_invalid_name_is_served_under_another():
     settings = load(models="chinese=models:/模型@champion,gpt=models:/gpt@champion", model="gpt", canary="chinese:0.5")
     assert settings.sources == {"gpt": "models:/gpt@champion", "chinese": "models:/模型@champion"}
     assert settings.canary_name == "chinese"
 
 
-def test_a_tracking_uri_is_the_given_one_then_mlflows_then_the_embedded_database(tmp_path, monkeypatch):
+def test_the_tracking_uri_is_the_given_one_or_mlflows_or_the_embedded_database(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))
     mlflow = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}
     assert load().tracking_uri == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
@@ -149,7 +149,7 @@ def test_a_wrong_setting_is_one_clear_error(said: dict[str, Any], param: str, wo
     assert "\n" not in str(caught.value)
 
 
-def test_a_misspelt_name_in_the_environment_is_logged_and_other_programs_names_are_left_alone(caplog, monkeypatch):
+def test_a_misspelt_variable_is_logged_and_other_programs_variables_are_ignored(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("serve_app"), "propagate", True)
     load({"GPT_MAX_REPLICA": "4", "GPT_FOUNDRY_HOME": "/x", "GPT_ZZZ": "1"})
     assert {record.getMessage() for record in caplog.records} == {
@@ -157,7 +157,7 @@ def test_a_misspelt_name_in_the_environment_is_logged_and_other_programs_names_a
     }
 
 
-def test_keys_are_neither_printed_nor_in_errors():
+def test_keys_appear_neither_in_output_nor_in_errors():
     assert "hunter2" not in repr(load(api_keys="hunter2"))
     with pytest.raises(ConfigError) as caught:
         load(api_keys={"hunter2": 1})
@@ -166,7 +166,7 @@ def test_keys_are_neither_printed_nor_in_errors():
         load(api_keys=["hunter2", ""])
 
 
-def test_the_engines_settings_are_all_among_the_services():
+def test_the_service_has_all_settings_of_the_engine():
     assert {f.name for f in fields(EngineSettings)} <= FIELDS.keys()
     assert load(slots=3, threads=2, dtype="float32").engine == EngineSettings(slots=3, threads=2, dtype="float32")
 
@@ -181,6 +181,6 @@ def test_the_module_prints_the_table_of_the_docs():
     assert "| `max_queue` | `GPT_MAX_QUEUE` | `64` | Requests that may wait" in printed
 
 
-def test_importing_the_package_and_its_settings_brings_in_neither_ray_nor_mlflow():
+def test_importing_the_package_and_its_settings_imports_neither_ray_nor_mlflow():
     code = "import sys, serve_app, serve_app.settings; sys.exit(bool({'ray', 'mlflow', 'fastapi'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -22,7 +22,7 @@ def last_line(home: Path, *command: str) -> tuple[int, dict[str, object]]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(tmp_path: Path) -> None:
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     code, report = last_line(tmp_path, "bench.gpu_train")
     assert (code, report["bench"]) == (0, "gpu_train")
     assert "no CUDA device" in str(report["skipped"])
@@ -51,7 +51,7 @@ def test_time_to_quality_says_whether_the_target_was_reached(
         (["--data=no/such/file"], "'no/such/file'"),
     ],
 )
-def test_time_to_quality_answers_wrong_arguments_with_a_line(
+def test_time_to_quality_refuses_wrong_arguments_in_one_line(
     flags: list[str], answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert time_to_quality.main(flags) == 2
@@ -59,7 +59,7 @@ def test_time_to_quality_answers_wrong_arguments_with_a_line(
 
 
 @pytest.mark.slow
-def test_the_ray_job_is_measured_against_the_bare_loop(tmp_path: Path, text_file: Path) -> None:
+def test_the_ray_job_is_compared_with_the_bare_loop(tmp_path: Path, text_file: Path) -> None:
     small = ["tokenizer=bytes", "hidden_size=32", "num_layers=1"]
     code, report = last_line(
         tmp_path, "bench.ray_overhead", f"--data={text_file}", "--turns=2", "--seconds=4", "--set", *small
@@ -68,6 +68,6 @@ def test_the_ray_job_is_measured_against_the_bare_loop(tmp_path: Path, text_file
     assert float(str(report["ratio"])) > 0
 
 
-def test_the_overhead_of_an_unknown_setting_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_overhead_benchmark_refuses_an_unknown_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert ray_overhead.main(["--set", "hiden_size=32"]) == 2
     assert "Did you mean 'hidden_size'?" in capsys.readouterr().err

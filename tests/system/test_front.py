@@ -177,7 +177,7 @@ def await_another(service: Service, name: str) -> None:
     await_that(lambda: any(name in title(p) for p in family(service.cluster)), RESTART_SECONDS, f"{name} is there")
 
 
-def test_before_it_is_ready_clients_are_refused_or_told_to_come_back(service: Service, start: Witness):
+def test_before_it_is_ready_clients_are_refused_or_get_retry_after(service: Service, start: Witness):
     assert start.await_back(0.0)
     assert start.answers() <= {"200", "unavailable", "refused"}
     ready = min(at for _, at, _, answer in start.told if answer == "200")
@@ -195,7 +195,9 @@ def test_a_killed_haproxy_is_back_within_seconds(service: Service, start: Witnes
 
 
 @pytest.mark.parametrize("name", ["ray::HAProxyManager", "ray::ServeController", "ray::ProxyActor"])
-def test_who_is_not_between_client_and_replica_is_not_missed(service: Service, start: Witness, front: str, name: str):
+def test_losing_a_process_outside_the_request_path_fails_no_request(
+    service: Service, start: Witness, front: str, name: str
+):
     if front != "haproxy" and name != "ray::ServeController":
         pytest.skip("there is none, or it is between them")
     moment = kill(service, name)
@@ -211,7 +213,7 @@ def test_rays_own_proxy_comes_back(service: Service, start: Witness, front: str)
     assert start.answers() <= {"200", "unavailable", "refused", "cut"}
 
 
-def test_one_of_two_replicas_that_is_killed_costs_what_it_was_answering(service: Service, start: Witness):
+def test_killing_one_of_two_replicas_only_fails_its_own_requests(service: Service, start: Witness):
     moment = kill(service, "ray::ServeReplica:default:gpt")
     assert start.await_back(moment) < BACK_SECONDS
     await_that(lambda: len(service.replicas()) == 2, RESTART_SECONDS, "another replica is there")
@@ -220,7 +222,7 @@ def test_one_of_two_replicas_that_is_killed_costs_what_it_was_answering(service:
     assert set(told) <= {"200", "unavailable", "cut"}
 
 
-def test_when_all_replicas_are_killed_clients_wait_or_are_told_to_come_back(service: Service, start: Witness):
+def test_when_all_replicas_are_killed_clients_wait_or_get_retry_after(service: Service, start: Witness):
     replicas, moment = service.replicas(), time.monotonic()
     for replica in replicas:
         replica.kill()
@@ -231,7 +233,7 @@ def test_when_all_replicas_are_killed_clients_wait_or_are_told_to_come_back(serv
     assert service.ask("/nowhere", None)[1]["error"]["code"] == "route_not_found"
 
 
-def test_three_hundred_half_sent_bodies_cost_nobody_else_anything(service: Service, start: Witness, port: int):
+def test_three_hundred_half_sent_bodies_do_not_slow_other_clients(service: Service, start: Witness, port: int):
     await_that(lambda: len(service.replicas()) == 2, RESTART_SECONDS, "two replicas are there")
     start.await_calm()
     moment = time.monotonic()
@@ -257,7 +259,7 @@ def test_a_foreign_name_is_refused_through_the_front(service: Service):
     assert (status, reply["error"]["code"]) == (403, "host_not_allowed")
 
 
-def test_until_it_has_ended_clients_are_refused_or_told_to_come_back(service: Service, start: Witness):
+def test_while_it_ends_clients_are_refused_or_get_retry_after(service: Service, start: Witness):
     moment = time.monotonic()
     assert service.process
     service.process.send_signal(2)

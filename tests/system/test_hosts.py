@@ -63,7 +63,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
             tracking.kill()
 
 
-def test_training_that_loses_a_host_goes_on_and_ends_as_one_run_with_a_version(machines: Machines, text_file: Path):
+def test_training_survives_the_loss_of_a_host_and_ends_as_one_run_with_a_version(machines: Machines, text_file: Path):
     head = machines.hosts[0]
     flags = ["--name=three-hosts", "--num-workers=2:3", "--cpus-per-worker=2", f"--data={text_file}", "--max-steps=200"]
     command = [BIN / "ray", "job", "submit", f"--address={machines.cluster.dashboard}", "--"]
@@ -88,7 +88,7 @@ def test_training_that_loses_a_host_goes_on_and_ends_as_one_run_with_a_version(m
         assert client.get_model_version_by_alias("gpt", "champion").version == version.version
 
 
-def test_a_service_that_loses_a_host_loses_what_it_was_answering_there_and_no_more(
+def test_losing_a_host_only_fails_the_requests_that_it_was_answering(
     machines: Machines, make_package: MakePackage, tmp_path: Path
 ):
     head, _, lost = machines.hosts

@@ -41,7 +41,7 @@ def test_a_finished_run_has_its_curves_artifacts_and_a_registered_version(undist
     assert version.tags["promotion_reason"]
 
 
-def test_a_target_that_was_not_reached_is_told_with_how_far_it_was_and_how_to_go_on(undisturbed: Job) -> None:
+def test_a_missed_target_is_reported_with_the_gap_and_how_to_continue(undisturbed: Job) -> None:
     best = min(value for _, value in points(undisturbed, "val/loss"))
     [target] = json.loads((undisturbed.run_dir / "outcome.json").read_text())["targets"]
     assert (target["target"], target["wanted"], "reached_step" in target) == ("target_loss", 0.5, False)
@@ -52,7 +52,7 @@ def test_a_target_that_was_not_reached_is_told_with_how_far_it_was_and_how_to_go
     assert "--resume undisturbed --max-steps N" in said
 
 
-def test_the_registered_version_speaks_through_mlflow_and_through_generate(undisturbed: Job) -> None:
+def test_the_registered_version_generates_through_mlflow_and_through_generate(undisturbed: Job) -> None:
     code = (
         "import mlflow, pandas\n"
         f"mlflow.set_tracking_uri({undisturbed.uri!r})\n"
@@ -68,7 +68,7 @@ def test_the_registered_version_speaks_through_mlflow_and_through_generate(undis
     assert said.stdout.strip()
 
 
-def test_a_run_ends_with_what_now_whose_commands_work_as_they_stand(undisturbed: Job) -> None:
+def test_a_run_ends_with_next_commands_that_work_as_printed(undisturbed: Job) -> None:
     block = what_now(next(undisturbed.run_dir.glob("training_*.log")).read_text())
     assert f"/runs/{run_id(undisturbed)}?" in block["its page"]
     env = environment(undisturbed.run_dir.parents[1])
@@ -135,7 +135,7 @@ def test_a_resume_that_adds_no_step_adds_no_version(launch: Launch, undisturbed:
 
 
 @pytest.mark.slow
-def test_a_run_can_keep_its_checkpoints_behind_a_url(launch: Launch, undisturbed: Job, tmp_path: Path) -> None:
+def test_a_run_can_keep_its_checkpoints_at_a_url(launch: Launch, undisturbed: Job, tmp_path: Path) -> None:
     store = tmp_path / "store"
     job = launch("behind-a-url", "--max-steps=20", "--schedule=linear", f"--storage-path={store.as_uri()}")
     code, output = job.finish()
@@ -149,7 +149,7 @@ def test_a_run_can_keep_its_checkpoints_behind_a_url(launch: Launch, undisturbed
     assert [step for step, _ in points(job, "val/loss")] == [0, 20, 40]
 
 
-def test_a_finished_run_resumed_without_news_is_shown_again(launch: Launch, undisturbed: Job) -> None:
+def test_a_finished_run_resumed_unchanged_is_shown_again(launch: Launch, undisturbed: Job) -> None:
     job = launch("undisturbed", "--resume=undisturbed")
     code, output = job.finish()
     assert code == 0
@@ -158,7 +158,7 @@ def test_a_finished_run_resumed_without_news_is_shown_again(launch: Launch, undi
 
 
 @pytest.mark.slow
-def test_an_elastic_run_uses_what_there_is_and_takes_the_same_steps(launch: Launch, undisturbed: Job) -> None:
+def test_an_elastic_run_uses_the_available_workers_and_takes_the_same_steps(launch: Launch, undisturbed: Job) -> None:
     job = launch("elastic", "--num-workers=1:2")
     code, output = job.finish()
     assert code == 0, output
@@ -185,7 +185,7 @@ def test_fine_tuning_starts_from_the_champion_and_records_its_parent(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a package's folder", "GPT-2 in the hub's cache"])
-def test_fine_tuning_names_its_parent_and_stops_at_the_training_loss_that_was_asked_for(
+def test_fine_tuning_names_its_parent_and_stops_at_the_requested_training_loss(
     launch: Launch, undisturbed: Job, tmp_path: Path, kind: str
 ) -> None:
     put_into_cache(tmp_path / "hub", "openai-community/gpt2", publish_gpt2(tmp_path / "gpt2"))
@@ -212,7 +212,7 @@ def test_fine_tuning_names_its_parent_and_stops_at_the_training_loss_that_was_as
 
 
 @pytest.mark.slow
-def test_a_tracking_server_that_is_away_for_a_while_costs_no_step_and_no_point(launch: Launch, tmp_path: Path) -> None:
+def test_an_outage_of_the_tracking_server_loses_no_step_and_no_point(launch: Launch, tmp_path: Path) -> None:
     server = TrackingServer(tmp_path)
     server.start()
     try:

@@ -42,12 +42,12 @@ def test_a_run_has_one_owner(under_way: Job, cluster: Cluster, flag: str) -> Non
     assert one_error(second.stderr).startswith(owner)
 
 
-def test_a_run_whose_terminal_is_closed_is_stopped_as_any_other(under_way: Job) -> None:
+def test_closing_the_terminal_stops_a_run_in_the_usual_way(under_way: Job) -> None:
     stopped_without_a_reader(under_way, signal.SIGHUP)
 
 
 @pytest.mark.slow
-def test_a_run_whose_output_lost_its_reader_is_stopped_as_any_other(launch: Launch) -> None:
+def test_a_run_whose_output_is_closed_can_still_be_stopped(launch: Launch) -> None:
     """As `... | tee log` at Ctrl-C, which ends tee too."""
     job = launch("unread", "--max-steps=100000")
     job.await_line(r"step +20 \| validation")
@@ -69,7 +69,7 @@ def stopped_without_a_reader(job: Job, number: signal.Signals) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_is_marked_killed_and_goes_on_with_more_workers(launch: Launch, number: signal.Signals) -> None:
+def test_a_stopped_run_is_marked_killed_and_resumes_with_more_workers(launch: Launch, number: signal.Signals) -> None:
     name = f"stopped-{number.name.lower()}"
     job = launch(name, "--max-steps=2000", "--schedule=wsd", "--cooldown-fraction=0.01")
     job.await_line(r"step +20 \| validation")
@@ -182,7 +182,7 @@ def test_ray_job_stop_leaves_a_checkpoint_and_a_killed_run(cluster: Cluster, tex
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_fails_the_run_without_a_restart(launch: Launch) -> None:
+def test_a_nan_loss_fails_the_run_without_a_restart(launch: Launch) -> None:
     job = launch("diverging", "--learning-rate=1e38", "--matrix-learning-rate=1e38", "--precision=fp32")
     code, output = job.finish()
     assert code == 1, output
@@ -204,7 +204,7 @@ def checkpoint_steps(job: Job) -> dict[int, Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_and_damage_are_outlived(launch: Launch) -> None:
+def test_a_run_survives_a_full_disk_and_damaged_files(launch: Launch) -> None:
     job = launch("damaged", "--max-steps=100000", "--schedule=wsd")
     job.await_line(r"step +60 \| validation")
     history = job.run_dir / "history.jsonl"

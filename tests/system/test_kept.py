@@ -22,7 +22,7 @@ GREEDY = [117, 109, 112, 115, 109, 112, 115, 109]
 """Tokens that it generated."""
 
 
-def test_its_package_generates_what_it_generated_then() -> None:
+def test_a_kept_package_generates_the_same_text_as_before() -> None:
     package = open_package(KEPT / "runs" / "kept" / "package")
     torch.set_num_threads(1)
     params = SamplingParams(max_new_tokens=8, temperature=0)
@@ -30,7 +30,7 @@ def test_its_package_generates_what_it_generated_then() -> None:
     assert tokens == GREEDY
 
 
-def test_its_registered_model_loads_by_the_name_that_mlflow_recorded() -> None:
+def test_a_kept_registered_model_loads_by_its_recorded_name() -> None:
     code = (
         "import mlflow, pandas\n"
         f"model = mlflow.pyfunc.load_model({str(KEPT / 'registered')!r})\n"
@@ -60,7 +60,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_its_run_is_resumed_and_registered(cluster: Cluster, home: Path) -> None:
+def test_a_kept_run_is_resumed_and_registered(cluster: Cluster, home: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "train_job/run.py", "--resume=kept", "--max-steps=9", "--promote=always"],
         cwd=ROOT,

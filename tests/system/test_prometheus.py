@@ -160,7 +160,9 @@ def test_every_expression_of_the_dashboard_has_a_value(prometheus: Prometheus, s
     assert not any(prometheus.values(name) for name in NOT_ON_A_CPU)
 
 
-def test_all_that_ray_lists_is_scraped_and_no_rule_is_broken(prometheus: Prometheus, service: Service, job: Job):
+def test_prometheus_scrapes_all_of_rays_targets_and_accepts_all_rules(
+    prometheus: Prometheus, service: Service, job: Job
+):
     targets = prometheus.get("targets")["activeTargets"]
     assert len(targets) >= 2  # the node's and the dashboard's
     await_that(lambda: set(prometheus.values("up").values()) == {1.0}, SECONDS, "every target is up")
@@ -198,7 +200,7 @@ def test_requests_are_counted_one_by_one(prometheus: Prometheus, service: Servic
     await_that(lambda: counted() == before + 7, SECONDS, "seven requests are seven more")
 
 
-def test_a_version_that_is_refused_is_told_at_once(prometheus: Prometheus, service: Service, registry: TestRegistry):
+def test_a_refused_version_raises_an_alert_at_once(prometheus: Prometheus, service: Service, registry: TestRegistry):
     spoiled = registry.publish("served", seed=3, promote="never")
     registry.spoil("served", spoiled)
     registry.point("served", spoiled)
@@ -206,7 +208,7 @@ def test_a_version_that_is_refused_is_told_at_once(prometheus: Prometheus, servi
     assert prometheus.alerts("firing") == {"NewVersionRefused"}
 
 
-def test_the_figures_are_those_that_mlflow_has_and_end_with_the_run(prometheus: Prometheus, job: Job):
+def test_the_metrics_equal_mlflows_and_end_with_the_run(prometheus: Prometheus, job: Job):
     expected = {"watched": TOKENS_PER_STEP}
 
     def evaluated() -> bool:

@@ -70,7 +70,7 @@ def service(cluster: Cluster, registry: TestRegistry) -> Iterator[Service]:
         yield running
 
 
-def test_the_front_is_the_one_that_was_asked_for(service: Service, request: pytest.FixtureRequest):
+def test_the_front_is_the_chosen_one(service: Service, request: pytest.FixtureRequest):
     names = {process.name() for process in family(service.cluster)}
     assert ("haproxy" in names) == (request.node.callspec.params["cluster"] == "haproxy")
 
@@ -92,7 +92,7 @@ def test_the_champion_answers_with_its_name_and_version(service: Service, regist
     assert [(entry["name"], entry["state"], entry["bits_per_byte"]) for entry in listed] == [("served", "ready", 2.0)]
 
 
-def test_a_stream_comes_as_it_is_computed(service: Service):
+def test_a_stream_arrives_while_it_is_computed(service: Service):
     body = BODY | {"stream": True, "max_new_tokens": 1000}
     request = urllib.request.Request(f"{service.url}/generate", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -104,7 +104,7 @@ def test_a_stream_comes_as_it_is_computed(service: Service):
     assert max(gaps) < (times[-1] - times[0]) / 2  # no single burst at the end
 
 
-def test_a_refusal_has_the_apis_form(service: Service):
+def test_a_refusal_has_the_apis_error_form(service: Service):
     status, reply = service.ask(body={"prompt": "Once", "max_new_tokens": -1})
     assert status == 400
     assert reply["error"]["param"] == "max_new_tokens"
@@ -112,14 +112,14 @@ def test_a_refusal_has_the_apis_form(service: Service):
     assert (status, reply["error"]["code"]) == (404, "route_not_found")
 
 
-def test_both_exporters_have_the_figures(service: Service, cluster: Cluster):
+def test_both_exporters_have_the_metrics(service: Service, cluster: Cluster):
     service.version()
     with urllib.request.urlopen(f"{service.url}/metrics", timeout=30) as answer:
         assert b'gpt_generation_tokens_total{model="served"' in answer.read()
     await_figures(cluster, ("gpt_generation_tokens_total{", "gpt_slots{", FIRST_TOKEN))
 
 
-def test_a_client_that_leaves_frees_its_slot_even_if_it_asks_that_nobody_notices(service: Service):
+def test_a_client_that_leaves_frees_its_slot_whatever_headers_it_sent(service: Service):
     await_one_replica(service)  # the one that is asked for its figures is the one at work
     for headers in ({}, {"x-request-disconnect-disabled": "?1"}):
         request = urllib.request.Request(
@@ -161,7 +161,7 @@ def test_a_clients_headers_lift_no_limit(service: Service):
     assert all(REQUEST_TIMEOUT_S <= seconds < REQUEST_TIMEOUT_S + 5 for _, seconds in ends)
 
 
-def test_a_promotion_under_load_fails_no_request_and_is_in_the_replies_within_seconds(
+def test_a_promotion_under_load_fails_no_request_and_takes_effect_within_seconds(
     service: Service, registry: TestRegistry
 ):
     before = service.version()
@@ -200,7 +200,7 @@ def test_a_broken_version_under_load_is_refused_and_reported_and_fails_no_reques
 
 
 @pytest.mark.slow
-def test_replicas_rise_under_load_and_fall_after_it_with_no_failed_request(service: Service):
+def test_replicas_scale_up_under_load_and_down_after_it_without_a_failed_request(service: Service):
     await_one_replica(service)
     with Load(service, clients=8, body=BODY | {"max_new_tokens": 40}) as load:
         await_that(lambda: len(service.replicas()) > 1, 60, "replicas rise")

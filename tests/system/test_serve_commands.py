@@ -51,7 +51,7 @@ def test_serve_run_takes_its_settings_from_the_environment(cluster: Cluster, reg
 
 
 @pytest.mark.slow
-def test_serve_deploy_starts_what_the_repositorys_config_says_and_changes_it_without_a_failed_request(
+def test_serve_deploy_applies_our_config_and_its_changes_without_a_failed_request(
     cluster: Cluster, registry: TestRegistry, tmp_path: Path
 ):
     registry.publish("gpt", seed=1)
@@ -91,7 +91,7 @@ def test_serve_build_writes_a_config_of_the_application(tmp_path: Path):
 
 
 @pytest.mark.parametrize("said", [pytest.param("serve_app:app", marks=pytest.mark.slow), "serve_app:build_app"])
-def test_a_port_that_is_taken_ends_serve_run_with_one_line(said: str):
+def test_a_used_port_ends_serve_run_with_one_line(said: str):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         env = os.environ | {"GPT_PORT": str(port), "RAY_ADDRESS": "local"}

@@ -89,7 +89,7 @@ def swept(sweeps: Sweeps) -> tuple[Job, str]:
     return job, output
 
 
-def test_every_trial_is_a_run_below_the_sweeps_with_its_own_metrics_once(swept: tuple[Job, str]) -> None:
+def test_every_trial_is_a_child_run_of_the_sweep_with_its_metrics_once(swept: tuple[Job, str]) -> None:
     job, _ = swept
     runs = children(job)
     assert sorted(runs) == ["01", "02", "03", "04"]
@@ -100,7 +100,7 @@ def test_every_trial_is_a_run_below_the_sweeps_with_its_own_metrics_once(swept: 
     assert runs["01"].data.tags["sweep.end"] == "max_steps at step 160"
 
 
-def test_a_trial_that_is_behind_is_stopped_early_and_says_so(swept: tuple[Job, str]) -> None:
+def test_a_trial_that_falls_behind_is_stopped_early_and_says_so(swept: tuple[Job, str]) -> None:
     job, output = swept
     run = children(job)["03"]
     assert run.info.status == "FINISHED"
@@ -117,7 +117,7 @@ def test_a_trial_that_diverges_fails_alone(swept: tuple[Job, str]) -> None:
     assert "swept-02  failed: the" in output
 
 
-def test_the_best_trial_is_registered_as_a_single_run_would_be(swept: tuple[Job, str]) -> None:
+def test_the_best_trial_is_registered_like_a_single_run(swept: tuple[Job, str]) -> None:
     from mlflow import MlflowClient
 
     job, output = swept
@@ -138,7 +138,7 @@ def test_the_best_trial_is_registered_as_a_single_run_would_be(swept: tuple[Job,
     assert "now @champion" in output
 
 
-def test_the_sweep_leaves_a_table_figures_and_the_weights_of_the_best_alone(swept: tuple[Job, str]) -> None:
+def test_the_sweep_leaves_a_table_figures_and_only_the_best_weights(swept: tuple[Job, str]) -> None:
     from mlflow import MlflowClient
 
     job, _ = swept
@@ -158,7 +158,7 @@ SHORT_AND_LONG = "search: {max_steps: [20, 2000]}\ngrid: true\nconcurrency: 1\na
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_sweep_that_was_stopped_goes_on_where_it_was(sweeps: Sweeps, number: signal.Signals) -> None:
+def test_a_stopped_sweep_continues_where_it_was(sweeps: Sweeps, number: signal.Signals) -> None:
     name = f"sweep-{number.name.lower()}"
     job = sweeps(name, SHORT_AND_LONG, "--eval-interval=200", "--schedule=linear")
     job.await_line(rf"^{name}-01 .*max_steps at step 20")

@@ -44,24 +44,24 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return call
 
 
-def test_an_unknown_flag_is_answered_with_the_nearest(refused: Refused) -> None:
+def test_an_unknown_flag_gets_the_nearest_one_as_a_hint(refused: Refused) -> None:
     assert "Did you mean '--batch-size'" in refused("--batchsize=3")
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "0", "inf"])
 @pytest.mark.parametrize("name", ["target_loss", "target_bits_per_byte", "target_train_loss"])
-def test_a_target_that_no_run_could_reach_or_miss_is_refused(refused: Refused, name: str, value: str) -> None:
+def test_an_impossible_target_is_refused(refused: Refused, name: str, value: str) -> None:
     said = refused(f"--{name.replace('_', '-')}={value}")
     assert f"{name} is {float(value)}; expected more than 0, and finite" in said
 
 
-def test_a_name_that_no_folder_can_have_is_refused(refused: Refused) -> None:
+def test_a_name_that_cannot_be_a_folder_name_is_refused(refused: Refused) -> None:
     assert "name has 300 bytes; expected at most 200" in refused(f"--name={'a' * 300}")
     assert "name is 'a/b'" in refused("--name=a/b")
 
 
 @pytest.mark.parametrize("missing", ["hf:gpt2", "hf:openai-community/gpt2"])
-def test_a_parent_that_cannot_be_fetched_says_what_to_bring(
+def test_a_parent_that_cannot_be_fetched_says_what_is_needed(
     refused: Refused, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -71,7 +71,7 @@ def test_a_parent_that_cannot_be_fetched_says_what_to_bring(
     assert "hf download openai-community/gpt2" in said
 
 
-def test_an_unknown_preset_is_answered_with_the_nearest(refused: Refused) -> None:
+def test_an_unknown_preset_gets_the_nearest_one_as_a_hint(refused: Refused) -> None:
     assert "Did you mean 'shakespeare'" in refused("--preset=shakespear")
 
 
@@ -82,7 +82,7 @@ def test_a_missing_corpus_is_named(refused: Refused, text_file: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--data", "--init-from", "--storage-path", "--cache-dir"])
-def test_a_home_folder_of_nobody_is_named(refused: Refused, flag: str, text_file: Path) -> None:
+def test_the_home_folder_of_an_unknown_user_is_named(refused: Refused, flag: str, text_file: Path) -> None:
     answer = refused(f"--data={text_file}", f"{flag}=~nobody-of-this-name/x", tiny=flag != "--init-from")
     assert "'~nobody-of-this-name/x' starts with an unknown home folder" in answer
 
@@ -92,14 +92,14 @@ def test_an_empty_corpus_is_named(refused: Refused, tmp_path: Path) -> None:
     assert "empty" in refused(f"--data={tmp_path / 'empty.txt'}")
 
 
-def test_a_binary_corpus_is_named_with_the_place(refused: Refused, tmp_path: Path) -> None:
+def test_a_binary_corpus_is_named_with_the_position(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "image.txt").write_bytes(b"text " * 30 + b"\x00\xff\xfe" + b"text " * 30)
     answer = refused(f"--data={tmp_path / 'image.txt'}")
     assert "image.txt" in answer
     assert "150" in answer
 
 
-def test_a_context_longer_than_the_corpus_is_answered_with_what_fits(refused: Refused, text_file: Path) -> None:
+def test_a_context_longer_than_the_corpus_is_refused_with_one_that_fits(refused: Refused, text_file: Path) -> None:
     answer = refused(f"--data={text_file}", "--context-length=100000")
     assert "100000" in answer
     assert "at most" in answer
@@ -111,7 +111,7 @@ def test_a_corpus_too_small_for_its_vocabulary_is_named(refused: Refused, tmp_pa
     assert "2048" in answer
 
 
-def test_a_tracking_server_that_is_away_at_the_start_is_named(
+def test_a_tracking_server_that_is_down_at_the_start_is_named(
     refused: Refused, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as taken:  # bound but not listening: nobody answers there
@@ -121,12 +121,12 @@ def test_a_tracking_server_that_is_away_at_the_start_is_named(
         assert uri in refused(f"--data={text_file}")
 
 
-def test_a_run_to_resume_that_is_not_there_is_named(refused: Refused) -> None:
+def test_resuming_a_missing_run_names_it(refused: Refused) -> None:
     assert "no run 'yesterday'" in refused("--resume=yesterday")
 
 
 @pytest.mark.parametrize("url", ["ftp://host/runs", "file://relative/runs", "file:///with a space"])
-def test_a_storage_url_that_ray_cannot_use_is_answered_with_those_it_can(refused: Refused, url: str) -> None:
+def test_an_unsupported_storage_url_lists_the_supported_ones(refused: Refused, url: str) -> None:
     answer = refused(f"--storage-path={url}")
     assert url in answer
     assert "file:///FOLDER, s3://BUCKET/FOLDER" in answer
@@ -155,7 +155,7 @@ def test_an_altered_package_is_refused(
     assert "model.safetensors" in answer
 
 
-def test_a_taken_name_is_refused_with_the_way_on(
+def test_a_used_run_name_is_refused_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))
@@ -168,7 +168,7 @@ def test_a_taken_name_is_refused_with_the_way_on(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_device_that_is_not_there_is_refused(refused: Refused, text_file: Path) -> None:
+def test_a_missing_device_is_refused(refused: Refused, text_file: Path) -> None:
     assert "'cuda'" in refused(f"--data={text_file}", "--device=cuda")
 
 
@@ -184,9 +184,7 @@ def test_a_device_that_is_not_there_is_refused(refused: Refused, text_file: Path
         (["--num-workers=2", "--cpus-per-worker=1"], [8], 1),
     ],
 )
-def test_workers_share_the_cluster_in_whole_cpus_that_fit_on_its_nodes(
-    flags: list[str], cpus: list[int], share: int
-) -> None:
+def test_workers_get_whole_cpus_that_fit_on_the_nodes(flags: list[str], cpus: list[int], share: int) -> None:
     config = build_config(parse_settings(flags))
     nodes = [{"Alive": True, "Resources": {"CPU": float(n)}} for n in cpus]
     assert resources_per_worker(config, nodes) == {"CPU": share}
@@ -200,7 +198,7 @@ def test_workers_share_the_cluster_in_whole_cpus_that_fit_on_its_nodes(
         (["--use-gpu"], "Ray sees 0 GPUs"),
     ],
 )
-def test_more_than_this_machine_has_is_refused_rather_than_waited_for(flags: list[str], words: str) -> None:
+def test_a_request_for_more_than_the_machine_has_fails_at_once(flags: list[str], words: str) -> None:
     config = build_config(parse_settings(flags))
     with pytest.raises(ConfigError, match=words):
         resources_per_worker(config, [{"Alive": True, "Resources": {"CPU": 2.0}}], fixed=True)
@@ -238,5 +236,5 @@ def test_a_value_that_could_only_fail_later_is_refused_at_once(refused: Refused,
     assert message in refused(flag)
 
 
-def test_a_run_that_goes_on_keeps_its_name(refused: Refused) -> None:
+def test_a_resumed_run_keeps_its_name(refused: Refused) -> None:
     assert "the run that goes on is 'one'; it keeps its name" in refused("--resume=one", "--name=two", tiny=False)

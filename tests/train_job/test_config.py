@@ -39,7 +39,7 @@ def test_a_written_config_is_read_back_the_same(tmp_path: Path) -> None:
     assert build_config(parse_settings(["--config", str(tmp_path / "config.yaml")])) == config
 
 
-def test_a_limit_of_ones_own_replaces_the_presets() -> None:
+def test_a_users_limit_replaces_the_presets() -> None:
     config = build_config({"preset": "mini", "max_steps": 7})
     assert (config.max_steps, config.max_epochs) == (7, None)
 
@@ -127,7 +127,7 @@ def test_the_notes_on_presets_name_each_with_its_size() -> None:
         assert note.startswith(f"{count(presets._work(name)[1].parameters)} parameters"), name
 
 
-def test_the_table_of_presets_has_shape_memory_and_time_here() -> None:
+def test_the_table_of_presets_has_shape_memory_and_time_on_this_machine() -> None:
     device = find_device("h100")
     head, titles, *rows = presets.table(device, assumed_rates(device))
     assert head == "here      H100, 75 GiB"
@@ -168,7 +168,7 @@ def test_samples_need_a_prompt() -> None:
         build_config({"sample_prompts": []})
 
 
-def test_a_resumed_run_with_a_limit_of_its_own_forgets_the_recipes() -> None:
+def test_a_resumed_run_with_a_new_limit_drops_the_recipes_limit() -> None:
     saved = build_config({"name": "x"}).flat()  # quick ends by epochs or steps
     resumed = resume_config(saved, {"resume": "x", "max_steps": "2000"})
     assert (resumed.max_steps, resumed.max_epochs) == (2000, None)
@@ -200,13 +200,13 @@ def test_a_whole_number_keeps_all_its_digits() -> None:
     assert build_config({"seed": "1e3"}).seed == 1000
 
 
-def test_a_range_of_workers_in_yaml_is_no_number_of_base_60(tmp_path: Path) -> None:
+def test_a_range_of_workers_in_yaml_is_not_read_as_a_base_60_number(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("num_workers: 1:4\nbatch_size: 64\nlearning_rate: 0.5\n")
     config = build_config(read_yaml(str(tmp_path / "c.yaml")))
     assert (config.num_workers, config.batch_size, config.learning_rate) == ("1:4", 64, 0.5)
 
 
 @pytest.mark.parametrize("prompts", [5, None, {"a": 1}, ["a", None]])
-def test_prompts_that_are_no_texts_are_refused(prompts: Any) -> None:
+def test_prompts_that_are_not_text_are_refused(prompts: Any) -> None:
     with pytest.raises(ConfigError, match=r"sample_prompts is .*; expected a list of texts"):
         build_config({"sample_prompts": prompts})

@@ -56,7 +56,7 @@ def test_the_loss_curve_has_tokens_below_and_epochs_above(tmp_path: Path, drawn:
     assert above.get_xlim() == pytest.approx([x / 2000 for x in drawn[0].get_xlim()])
 
 
-def test_a_run_of_one_step_shows_its_points_on_axes_that_begin_at_the_start(tmp_path: Path, drawn: list[Axes]):
+def test_a_run_of_one_step_is_drawn_on_axes_that_begin_at_zero(tmp_path: Path, drawn: list[Axes]):
     row = {"step": 1, "tokens": 2048, "epoch": 0.02}
     figures.loss_curve([row | {"train_loss": 7.6}, row | {"val_loss": 7.5}], tmp_path / "loss.png")
     assert [line.get_marker() for line in drawn[0].lines] == ["o", "o"]
@@ -72,7 +72,7 @@ def test_a_fine_tuned_runs_curve_begins_with_its_parent(tmp_path: Path, drawn: l
     assert drawn[0].get_xlim()[0] < 0, "its point is not cut off"
 
 
-def test_a_run_without_a_single_point_still_gets_its_picture(tmp_path: Path):
+def test_a_run_without_any_point_still_gets_a_picture(tmp_path: Path):
     figures.loss_curve([], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").exists()
 
@@ -89,7 +89,7 @@ def test_low_temperature_sharpens_and_high_temperature_flattens(tmp_path: Path, 
     assert neutral[0] == pytest.approx(float(expected))
 
 
-def test_a_temperature_s_legend_says_how_much_the_shown_tokens_hold(tmp_path: Path, drawn: list[Axes]):
+def test_the_legend_says_how_much_probability_the_shown_tokens_have(tmp_path: Path, drawn: list[Axes]):
     logits = torch.full((257,), 0.0)
     logits[7] = math.log(256.0)  # half of all
     figures.temperature_effect(logits, load_tokenizer("bytes"), tmp_path / "t.png", temperatures=(1.0,), top=1)
@@ -98,7 +98,7 @@ def test_a_temperature_s_legend_says_how_much_the_shown_tokens_hold(tmp_path: Pa
 
 
 @pytest.mark.parametrize("strength", ["weak", "alike", "strong", "certain"])
-def test_a_model_of_any_strength_has_bars_that_are_seen(tmp_path: Path, drawn: list[Axes], strength: str):
+def test_the_bars_are_visible_for_weak_and_strong_models(tmp_path: Path, drawn: list[Axes], strength: str):
     tokenizer = load_tokenizer("bytes")
     generator = torch.Generator().manual_seed(0)
     logits = {
@@ -126,11 +126,11 @@ def test_a_model_of_any_strength_has_bars_that_are_seen(tmp_path: Path, drawn: l
     ("share", "text"),
     [(0, "0%"), (1e-7, "<0.01%"), (0.0058, "0.58%"), (0.0249, "2.5%"), (0.55, "55%"), (1.0, "100%")],
 )
-def test_shares_are_said_with_the_digits_that_matter(share: float, text: str):
+def test_shares_are_printed_with_significant_digits(share: float, text: str):
     assert figures.percent(share) == text
 
 
-def test_each_strategy_keeps_what_the_sampler_keeps_with_odds_that_sum_to_one(tmp_path: Path, drawn: list[Axes]):
+def test_each_strategy_keeps_the_samplers_tokens_with_probabilities_that_sum_to_one(tmp_path: Path, drawn: list[Axes]):
     tokenizer = load_tokenizer("bytes")
     logits = torch.full((320,), -30.0)
     logits[:6] = torch.tensor([0.3, 0.25, 0.15, 0.15, 0.1, 0.05]).log()
@@ -150,7 +150,9 @@ def test_each_strategy_keeps_what_the_sampler_keeps_with_odds_that_sum_to_one(tm
     assert panels["top_p 0.5"].get_title("left") == "top_p 0.5: 2 of 257 kept, which held 55%"
 
 
-def test_the_command_draws_a_package_s_odds_and_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_draws_the_probabilities_of_a_package_or_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     config = ModelConfig(vocab_size=257, hidden_size=32, num_layers=1, num_heads=2, context_length=16)
     package = save_package(tmp_path / "p", config, GPT(config).state_dict(), load_tokenizer("bytes"), {})
     assert figures.main([str(package.path), "--prompt=The", f"--out={tmp_path / 'out'}"]) == 0
@@ -165,7 +167,7 @@ def test_the_command_draws_a_package_s_odds_and_refuses_in_one_line(tmp_path: Pa
         assert message in one_error(capsys.readouterr().err)
 
 
-def test_tokens_that_are_no_text_are_labelled_by_their_bytes(tmp_path: Path, drawn: list[Axes]):
+def test_tokens_that_are_not_text_are_labelled_with_their_bytes(tmp_path: Path, drawn: list[Axes]):
     tokenizer = load_tokenizer("bytes", None)
     logits = torch.full((tokenizer.vocab_size,), -9.0)
     for rank, raw in enumerate((b"a", b"\xff", b"$", b"\n")):
@@ -177,7 +179,7 @@ def test_tokens_that_are_no_text_are_labelled_by_their_bytes(tmp_path: Path, dra
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (950, "950"), (12_000, "12K"), (1.5e6, "1.5M"), (2e9, "2B")])
-def test_counts_are_short(value: float, text: str):
+def test_counts_are_printed_short(value: float, text: str):
     assert figures.short_count(value) == text
 
 
@@ -187,7 +189,7 @@ def test_importing_figures_does_not_import_matplotlib():
     assert done.stdout.strip() == "False"
 
 
-def test_every_trial_has_its_curve_and_the_best_stands_out(tmp_path: Path, drawn: list[Axes]):
+def test_every_trial_has_a_curve_and_the_best_is_highlighted(tmp_path: Path, drawn: list[Axes]):
     curves = {"01": [{"step": 20, "bits_per_byte": 3.0}], "02": [{"step": 20, "bits_per_byte": 2.0}], "03": []}
     figures.sweep_curves(curves, "02", tmp_path / "trials.png")
     assert is_picture(tmp_path / "trials.png")
@@ -197,7 +199,7 @@ def test_every_trial_has_its_curve_and_the_best_stands_out(tmp_path: Path, drawn
     assert [text.get_text() for text in legend.get_texts()] == ["02, the best"]
 
 
-def test_the_best_so_far_never_rises_and_passes_over_trials_that_failed(tmp_path: Path, drawn: list[Axes]):
+def test_the_best_so_far_never_rises_and_skips_failed_trials(tmp_path: Path, drawn: list[Axes]):
     figures.best_so_far([math.inf, 2.0, 3.0, math.inf, 1.5], tmp_path / "best.png")
     assert is_picture(tmp_path / "best.png")
     assert list(drawn[0].lines[1].get_ydata()) == [math.inf, 2.0, 2.0, 2.0, 1.5]

@@ -30,11 +30,11 @@ from tests.deploy.crd.schema import (
 
 
 @pytest.mark.parametrize("name", OPERATED)
-def test_kuberay_takes_the_file(name: str):
+def test_kuberay_accepts_the_file(name: str):
     check(read(name))
 
 
-def test_kubernetes_takes_the_claim_for_the_shared_folder():
+def test_kubernetes_accepts_the_claim_for_the_shared_folder():
     claim = read(STORAGE)
     check_kubernetes(claim)
     claims = [v["persistentVolumeClaim"]["claimName"] for v in volumes(JOB) if "persistentVolumeClaim" in v]
@@ -63,7 +63,7 @@ SERVICE_MISTAKES: dict[str, Mistake] = {
 
 
 @pytest.mark.parametrize("mistake", SERVICE_MISTAKES)
-def test_kuberay_refuses(mistake: str):
+def test_kuberay_refuses_a_bad_file(mistake: str):
     resource = json.loads(json.dumps(read(SERVICE)))  # what YAML's anchors share is no longer shared
     SERVICE_MISTAKES[mistake](resource)
     with pytest.raises(jsonschema.ValidationError):
@@ -71,7 +71,7 @@ def test_kuberay_refuses(mistake: str):
 
 
 @pytest.mark.parametrize("name", OPERATED)
-def test_the_operators_own_definitions_take_the_file(name: str):
+def test_the_operators_own_definitions_accept_the_file(name: str):
     folder = Path(os.environ.get("KUBERAY_CRDS") or SHARED / "kuberay-crds")
     if "KUBERAY_CRDS" not in os.environ and not folder.is_dir():
         pytest.skip("KUBERAY_CRDS names no folder with KubeRay's definitions: tests/deploy/crd/README.md")
@@ -79,7 +79,7 @@ def test_the_operators_own_definitions_take_the_file(name: str):
     jsonschema.Draft202012Validator(structural(definition)).validate(read(name))
 
 
-def test_unknown_fields_are_wrong_unless_a_definition_keeps_them():
+def test_unknown_fields_are_refused_unless_a_definition_allows_them():
     spec = {"type": "object", "properties": {"size": {"type": "integer"}}}
     kept = {"type": "object", "properties": {}, "x-kubernetes-preserve-unknown-fields": True}
     top = {"type": "object", "properties": {"spec": spec, "kept": kept, "metadata": {"type": "object"}}}

@@ -30,7 +30,7 @@ def leave(cache: SlotCache, owner: str, slot: int, prompt: np.ndarray, generated
     cache.release(owner, slot, len(prompt), [*prompt.tolist(), *generated], len(prompt) + max(len(generated) - 1, 0))
 
 
-def test_a_slot_has_one_owner_and_only_that_one_gives_it_back() -> None:
+def test_a_slot_has_one_owner_and_only_the_owner_frees_it() -> None:
     cache = SlotCache(2, 64)
     a, b = occupy(cache, "a", text((1, 20))), occupy(cache, "b", text((2, 20)))
     assert (a != b, cache.free) == (True, 0)
@@ -45,7 +45,7 @@ def test_a_slot_has_one_owner_and_only_that_one_gives_it_back() -> None:
     cache.check({"a": a})
 
 
-def test_the_slot_unused_for_longest_is_taken_first() -> None:
+def test_the_least_recently_used_slot_is_taken_first() -> None:
     cache = SlotCache(3, 64)
     slots = [occupy(cache, name, text((i, 20))) for i, name in enumerate("abc")]
     for i in (1, 0, 2):
@@ -54,7 +54,7 @@ def test_the_slot_unused_for_longest_is_taken_first() -> None:
     assert taken == [slots[1], slots[0], slots[2]]
 
 
-def test_a_freed_slot_is_taken_in_place_by_a_prompt_that_begins_alike() -> None:
+def test_a_freed_slot_is_reused_in_place_by_a_prompt_with_the_same_beginning() -> None:
     cache = SlotCache(2, 64)
     prompt = text((1, 30))
     slot = occupy(cache, "a", prompt)
@@ -66,7 +66,7 @@ def test_a_freed_slot_is_taken_in_place_by_a_prompt_that_begins_alike() -> None:
     assert (place.slot, place.length, place.source) == (slot, 32, None)
 
 
-def test_a_slot_at_work_is_copied_from() -> None:
+def test_a_prefix_is_copied_from_a_slot_in_use() -> None:
     cache = SlotCache(3, 64)
     prompt = text((1, 30))
     slot = occupy(cache, "a", prompt)
@@ -76,7 +76,7 @@ def test_a_slot_at_work_is_copied_from() -> None:
     assert (place.slot != slot, place.length, place.source) == (True, 29, slot)
 
 
-def test_of_equal_matches_a_free_slot_is_preferred() -> None:
+def test_a_free_slot_is_preferred_among_equal_matches() -> None:
     cache = SlotCache(2, 64)
     prompt = text((1, 30))
     a, b = occupy(cache, "a", prompt), occupy(cache, "b", prompt)
@@ -84,7 +84,7 @@ def test_of_equal_matches_a_free_slot_is_preferred() -> None:
     assert cache.find(prompt).slot == b != a
 
 
-def test_only_what_is_computed_is_held_and_the_rest_of_a_prompt_is_promised() -> None:
+def test_only_computed_tokens_are_held_and_the_rest_of_a_prompt_is_promised() -> None:
     cache = SlotCache(2, 64)
     prompt = text((1, 40))
     slot = occupy(cache, "a", prompt, computed=24)
@@ -93,7 +93,7 @@ def test_only_what_is_computed_is_held_and_the_rest_of_a_prompt_is_promised() ->
     assert cache.find(text((1, 50))) == Match(slot, 24, 24)
 
 
-def test_a_short_beginning_is_not_worth_a_slot() -> None:
+def test_a_short_common_beginning_is_not_worth_a_slot() -> None:
     cache = SlotCache(2, 64)
     occupy(cache, "a", text((1, WORTHWHILE - 1), (2, 10)))
     assert cache.find(text((1, WORTHWHILE - 1), (3, 10))).length == 0
@@ -112,7 +112,7 @@ def test_a_slot_taken_for_another_prompt_forgets_the_old_one() -> None:
     assert cache.find(old).length == 0
 
 
-def test_without_an_invariant_runner_only_prompts_are_reused_in_whole_chunks() -> None:
+def test_without_an_invariant_runner_only_whole_chunks_of_prompts_are_reused() -> None:
     cache = SlotCache(2, 128, invariant=False, granularity=16)
     prompt = text((1, 40))
     slot = occupy(cache, "a", prompt)
@@ -147,7 +147,7 @@ def test_the_check_finds_a_leaked_and_a_shared_slot() -> None:
     prompt=st.lists(st.integers(0, 1), min_size=1, max_size=40),
     granularity=st.sampled_from([1, 4, 16, 20]),
 )
-def test_the_match_is_the_longest_there_is(held: list[list[int]], prompt: list[int], granularity: int) -> None:
+def test_the_longest_match_is_found(held: list[list[int]], prompt: list[int], granularity: int) -> None:
     cache = SlotCache(len(held), 40, granularity=granularity)
     rows = [np.array([1] * 15 + tokens, dtype=np.int32)[:40] for tokens in held]
     wanted = np.array([1] * 15 + prompt, dtype=np.int32)[:40]

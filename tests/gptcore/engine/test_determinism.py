@@ -71,7 +71,7 @@ def same_alone_and_together(lonely: Engine, crowded: Engine, requests: list[Requ
 
 
 @pytest.mark.parametrize(("invariant", "granularity"), [(True, 1), (False, 16), (False, 32)])
-def test_the_same_seed_and_prompt_give_the_same_text_alone_and_in_a_crowd(
+def test_the_same_seed_and_prompt_give_the_same_text_alone_and_in_a_batch(
     make_engine: MakeEngine, invariant: bool, granularity: int
 ) -> None:
     lonely = make_engine(FakeRunner(16, invariant, granularity), prefix_cache=False)
@@ -104,7 +104,7 @@ def small_package(
         ("native", "bfloat16"),
     ],
 )
-def test_on_real_runners_too_200_prompts_give_the_same_text_alone_in_a_crowd_and_after_a_reload(
+def test_on_real_runners_200_prompts_give_the_same_text_alone_in_a_batch_and_after_a_reload(
     small_package: Package, backend: str, dtype: str
 ) -> None:
     settings = EngineSettings(slots=16, prefill_tokens=96, backend=backend, dtype=dtype, device="cpu", threads=1)
@@ -120,7 +120,7 @@ def test_on_real_runners_too_200_prompts_give_the_same_text_alone_in_a_crowd_and
     crowded.close()
 
 
-def test_prompt_logprobs_leave_the_neighbours_as_they_are(make_engine: MakeEngine) -> None:
+def test_prompt_logprobs_do_not_change_other_sequences(make_engine: MakeEngine) -> None:
     scored = [replace(r, prompt_logprobs=i % 3 == 0) for i, r in enumerate(crowd(4, 30))]
     engine = make_engine(prefix_cache=False)
     expected = {r.request_id: run(engine, replace(r, prompt_logprobs=False))[r.request_id].tokens for r in scored}
@@ -128,7 +128,7 @@ def test_prompt_logprobs_leave_the_neighbours_as_they_are(make_engine: MakeEngin
     assert {name: answer.tokens for name, answer in answers.items()} == expected
 
 
-def test_in_a_long_random_run_every_text_is_as_if_alone_and_no_slot_is_lost(make_engine: MakeEngine) -> None:
+def test_in_a_long_random_run_every_text_equals_the_one_alone_and_no_slot_is_lost(make_engine: MakeEngine) -> None:
     """Thousands of steps with arrivals at any of them, aborts in every phase, and a queue that overflows."""
     rng = random.Random(5)
     runner = FakeRunner(slots=6)

@@ -28,7 +28,7 @@ def say(engine: Engine, params: SamplingParams = GREEDY, prompt: str = "a") -> A
 # What is said.
 
 
-def test_a_sequence_goes_on_as_the_model_and_the_seed_say(make_engine: MakeEngine) -> None:
+def test_a_sequence_follows_from_the_model_and_the_seed(make_engine: MakeEngine) -> None:
     params = SamplingParams(seed=7, max_new_tokens=30, top_k=50, temperature=0.8, ignore_eos=True)
     answer = say(make_engine(), params, "the way it begins")
     assert answer.tokens == alone(FakeRunner(), b"the way it begins", params, eot=-1)
@@ -42,7 +42,7 @@ def test_without_a_seed_each_request_draws_its_own(make_engine: MakeEngine) -> N
     assert len({tuple(answer.tokens) for answer in answers.values()}) == 4
 
 
-def test_every_token_comes_with_the_step_that_made_it_and_text_adds_up(make_engine: MakeEngine) -> None:
+def test_every_token_arrives_with_its_step_and_the_text_adds_up(make_engine: MakeEngine) -> None:
     script = "süß – 日本 🙂!".encode()
     answer = say(make_engine(ScriptedRunner(script)))
     assert [len(update.token_ids) for update in answer.updates] == [1] * (len(script) + 1)
@@ -51,7 +51,7 @@ def test_every_token_comes_with_the_step_that_made_it_and_text_adds_up(make_engi
     assert "�" not in answer.text
 
 
-def test_spare_ids_behind_the_vocabulary_are_never_chosen(make_engine: MakeEngine) -> None:
+def test_padding_ids_after_the_vocabulary_are_never_chosen(make_engine: MakeEngine) -> None:
     params = SamplingParams(seed=1, max_new_tokens=100, ignore_eos=True)
     assert max(say(make_engine(), params).tokens) < VOCAB < VOCAB + SPARE
 
@@ -59,7 +59,7 @@ def test_spare_ids_behind_the_vocabulary_are_never_chosen(make_engine: MakeEngin
 # Where it ends.
 
 
-def test_the_end_of_text_token_ends_it_and_is_no_text(make_engine: MakeEngine) -> None:
+def test_the_end_of_text_token_ends_the_text_and_is_not_part_of_it(make_engine: MakeEngine) -> None:
     answer = say(make_engine(ScriptedRunner(b"over")))
     assert (answer.text, answer.reason, answer.tokens[-1]) == ("over", "stop", EOT)
     assert isinstance(answer.reason, FinishReason)
@@ -70,32 +70,32 @@ def test_the_end_of_text_token_can_be_ignored(make_engine: MakeEngine) -> None:
     assert (len(answer.tokens), answer.reason) == (9, "length")
 
 
-def test_a_stop_token_ends_it_and_is_no_text(make_engine: MakeEngine) -> None:
+def test_a_stop_token_ends_the_text_and_is_not_part_of_it(make_engine: MakeEngine) -> None:
     answer = say(make_engine(ScriptedRunner(b"one, two, three")), replace(GREEDY, stop_token_ids=(ord(","), ord("x"))))
     assert (answer.text, answer.reason) == ("one", "stop")
 
 
 @pytest.mark.parametrize("stop", ["two", ", t", "o, t"])
-def test_a_stop_string_ends_it_and_not_a_character_of_it_is_shown(make_engine: MakeEngine, stop: str) -> None:
+def test_a_stop_string_ends_the_text_and_no_character_of_it_is_shown(make_engine: MakeEngine, stop: str) -> None:
     answer = say(make_engine(ScriptedRunner(b"one, two, three")), replace(GREEDY, stop=(stop, "never")))
     before = "one, two, three".split(stop)[0]
     assert (answer.text, answer.reason) == (before, "stop")
     assert len(answer.tokens) == len(before + stop), "it went on"
 
 
-def test_text_held_back_for_a_stop_string_that_does_not_come_is_shown_at_the_end(make_engine: MakeEngine) -> None:
+def test_text_held_back_for_a_stop_string_is_shown_at_the_end(make_engine: MakeEngine) -> None:
     for params in (GREEDY, replace(GREEDY, max_new_tokens=4)):
         answer = say(make_engine(ScriptedRunner(b"half")), replace(params, stop=("alfalfa",)))
         assert answer.text == "half"
 
 
-def test_max_new_tokens_end_it(make_engine: MakeEngine) -> None:
+def test_max_new_tokens_ends_the_text(make_engine: MakeEngine) -> None:
     answer = say(make_engine(ScriptedRunner(b"one, two, three")), replace(GREEDY, max_new_tokens=5))
     assert (answer.text, answer.reason, len(answer.tokens)) == ("one, ", "length", 5)
 
 
 @pytest.mark.parametrize("length", [1, CONTEXT - 2, CONTEXT - 1])
-def test_a_full_context_ends_it(make_engine: MakeEngine, length: int) -> None:
+def test_a_full_context_ends_the_text(make_engine: MakeEngine, length: int) -> None:
     params = SamplingParams(seed=1, max_new_tokens=10_000, ignore_eos=True)
     answer = run(make_engine(), request("long", (5,) * length, params))["long"]
     assert (len(answer.tokens), answer.reason) == (CONTEXT - length, "length")
@@ -104,7 +104,7 @@ def test_a_full_context_ends_it(make_engine: MakeEngine, length: int) -> None:
 # Who shares what.
 
 
-def test_choices_of_one_prompt_compute_it_once(make_engine: MakeEngine) -> None:
+def test_choices_of_one_prompt_compute_the_prompt_once(make_engine: MakeEngine) -> None:
     runner = FakeRunner(slots=8)
     engine = make_engine(runner, prefill_tokens=32)
     prompt = "a prompt that is long enough to be worth sharing by its choices."
@@ -117,7 +117,7 @@ def test_choices_of_one_prompt_compute_it_once(make_engine: MakeEngine) -> None:
     assert computed == len(prompt) + 5 + 6 * 8  # once, each other's last token, and the decodes
 
 
-def test_a_conversation_goes_on_from_what_was_computed(make_engine: MakeEngine) -> None:
+def test_a_conversation_reuses_what_was_computed(make_engine: MakeEngine) -> None:
     engine = make_engine(FakeRunner(slots=2))
     params = SamplingParams(seed=3, max_new_tokens=20, ignore_eos=True)
     first = run(engine, request("first", "What is the answer? ", params))["first"]
@@ -148,7 +148,7 @@ def test_an_abort_frees_the_slot_at_the_next_step(make_engine: MakeEngine) -> No
     engine.check()
 
 
-def test_a_request_can_be_aborted_while_it_waits_and_in_the_middle_of_its_prompt(make_engine: MakeEngine) -> None:
+def test_a_request_can_be_aborted_while_it_waits_and_during_its_prompt(make_engine: MakeEngine) -> None:
     engine = make_engine(FakeRunner(slots=1), prefill_tokens=16)
     run(engine, request("reads", "x" * 60), request("waits"), steps=2)
     engine.abort("waits")
@@ -163,7 +163,7 @@ def test_a_request_can_be_aborted_while_it_waits_and_in_the_middle_of_its_prompt
     assert run(engine, request("next", "x" * 60))["next"].cached == 32
 
 
-def test_aborting_an_unknown_request_does_nothing_then_or_later(make_engine: MakeEngine) -> None:
+def test_aborting_an_unknown_request_does_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine(ScriptedRunner(b"fine"))
     engine.abort("one")
     assert engine.step() == []
@@ -171,7 +171,7 @@ def test_aborting_an_unknown_request_does_nothing_then_or_later(make_engine: Mak
     assert say(engine).text == "fine"
 
 
-def test_all_can_be_aborted(make_engine: MakeEngine) -> None:
+def test_all_requests_can_be_aborted(make_engine: MakeEngine) -> None:
     engine = make_engine(FakeRunner(slots=1))
     run(engine, request("a"), request("b"), steps=1)
     engine.abort_all()
@@ -189,7 +189,7 @@ def test_all_can_be_aborted(make_engine: MakeEngine) -> None:
         ((1,), {"stop_token_ids": (3, 999)}, "stop_token_ids", "token id 999"),
     ],
 )
-def test_a_request_that_does_not_fit_the_model_is_refused_and_the_parameter_named(
+def test_a_request_that_does_not_fit_the_model_is_refused_with_the_parameters_name(
     make_engine: MakeEngine, prompt: tuple[int, ...], params: dict, param: str, message: str
 ) -> None:
     engine = make_engine()
@@ -208,7 +208,7 @@ def test_a_request_id_in_use_is_refused_and_free_again_afterwards(make_engine: M
     assert say(engine).text == "fine"
 
 
-def test_a_full_queue_refuses_and_keeps_what_it_has(make_engine: MakeEngine) -> None:
+def test_a_full_queue_refuses_new_requests_and_keeps_the_others(make_engine: MakeEngine) -> None:
     engine = make_engine(FakeRunner(slots=2), max_queue=3)
     for i in range(5):
         engine.add(request(f"{i}"))
@@ -280,7 +280,7 @@ def test_stats_count_what_was_done(make_engine: MakeEngine) -> None:
     assert (stats.prompt_tokens_total, stats.generated_tokens_total, stats.steps_total) == (9, 12, 8)
 
 
-def test_the_check_finds_a_request_that_got_lost(make_engine: MakeEngine) -> None:
+def test_the_check_finds_a_lost_request(make_engine: MakeEngine) -> None:
     engine = make_engine()
     run(engine, request("lost"), steps=1)
     del engine._active["lost"]
@@ -301,7 +301,7 @@ def test_warming_up_leaves_no_trace_and_refuses_a_broken_model(make_engine: Make
         engine.warm_up()
 
 
-def test_an_engine_is_not_warmed_up_in_the_middle_of_its_work(make_engine: MakeEngine) -> None:
+def test_an_engine_is_not_warmed_up_while_it_works(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.add(request("one"))
     with pytest.raises(EngineError, match="open"):

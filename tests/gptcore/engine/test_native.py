@@ -94,7 +94,7 @@ def test_logits_equal_those_of_the_model_in_every_variant(config: ModelConfig, v
 
 @CONFIGS
 @DTYPES
-def test_logits_are_the_same_to_the_bit_however_tokens_are_batched(
+def test_logits_are_bit_identical_however_tokens_are_batched(
     config: ModelConfig, dtype: torch.dtype, variant: str
 ) -> None:
     model, texts = random_model(config), some_tokens(config, 17, 60)
@@ -111,7 +111,7 @@ def test_logits_are_the_same_to_the_bit_however_tokens_are_batched(
 
 @CONFIGS
 @DTYPES
-def test_a_copied_prefix_is_as_good_as_a_computed_one(config: ModelConfig, dtype: torch.dtype) -> None:
+def test_a_copied_prefix_gives_the_same_logits_as_a_computed_one(config: ModelConfig, dtype: torch.dtype) -> None:
     model, (tokens,) = random_model(config), some_tokens(config, 1, 60)
     runner = NativeRunner(model, 3, dtype, 2)
     expected = at_once(runner, 0, tokens)
@@ -120,7 +120,7 @@ def test_a_copied_prefix_is_as_good_as_a_computed_one(config: ModelConfig, dtype
     assert torch.equal(runner.forward([Chunk(2, 37, tokens[37:], 23)]), expected[37:])
 
 
-def test_only_the_rows_asked_for_come_back_in_the_order_of_the_chunks() -> None:
+def test_only_requested_rows_are_returned_in_the_order_of_the_chunks() -> None:
     model, (one, two) = random_model(GPT2), some_tokens(GPT2, 2, 20)
     runner = NativeRunner(model, 3, torch.float32, 2)
     first, second = at_once(runner, 0, one), at_once(runner, 1, two)
@@ -129,7 +129,7 @@ def test_only_the_rows_asked_for_come_back_in_the_order_of_the_chunks() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [257, 5000])
-def test_tokens_are_drawn_as_sampling_defines_it_in_every_variant(vocab_size: int, variant: str) -> None:
+def test_tokens_are_drawn_as_sampling_defines_in_every_variant(vocab_size: int, variant: str) -> None:
     runner = NativeRunner(random_model(GPT2), 1, torch.float32, 2)
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(len(DRAWS), vocab_size + 7, generator=generator)[:, :vocab_size] * 3
@@ -151,7 +151,7 @@ def sampler() -> NativeRunner:
 @example([1.0, 2.0, 3.0], SamplingParams(top_k=2, temperature=1e30))
 @example([0.0, 0.0], SamplingParams(temperature=5e-324))
 @example([0.0, 1.0, 2.0], SamplingParams(top_k=2**32 + 1))
-def test_the_kernel_keeps_what_the_definition_keeps(
+def test_the_kernels_filters_keep_what_the_definition_keeps(
     sampler: NativeRunner, values: list[float], params: SamplingParams
 ) -> None:
     logits = torch.tensor(values)
@@ -166,7 +166,7 @@ def test_the_kernel_keeps_what_the_definition_keeps(
         assert upto[token] - kept[token] - near <= share <= upto[token] + near
 
 
-def test_logits_that_are_no_numbers_give_the_likeliest_of_those_that_are() -> None:
+def test_nan_logits_give_the_likeliest_of_the_others() -> None:
     runner = NativeRunner(random_model(GPT2), 1, torch.float32, 2)
     logits = torch.randn(4, 257)
     logits[0], logits[1, 30], logits[2, 40] = float("nan"), float("nan"), float("inf")
@@ -191,7 +191,7 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch)
     native.load_library.cache_clear()
 
 
-def test_what_the_compiler_says_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_compilers_message_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path))
     monkeypatch.setattr(native, "EXTRA_FLAGS", ("-not-a-flag",))
     native.load_library.cache_clear()

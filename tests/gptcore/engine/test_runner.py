@@ -102,7 +102,7 @@ def follow(runner: TorchRunner, slot: int, tokens: Sequence[int], prompt: int, b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sequence_has_the_same_bits_in_every_slot_and_company(model: GPT, dtype: torch.dtype) -> None:
+def test_a_sequence_is_bit_identical_in_every_slot_and_batch(model: GPT, dtype: torch.dtype) -> None:
     runner, tokens = torch_runner(model.to(dtype)), some_tokens(24)
     alone = follow(runner, 0, tokens, prompt=9)
     assert alone.dtype == torch.float32
@@ -113,7 +113,7 @@ def test_a_sequence_has_the_same_bits_in_every_slot_and_company(model: GPT, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_prompt_has_the_same_bits_however_it_is_cut_and_whoever_computed_its_beginning(
+def test_a_prompt_is_bit_identical_however_it_is_chunked_or_its_prefix_was_computed(
     model: GPT, dtype: torch.dtype
 ) -> None:
     runner, tokens = torch_runner(model.to(dtype)), some_tokens(59)
@@ -125,7 +125,7 @@ def test_a_prompt_has_the_same_bits_however_it_is_cut_and_whoever_computed_its_b
     assert torch.equal(runner.forward([Chunk(3, 48, tokens[48:], 1)]), whole[-1:])
 
 
-def test_rows_without_a_token_leave_what_their_slots_hold(model: GPT) -> None:
+def test_rows_without_a_token_leave_their_slots_unchanged(model: GPT) -> None:
     runner, tokens = torch_runner(model), some_tokens(64)
     runner.forward([Chunk(slot, 0, tokens[:32], 0) for slot in range(SLOTS)])
     for position in range(32, 64):
@@ -134,7 +134,7 @@ def test_rows_without_a_token_leave_what_their_slots_hold(model: GPT) -> None:
     assert all(torch.equal(logits, rest[0]) for logits in rest)
 
 
-def test_half_precision_stays_near(model: GPT) -> None:
+def test_half_precision_stays_close(model: GPT) -> None:
     tokens = some_tokens(30)
     exact = follow(torch_runner(model), 0, tokens, 10)
     half = torch_runner(model.to(torch.bfloat16))
@@ -142,13 +142,13 @@ def test_half_precision_stays_near(model: GPT) -> None:
     assert (follow(half, 0, tokens, 10) - exact).abs().mean() < 0.05
 
 
-def test_the_cache_takes_as_much_as_is_said(model: GPT) -> None:
+def test_the_cache_takes_as_much_memory_as_reported(model: GPT) -> None:
     spare = runners.slot_bytes(model.config, torch.float32) * SLOTS // model.config.context_length
     assert torch_runner(model).cache_bytes - spare == runners.slot_bytes(model.config, torch.float32) * SLOTS
 
 
 @pytest.mark.slow
-def test_a_compiled_step_computes_the_same(random_model: MakeModel) -> None:
+def test_a_compiled_step_computes_the_same_logits(random_model: MakeModel) -> None:
     model = random_model(ModelConfig(vocab_size=320, hidden_size=64, num_layers=2, num_kv_heads=2, context_length=32))
     tokens = some_tokens(20)
     compiled = torch_runner(model, compile=True)
@@ -160,7 +160,7 @@ PROMPTS = ("Once", "the cat", "Ω", "x" * 30, "a", "It was a dark", "!", "and th
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_the_engine_says_in_a_crowd_what_one_sequence_alone_says(package: Package, temperature: float) -> None:
+def test_the_engine_gives_the_same_text_in_a_batch_as_alone(package: Package, temperature: float) -> None:
     settings = EngineSettings(slots=SLOTS, backend="torch", dtype="float32", device="cpu", prefill_tokens=PREFILL)
     engine, model = Engine(package, settings), package.load_model()
     requests = [
@@ -204,7 +204,7 @@ def unavailable(*_: Any) -> None:
     raise NativeUnavailable("no C++ compiler was found")
 
 
-def test_on_a_cpu_the_native_kernels_are_taken(package: Package, native: SimpleNamespace) -> None:
+def test_on_a_cpu_the_native_kernels_are_used(package: Package, native: SimpleNamespace) -> None:
     made: Any = make_runner(package, EngineSettings(device="cpu", slots=3, dtype="bfloat16", threads=1))
     assert isinstance(made, FakeNative)
     assert (made.slots, made.dtype, made.threads) == (3, torch.bfloat16, 1)
@@ -222,7 +222,7 @@ def test_without_native_kernels_torch_computes_and_says_why(package: Package, na
     assert error.value.param == "backend"
 
 
-def test_torch_computes_if_it_is_asked_to(package: Package, native: SimpleNamespace) -> None:
+def test_torch_computes_if_asked(package: Package, native: SimpleNamespace) -> None:
     made = make_runner(package, EngineSettings(device="cpu", slots=2, backend="torch", prefill_tokens=10))
     assert isinstance(made, TorchRunner)
     assert made.note == ""
@@ -231,7 +231,7 @@ def test_torch_computes_if_it_is_asked_to(package: Package, native: SimpleNamesp
         make_runner(package, EngineSettings(device="cpu", backend="native", compile=True))
 
 
-def test_a_closed_runner_has_given_its_memory_back(model: GPT) -> None:
+def test_a_closed_runner_frees_its_memory(model: GPT) -> None:
     runner = torch_runner(model)
     keys = runner._keys
     runner.close()
@@ -241,7 +241,7 @@ def test_a_closed_runner_has_given_its_memory_back(model: GPT) -> None:
 @pytest.mark.parametrize(
     ("asked", "free_mib", "slots"), [(0, 10, 5), (0, 1000, 16), (0, 1.5, 1), (3, 3.5, 3), (40, 1000, 40)]
 )
-def test_slots_are_as_many_as_half_the_memory_holds_up_to_a_limit(
+def test_slots_fill_half_the_memory_up_to_a_limit(
     asked: int, free_mib: float, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ModelConfig(vocab_size=320, hidden_size=128, num_layers=2, num_heads=4, context_length=1024)
@@ -250,7 +250,7 @@ def test_slots_are_as_many_as_half_the_memory_holds_up_to_a_limit(
     assert runners.count_slots(config, asked, CPU, torch.bfloat16) == slots
 
 
-def test_more_slots_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_slots_than_fit_in_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(vocab_size=320, hidden_size=128, num_layers=2, num_heads=4, context_length=1024)
     monkeypatch.setattr(runners, "free_memory", lambda _: 5 * 2**20)
     with pytest.raises(ConfigError, match=r"slots is 9, which take 9 MiB .* but only 5 MiB .* 5 would fit") as error:
@@ -281,13 +281,13 @@ def test_a_containers_limit_counts(
         ("cuda:77", "device is 'cuda:77', but torch sees no such device here"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
+def test_a_missing_device_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         devices.pick_device(name)
     assert error.value.param == "device"
 
 
-def test_half_precision_is_picked_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_is_chosen_if_the_processor_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.pick_device("cpu") == CPU
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)

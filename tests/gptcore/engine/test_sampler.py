@@ -31,7 +31,7 @@ ROWS = [
 ]
 
 
-def test_tokens_are_those_of_the_mathematics_and_spare_ids_are_never_chosen(logits: torch.Tensor) -> None:
+def test_tokens_match_the_definition_and_padding_ids_are_never_chosen(logits: torch.Tensor) -> None:
     before = logits.clone()
     choices = sample(logits, ROWS, VOCAB)
     assert [choice.token for choice in choices] == next_tokens(logits[:, :VOCAB], ROWS)
@@ -39,13 +39,13 @@ def test_tokens_are_those_of_the_mathematics_and_spare_ids_are_never_chosen(logi
     assert torch.equal(logits, before)
 
 
-def test_a_choice_does_not_depend_on_the_rows_beside_it(logits: torch.Tensor) -> None:
+def test_a_choice_does_not_depend_on_the_other_rows(logits: torch.Tensor) -> None:
     together = sample(logits, ROWS, VOCAB)
     assert [sample(logits[i : i + 1], ROWS[i : i + 1], VOCAB)[0] for i in range(6)] == together
     assert sample(logits.flip(0), ROWS[::-1], VOCAB) == together[::-1]
 
 
-def test_logprobs_are_the_models_own_whatever_the_parameters(logits: torch.Tensor) -> None:
+def test_logprobs_are_the_models_own_for_all_parameters(logits: torch.Tensor) -> None:
     exact = logits[:, :VOCAB].double().log_softmax(dim=-1)
     for i, choice in enumerate(sample(logits, ROWS, VOCAB)):
         asked = ROWS[i].params.logprobs
@@ -58,7 +58,7 @@ def test_logprobs_are_the_models_own_whatever_the_parameters(logits: torch.Tenso
         assert [logprob for _, logprob in choice.top] == pytest.approx(best.values.tolist(), abs=2e-6)
 
 
-def test_given_tokens_are_scored_and_of_equals_the_first_ids_are_named() -> None:
+def test_given_tokens_are_scored_and_ties_list_the_lowest_ids() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 9.0], [1.0, 1.0, 1.0, 1.0, 1.0, 9.0]])
     first, second = token_logprobs(logits, [2, 4], top=3, vocab_size=5)
     assert (first.token, second.token) == (2, 4)

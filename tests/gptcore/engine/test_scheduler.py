@@ -43,7 +43,7 @@ def prompt(token: int, length: int) -> list[int]:
     return [token] * length
 
 
-def test_a_prompt_is_computed_in_chunks_beside_the_decodes() -> None:
+def test_a_prompt_is_computed_in_chunks_while_others_decode() -> None:
     scheduler = make_scheduler(prefill=32)
     scheduler.add(sequence("short", prompt(1, 5), new=9))
     assert shares(step(scheduler)) == {"short": 5}
@@ -56,7 +56,7 @@ def test_a_prompt_is_computed_in_chunks_beside_the_decodes() -> None:
     ]
 
 
-def test_a_prompt_however_long_delays_no_decode() -> None:
+def test_a_long_prompt_delays_no_decode() -> None:
     scheduler = make_scheduler(slots=8, prefill=16)
     for i in range(4):
         scheduler.add(sequence(f"speaker {i}", prompt(i, 4), new=100))
@@ -69,7 +69,7 @@ def test_a_prompt_however_long_delays_no_decode() -> None:
         assert sum(count for name, count in work.items() if name.startswith("reader")) <= 16
 
 
-def test_prompts_share_a_step_in_the_order_they_came() -> None:
+def test_prompts_share_a_step_in_order_of_arrival() -> None:
     scheduler = make_scheduler(slots=4, prefill=32)
     for i, length in enumerate((20, 20, 20)):
         scheduler.add(sequence(f"{i}", prompt(i, length), new=8))
@@ -84,7 +84,7 @@ def test_a_sequence_enters_as_soon_as_a_slot_is_free() -> None:
     assert [shares(step(scheduler)) for _ in range(4)] == [{"first": 4}, {"first": 1}, {"second": 4}, {"second": 1}]
 
 
-def test_when_a_sequence_was_admitted_is_noted() -> None:
+def test_the_time_when_a_sequence_was_admitted_is_recorded() -> None:
     scheduler = make_scheduler(slots=1)
     first, second = sequence("first", prompt(1, 4)), sequence("second", prompt(2, 4))
     scheduler.add(first)
@@ -95,7 +95,7 @@ def test_when_a_sequence_was_admitted_is_noted() -> None:
     assert (first.admitted, second.admitted) == (3.5, 7.5)
 
 
-def test_the_queue_is_bounded_and_a_free_slot_is_room_for_one_more() -> None:
+def test_the_queue_is_bounded_and_a_free_slot_admits_one_more() -> None:
     scheduler = make_scheduler(slots=2, queue=3)
     for i in range(5):
         scheduler.add(sequence(f"{i}", prompt(i, 4)))
@@ -109,7 +109,7 @@ def test_the_queue_is_bounded_and_a_free_slot_is_room_for_one_more() -> None:
 
 
 @pytest.mark.parametrize("phase", [Phase.WAITING, Phase.PREFILL, Phase.DECODE])
-def test_a_sequence_can_be_ended_in_every_phase(phase: Phase) -> None:
+def test_a_sequence_can_be_ended_in_any_phase(phase: Phase) -> None:
     scheduler = make_scheduler(slots=1, prefill=16)
     victim = sequence("victim", prompt(1, 30), new=50)
     scheduler.add(victim)
@@ -137,7 +137,7 @@ def test_choices_of_one_prompt_wait_for_the_first_and_copy_it() -> None:
     assert [choice.cached for choice in choices] == [0, 59, 59, 59]
 
 
-def test_who_waits_for_a_prompt_that_is_aborted_computes_it() -> None:
+def test_a_sequence_that_waits_for_an_aborted_prompt_computes_it_itself() -> None:
     scheduler = make_scheduler(slots=4, prefill=16)
     first, second = sequence("first", prompt(1, 60)), sequence("second", prompt(1, 60))
     scheduler.add(first)
@@ -149,7 +149,7 @@ def test_who_waits_for_a_prompt_that_is_aborted_computes_it() -> None:
     assert (shares(plan), second.cached, plan.copies) == ({"second": 16}, 16, [])
 
 
-def test_little_in_common_is_not_waited_for() -> None:
+def test_a_short_common_prefix_is_not_worth_waiting_for() -> None:
     scheduler = make_scheduler(slots=4, prefill=64)
     common = prompt(1, WORTHWHILE - 1)
     scheduler.add(sequence("first", common + prompt(2, 20)))
@@ -266,7 +266,7 @@ class Crowd:
 @pytest.mark.parametrize(
     ("slots", "prefill", "granularity"), [(1, 8, 1), (4, 32, 1), (16, 256, 1), (4, 32, 16), (8, 16, 32)]
 )
-def test_in_a_long_random_run_no_slot_leaks_none_is_shared_and_nobody_starves(
+def test_in_a_long_random_run_no_slot_leaks_or_is_shared_and_no_sequence_starves(
     slots: int, prefill: int, granularity: int
 ) -> None:
     crowd = Crowd(slots * 1000 + granularity, slots, prefill, granularity)

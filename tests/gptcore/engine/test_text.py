@@ -40,7 +40,7 @@ def test_half_a_character_waits_for_its_other_half(byte_tokenizer: Tokenizer) ->
     assert pieces == ["a", "", "é", "", "", "中", "", "", "", "🧑", ""]
 
 
-def test_bytes_that_are_no_text_become_replacement_characters(byte_tokenizer: Tokenizer) -> None:
+def test_invalid_bytes_become_replacement_characters(byte_tokenizer: Tokenizer) -> None:
     tokens = [*b"a\xffb\xe4\xb8c\xe4\xb8"]
     pieces, _ = stream(byte_tokenizer, tokens)
     assert pieces == ["a", "\ufffd", "b", "", "", "\ufffdc", "", "", "\ufffd"]
@@ -63,7 +63,7 @@ def test_the_end_of_text_token_has_no_text(byte_tokenizer: Tokenizer) -> None:
         ("ababac", ("abac",), ["", "", "", "ab", "", "", ""]),
     ],
 )
-def test_what_may_begin_a_stop_string_is_held_back(
+def test_the_possible_beginning_of_a_stop_string_is_held_back(
     byte_tokenizer: Tokenizer, text: str, stop: tuple[str, ...], pieces: list[str]
 ) -> None:
     assert stream(byte_tokenizer, [*text.encode()], stop)[0] == pieces
@@ -75,7 +75,7 @@ def test_what_may_begin_a_stop_string_is_held_back(
     st.lists(st.text(ALPHABET, min_size=1, max_size=6), max_size=4).map(tuple),
 )
 @example("aabaabaab", ("aabaabaaab", "baabaaa", "aab" * 3))
-def test_at_every_token_all_that_is_safe_is_out_and_nothing_else(
+def test_every_token_releases_all_text_that_is_safe_and_no_more(
     byte_tokenizer: Tokenizer, text: str, stops: tuple[str, ...]
 ) -> None:
     stream = TextStream(byte_tokenizer, stops)

@@ -76,7 +76,7 @@ async def started(engine: Engine) -> AsyncIterator[AsyncEngine]:
         await served.close(drain=False)
 
 
-def test_many_streams_at_once_say_what_each_would_alone(make_engine: MakeEngine) -> None:
+def test_many_streams_at_once_give_the_same_texts_as_each_alone(make_engine: MakeEngine) -> None:
     runner = FakeRunner(slots=8)
     requests = [
         Request(f"{i}", tuple(b"begin" * (i % 9 + 1)), SamplingParams(seed=i, max_new_tokens=5 + i)) for i in range(40)
@@ -103,7 +103,7 @@ def test_streamed_or_not_the_text_is_the_same(make_engine: MakeEngine) -> None:
     within(test())
 
 
-def test_a_slow_reader_gets_all_of_it_in_one_piece(make_engine: MakeEngine) -> None:
+def test_a_slow_reader_gets_everything_in_one_update(make_engine: MakeEngine) -> None:
     async def test() -> None:
         async with started(make_engine(ScriptedRunner(b"one, two, three"))) as engine:
             slow = engine.generate(request("slow", logprobs=0))
@@ -116,7 +116,7 @@ def test_a_slow_reader_gets_all_of_it_in_one_piece(make_engine: MakeEngine) -> N
     within(test())
 
 
-def test_between_the_first_update_and_the_last_a_reader_is_woken_no_sooner_than_it_asked(
+def test_a_reader_is_woken_no_more_often_than_it_asked(
     make_engine: MakeEngine,
 ) -> None:
     async def test() -> None:
@@ -136,7 +136,7 @@ def test_between_the_first_update_and_the_last_a_reader_is_woken_no_sooner_than_
     within(test())
 
 
-def test_a_step_brings_its_updates_to_the_loop_together(make_engine: MakeEngine) -> None:
+def test_the_updates_of_a_step_reach_the_event_loop_together(make_engine: MakeEngine) -> None:
     async def test() -> None:
         runner = GatedRunner(slots=8)
         async with started(make_engine(runner)) as engine:
@@ -187,7 +187,7 @@ def test_a_reader_that_leaves_frees_the_slot(make_engine: MakeEngine, how: str) 
     within(test())
 
 
-def test_closing_a_stream_that_has_ended_does_not_end_the_next_of_its_name(make_engine: MakeEngine) -> None:
+def test_closing_a_finished_stream_does_not_end_a_newer_one_with_the_same_id(make_engine: MakeEngine) -> None:
     async def test() -> None:
         async with started(make_engine(ScriptedRunner(b"fine"))) as engine:
             unread = engine.generate(request("one"))
@@ -199,7 +199,7 @@ def test_closing_a_stream_that_has_ended_does_not_end_the_next_of_its_name(make_
     within(test())
 
 
-def test_when_the_engine_dies_every_reader_is_told_and_no_more_are_taken(
+def test_when_the_engine_dies_every_reader_gets_the_error_and_new_requests_are_refused(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test() -> None:
@@ -222,7 +222,7 @@ def test_when_the_engine_dies_every_reader_is_told_and_no_more_are_taken(
     assert "no memory left" in caplog.text
 
 
-def test_what_the_factory_raises_start_raises() -> None:
+def test_start_raises_the_error_of_the_factory() -> None:
     def factory() -> Engine:
         raise ConfigError("no such model")
 
@@ -250,7 +250,7 @@ def test_a_model_that_fails_its_warm_up_is_freed(make_engine: MakeEngine) -> Non
 
 
 @pytest.mark.parametrize(("drain", "reason"), [(True, FinishReason.STOP), (False, FinishReason.ABORT)])
-def test_closing_finishes_what_runs_and_what_waits_or_aborts_it(
+def test_closing_finishes_or_aborts_running_and_waiting_requests(
     make_engine: MakeEngine, drain: bool, reason: FinishReason
 ) -> None:
     async def test() -> None:
@@ -273,7 +273,7 @@ def test_closing_finishes_what_runs_and_what_waits_or_aborts_it(
     within(test())
 
 
-def test_what_cannot_be_run_is_refused_at_the_call(make_engine: MakeEngine) -> None:
+def test_an_invalid_request_is_refused_at_the_call(make_engine: MakeEngine) -> None:
     async def test() -> None:
         runner = GatedRunner(slots=2)
         async with started(make_engine(runner, max_queue=3)) as engine:
@@ -293,9 +293,7 @@ def test_what_cannot_be_run_is_refused_at_the_call(make_engine: MakeEngine) -> N
     within(test())
 
 
-def test_an_idle_engine_sleeps_and_has_checked_its_books(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_idle_engine_checks_its_state_and_sleeps(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("check", "step"):
         method = getattr(Engine, name)
@@ -314,7 +312,7 @@ def test_an_idle_engine_sleeps_and_has_checked_its_books(
     within(test())
 
 
-def test_an_engine_whose_books_do_not_agree_dies_before_it_sleeps(make_engine: MakeEngine) -> None:
+def test_an_engine_with_inconsistent_state_dies_before_it_sleeps(make_engine: MakeEngine) -> None:
     async def test() -> None:
         runner = GatedRunner()
         async with started(make_engine(runner)) as engine:
@@ -330,7 +328,7 @@ def test_an_engine_whose_books_do_not_agree_dies_before_it_sleeps(make_engine: M
     within(test())
 
 
-def test_a_loop_that_was_closed_leaves_no_engine_running(make_engine: MakeEngine) -> None:
+def test_a_closed_event_loop_leaves_no_engine_running(make_engine: MakeEngine) -> None:
     runner = GatedRunner()
     engine = AsyncEngine(lambda: make_engine(runner))
 
@@ -345,7 +343,7 @@ def test_a_loop_that_was_closed_leaves_no_engine_running(make_engine: MakeEngine
     del stream
 
 
-def test_the_engines_facts_and_counts_can_be_asked(make_engine: MakeEngine) -> None:
+def test_the_engines_info_and_stats_can_be_read(make_engine: MakeEngine) -> None:
     async def test() -> None:
         async with started(make_engine(FakeRunner(slots=3))) as engine:
             assert (engine.info.runner, engine.info.slots, engine.info.dtype) == ("fake", 3, "float32")

@@ -74,7 +74,7 @@ def endless(service: Running) -> socket.socket:
 # --- an answer ---
 
 
-def test_text_appears_while_the_model_speaks_and_ctrl_c_stops_it_alone(chat: Terminal, service: Running) -> None:
+def test_text_appears_while_it_is_generated_and_ctrl_c_stops_only_the_answer(chat: Terminal, service: Running) -> None:
     chat.do(f"/max-new-tokens {LONG}")
     chat.do("/ignore-eos on")
     chat.type("The")
@@ -89,7 +89,7 @@ def test_text_appears_while_the_model_speaks_and_ctrl_c_stops_it_alone(chat: Ter
     assert re.search(r"· 4 tokens .* · length reached", chat.ask("Again"))
 
 
-def test_the_conversation_so_far_is_what_the_model_continues(chat: Terminal, service: Running) -> None:
+def test_the_model_continues_the_whole_conversation(chat: Terminal, service: Running) -> None:
     known = dict(max_new_tokens=12, seed=5)
     chat.do("/max_new_tokens 12")
     chat.do("/seed 5")
@@ -106,7 +106,7 @@ def test_the_conversation_so_far_is_what_the_model_continues(chat: Terminal, ser
     assert on_screen(api(service, "There was", **known)) in chat.ask("There was")
 
 
-def test_a_text_that_grows_too_long_is_cut_at_its_beginning_and_it_is_said(open_chat: Open, service: Running) -> None:
+def test_a_text_that_grows_too_long_loses_its_beginning_and_the_chat_says_so(open_chat: Open, service: Running) -> None:
     chat = open_chat(service.url, "--model", "short", "--max-new-tokens", "30", "--ignore-eos")
     chat.ask("The beginning")
     cut = ""
@@ -119,7 +119,9 @@ def test_a_text_that_grows_too_long_is_cut_at_its_beginning_and_it_is_said(open_
     assert "error: the prompt is 201 tokens long" in refused or "error: the prompt is 200 tokens long" in refused
 
 
-def test_every_answer_says_who_gave_it_and_a_change_is_news(open_chat: Open, service: Running, package: Any) -> None:
+def test_every_answer_names_its_model_and_a_change_is_announced(
+    open_chat: Open, service: Running, package: Any
+) -> None:
     with running(ServeSettings(models=(f"tiny={package.path}",))) as newer:
         relay = Relay(service.url)
         chat = open_chat(relay.url, "--max-new-tokens", "3", "--ignore-eos")
@@ -155,7 +157,7 @@ def test_special_tokens_and_control_characters_are_never_shown(open_chat: Open, 
 # --- what gets lost ---
 
 
-def test_a_service_that_is_away_is_waited_for_and_no_prompt_is_lost(open_chat: Open, service: Running) -> None:
+def test_the_chat_waits_for_a_service_that_is_down_and_loses_no_prompt(open_chat: Open, service: Running) -> None:
     relay = Relay(service.url)
     chat = open_chat(relay.url, "--max-new-tokens", "3", "--ignore-eos")
     chat.ask("The")
@@ -183,7 +185,7 @@ def test_a_service_that_is_away_is_waited_for_and_no_prompt_is_lost(open_chat: O
     assert chat.do("/history") == written
 
 
-def test_an_answer_that_breaks_off_is_kept_and_can_be_tried_again(open_chat: Open, service: Running) -> None:
+def test_an_interrupted_answer_is_kept_and_can_be_tried_again(open_chat: Open, service: Running) -> None:
     relay = Relay(service.url)
     chat = open_chat(relay.url, "--max-new-tokens", f"{LONG}", "--ignore-eos")
     chat.type("The")
@@ -201,7 +203,7 @@ def test_an_answer_that_breaks_off_is_kept_and_can_be_tried_again(open_chat: Ope
     relay.cut()
 
 
-def test_a_full_service_says_when_to_come_back_and_gets_asked_then(chat: Terminal, service: Running) -> None:
+def test_the_chat_asks_a_full_service_again_when_it_says(chat: Terminal, service: Running) -> None:
     chat.do("/max_new_tokens 3")
     with ExitStack() as others:
         for count in ("running", "waiting"):
@@ -212,7 +214,7 @@ def test_a_full_service_says_when_to_come_back_and_gets_asked_then(chat: Termina
     assert "length reached" in chat.see(FIGURES)
 
 
-def test_a_key_is_asked_for_and_typed_unseen(open_chat: Open, package: Any) -> None:
+def test_the_chat_asks_for_a_key_and_hides_what_is_typed(open_chat: Open, package: Any) -> None:
     settings = ServeSettings(models=(f"tiny={package.path}",), api_keys=(KEY,))
     with running(settings) as guarded:
         chat = open_chat(guarded.url, "--max-new-tokens", "3", ready=False)
@@ -250,7 +252,7 @@ def test_ctrl_c_at_a_prompt_says_how_to_leave_and_ctrl_d_leaves(chat: Terminal) 
 
 
 @pytest.mark.parametrize("word", ["exit", "QUIT ", ":q", "exit()"])
-def test_a_word_that_leaves_elsewhere_leaves_and_says_how_to_send_it(chat: Terminal, word: str) -> None:
+def test_exit_and_quit_leave_the_chat_and_say_how_to_send_them(chat: Terminal, word: str) -> None:
     chat.process.sendline(word)
     chat.see(f"to send '{re.escape(word.rstrip())}' as a prompt, put a space before it")
     chat.process.expect(pexpect.EOF)
@@ -258,14 +260,14 @@ def test_a_word_that_leaves_elsewhere_leaves_and_says_how_to_send_it(chat: Termi
     assert chat.process.exitstatus == 0
 
 
-def test_such_a_word_behind_a_space_or_in_a_text_is_a_prompt(open_chat: Open, service: Running) -> None:
+def test_exit_after_a_space_or_in_a_text_is_a_prompt(open_chat: Open, service: Running) -> None:
     chat = open_chat(service.url, "--max-new-tokens", "3", "--ignore-eos")
     for line in (" exit", "exit the room"):
         assert "length reached" in chat.ask(line)
     assert "exit, quit" in chat.do("/help")
 
 
-def test_what_was_typed_comes_back_with_the_arrow_key_and_is_private(
+def test_the_arrow_key_recalls_prompts_and_the_history_is_private(
     open_chat: Open, service: Running, tmp_path: Path
 ) -> None:
     chat = open_chat(service.url, "--max-new-tokens", "3", "--ignore-eos", TERM="xterm")
@@ -310,7 +312,7 @@ def test_a_paste_of_lines_text_of_any_script_and_a_long_line_are_prompts(chat: T
         assert line in shown
 
 
-def test_a_conversation_is_saved_as_a_new_file_alone(chat: Terminal, service: Running, tmp_path: Path) -> None:
+def test_a_conversation_is_only_saved_to_a_new_file(chat: Terminal, service: Running, tmp_path: Path) -> None:
     chat.do("/max_new_tokens 8")
     chat.do("/seed 1")
     chat.ask("The")
@@ -322,7 +324,7 @@ def test_a_conversation_is_saved_as_a_new_file_alone(chat: Terminal, service: Ru
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_models_can_be_seen_and_changed(chat: Terminal, service: Running) -> None:
+def test_models_can_be_listed_and_changed(chat: Terminal, service: Running) -> None:
     listed = chat.do("/models")
     assert re.search(r"\* tiny version \S+ · 2.500 bits/byte · [\d.]+ M parameters · context 4100", listed)
     assert "  short" in listed
@@ -350,7 +352,7 @@ import asyncio; asyncio.run(main())
 
 
 @pytest.mark.slow
-def test_a_killed_service_that_is_started_again_goes_on_with_the_conversation(
+def test_the_conversation_continues_after_the_service_is_killed_and_restarted(
     open_chat: Open, registry: TestRegistry
 ) -> None:
     first = registry.publish("chatted", seed=0, hidden_size=256, num_layers=4, num_heads=4, context_length=LONG)

@@ -65,7 +65,7 @@ def chat(service: Running, tmp_path: Path) -> Iterator[Terminal]:
 # --- settings ---
 
 
-def test_the_settings_are_those_of_the_service() -> None:
+def test_the_settings_are_the_ones_of_the_service() -> None:
     others = {"prompt", "model", "n", "echo", "logprobs", "stream"}
     assert set(SHAPES) == set(Parameters.model_fields) == set(GenerateRequest.model_fields) - others
     assert set(OTHER_VALUES) == set(SHAPES)
@@ -82,7 +82,7 @@ def test_every_setting_can_be_set_and_reaches_the_model(chat: Terminal, service:
     assert re.search(r"temperature +1 ", chat.seen)
 
 
-def test_what_is_wrong_is_said_in_one_line_and_the_chat_goes_on(chat: Terminal) -> None:
+def test_a_mistake_is_one_line_and_the_chat_goes_on(chat: Terminal) -> None:
     said = {
         "/temperature hot": "error: temperature is 'hot'; expected a number of at least 0",
         "/set top_p 2": "error: top_p is '2'; expected a number above 0 and at most 1",
@@ -134,7 +134,7 @@ def test_every_setting_has_a_flag(service: Running, capsys: pytest.CaptureFixtur
         (["--url", f"http://{KEY}@host"], f"put a key in {KEY_VARIABLE}"),
     ],
 )
-def test_wrong_flags_end_with_one_line_and_2(
+def test_wrong_flags_end_with_one_line_and_exit_code_2(
     flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--prompt", "x", *flags]) == 2
@@ -158,7 +158,7 @@ AWAY = "http://192.0.2.1:9"
         ("SSL_CERT_FILE", __file__, "expected a file of certificates ([x509"),
     ],
 )
-def test_an_environment_that_leads_nowhere_ends_with_one_line_and_2(
+def test_an_invalid_environment_ends_with_one_line_and_exit_code_2(
     name: str, value: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -172,7 +172,7 @@ def test_an_environment_that_leads_nowhere_ends_with_one_line_and_2(
 # --- in a pipe ---
 
 
-def test_piped_lines_are_prompts_of_their_own_and_answers_come_plain(service: Running) -> None:
+def test_each_piped_line_is_a_prompt_and_answers_are_plain_text(service: Running) -> None:
     done = piped(
         service.url, "--seed", "3", "--max-new-tokens", "6", "--ignore-eos", given="Once upon a time\n\n/help me\r\n"
     )
@@ -181,14 +181,14 @@ def test_piped_lines_are_prompts_of_their_own_and_answers_come_plain(service: Ru
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_piped_prompt_that_fails_is_told_and_the_next_one_answered(service: Running) -> None:
+def test_a_failed_piped_prompt_is_reported_and_the_next_one_is_answered(service: Running) -> None:
     done = piped(service.url, "--model", "short", "--max-new-tokens", "3", given=b"x" * 200 + b"\nb\xffd \x00\n")
     assert done.returncode == 1
     assert done.stderr.decode().startswith("error: the prompt is 200 tokens long")
     assert done.stdout.count(b"\n") >= 1
 
 
-def test_a_pipe_with_a_history_is_one_text_cut_where_the_service_says_so(package: Any) -> None:
+def test_a_pipe_with_history_is_one_text_cut_to_the_services_limit(package: Any) -> None:
     with running(ServeSettings(models=(f"tiny={package.path}",), max_prompt_tokens=60, log_level="warning")) as strict:
         given = "".join(f"line {line}\n" for line in range(6))
         done = piped(strict.url, "--history", "--max-new-tokens", "12", "--ignore-eos", given=given)
@@ -196,7 +196,7 @@ def test_a_pipe_with_a_history_is_one_text_cut_where_the_service_says_so(package
     assert b"error" not in done.stderr
 
 
-def test_a_service_that_stays_away_ends_a_pipe_with_1(service: Running) -> None:
+def test_a_service_that_stays_down_ends_a_pipe_with_exit_code_1(service: Running) -> None:
     relay = Relay(service.url)
     relay.cut()
     done = piped(relay.url, "--wait", "0.5", given="one\ntwo\n")
@@ -225,7 +225,7 @@ DEEP = b"[" * 5000 + b"]" * 5000
         b'[{"name": "a", "context_length": 1e999}]',
     ],
 )
-def test_a_list_of_models_that_is_none_is_one_error(models: bytes) -> None:
+def test_an_invalid_list_of_models_is_one_error(models: bytes) -> None:
     with (
         saying(head(kind="application/json") + b'{"models": ' + models + b"}") as url,
         closing(Service(url)) as service,
@@ -234,13 +234,13 @@ def test_a_list_of_models_that_is_none_is_one_error(models: bytes) -> None:
         service.models()
 
 
-def test_a_model_of_a_name_that_is_no_text_is_the_services_to_refuse(service: Running) -> None:
+def test_an_invalid_model_name_is_left_to_the_service_to_refuse(service: Running) -> None:
     done = piped(service.url, "--model", os.fsdecode(b"\xff"), given="The\n")
     assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
     assert b"there is no model '?'" in done.stderr
 
 
-def test_a_closed_input_is_an_empty_one() -> None:
+def test_a_closed_input_counts_as_empty() -> None:
     shell = ["sh", "-c", '"$@" <&-', "sh", *CHAT, "--url", "http://127.0.0.1:9"]
     done = subprocess.run(shell, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -271,7 +271,7 @@ def test_a_closed_input_is_an_empty_one() -> None:
         (head() + EVENT + b'data: {"error": {"message": "the engine died"}}\n\n', "the engine died"),
     ],
 )
-def test_whatever_a_server_says_is_one_line_and_steers_no_terminal(
+def test_any_message_of_a_server_is_one_line_without_control_characters(
     reply: bytes, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with saying(reply) as url:

@@ -37,7 +37,7 @@ def answering(text: str) -> bytes:
 
 
 @given(st.lists(TYPED))
-def test_what_was_typed_comes_back_as_it_was_of_however_many_lines(lines: list[str]) -> None:
+def test_the_history_returns_prompts_unchanged_with_all_their_lines(lines: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "history"
         path.touch()
@@ -46,7 +46,7 @@ def test_what_was_typed_comes_back_as_it_was_of_however_many_lines(lines: list[s
         assert remembered(path) == lines
 
 
-def test_the_history_is_made_shorter_and_stays_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_history_is_trimmed_and_stays_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "REMEMBERED_LINES", 3)
     path = tmp_path / "history"
     path.touch()
@@ -58,14 +58,14 @@ def test_the_history_is_made_shorter_and_stays_private(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_history_that_is_damaged_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_a_damaged_history_is_read_as_far_as_possible(tmp_path: Path) -> None:
     path = tmp_path / "history"
     path.write_bytes(b"one\n\n\xff\x00two\\")
     assert remembered(path) == ["one", harmless("\ufffd\x00two\\")]
 
 
 @pytest.mark.parametrize("home", ["~", "~nobody-of-this-name"])
-def test_without_a_home_folder_nothing_is_kept(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_folder_there_is_no_history(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", home)
     monkeypatch.setenv("XDG_STATE_HOME", "")
     assert terminal.history_file() is None
@@ -88,7 +88,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Keyboard:
         ("\\\n", [""]),
     ],
 )
-def test_a_line_goes_on_behind_a_backslash_and_ctrl_d_ends_it_there(
+def test_a_backslash_continues_the_line_and_ctrl_d_ends_it(
     plain: Keyboard, typed: str, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
@@ -97,7 +97,7 @@ def test_a_line_goes_on_behind_a_backslash_and_ctrl_d_ends_it_there(
         plain.line()
 
 
-def test_a_python_without_readline_still_chats(tmp_path: Path) -> None:
+def test_the_chat_works_without_readline(tmp_path: Path) -> None:
     code = "import sys; sys.modules['readline'] = None; from serve_app.chat.__main__ import main; sys.exit(main())"
     chat = Terminal("http://127.0.0.1:9", home=tmp_path, command=[sys.executable, "-c", code])
     chat.prompt()
@@ -107,7 +107,7 @@ def test_a_python_without_readline_still_chats(tmp_path: Path) -> None:
     assert chat.process.wait() == 0
 
 
-def test_keys_typed_during_an_answer_do_not_mix_with_it_and_are_the_next_line(tmp_path: Path) -> None:
+def test_keys_typed_during_an_answer_become_the_next_line(tmp_path: Path) -> None:
     relay = Relay("")
     relay.cut()
     chat = Terminal(relay.url, home=tmp_path)
@@ -123,7 +123,7 @@ def test_keys_typed_during_an_answer_do_not_mix_with_it_and_are_the_next_line(tm
     chat.process.close(force=True)
 
 
-def test_the_terminal_is_left_as_it_was_found(tmp_path: Path) -> None:
+def test_the_terminal_is_restored_at_the_end(tmp_path: Path) -> None:
     shell = ["sh", "-c", 'trap : INT; "$@"; stty -a', "sh"]
     chat = Terminal("http://127.0.0.1:9", home=tmp_path, command=[*shell, *CHAT])
     chat.prompt()
@@ -140,7 +140,7 @@ def test_the_terminal_is_left_as_it_was_found(tmp_path: Path) -> None:
 # --- what a conversation keeps ---
 
 
-def test_the_old_answer_stays_until_another_has_begun() -> None:
+def test_the_old_answer_stays_until_a_new_one_begins() -> None:
     shown = io.StringIO()
     with saying(answering("one"), b"", b"", answering("two"), b"") as url:  # between them the models are asked for
         chat = Chat(Service(url), Screen(True, shown), Values(), patience=0, remembers=True)
@@ -153,7 +153,7 @@ def test_the_old_answer_stays_until_another_has_begun() -> None:
         chat.service.close()
 
 
-def test_what_is_no_text_is_not_kept() -> None:
+def test_input_that_is_not_text_is_not_kept() -> None:
     with saying(answering(r"a\ud800b"), answering("c")) as url:
         chat = Chat(Service(url), Screen(False, io.StringIO(), io.StringIO()), Values(), patience=0, remembers=True)
         chat.prompt("x\udcff")

@@ -16,7 +16,7 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
-def test_haproxy_is_preferred_with_files_and_ports_of_its_own():
+def test_haproxy_is_the_default_with_its_own_files_and_ports():
     one: dict[str, str] = {}
     other: dict[str, str] = {}
     haproxy.use_haproxy(one)
@@ -30,19 +30,19 @@ def test_haproxy_is_preferred_with_files_and_ports_of_its_own():
 
 
 @pytest.mark.parametrize("said", ["0", ""])
-def test_a_user_who_says_no_gets_rays_own_proxy(said: str):
+def test_a_user_can_choose_rays_own_proxy(said: str):
     environment = {haproxy.SWITCH: said}
     haproxy.use_haproxy(environment)
     assert environment == {haproxy.SWITCH: said} | haproxy.FRONT
 
 
-def test_a_users_settings_stay():
+def test_a_users_settings_are_kept():
     environment = {"RAY_SERVE_HAPROXY_STATS_PORT": "8404"}
     haproxy.use_haproxy(environment)
     assert environment["RAY_SERVE_HAPROXY_STATS_PORT"] == "8404"
 
 
-def test_without_haproxy_rays_own_proxy_is_told_how_to_answer(monkeypatch: pytest.MonkeyPatch):
+def test_without_haproxy_rays_own_proxy_gets_our_middleware(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
     environment: dict[str, str] = {}
@@ -50,7 +50,7 @@ def test_without_haproxy_rays_own_proxy_is_told_how_to_answer(monkeypatch: pytes
     assert environment == haproxy.FRONT
 
 
-def test_haproxy_is_told_how_long_a_body_may_take():
+def test_haproxy_gets_the_time_limit_for_bodies():
     environment: dict[str, str] = {}
     haproxy.use_haproxy(environment, body_seconds=2.5)
     assert environment[haproxy.BODY_TIMEOUT] == "2.5"
@@ -58,14 +58,14 @@ def test_haproxy_is_told_how_long_a_body_may_take():
     assert "timeout http-request 2500ms" in haproxy.amend_config(text, Path("s"), Path("u"), environment)
 
 
-def test_the_image_has_what_nodes_with_haproxy_are_to_find():
+def test_the_image_sets_the_variables_that_nodes_with_haproxy_need():
     dockerfile = (Path(__file__).parents[3] / "Dockerfile").read_text()
     set_there = dict(re.findall(r"(RAY_(?:SERVE|worker)_\w+)=([^\s\\]+)", dockerfile))
     wanted = haproxy.node_environment() | {haproxy.BINARY: f"/opt/venv/bin/{haproxy.SUPERVISOR}"}
     assert set_there == {name: value for name, value in wanted.items() if name != haproxy.SWITCH}
 
 
-def test_a_port_for_later_is_none_that_the_system_hands_out():
+def test_a_reserved_port_is_not_one_that_the_system_hands_out():
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert haproxy.PORTS.stop <= min(lowest, 30_000)  # from 30000 on, Ray's replicas choose
     assert haproxy.free_port() in haproxy.PORTS

@@ -169,7 +169,7 @@ async def test_without_a_replica_every_route_is_503_in_openais_form(folder: Path
         assert_unavailable(manager.ask("/ready"))
 
 
-async def test_what_ray_answers_in_plain_text_becomes_503_and_the_apps_own_errors_pass(folder: Path, replica: int):
+async def test_plain_text_errors_from_ray_become_503_and_the_apps_own_errors_pass(folder: Path, replica: int):
     async with managed(folder, replica) as manager:
         assert await manager.answer() == 200
         assert_unavailable(manager.ask("/plain"))
@@ -178,12 +178,12 @@ async def test_what_ray_answers_in_plain_text_becomes_503_and_the_apps_own_error
         assert (status, body) == (404, {"mine": True})
 
 
-async def test_a_replica_that_is_gone_is_503_in_openais_form(folder: Path):
+async def test_a_missing_replica_is_503_in_openais_form(folder: Path):
     async with managed(folder, haproxy.free_port()) as manager:
         assert_unavailable(manager.ask("/good"))
 
 
-async def test_haproxy_that_is_killed_is_back_at_once_and_ray_can_still_reload_it(folder: Path, replica: int):
+async def test_a_killed_haproxy_restarts_at_once_and_ray_can_still_reload_it(folder: Path, replica: int):
     async with managed(folder, replica) as manager:
         assert await manager.answer() == 200
         killed = manager.haproxy()
@@ -199,7 +199,7 @@ async def test_haproxy_that_is_killed_is_back_at_once_and_ray_can_still_reload_i
         assert_unavailable(manager.ask("/good"))
 
 
-async def test_a_reload_fails_no_request(folder: Path, replica: int):
+async def test_no_request_fails_during_a_reload(folder: Path, replica: int):
     async with managed(folder, replica) as manager:
         assert await manager.answer() == 200
         told: list[Any] = []
@@ -223,7 +223,7 @@ async def test_a_reload_fails_no_request(folder: Path, replica: int):
         eventually(lambda: gone(before), "the supervisor before has left")
 
 
-async def test_ray_stops_it_and_the_port_is_free(folder: Path, replica: int):
+async def test_after_ray_stops_haproxy_the_port_is_free(folder: Path, replica: int):
     async with managed(folder, replica) as manager:
         assert await manager.answer() == 200
         child = manager.haproxy()
@@ -252,9 +252,7 @@ asyncio.run(main())
 NODE = "import subprocess, sys, time; subprocess.call(sys.argv[1:]); time.sleep(600)"
 
 
-async def test_when_the_manager_is_killed_haproxy_serves_on_until_the_next_and_ends_with_the_node(
-    folder: Path, replica: int
-):
+async def test_haproxy_outlives_a_killed_manager_and_ends_with_the_node(folder: Path, replica: int):
     """The node is a process whose child is the manager, as Ray's is."""
     port, root = haproxy.free_port(), str(Path(__file__).parents[3])
     supervisor = rays.RAY_SERVE_HAPROXY_BINARY_PATH
@@ -278,7 +276,7 @@ async def test_when_the_manager_is_killed_haproxy_serves_on_until_the_next_and_e
     node.wait()
 
 
-async def test_a_body_that_does_not_come_is_408_in_openais_form_and_reaches_no_replica(folder: Path, replica: int):
+async def test_a_body_that_does_not_arrive_is_408_and_reaches_no_replica(folder: Path, replica: int):
     async with managed(folder, replica) as manager:
         assert await manager.answer() == 200
         head, _, body = await manager.reply(b"POST /good HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
@@ -288,7 +286,7 @@ async def test_a_body_that_does_not_come_is_408_in_openais_form_and_reaches_no_r
         assert head.startswith(b"HTTP/1.1 408 ")
 
 
-async def test_statistics_listen_only_where_a_port_was_chosen_for_them():
+async def test_statistics_listen_only_if_a_port_is_set_for_them():
     text = "frontend prometheus\n    bind :9101\n    no log\nfrontend http_frontend\n    bind *:1\n"
     text += "listen stats\n  bind *:2\n"
     assert "9101" not in haproxy.amend_config(text, Path("s"), Path("u"), {})

@@ -55,7 +55,7 @@ async def test_the_apps_own_answers_pass(status: int):
     assert (reply.status_code, reply.text) == (status, "{}")
 
 
-async def test_plain_text_that_is_no_error_passes():
+async def test_plain_text_without_an_error_status_passes():
     assert (await ask(answering(200, "text/plain", b"figures"))).text == "figures"
 
 
@@ -63,7 +63,7 @@ async def test_rays_own_routes_pass():
     assert (await ask(answering(503, "text/plain", b"No replicas"), "/-/healthz")).text == "No replicas"
 
 
-async def test_an_app_that_ends_without_an_answer_is_unavailable():
+async def test_an_app_that_ends_without_an_answer_is_503():
     async def silent(scope: Any, receive: Any, send: Any) -> None:
         pass
 
@@ -74,7 +74,7 @@ async def test_an_app_that_ends_without_an_answer_is_unavailable():
     assert_unavailable(await ask(failing))
 
 
-async def test_a_stream_that_breaks_is_not_made_whole():
+async def test_a_broken_stream_stays_broken():
     async def breaking(scope: Any, receive: Any, send: Any) -> None:
         await answering(200, "text/event-stream")(scope, receive, send)
         raise RuntimeError("the actor died")
@@ -83,7 +83,7 @@ async def test_a_stream_that_breaks_is_not_made_whole():
         await ask(breaking)
 
 
-async def test_a_probe_waits_for_no_replica_longer_than_it_must(monkeypatch: pytest.MonkeyPatch):
+async def test_a_probe_waits_for_a_replica_no_longer_than_necessary(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(unavailable, "PROBE_SECONDS", 0.01)
 
     async def waiting(scope: Any, receive: Any, send: Any) -> None:
@@ -97,7 +97,7 @@ async def test_a_probe_waits_for_no_replica_longer_than_it_must(monkeypatch: pyt
     assert (await ask(waiting)).status_code == 200
 
 
-def test_the_middleware_is_what_ray_takes():
+def test_the_middleware_has_the_interface_that_ray_expects():
     http_util = pytest.importorskip("ray.serve._private.http_util")
     (one,) = http_util.validate_http_proxy_callback_return(unavailable.middleware())
     assert one.cls is Unavailable

@@ -59,7 +59,7 @@ def test_a_client_that_does_not_wait_for_its_reply_frees_its_slots(service: Runn
     assert service.stats.generated_tokens_total - before < LENGTH
 
 
-def test_a_full_queue_is_503_with_retry_after_and_what_runs_is_unharmed(service: Running) -> None:
+def test_a_full_queue_is_503_with_retry_after_and_running_requests_continue(service: Running) -> None:
     short = {"prompt": "x", "max_new_tokens": 3, "seed": 1}
     alone = httpx2.post(f"{service.url}/generate", json=short).json()["choices"]
     with httpx2.stream("POST", f"{service.url}/generate", json=endless(stream=True, n=4)) as reply:
@@ -74,7 +74,7 @@ def test_a_full_queue_is_503_with_retry_after_and_what_runs_is_unharmed(service:
     assert httpx2.post(f"{service.url}/generate", json=short).json()["choices"] == alone
 
 
-def test_an_order_of_which_only_a_part_finds_room_leaves_nothing_behind(service: Running) -> None:
+def test_a_request_that_only_partly_fits_the_queue_leaves_nothing_behind(service: Running) -> None:
     with httpx2.stream("POST", f"{service.url}/generate", json=endless(stream=True)) as reply:
         lines = reply.iter_lines()  # kept: a reader that is dropped closes the connection
         next(lines)
@@ -84,14 +84,14 @@ def test_an_order_of_which_only_a_part_finds_room_leaves_nothing_behind(service:
     eventually(lambda: idle(service), "slots are free")
 
 
-def test_more_sequences_than_there_are_places_is_a_fault_of_the_request(service: Running) -> None:
+def test_more_sequences_than_the_queue_can_hold_is_a_bad_request(service: Running) -> None:
     body = {"model": "long", "prompt": ["a", "b"], "n": 3}
     refused = httpx2.post(f"{service.url}/v1/completions", json=body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
     assert "4" in refused.json()["error"]["message"]  # two slots, two may wait
 
 
-def test_a_prompt_beyond_the_services_bound_is_refused_though_the_context_would_hold_it(service: Running) -> None:
+def test_a_prompt_over_the_services_limit_is_refused_even_if_the_context_would_hold_it(service: Running) -> None:
     allowed, refused = (
         httpx2.post(f"{service.url}/generate", json={"prompt": "x" * n, "max_new_tokens": 1}) for n in (200, 201)
     )
@@ -99,7 +99,7 @@ def test_a_prompt_beyond_the_services_bound_is_refused_though_the_context_would_
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
 
 
-def test_a_default_length_gives_way_to_the_services_bound_and_a_stated_one_is_refused(long: str) -> None:
+def test_a_default_length_is_lowered_to_the_services_limit_and_a_requested_one_is_refused(long: str) -> None:
     with running(ServeSettings(models=(long,), max_new_tokens=5)) as service:
         body = {"prompt": "x", "ignore_eos": True}
         shortened = httpx2.post(f"{service.url}/generate", json=body).json()
@@ -122,14 +122,14 @@ def test_a_request_that_takes_too_long_is_504_and_frees_its_slot(long: str) -> N
         eventually(lambda: idle(service), "slots and lease are free")
 
 
-def test_cached_tokens_count_what_was_there_before_the_request(service: Running) -> None:
+def test_cached_tokens_count_only_what_was_cached_before_the_request(service: Running) -> None:
     body = {"prompt": "never asked before " * 5, "max_new_tokens": 2, "n": 2}
     first, again = (httpx2.post(f"{service.url}/generate", json=body).json()["usage"] for _ in range(2))
     assert first["prompt_tokens_details"]["cached_tokens"] == 0
     assert 0 < again["prompt_tokens_details"]["cached_tokens"] < again["prompt_tokens"] == 95
 
 
-def test_tokens_and_ends_are_counted_for_prometheus(service: Running) -> None:
+def test_tokens_and_finish_reasons_are_counted_for_prometheus(service: Running) -> None:
     def counted() -> dict[str, float]:
         lines = httpx2.get(f"{service.url}/metrics").text.splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
@@ -151,7 +151,7 @@ def test_tokens_and_ends_are_counted_for_prometheus(service: Running) -> None:
     assert grown("request_success_total", f'finished_reason="length",{labels}') == 2
 
 
-def test_many_clients_at_once_get_what_they_would_get_alone(make_package: MakePackage) -> None:
+def test_many_clients_at_once_get_the_same_answers_as_alone(make_package: MakePackage) -> None:
     bodies = [{"prompt": f"{n} bottles", "seed": n, "max_new_tokens": 30, "n": 1 + n % 3} for n in range(12)]
     source = f"tiny={make_package().path}"
     with running(ServeSettings(models=(source,), slots=4, dtype="float32")) as service:
@@ -187,7 +187,7 @@ async def test_merged_streams_keep_each_ones_order_and_lose_nothing(count: int) 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("count", [1, 3])
-async def test_merged_streams_raise_what_one_of_them_raises(count: int) -> None:
+async def test_merged_streams_raise_the_error_of_any_stream(count: int) -> None:
     died, before = EngineError("died"), asyncio.all_tasks()
     sources = [stream(updates("x", 3), died), *(stream(updates("y", 3)) for _ in range(count - 1))]
     with pytest.raises(EngineError) as caught:
@@ -200,7 +200,7 @@ async def test_merged_streams_raise_what_one_of_them_raises(count: int) -> None:
 
 
 @pytest.mark.anyio
-async def test_ids_given_to_the_engine_are_never_a_clients(make_package: MakePackage) -> None:
+async def test_the_engine_never_gets_a_request_id_from_a_client(make_package: MakePackage) -> None:
     """Two requests with one x-request-id run side by side."""
     with running(ServeSettings(models=(f"tiny={make_package().path}",))) as service:
         async with httpx2.AsyncClient(base_url=service.url, headers={"x-request-id": "mine"}, timeout=60) as client:

@@ -82,7 +82,7 @@ def error_of(reply: httpx2.Response, status: int) -> dict[str, Any]:
 # --- ids and versions ---
 
 
-def test_a_request_keeps_its_own_id_if_that_is_short_and_plain(client: httpx2.Client) -> None:
+def test_a_request_keeps_its_own_id_if_it_is_short_and_plain(client: httpx2.Client) -> None:
     given = "trace-1.a_B:" + "x" * 116
     assert len(given) == 128
     assert client.post("/generate", json=BODY, headers={"x-request-id": given}).headers["x-request-id"] == given
@@ -96,7 +96,7 @@ def test_another_id_is_replaced(client: httpx2.Client, given: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_proxy_that_tags_replies_is_left_to_do_so(package: Package) -> None:
+async def test_a_proxy_may_set_the_request_id_of_replies(package: Package) -> None:
     settings = ServeSettings(models=(f"tiny={package.path}",))
     for tag_replies in (True, False):
         app = create_api(settings, Models(settings), tag_replies=tag_replies)
@@ -104,7 +104,7 @@ async def test_a_proxy_that_tags_replies_is_left_to_do_so(package: Package) -> N
             assert ("x-request-id" in (await client.get("/health")).headers) == tag_replies
 
 
-def test_ids_that_nobody_gave_differ(client: httpx2.Client) -> None:
+def test_generated_request_ids_differ(client: httpx2.Client) -> None:
     assert len({client.get("/health").headers["x-request-id"] for _ in range(8)}) == 8
 
 
@@ -128,20 +128,20 @@ def test_an_unknown_route_is_404_with_the_nearest_one(client: httpx2.Client, pat
     assert len(error["message"]) < 300
 
 
-def test_a_slash_too_many_is_404_and_no_redirect(client: httpx2.Client) -> None:
+def test_a_trailing_slash_is_404_and_not_a_redirect(client: httpx2.Client) -> None:
     error_of(client.post("/generate/", json=BODY), 404)
 
 
 @pytest.mark.parametrize(
     "path", ["/", "/health", "/ready", "/metrics", "/models", "/v1/models", "/v1/models/tiny", "/tokenizer_info"]
 )
-def test_head_is_answered_as_get_without_the_body(client: httpx2.Client, path: str) -> None:
+def test_head_is_answered_like_get_without_the_body(client: httpx2.Client, path: str) -> None:
     got, asked = client.get(path), client.head(path)
     assert (asked.status_code, asked.content) == (200, b"")
     assert asked.headers["content-type"] == got.headers["content-type"]
 
 
-def test_head_of_what_is_not_there_is_told_so(client: httpx2.Client) -> None:
+def test_head_of_an_unknown_route_is_404(client: httpx2.Client) -> None:
     assert [client.head(path).status_code for path in ("/v1/models/tinny", "/healthy")] == [404, 404]
 
 
@@ -213,7 +213,7 @@ def test_a_bad_body_is_400_and_names_the_field(
     assert len(error["message"]) < 600
 
 
-def test_after_bad_bodies_the_replica_says_what_it_said_before(client: httpx2.Client, service: Running) -> None:
+def test_bad_bodies_do_not_change_the_replicas_answers(client: httpx2.Client, service: Running) -> None:
     before = client.post("/generate", json=BODY).json()["choices"]
     for body in (b"[" * 100_000, b'{"prompt": "\\ud800"}', b'{"prompt": NaN}', b"\xff"):
         error_of(client.post("/generate", content=body), 400)
@@ -222,7 +222,7 @@ def test_after_bad_bodies_the_replica_says_what_it_said_before(client: httpx2.Cl
     assert service.stats.slots_used == 0
 
 
-def test_a_near_miss_is_suggested(client: httpx2.Client) -> None:
+def test_a_misspelt_field_gets_a_suggestion(client: httpx2.Client) -> None:
     error = error_of(client.post("/generate", json={**BODY, "temprature": 1}), 400)
     assert error["message"] == "there is no field \"temprature\". Did you mean 'temperature'?"
     body = {"model": "gpt", "prompt": "a", "stream": True, "stream_options": {"include": True}}
@@ -230,7 +230,7 @@ def test_a_near_miss_is_suggested(client: httpx2.Client) -> None:
     assert error["message"] == 'there is no field "include" in stream_options.'
 
 
-def test_of_very_many_faults_the_first_are_told_and_the_others_counted(client: httpx2.Client) -> None:
+def test_the_first_of_many_errors_are_listed_and_the_others_counted(client: httpx2.Client) -> None:
     error = error_of(client.post("/generate", json={**BODY, **{f"field{i}": 1 for i in range(1000)}}), 400)
     assert error["message"].count("there is no field") == 3
     assert error["message"].endswith("(and 997 more)")
@@ -239,13 +239,13 @@ def test_of_very_many_faults_the_first_are_told_and_the_others_counted(client: h
 @pytest.mark.parametrize(
     "content_type", [None, "application/x-www-form-urlencoded", "text/plain", "application/json; charset=utf-8", "x"]
 )
-def test_a_body_is_json_whatever_its_content_type_says(client: httpx2.Client, content_type: str | None) -> None:
+def test_a_body_is_read_as_json_whatever_its_content_type(client: httpx2.Client, content_type: str | None) -> None:
     headers = {"content-type": content_type} if content_type else {}
     reply = client.post("/generate", content=json.dumps(BODY), headers=headers)
     assert reply.status_code == 200, reply.text
 
 
-def test_an_unexpected_fault_is_500_with_the_traceback_in_the_log_alone(
+def test_an_unexpected_error_is_500_and_only_the_log_has_the_traceback(
     client: httpx2.Client, service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> list[Any]:
@@ -263,7 +263,7 @@ def test_an_unexpected_fault_is_500_with_the_traceback_in_the_log_alone(
     assert {fault["request_id"], access["request_id"], reply.headers["x-request-id"]} == {"of-the-fault"}
 
 
-def test_a_fault_in_midstream_ends_the_stream_with_an_error_event(
+def test_an_error_during_a_stream_ends_it_with_an_error_event(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from serve_app.http.routes.native import NativeEvents
@@ -284,7 +284,7 @@ def test_a_fault_in_midstream_ends_the_stream_with_an_error_event(
 # --- the log ---
 
 
-def test_a_request_is_one_line_of_the_log_without_text_or_keys(locked: httpx2.Client) -> None:
+def test_a_request_is_one_log_line_without_text_or_keys(locked: httpx2.Client) -> None:
     headers = {"authorization": f"Bearer {KEYS[0]}", "x-request-id": "of-the-log"}
     with logged() as lines:
         version = locked.post("/generate", json=BODY, headers=headers).headers["x-model-version"]
@@ -318,7 +318,9 @@ def test_a_request_is_one_line_of_the_log_without_text_or_keys(locked: httpx2.Cl
     ],
 )
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/models", "/no-such-route"])
-def test_without_a_known_key_nothing_is_answered(locked: httpx2.Client, path: str, authorization: str | None) -> None:
+def test_without_a_valid_key_every_request_is_refused(
+    locked: httpx2.Client, path: str, authorization: str | None
+) -> None:
     headers = {} if authorization is None else {"authorization": authorization}
     reply = locked.post(path, content=b"{", headers=headers)
     error = error_of(reply, 401)
@@ -328,7 +330,7 @@ def test_without_a_known_key_nothing_is_answered(locked: httpx2.Client, path: st
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
-def test_each_key_opens(locked: httpx2.Client, key: str, scheme: str) -> None:
+def test_each_key_is_accepted(locked: httpx2.Client, key: str, scheme: str) -> None:
     reply = locked.post("/generate", json=BODY, headers=[(b"authorization", f"{scheme} {key}".encode())])
     assert reply.status_code == 200, reply.text
 
@@ -358,7 +360,7 @@ def test_every_key_is_compared_in_constant_time_whichever_is_given(
 # --- origins ---
 
 
-def test_no_other_origin_is_let_in_unless_asked(client: httpx2.Client) -> None:
+def test_other_origins_are_refused_by_default(client: httpx2.Client) -> None:
     asked = {"origin": "https://pages.example", "access-control-request-method": "POST"}
     assert client.options("/generate", headers=asked).status_code == 403
     reply = client.post("/generate", json=BODY, headers={"origin": "https://pages.example"})
@@ -368,7 +370,7 @@ def test_no_other_origin_is_let_in_unless_asked(client: httpx2.Client) -> None:
     assert client.post("/generate", json=BODY, headers={"origin": own}).status_code == 200
 
 
-def test_an_origin_that_was_asked_for_may_call_and_read_errors_too(locked: httpx2.Client) -> None:
+def test_an_allowed_origin_may_call_and_read_errors(locked: httpx2.Client) -> None:
     origin = {"origin": "https://pages.example"}
     asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
     preflight = locked.options("/generate", headers=origin | asked)
@@ -380,7 +382,7 @@ def test_an_origin_that_was_asked_for_may_call_and_read_errors_too(locked: httpx
     assert "x-request-id" in refused.headers["access-control-expose-headers"]
 
 
-def test_other_origins_stay_out(locked: httpx2.Client) -> None:
+def test_origins_that_are_not_allowed_are_refused(locked: httpx2.Client) -> None:
     reply = locked.get("/health", headers={"origin": "https://other.example"})
     assert "access-control-allow-origin" not in reply.headers
 
@@ -396,7 +398,7 @@ def test_other_origins_stay_out(locked: httpx2.Client) -> None:
         ("StreamOptions", {"model": "tiny", "prompt": "a", "max_tokens": 1, "stream_options": {"include_usage": None}}),
     ],
 )
-def test_null_is_as_good_as_leaving_out_in_the_service_and_in_the_document(
+def test_null_is_the_same_as_leaving_out_in_the_service_and_in_the_openapi_document(
     client: httpx2.Client, schema: str, body: dict[str, object]
 ) -> None:
     path = "/generate" if schema == "GenerateRequest" else "/v1/completions"
@@ -407,13 +409,13 @@ def test_null_is_as_good_as_leaving_out_in_the_service_and_in_the_document(
     assert all({"type": "null"} in declared["properties"][name]["anyOf"] for name in optional)
 
 
-def test_an_empty_prompt_is_of_several_kinds_in_the_document_too(client: httpx2.Client) -> None:
+def test_an_empty_prompt_has_several_types_in_the_openapi_document(client: httpx2.Client) -> None:
     body = {"model": "tiny", "prompt": [], "max_tokens": 1}
     assert client.post("/v1/completions", json=body).status_code == 200
     assert "oneOf" not in json.dumps(client.get("/openapi.json").json()["components"]["schemas"]["CompletionRequest"])
 
 
-def test_the_document_declares_the_errors_of_every_route_in_one_form(client: httpx2.Client) -> None:
+def test_the_openapi_document_declares_the_errors_of_every_route_in_one_form(client: httpx2.Client) -> None:
     document = client.get("/openapi.json").json()
     operations = [(path, method) for path, methods in document["paths"].items() for method in methods]
     assert {path for path, _ in operations} >= {"/generate", "/v1/completions", "/models", "/health", "/metrics"}
@@ -428,14 +430,14 @@ def test_the_document_declares_the_errors_of_every_route_in_one_form(client: htt
             assert {"400", "401", "404", "408", "413", "503", "504"} <= set(declared), path
 
 
-def test_the_document_says_where_a_key_is_needed(client: httpx2.Client, locked: httpx2.Client) -> None:
+def test_the_openapi_document_says_where_a_key_is_needed(client: httpx2.Client, locked: httpx2.Client) -> None:
     paths = locked.get("/openapi.json").json()["paths"]
     needed = {path for path, methods in paths.items() if any("security" in operation for operation in methods.values())}
     assert needed == set(paths) - {"/health", "/ready", "/metrics"}
     assert "security" not in client.get("/openapi.json").text.replace("securitySchemes", "")
 
 
-def test_figures_belong_to_their_app(client: httpx2.Client, locked: httpx2.Client) -> None:
+def test_each_app_has_its_own_metrics(client: httpx2.Client, locked: httpx2.Client) -> None:
     assert 'gpt_requests_total{model="",route="/models",status="401",version=""}' in locked.get("/metrics").text
     assert 'route="/models",status="401"' not in client.get("/metrics").text
     assert "gpt_requests_total{" not in Metrics().render().decode()

@@ -81,7 +81,7 @@ def test_llm(service: Running, expected: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["remote", "huggingface"])
-def test_lm_eval_has_the_scores_of_transformers(
+def test_lm_eval_gets_the_same_scores_as_transformers(
     service: Running, package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))

@@ -38,7 +38,7 @@ def test_complete_sentence_gives_text_and_continuation(client: httpx2.Client) ->
     assert reply.json()["completed_sentence"].startswith("The quick brown fox")
 
 
-def test_sampling_parameters_are_taken_and_mean_what_they_do_elsewhere(client: httpx2.Client) -> None:
+def test_sampling_parameters_mean_the_same_as_on_other_routes(client: httpx2.Client) -> None:
     sampling = {"seed": 3, "max_new_tokens": 8, "temperature": 0.5}
     plain = client.post("/generate", json={"prompt": "x", "model": "gpt2", **sampling}).json()["choices"][0]["text"]
     named = client.post("/generate/gpt2", json={"prompt": "x", **sampling}).json()["generated_text"]
@@ -48,7 +48,7 @@ def test_sampling_parameters_are_taken_and_mean_what_they_do_elsewhere(client: h
     assert sentence == "x" + default
 
 
-def test_custom_is_the_service_s_own_model_where_none_has_that_name(make_package: MakePackage) -> None:
+def test_custom_is_the_services_default_model_unless_a_model_has_that_name(make_package: MakePackage) -> None:
     with running(ServeSettings(models=(f"mine={make_package().path}",))) as service:
         reply = httpx2.post(f"{service.url}/generate/custom", json={"prompt": "x"})
         assert reply.headers["x-model-version"].startswith("mine/")

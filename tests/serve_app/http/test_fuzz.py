@@ -44,7 +44,7 @@ def operations(service: Running) -> list[schemathesis.APIOperation]:
 
 @pytest.mark.hypothesis
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_no_request_makes_the_service_fail_or_answer_otherwise_than_documented(
+def test_every_request_gets_a_documented_answer(
     operations: list[schemathesis.APIOperation], mode: GenerationMode
 ) -> None:
     assert len(operations) >= 10
@@ -78,7 +78,7 @@ OUTERMOST: dict[str, tuple[float, float]] = {
 }
 
 
-def test_no_combination_of_outermost_values_harms_the_engine(service: Running) -> None:
+def test_no_combination_of_extreme_values_harms_the_engine(service: Running) -> None:
     with httpx2.Client(base_url=service.url, timeout=60) as client:
         for values in itertools.product(*OUTERMOST.values()):
             asked = dict(zip(OUTERMOST, values, strict=True))

@@ -24,7 +24,7 @@ async def ask(package: Package, name: str, path: str = "/health", **settings: ob
 
 
 @pytest.mark.parametrize("host", [*OWN, ""])
-async def test_on_loopback_loopbacks_names_are_answered(package: Package, host: str):
+async def test_on_loopback_the_names_of_loopback_are_answered(package: Package, host: str):
     assert (await ask(package, host)).status_code == 200
 
 
@@ -46,12 +46,12 @@ async def test_a_name_that_is_allowed_is_answered(package: Package):
 
 
 @pytest.mark.parametrize("settings", [{"host": "0.0.0.0"}, {"host": "10.0.0.7"}, {"api_keys": ("k",)}])
-async def test_where_others_are_answered_or_keys_are_asked_for_any_name_will_do(
+async def test_with_other_addresses_or_with_keys_any_host_name_is_answered(
     package: Package, settings: dict[str, object]
 ):
     assert (await ask(package, "10.1.2.3:8000", **settings)).status_code == 200
 
 
-async def test_listed_names_hold_wherever_the_service_listens(package: Package):
+async def test_allowed_host_names_apply_wherever_the_service_listens(package: Package):
     reply = await ask(package, "evil.example", host="0.0.0.0", allowed_hosts=("gpt.example",))
     assert reply.status_code == 403

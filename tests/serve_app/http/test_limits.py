@@ -103,7 +103,7 @@ def assert_unharmed(client: httpx2.Client) -> None:
 # --- bodies ---
 
 
-def test_a_body_of_just_the_limit_is_taken(client: httpx2.Client) -> None:
+def test_a_body_of_exactly_the_limit_is_accepted(client: httpx2.Client) -> None:
     assert client.post("/generate", content=padded(LIMIT)).status_code == 200
 
 
@@ -115,7 +115,7 @@ def test_a_larger_body_is_413(client: httpx2.Client, size: int) -> None:
     assert_unharmed(client)
 
 
-def test_a_packed_body_is_refused_for_being_packed(client: httpx2.Client) -> None:
+def test_a_compressed_body_is_refused(client: httpx2.Client) -> None:
     packed = gzip.compress(json.dumps(BODY).encode())
     reply = client.post("/generate", content=packed, headers={"content-encoding": "gzip"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_content_encoding")
@@ -123,7 +123,7 @@ def test_a_packed_body_is_refused_for_being_packed(client: httpx2.Client) -> Non
     assert plain.status_code == 200
 
 
-def test_a_body_without_a_length_is_counted_as_it_comes(client: httpx2.Client) -> None:
+def test_a_body_without_a_length_is_counted_as_it_arrives(client: httpx2.Client) -> None:
     def chunks(size: int) -> Iterator[bytes]:
         for begin in range(0, size, 100):
             yield padded(size)[begin : begin + 100]
@@ -143,20 +143,22 @@ def test_an_endless_body_is_refused_as_soon_as_it_is_too_large(
     assert_unharmed(client)
 
 
-def test_a_length_too_large_is_refused_before_the_body_comes(client: httpx2.Client, connection: socket.socket) -> None:
+def test_a_declared_length_over_the_limit_is_refused_before_the_body_arrives(
+    client: httpx2.Client, connection: socket.socket
+) -> None:
     connection.sendall(b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10000000\r\n\r\n")
     assert reply_on(connection)[0] == 413
     assert_unharmed(client)
 
 
-def test_a_body_that_does_not_come_is_408(client: httpx2.Client, connection: socket.socket) -> None:
+def test_a_body_that_does_not_arrive_is_408(client: httpx2.Client, connection: socket.socket) -> None:
     connection.sendall(b'POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"prompt":')
     status, error = reply_on(connection)
     assert (status, error["code"]) == (408, "timeout")
     assert_unharmed(client)
 
 
-def test_a_body_that_trickles_is_408_when_its_time_is_up(client: httpx2.Client, connection: socket.socket) -> None:
+def test_a_body_that_arrives_too_slowly_is_408(client: httpx2.Client, connection: socket.socket) -> None:
     begun = time.monotonic()
     connection.sendall(b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n")
     connection.settimeout(0.05)
@@ -170,7 +172,9 @@ def test_a_body_that_trickles_is_408_when_its_time_is_up(client: httpx2.Client, 
     assert_unharmed(client)
 
 
-def test_three_hundred_half_sent_bodies_cost_nobody_else_a_place(client: httpx2.Client, service: Running) -> None:
+def test_three_hundred_half_sent_bodies_take_no_place_from_other_clients(
+    client: httpx2.Client, service: Running
+) -> None:
     host, port = service.url.removeprefix("http://").split(":")
     half = b'POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"prompt":'
     with ExitStack() as stack:
@@ -183,7 +187,9 @@ def test_three_hundred_half_sent_bodies_cost_nobody_else_a_place(client: httpx2.
 
 
 @pytest.mark.anyio
-async def test_unfinished_bodies_share_their_memory_and_the_oldest_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unfinished_bodies_share_a_memory_limit_and_the_oldest_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("serve_app.http.middleware.MOST_BODIES", 2)
     reached: list[str] = []
 
@@ -225,7 +231,9 @@ async def test_unfinished_bodies_share_their_memory_and_the_oldest_is_given_up(m
     assert bodies.bytes == 0
 
 
-def test_who_leaves_before_the_body_is_whole_harms_nobody(client: httpx2.Client, connection: socket.socket) -> None:
+def test_a_client_that_leaves_before_its_body_is_complete_does_no_harm(
+    client: httpx2.Client, connection: socket.socket
+) -> None:
     connection.sendall(b'POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"prompt":')
     connection.close()
     assert_unharmed(client)
@@ -246,7 +254,7 @@ LIFTING = {
 
 
 @pytest.mark.parametrize("headers", [{}, LIFTING], ids=["plainly", "asking for more"])
-def test_a_request_that_takes_too_long_is_504_and_its_slot_is_free(
+def test_a_request_that_takes_too_long_is_504_and_its_slot_is_freed(
     client: httpx2.Client, service: Running, headers: dict[str, str]
 ) -> None:
     begun = time.monotonic()
@@ -270,7 +278,9 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(client: httpx2.Cl
     assert_unharmed(client)
 
 
-def test_who_does_not_read_a_stream_holds_nothing_once_the_time_is_up(client: httpx2.Client, service: Running) -> None:
+def test_a_client_that_does_not_read_its_stream_frees_everything_at_the_time_limit(
+    client: httpx2.Client, service: Running
+) -> None:
     before = answered(client)
     with unread(service, {**ENDLESS, "stream": True, "logprobs": 20}):
         eventually(lambda: service.leases == 1, "the request is there")
@@ -300,16 +310,14 @@ async def test_the_last_event_of_a_failed_stream_does_not_wait_for_a_reader(monk
 
 
 @pytest.mark.parametrize("name", LIFTING)
-def test_no_header_lifts_the_bodys_limit(client: httpx2.Client, name: str) -> None:
+def test_no_header_lifts_the_limit_on_bodies(client: httpx2.Client, name: str) -> None:
     assert client.post("/generate", content=padded(LIMIT + 1), headers={name: LIFTING[name]}).status_code == 413
 
 
 # --- places ---
 
 
-def test_beyond_the_queue_a_request_is_503_at_once_and_told_when_to_come_back(
-    client: httpx2.Client, service: Running
-) -> None:
+def test_with_a_full_queue_a_request_is_503_at_once_with_retry_after(client: httpx2.Client, service: Running) -> None:
     with ExitStack() as open_streams:
         for _ in range(SLOTS + QUEUE):
             open_streams.enter_context(unread(service, {**ENDLESS, "stream": True}))

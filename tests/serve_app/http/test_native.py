@@ -54,7 +54,7 @@ def joined(events: list[dict[str, Any]], index: int = 0) -> str:
     return "".join(choice["text"] for event in events for choice in event["choices"] if choice["index"] == index)
 
 
-def test_a_reply_says_what_it_is_and_who_made_it(client: httpx2.Client) -> None:
+def test_a_reply_names_its_kind_and_its_model(client: httpx2.Client) -> None:
     reply = client.post("/generate", json={**FIXED, "ignore_eos": True})
     body = reply.json()
     assert body["id"].startswith("gen-")
@@ -66,13 +66,13 @@ def test_a_reply_says_what_it_is_and_who_made_it(client: httpx2.Client) -> None:
     assert body["usage"]["total_tokens"] == len(PROMPT) + 12
 
 
-def test_the_text_is_what_the_model_says_on_the_command_line(client: httpx2.Client, package: Package) -> None:
+def test_the_text_equals_the_one_on_the_command_line(client: httpx2.Client, package: Package) -> None:
     params = SamplingParams(max_new_tokens=12, seed=7)
     expected = generate_text(package.load_model(), package.tokenizer, PROMPT, params)
     assert ask(client)["choices"][0]["text"] == expected
 
 
-def test_what_is_not_said_is_the_same_on_the_command_line_in_each_route_and_in_the_chat() -> None:
+def test_defaults_are_the_same_on_the_command_line_in_each_route_and_in_the_chat() -> None:
     _, _, on_the_command_line = parse_arguments(["package"])
     assert on_the_command_line == SamplingParams() == GenerateRequest(prompt="").params()
     assert {name: default(name) for name in SHAPES} == Parameters().model_dump()
@@ -89,7 +89,7 @@ def test_curl_needs_no_content_type(service: Running) -> None:
     assert said["choices"][0]["finish_reason"] in ("length", "stop")
 
 
-def test_a_streamed_text_equals_the_one_that_is_not(client: httpx2.Client) -> None:
+def test_a_streamed_text_equals_the_unstreamed_one(client: httpx2.Client) -> None:
     whole = ask(client)
     *parts, last = stream(client)
     assert joined(parts) == whole["choices"][0]["text"]
@@ -99,7 +99,7 @@ def test_a_streamed_text_equals_the_one_that_is_not(client: httpx2.Client) -> No
     assert reasons == [None] * (len(parts) - 1) + [whole["choices"][0]["finish_reason"]]
 
 
-def test_a_seed_that_was_drawn_is_told_and_gives_the_same_text_again(client: httpx2.Client) -> None:
+def test_a_random_seed_is_reported_and_reproduces_the_text(client: httpx2.Client) -> None:
     drawn = ask(client, seed=None)
     assert ask(client, seed=drawn["seed"])["choices"] == drawn["choices"]
     assert ask(client, seed=None)["seed"] != drawn["seed"]
@@ -130,7 +130,7 @@ def test_logprobs_report_every_token_streamed_or_not(client: httpx2.Client, pack
     assert [token for event in events for c in event["choices"] for token in c["logprobs"]] == tokens
 
 
-def test_more_logprobs_than_a_reply_should_hold_are_refused_unless_streamed(
+def test_too_many_logprobs_for_one_reply_are_refused_unless_streamed(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve_app.generation.order.MOST_LOGPROBS", 100)
@@ -142,7 +142,7 @@ def test_more_logprobs_than_a_reply_should_hold_are_refused_unless_streamed(
     assert client.post("/generate", json={**asked, "stream": True}).status_code == 200
 
 
-def test_echo_and_n_are_for_each_choice(client: httpx2.Client) -> None:
+def test_echo_and_n_apply_to_each_choice(client: httpx2.Client) -> None:
     choices = ask(client, n=3, echo=True, logprobs=0)["choices"]
     assert all(choice["text"].startswith(PROMPT) for choice in choices)
     assert len({choice["text"] for choice in choices}) == 3
@@ -151,7 +151,7 @@ def test_echo_and_n_are_for_each_choice(client: httpx2.Client) -> None:
     assert [joined(events, index) for index in range(3)] == [choice["text"] for choice in choices]
 
 
-def test_an_empty_prompt_begins_a_document_and_a_full_one_is_scored(client: httpx2.Client) -> None:
+def test_an_empty_prompt_begins_a_document_and_a_full_context_is_scored(client: httpx2.Client) -> None:
     begun = ask(client, prompt="")
     assert begun["usage"]["prompt_tokens"] == 1
     assert ask(client, prompt="", echo=True)["choices"] == begun["choices"]
@@ -204,12 +204,12 @@ def test_bad_fields_are_refused_by_name(client: httpx2.Client, fields: dict[str,
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
-def test_numbers_that_are_none_are_refused(client: httpx2.Client, value: str) -> None:
+def test_nan_and_infinity_are_refused(client: httpx2.Client, value: str) -> None:
     reply = client.post("/generate", content=f'{{"prompt": "x", "temperature": {value}}}')
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "temperature")
 
 
-def test_an_unknown_model_is_a_404_that_names_the_nearest(client: httpx2.Client) -> None:
+def test_an_unknown_model_is_a_404_with_the_nearest_name(client: httpx2.Client) -> None:
     reply = client.post("/generate", json={**FIXED, "model": "tinny"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
     assert "'tiny'" in reply.json()["error"]["message"]

@@ -65,7 +65,7 @@ def test_the_reply_names_the_version_in_its_header_too(client: openai.OpenAI) ->
     assert reply.headers["x-model-version"] == reply.parse().system_fingerprint
 
 
-def test_a_streamed_text_and_its_usage_equal_those_that_are_not(client: openai.OpenAI) -> None:
+def test_a_streamed_text_and_its_usage_equal_the_unstreamed_ones(client: openai.OpenAI) -> None:
     whole = client.completions.create(**FIXED, prompt=PROMPT)
     events = streamed(client, **FIXED, prompt=PROMPT, stream_options={"include_usage": True})
     assert joined(events) == whole.choices[0].text
@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(client: opena
     assert first != texts(client.completions.create(**{**FIXED, "seed": 8}, prompt=PROMPT))
 
 
-def test_n_gives_different_choices_of_which_the_first_is_what_one_alone_would_be(client: openai.OpenAI) -> None:
+def test_n_gives_different_choices_and_the_first_equals_a_single_one(client: openai.OpenAI) -> None:
     alone = client.completions.create(**FIXED, prompt=PROMPT)
     several = client.completions.create(**FIXED, prompt=PROMPT, n=3, best_of=3)
     assert [choice.index for choice in several.choices] == [0, 1, 2]
@@ -100,7 +100,7 @@ def test_n_gives_different_choices_of_which_the_first_is_what_one_alone_would_be
     assert [joined(events, index) for index in range(3)] == texts(several)
 
 
-def test_each_prompt_of_a_list_is_continued_as_it_would_be_alone(client: openai.OpenAI) -> None:
+def test_each_prompt_of_a_list_gets_the_same_continuation_as_alone(client: openai.OpenAI) -> None:
     prompts = ["one", "and two", "three, at last"]
     alone = [texts(client.completions.create(**FIXED, prompt=prompt, n=2)) for prompt in prompts]
     together = client.completions.create(**FIXED, prompt=prompts, n=2)
@@ -109,7 +109,7 @@ def test_each_prompt_of_a_list_is_continued_as_it_would_be_alone(client: openai.
     assert together.usage.completion_tokens <= 6 * 12
 
 
-def test_token_ids_and_lists_of_them_are_prompts_too(client: openai.OpenAI, package: Package) -> None:
+def test_prompts_may_be_token_ids_and_lists_of_them(client: openai.OpenAI, package: Package) -> None:
     one, two = (package.tokenizer.encode(text) for text in (PROMPT, "two"))
     text = texts(client.completions.create(**FIXED, prompt=PROMPT))
     assert texts(client.completions.create(**FIXED, prompt=one)) == text
@@ -154,7 +154,7 @@ def test_text_offsets_say_where_each_token_begins(client: openai.OpenAI) -> None
     assert [entry for entry in spelled if entry[0] == at] == [(at, f"bytes:\\x{byte:02x}") for byte in "東".encode()]
 
 
-def test_an_end_of_text_that_was_ignored_takes_no_room_in_the_offsets(client: openai.OpenAI) -> None:
+def test_an_ignored_end_of_text_token_does_not_shift_the_offsets(client: openai.OpenAI) -> None:
     fields = {**FIXED, "max_tokens": 90, "temperature": 2, "logprobs": 0, "extra_body": {"ignore_eos": True}}
     choices = (client.completions.create(**{**fields, "seed": seed}, prompt=PROMPT).choices[0] for seed in range(100))
     choice = next(choice for choice in choices if "<|endoftext|>" in choice.logprobs.tokens[:-1])
@@ -163,14 +163,14 @@ def test_an_end_of_text_that_was_ignored_takes_no_room_in_the_offsets(client: op
     assert all(choice.text[at] == token for at, token in spelled if len(token) == 1 and at < len(choice.text))
 
 
-def test_what_asks_for_nothing_is_let_in(client: openai.OpenAI) -> None:
+def test_unsupported_parameters_are_accepted_at_their_default(client: openai.OpenAI) -> None:
     for fields in (dict(suffix=""), dict(logit_bias={}), dict(extra_body={"tools": None})):
         assert client.completions.create(**FIXED, prompt=PROMPT, **fields).choices[0].text
     options: Any = {"include_usage": True, "include_obfuscation": False}
     assert streamed(client, **FIXED, prompt=PROMPT, stream_options=options)
 
 
-def test_streamed_logprobs_joined_are_those_that_are_not_streamed(client: openai.OpenAI) -> None:
+def test_streamed_logprobs_joined_equal_the_unstreamed_ones(client: openai.OpenAI) -> None:
     fields = dict(**FIXED, prompt=PROMPT, logprobs=2, echo=True)
     whole = client.completions.create(**fields).choices[0].logprobs
     parts = [c.logprobs for event in streamed(client, **fields) for c in event.choices if c.logprobs]
@@ -178,7 +178,7 @@ def test_streamed_logprobs_joined_are_those_that_are_not_streamed(client: openai
         assert [entry for part in parts for entry in getattr(part, name)] == getattr(whole, name)
 
 
-def test_echoed_logprobs_are_the_models_own_of_the_prompt(client: openai.OpenAI, package: Package) -> None:
+def test_echoed_logprobs_are_the_models_own_for_the_prompt(client: openai.OpenAI, package: Package) -> None:
     reply = client.completions.create(**FIXED, prompt=PROMPT, echo=True, logprobs=1)
     found = reply.choices[0].logprobs
     assert found.token_logprobs[0] is None
@@ -201,7 +201,7 @@ def test_max_tokens_0_with_echo_reports_on_the_prompt_and_generates_nothing(clie
     assert joined(streamed(client, **fields, max_tokens=0)) == PROMPT
 
 
-def test_a_prompt_that_fills_the_context_is_scored_and_one_that_is_longer_is_refused(client: openai.OpenAI) -> None:
+def test_a_prompt_that_fills_the_context_is_scored_and_a_longer_one_is_refused(client: openai.OpenAI) -> None:
     context = 128
     fields: dict[str, Any] = dict(model="tiny", max_tokens=0, echo=True, logprobs=1)
     full, ids = "x" * context, [120] * context
@@ -218,7 +218,7 @@ def test_a_prompt_that_fills_the_context_is_scored_and_one_that_is_longer_is_ref
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], [[]]], ids=repr)
-def test_an_empty_prompt_is_the_same_as_none(client: openai.OpenAI, prompt: Any) -> None:
+def test_an_empty_prompt_is_the_same_as_no_prompt(client: openai.OpenAI, prompt: Any) -> None:
     absent = client.completions.create(**FIXED, prompt=None, echo=True, logprobs=1)
     empty = client.completions.create(**FIXED, prompt=prompt, echo=True, logprobs=1)
     assert empty.choices == absent.choices
@@ -229,12 +229,12 @@ def test_an_empty_prompt_is_the_same_as_none(client: openai.OpenAI, prompt: Any)
     assert texts(mixed)[1:] == texts(client.completions.create(**FIXED, prompt=None))
 
 
-def test_as_many_alternatives_are_reported_as_elsewhere(client: openai.OpenAI) -> None:
+def test_logprobs_report_as_many_alternatives_as_openai(client: openai.OpenAI) -> None:
     found = client.completions.create(**FIXED, prompt=PROMPT, logprobs=20).choices[0].logprobs
     assert {len(top) for top in found.top_logprobs} == {20}
 
 
-def test_the_reply_counts_the_log_probabilities_of_the_prompts_as_they_are(client: openai.OpenAI) -> None:
+def test_the_limit_on_logprobs_counts_those_of_the_prompts(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = dict(model="tiny", max_tokens=1, echo=True, logprobs=20)
     assert len(client.completions.create(**fields, prompt=["short"] * 64).choices) == 64  # the context has 128 places
     assert refused(client, **fields, prompt=["x" * 120] * 64).param == "logprobs"
@@ -250,7 +250,7 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
         assert joined(streamed(client, **FIXED, prompt=PROMPT, stop=given)) == text[: text.index(stop)]
 
 
-def test_our_own_parameters_go_beside_openais(client: openai.OpenAI, package: Package) -> None:
+def test_our_own_parameters_work_beside_openais(client: openai.OpenAI, package: Package) -> None:
     greedy = texts(client.completions.create(**FIXED, prompt=PROMPT, temperature=0))
     assert texts(client.completions.create(**FIXED, prompt=PROMPT, extra_body={"top_k": 1})) == greedy
     assert texts(client.completions.create(**FIXED, prompt=PROMPT, extra_body={"min_p": 1.0})) == greedy
@@ -261,7 +261,7 @@ def test_our_own_parameters_go_beside_openais(client: openai.OpenAI, package: Pa
     assert ended.choices[0].finish_reason == "stop"
 
 
-def test_null_says_the_same_as_leaving_a_field_out(client: openai.OpenAI) -> None:
+def test_null_is_the_same_as_leaving_a_field_out(client: openai.OpenAI) -> None:
     nothing = dict.fromkeys(("temperature", "top_p", "n", "stop", "logprobs", "echo", "suffix", "logit_bias", "user"))
     with_nulls = client.completions.create(**FIXED, prompt=PROMPT, extra_body=nothing)
     assert texts(with_nulls) == texts(client.completions.create(**FIXED, prompt=PROMPT, user="me"))
@@ -294,7 +294,7 @@ def test_null_says_the_same_as_leaving_a_field_out(client: openai.OpenAI) -> Non
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_not_supported_or_out_of_range_is_refused_by_name(
+def test_unsupported_and_out_of_range_values_are_refused_by_name(
     client: openai.OpenAI, fields: dict[str, Any], param: str, code: str
 ) -> None:
     error = refused(client, **fields)
@@ -302,11 +302,11 @@ def test_what_is_not_supported_or_out_of_range_is_refused_by_name(
     assert param in error.message
 
 
-def test_an_unknown_field_is_told_the_nearest_known(client: openai.OpenAI) -> None:
+def test_an_unknown_field_gets_the_nearest_known_one_as_a_hint(client: openai.OpenAI) -> None:
     assert "Did you mean 'frequency_penalty'?" in refused(client, extra_body={"frequencypenalty": 1}).message
 
 
-def test_a_refused_stream_is_an_error_of_its_own_status(client: openai.OpenAI) -> None:
+def test_a_refused_stream_has_the_status_of_the_error(client: openai.OpenAI) -> None:
     assert refused(client, prompt="x" * 128, stream=True).param == "prompt"
 
 
@@ -329,9 +329,7 @@ def test_models_are_listed_and_described(client: openai.OpenAI, package: Package
         client.models.retrieve("tinny")
 
 
-def test_sixteen_streams_at_once_each_get_the_text_they_would_get_alone(
-    service: Running, client: openai.OpenAI
-) -> None:
+def test_sixteen_streams_at_once_each_get_the_same_text_as_alone(service: Running, client: openai.OpenAI) -> None:
     prompts = [f"{n} green bottles" for n in range(16)]
     alone = [texts(client.completions.create(**FIXED, prompt=prompt))[0] for prompt in prompts]
 
@@ -347,7 +345,7 @@ def test_sixteen_streams_at_once_each_get_the_text_they_would_get_alone(
     eventually(lambda: service.leases == 0, "every lease is given back")
 
 
-def test_an_engine_that_dies_in_midstream_is_an_error_and_not_an_end(package: Package) -> None:
+def test_an_engine_that_dies_during_a_stream_is_reported_as_an_error(package: Package) -> None:
     with (
         running(ServeSettings(models=(f"tiny={package.path}",))) as service,
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0) as client,

@@ -95,7 +95,7 @@ def test_a_replica_whose_engine_died_is_not_healthy(
     assert client.get("/health").status_code == 200
 
 
-def test_models_lists_every_model_with_where_it_came_from(client: httpx2.Client, package: Package) -> None:
+def test_models_lists_every_model_with_its_origin(client: httpx2.Client, package: Package) -> None:
     tiny, later, broken = client.get("/models").json()["models"]
     assert [entry["name"] for entry in (tiny, later, broken)] == ["tiny", "later", "broken"]
     assert (tiny["state"], tiny["default"]) == ("ready", True)
@@ -110,7 +110,7 @@ def test_models_lists_every_model_with_where_it_came_from(client: httpx2.Client,
     assert broken["state"] in ("unloaded", "failed")
 
 
-def test_a_model_that_cannot_be_loaded_is_reported_and_the_others_serve(client: httpx2.Client) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported_and_the_others_answer(client: httpx2.Client) -> None:
     reply = client.post("/generate", json={**BODY, "model": "broken"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_not_ready")
     assert int(reply.headers["retry-after"]) >= 1
@@ -141,12 +141,12 @@ def test_no_reply_names_a_folder_of_this_machine(client: httpx2.Client, package:
         ("GET /models says more; runs/demo/package", "GET /models says more; runs/demo/package"),
     ],
 )
-def test_of_a_path_only_the_last_name_is_shown(text: str, shown: str) -> None:
+def test_only_the_last_part_of_a_path_is_shown(text: str, shown: str) -> None:
     assert without_folders(text) == shown
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_figures_agree_with_what_was_answered(client: httpx2.Client, service: Running, stream: bool) -> None:
+def test_the_metrics_agree_with_the_answers(client: httpx2.Client, service: Running, stream: bool) -> None:
     version = client.get("/models").json()["models"][0]["version"]
     labels = dict(model="tiny", version=version)
     before, count = figures(client, **labels), 3
@@ -171,7 +171,7 @@ def test_the_figures_agree_with_what_was_answered(client: httpx2.Client, service
     assert after["gpt_model_loaded"] == 1
 
 
-def test_requests_are_counted_by_the_routes_template_never_by_the_clients_path(client: httpx2.Client) -> None:
+def test_requests_are_counted_by_route_template_and_not_by_path(client: httpx2.Client) -> None:
     for path in ("/no-such-route-1", "/no-such-route-2", "/generate/no-such-model"):
         assert client.post(path, json={"prompt": "x"}).status_code == 404
     text = client.get("/metrics").text

@@ -32,9 +32,7 @@ def post(client: httpx2.Client, path: str, **body: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:20]))
-def test_tokens_and_their_spelling_are_those_of_transformers(
-    client: httpx2.Client, package: Package, text: str
-) -> None:
+def test_tokens_and_their_text_match_transformers(client: httpx2.Client, package: Package, text: str) -> None:
     theirs = AutoTokenizer.from_pretrained(package.path)
     said = post(client, "/tokenize", model="tiny", prompt=text, return_token_strs=True)
     assert said["tokens"] == theirs(text, add_special_tokens=False).input_ids
@@ -43,7 +41,7 @@ def test_tokens_and_their_spelling_are_those_of_transformers(
     assert post(client, "/detokenize", model="tiny", tokens=said["tokens"]) == {"prompt": text}
 
 
-def test_the_ids_are_those_that_a_completion_is_made_of(client: httpx2.Client) -> None:
+def test_the_ids_are_the_ones_that_a_completion_uses(client: httpx2.Client) -> None:
     text = "one <|endoftext|> two"
     said = post(client, "/tokenize", prompt=text, add_special_tokens=False)
     assert said["token_strs"] is None
@@ -70,7 +68,7 @@ def test_half_characters_become_replacement_characters(client: httpx2.Client) ->
         ("/detokenize", {"tokens": [1, 257]}, "tokens"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_values_that_do_not_fit_are_refused_by_name(
     client: httpx2.Client, path: str, body: dict[str, Any], param: str
 ) -> None:
     reply = client.post(path, json=body)
@@ -87,7 +85,7 @@ def test_the_tokenizer_is_described_as_clients_expect(client: httpx2.Client, pac
     assert (info["model_max_length"], info["chat_template"]) == (128, None)
 
 
-def test_a_key_is_asked_for_as_elsewhere(client: httpx2.Client) -> None:
+def test_a_key_is_required_as_on_other_routes(client: httpx2.Client) -> None:
     bad = {"authorization": "Bearer wrong"}
     for path in ("/tokenize", "/detokenize"):
         assert client.post(path, json={}, headers=bad).status_code == 401

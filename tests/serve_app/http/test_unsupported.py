@@ -95,12 +95,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("server", DEFAULTS)
-def test_defaults_of_another_servers_clients_ask_for_nothing(server: str, body: Any) -> None:
+def test_the_default_values_of_other_servers_clients_are_accepted(server: str, body: Any) -> None:
     assert body(**BODIES[body], **DEFAULTS[server]).params() == body(**BODIES[body]).params()
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_null_is_the_same_as_leaving_a_foreign_parameter_out(body: Any) -> None:
+def test_null_for_another_servers_parameter_is_the_same_as_leaving_it_out(body: Any) -> None:
     nothing = dict.fromkeys(BY_NAME)
     assert body(**nothing | BODIES[body]).params() == body(**BODIES[body]).params()
 
@@ -139,26 +139,26 @@ def test_any_other_value_is_refused_by_name(name: str, value: Any) -> None:
     assert name in refused.value.message
 
 
-def test_a_refusal_says_why_and_what_would_do() -> None:
+def test_a_refusal_says_why_and_what_would_work() -> None:
     with pytest.raises(ApiError) as refused:
         GenerateRequest(prompt="x", min_tokens=5)
     reason = "there is no minimum length; see ignore_eos"
     assert refused.value.message == f"min_tokens is not supported as 5: {reason}; leave it out or send 0"
 
 
-def test_another_routes_name_for_the_length_is_told_this_ones() -> None:
+def test_another_routes_name_for_the_length_is_answered_with_the_right_one() -> None:
     with pytest.raises(ApiError, match="use max_new_tokens instead"):
         GenerateRequest(prompt="x", max_tokens=5)
     with pytest.raises(ApiError, match="use max_tokens instead"):
         CompletionRequest(model="tiny", max_new_tokens=5)
 
 
-def test_each_foreign_parameter_has_one_place() -> None:
+def test_each_parameter_of_other_servers_is_listed_once() -> None:
     names = [name for group in UNSUPPORTED.values() for name in group]
     assert len(names) == len(set(names))
 
 
-def test_whole_numbers_may_be_written_with_a_point() -> None:
+def test_whole_numbers_may_have_a_decimal_point() -> None:
     body = CompletionRequest(
         model="tiny",
         prompt=[[1.0, 2], [3, 4.0]],
@@ -176,7 +176,7 @@ def test_whole_numbers_may_be_written_with_a_point() -> None:
             CompletionRequest(model="tiny", **{name: value})
 
 
-def test_off_may_be_said_in_another_servers_words() -> None:
+def test_other_servers_ways_to_say_off_are_accepted() -> None:
     body = CompletionRequest(model="tiny", top_k=-1, logprobs=False, stop=["", "end"], best_of=1, n=2)
     params = body.params()
     assert (params.top_k, params.logprobs, params.stop) == (0, None, ("end",))
@@ -186,7 +186,7 @@ def test_off_may_be_said_in_another_servers_words() -> None:
 
 @pytest.mark.parametrize("name", ["include_obfuscation", "continuous_usage_stats"])
 @pytest.mark.parametrize("value", [0, 0.0, 1, True, "false"])
-def test_a_switch_that_is_not_supported_takes_false_alone_as_the_schema_says(name: str, value: object) -> None:
+def test_an_unsupported_switch_accepts_only_false_as_the_schema_says(name: str, value: object) -> None:
     assert StreamOptions.model_validate({name: False})
     with pytest.raises(ValidationError, match="Input should be False"):
         StreamOptions.model_validate({name: value})

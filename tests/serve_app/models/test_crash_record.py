@@ -36,7 +36,7 @@ def die(folder: Path, source: str, uri: str, version: str) -> None:
     assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
 
 
-def test_a_load_that_its_process_did_not_survive_is_a_death_and_no_other_is(tmp_path: Path) -> None:
+def test_only_a_load_that_killed_its_process_counts_as_a_crash(tmp_path: Path) -> None:
     record = CrashRecord("models:/gpt@champion", "sqlite:///a.db", tmp_path)
     with pytest.raises(ValueError, match="bad files"), record.loading("7"):
         raise ValueError("bad files")
@@ -55,13 +55,13 @@ def test_a_load_that_its_process_did_not_survive_is_a_death_and_no_other_is(tmp_
     assert (record.last_served(), record.crashes("7")) == ("7", None)
 
 
-def test_each_death_makes_the_next_attempt_later_up_to_a_day(tmp_path: Path) -> None:
+def test_each_crash_delays_the_next_attempt_up_to_a_day(tmp_path: Path) -> None:
     waits = [Crashes(count, 0.0, tmp_path).retry_at(alone=False) for count in (1, 2, 3, 4, 1000)]
     assert waits == [FIRST_WAIT_S, 6 * FIRST_WAIT_S, 36 * FIRST_WAIT_S, LONGEST_WAIT_S, LONGEST_WAIT_S]
     assert Crashes(1, 0.0, tmp_path).retry_at(alone=True) == ALONE_WAIT_S
 
 
-def test_a_disk_that_cannot_be_written_costs_no_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unwritable_disk_does_not_prevent_a_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     record = CrashRecord("models:/gpt@champion", "", tmp_path / "file")
     with record.loading("7"):
@@ -72,7 +72,7 @@ def test_a_disk_that_cannot_be_written_costs_no_load(tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.anyio
-async def test_a_version_that_killed_a_replica_is_not_tried_first_by_the_next(
+async def test_a_replica_does_not_first_try_a_version_that_killed_another(
     registry: TestRegistry, journal_home: Path
 ) -> None:
     source, told = "models:/deadly@champion", settings(registry.uri, model="models:/deadly@champion")
@@ -97,7 +97,7 @@ async def test_a_version_that_killed_a_replica_is_not_tried_first_by_the_next(
 
 
 @pytest.mark.anyio
-async def test_with_nothing_else_to_serve_it_is_tried_again_soon(
+async def test_a_version_that_killed_a_replica_is_tried_again_soon_if_there_is_no_other(
     package: Package, journal_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = settings(model=f"{package.path}/../{package.path.name}/.")
@@ -112,9 +112,7 @@ async def test_with_nothing_else_to_serve_it_is_tried_again_soon(
 
 
 @pytest.mark.anyio
-async def test_a_load_is_seen_at_work_and_given_up_after_its_time(
-    registry: TestRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_load_is_visible_and_has_a_time_limit(registry: TestRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "CLOSE_SECONDS", 0.01)
     first = registry.publish("endless", seed=1)
     made, let_go, seen = threading.Event(), threading.Event(), []
@@ -154,7 +152,7 @@ async def test_a_load_is_seen_at_work_and_given_up_after_its_time(
 
 
 @pytest.mark.anyio
-async def test_what_a_package_says_of_its_training_cannot_spoil_the_listing(make_package: MakePackage) -> None:
+async def test_a_packages_training_facts_cannot_break_the_list_of_models(make_package: MakePackage) -> None:
     from serve_app.models.registry import lineage
 
     said = {"bits_per_byte": float("nan"), "data": "x" * 10**6, "git_commit": ["a"]}

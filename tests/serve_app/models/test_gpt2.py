@@ -32,7 +32,7 @@ def test_the_champion_and_gpt2_from_the_hubs_cache_answer_side_by_side(
     assert listed["gpt2"]["source"] == "hf:openai-community/gpt2"
 
 
-def test_a_gpt2_that_cannot_be_had_says_what_to_fetch_and_the_champion_answers(
+def test_a_missing_gpt2_says_what_to_download_and_the_champion_answers(
     registry: TestRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.publish("alone")
@@ -46,7 +46,7 @@ def test_a_gpt2_that_cannot_be_had_says_what_to_fetch_and_the_champion_answers(
     assert "hf download openai-community/gpt2" in missing.json()["error"]["message"]
 
 
-def test_weights_in_several_files_have_a_version_that_any_of_them_changes(tmp_path: Path) -> None:
+def test_the_version_of_weights_in_several_files_depends_on_each_file(tmp_path: Path) -> None:
     versions = []
     for seed in (0, 0, 1):
         folder = publish_gpt2(tmp_path / str(len(versions)), Layout(files=2), seed=seed)

@@ -41,7 +41,7 @@ async def loading(models: Models, name: str) -> None:
 
 
 @pytest.mark.parametrize("error", [HubError("away"), NoMemory("not now"), MemoryError(), RuntimeError("a driver's")])
-def test_waits_double_up_to_a_limit_however_often_it_was_tried(error: Exception):
+def test_the_wait_between_attempts_doubles_up_to_a_limit(error: Exception):
     known, waits = None, []
     for _ in range(2000):
         known = refusal(error, known, first_wait=5.0)
@@ -50,13 +50,11 @@ def test_waits_double_up_to_a_limit_however_often_it_was_tried(error: Exception)
     assert waits[-1] == max(waits) == LONGEST_BACKOFF_S
 
 
-def test_files_that_are_no_good_are_not_tried_again():
+def test_damaged_files_are_not_tried_again():
     assert refusal(PackageError("altered"), None, first_wait=5.0).retry_at == math.inf
 
 
-async def test_a_model_for_which_memory_was_short_loads_once_there_is_enough(
-    package: Package, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_model_that_lacked_memory_loads_once_there_is_enough(package: Package, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as short:
         short.setattr(runners, "free_memory", lambda device: 0)
         models = Models(settings(model=str(package.path), poll_seconds=0.01))
@@ -70,7 +68,7 @@ async def test_a_model_for_which_memory_was_short_loads_once_there_is_enough(
     await models.close()
 
 
-async def test_no_more_requests_wait_for_a_load_than_the_engine_will_have_room_for(make_package: MakePackage):
+async def test_only_as_many_requests_wait_for_a_load_as_the_engine_can_queue(make_package: MakePackage):
     said = f"first={make_package(0).path},second={make_package(1).path}"
     gate = Gate()
     async with running(settings(models=said, slots=2, max_queue=1), make_engine=gate) as models:
@@ -90,7 +88,7 @@ async def test_no_more_requests_wait_for_a_load_than_the_engine_will_have_room_f
         assert all(text for _, text in await asyncio.gather(*early))
 
 
-async def test_a_listed_model_that_is_the_canary_too_serves_on_when_its_alias_is_deleted(registry: TestRegistry):
+async def test_a_model_that_is_also_the_canary_answers_after_its_alias_is_deleted(registry: TestRegistry):
     for name in ("kept", "second"):
         registry.publish(name)
     said = dict(models="kept=models:/kept@champion,second=models:/second@champion")
@@ -106,7 +104,7 @@ async def test_a_listed_model_that_is_the_canary_too_serves_on_when_its_alias_is
                 assert "has the alias 'champion'" in (status(models, name).error or "")
 
 
-async def test_a_package_that_does_not_say_how_good_it_is_is_served(make_package: MakePackage, tmp_path: Path):
+async def test_a_package_without_a_score_is_served(make_package: MakePackage, tmp_path: Path):
     source = make_package()
     weights = source.load_model().state_dict()
     save_package(tmp_path / "unknown", source.config, weights, source.tokenizer, {"bits_per_byte": None})
@@ -115,7 +113,7 @@ async def test_a_package_that_does_not_say_how_good_it_is_is_served(make_package
         assert status(models, "unknown").bits_per_byte is None
 
 
-async def test_a_request_that_waits_for_a_load_hears_that_the_service_is_closing(make_package: MakePackage):
+async def test_a_request_that_waits_for_a_load_is_refused_when_the_service_closes(make_package: MakePackage):
     said = f"first={make_package(0).path},second={make_package(1).path}"
     gate = Gate()
     models = Models(settings(models=said), make_engine=gate)
@@ -130,7 +128,7 @@ async def test_a_request_that_waits_for_a_load_hears_that_the_service_is_closing
     assert models.loaded() == []
 
 
-async def test_a_load_that_is_cancelled_before_it_began_is_no_obstacle(package: Package):
+async def test_a_load_cancelled_before_it_began_does_not_block_the_next(package: Package):
     models = Models(settings(models=f"late={package.path}"))
     waiting = asyncio.create_task(ask(models))
     await models.close()  # has its turn right after the request, before the load that the request asked for

@@ -107,7 +107,7 @@ async def test_the_champion_answers_and_its_status_leads_back_to_its_run(registr
     assert known.error is None
 
 
-async def test_a_model_loads_on_first_use_and_all_first_users_share_one_load(make_package: MakePackage):
+async def test_a_model_loads_on_first_use_and_all_first_requests_share_one_load(make_package: MakePackage):
     count = Count()
     said = f"first={make_package(0).path},second={make_package(1).path}"
     async with running(settings(models=said), make_engine=count) as models:
@@ -117,7 +117,7 @@ async def test_a_model_loads_on_first_use_and_all_first_users_share_one_load(mak
     assert len({label for label, _ in answers}) == 1
 
 
-async def test_a_user_who_leaves_while_a_model_loads_does_not_end_the_load(make_package: MakePackage):
+async def test_a_client_that_leaves_does_not_cancel_a_load(make_package: MakePackage):
     said = f"first={make_package(0).path},second={make_package(1).path}"
     async with running(settings(models=said)) as models:
         impatient = asyncio.create_task(ask(models, "second"))
@@ -130,7 +130,7 @@ async def test_a_user_who_leaves_while_a_model_loads_does_not_end_the_load(make_
         assert (await patient)[1]
 
 
-async def test_models_marked_eager_are_there_from_the_start(make_package: MakePackage):
+async def test_models_marked_eager_are_loaded_at_the_start(make_package: MakePackage):
     said = ",".join(f"m{seed}={make_package(seed).path}" for seed in range(3))
     async with running(settings(models=said, eager="m2")) as models:
         assert [entry.state for entry in models.describe()] == ["ready", "unloaded", "ready"]
@@ -138,7 +138,7 @@ async def test_models_marked_eager_are_there_from_the_start(make_package: MakePa
         assert [entry.state for entry in models.describe()] == ["ready"] * 3
 
 
-async def test_a_model_that_cannot_load_says_why_and_the_others_serve_on(make_package: MakePackage, tmp_path: Path):
+async def test_a_model_that_cannot_load_says_why_and_the_others_answer(make_package: MakePackage, tmp_path: Path):
     said = f"good={make_package().path},bad={tmp_path / 'missing'}"
     async with running(settings(models=said)) as models:
         for _ in range(2):  # the second answer comes from what is remembered
@@ -174,7 +174,7 @@ async def test_an_unknown_model_is_refused_with_the_nearest_name(package: Packag
     assert (caught.value.status, caught.value.param, caught.value.code) == (404, "model", "model_not_found")
 
 
-async def test_a_promotion_is_followed_and_requests_in_flight_end_on_the_version_that_admitted_them(
+async def test_after_a_promotion_running_requests_finish_on_the_old_version(
     registry: TestRegistry,
 ):
     first = registry.publish("followed", seed=1)
@@ -197,7 +197,7 @@ async def test_a_promotion_is_followed_and_requests_in_flight_end_on_the_version
     assert heard == [("followed", True)]
 
 
-async def test_the_same_version_says_the_same_after_a_reload(registry: TestRegistry):
+async def test_the_same_version_gives_the_same_text_after_a_reload(registry: TestRegistry):
     first = registry.publish("steady", seed=1)
     async with running(settings(registry.uri, model="models:/steady@champion")) as models:
         before = await ask(models)
@@ -208,7 +208,7 @@ async def test_the_same_version_says_the_same_after_a_reload(registry: TestRegis
         assert await ask(models) == before
 
 
-async def test_an_engine_that_was_replaced_is_freed(registry: TestRegistry):
+async def test_a_replaced_engine_is_freed(registry: TestRegistry):
     registry.publish("freed", seed=1)
     engines: list[weakref.ref[Engine]] = []
 
@@ -226,7 +226,7 @@ async def test_an_engine_that_was_replaced_is_freed(registry: TestRegistry):
         assert [engine() is None for engine in engines] == [True, False]
 
 
-async def test_a_broken_version_is_refused_once_reported_and_the_old_one_stays(registry: TestRegistry):
+async def test_a_broken_version_is_refused_and_reported_once_and_the_old_one_stays(registry: TestRegistry):
     first = registry.publish("sturdy", seed=1)
     heard: list[tuple[str, bool]] = []
     asked = Watched(registry.uri)
@@ -252,7 +252,7 @@ async def test_a_broken_version_is_refused_once_reported_and_the_old_one_stays(r
         assert heard[-1] == ("sturdy", True)
 
 
-async def test_a_version_that_computes_no_numbers_is_refused(make_package: MakePackage, tmp_path: Path):
+async def test_a_version_that_computes_nan_is_refused(make_package: MakePackage, tmp_path: Path):
     source = make_package()
     state = {name: torch.full_like(value, math.nan) for name, value in source.load_model().state_dict().items()}
     save_package(tmp_path / "nan", source.config, state, source.tokenizer, {})
@@ -262,7 +262,7 @@ async def test_a_version_that_computes_no_numbers_is_refused(make_package: MakeP
         assert "are not finite" in (known.error or "")
 
 
-async def test_a_replica_that_starts_on_a_broken_champion_takes_the_one_before(registry: TestRegistry):
+async def test_a_replica_that_starts_with_a_broken_champion_serves_the_previous_one(registry: TestRegistry):
     first = registry.publish("heir", seed=1)
     broken = registry.publish("heir", seed=2)
     registry.spoil("heir", broken)
@@ -274,7 +274,7 @@ async def test_a_replica_that_starts_on_a_broken_champion_takes_the_one_before(r
         assert (await ask(models))[0] == f"heir@champion v{first}"
 
 
-async def test_a_refused_version_that_may_be_tried_again_is_reported_while_another_serves(registry: TestRegistry):
+async def test_a_refused_version_is_reported_while_another_one_answers(registry: TestRegistry):
     first, second = registry.publish("flaky", seed=1), registry.publish("flaky", seed=2)
 
     seen: list[bytes] = []
@@ -303,7 +303,7 @@ async def test_a_service_without_a_champion_waits_for_one(registry: TestRegistry
         assert (await ask(models))[1]
 
 
-async def test_with_the_registry_away_the_model_serves_on_and_follows_when_it_is_back(registry: TestRegistry):
+async def test_without_the_registry_the_model_answers_and_follows_the_alias_again_later(registry: TestRegistry):
     first = registry.publish("patient", seed=1)
     second = registry.publish("patient", seed=2, promote="never")
     database = Path(registry.uri.removeprefix("sqlite:///"))
@@ -323,7 +323,7 @@ async def test_with_the_registry_away_the_model_serves_on_and_follows_when_it_is
         assert status(models, "patient").error is None
 
 
-async def test_a_replica_that_starts_waits_for_a_registry_that_is_away(registry: TestRegistry):
+async def test_a_starting_replica_waits_for_a_registry_that_is_down(registry: TestRegistry):
     registry.publish("early")
     database = Path(registry.uri.removeprefix("sqlite:///"))
     database.rename(database.with_suffix(".away"))
@@ -341,7 +341,7 @@ async def test_a_replica_that_starts_waits_for_a_registry_that_is_away(registry:
     await models.close()
 
 
-async def test_sources_that_cannot_move_are_never_looked_up(registry: TestRegistry, package: Package):
+async def test_sources_that_cannot_change_are_never_looked_up(registry: TestRegistry, package: Package):
     version = registry.publish("pinned")
     asked = Watched(registry.uri)
     said = f"pinned=models:/pinned/{version},folder={package.path}"
@@ -361,7 +361,7 @@ async def test_a_folders_version_is_a_hash_of_its_content(make_package: MakePack
     assert len(a or "") == 12
 
 
-async def test_names_of_one_source_share_one_engine_and_keep_their_names(package: Package):
+async def test_two_names_for_one_source_share_an_engine_and_keep_their_names(package: Package):
     count = Count()
     async with running(settings(models=f"a={package.path},b={package.path}", eager="all"), make_engine=count) as models:
         async with models.lease("a", "r") as a, models.lease("b", "r") as b:
@@ -405,7 +405,7 @@ async def test_a_candidate_gets_its_share_of_the_default_models_requests_by_thei
         assert len(models.loaded()) == 2
 
 
-async def test_a_canary_that_cannot_load_leaves_the_default_model_to_answer(registry: TestRegistry):
+async def test_if_a_canary_cannot_load_the_default_model_answers(registry: TestRegistry):
     version = registry.publish("alone")
     said = settings(registry.uri, model="models:/alone@champion", canary="models:/alone@candidate:1.0")
     async with running(said) as models:
@@ -414,7 +414,7 @@ async def test_a_canary_that_cannot_load_leaves_the_default_model_to_answer(regi
         assert status(models, "alone@candidate").state == "failed"
 
 
-async def test_an_engine_that_died_is_a_failed_health_check(package: Package):
+async def test_a_dead_engine_fails_the_health_check(package: Package):
     async with running(settings(model=str(package.path))) as models:
         models.check_health()
         async with models.lease(None, "r") as served:
@@ -450,7 +450,7 @@ async def test_closing_lets_requests_finish(package: Package):
     assert models.loaded() == []
 
 
-async def test_the_watch_follows_by_itself(registry: TestRegistry):
+async def test_aliases_are_followed_in_the_background(registry: TestRegistry):
     registry.publish("watched", seed=1)
     moved = asyncio.Event()
     async with running(settings(registry.uri, model="models:/watched@champion", poll_seconds=0.1)) as models:
@@ -469,7 +469,7 @@ def test_shares_are_even_and_depend_on_the_id_alone():
         assert 900 < sum(tenth / 10 <= share < (tenth + 1) / 10 for share in shares) < 1100
 
 
-async def test_a_version_that_lies_is_refused_for_good_and_what_was_served_serves_on(registry: TestRegistry):
+async def test_a_version_with_wrong_contents_is_refused_for_good_and_the_old_one_answers(registry: TestRegistry):
     first = registry.publish("honest", seed=1)
     async with running(settings(registry.uri, model="models:/honest@champion")) as models:
         liar = registry.publish("honest", seed=2)

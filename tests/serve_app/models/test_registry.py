@@ -11,7 +11,7 @@ from tests.ports import free_port
 from tests.serve_app.conftest import TestRegistry
 
 
-def test_an_alias_has_the_version_that_it_was_moved_to_last(registry: TestRegistry):
+def test_an_alias_has_the_version_that_it_was_last_moved_to(registry: TestRegistry):
     first, second = registry.publish("moved", seed=1), registry.publish("moved", seed=2)
     asked = Registry(registry.uri)
     assert asked.version("moved", "champion") == second
@@ -21,7 +21,7 @@ def test_an_alias_has_the_version_that_it_was_moved_to_last(registry: TestRegist
     assert asked.version("unheard-of", "champion") is None
 
 
-def test_a_version_leads_back_to_its_run_its_figure_its_data_and_its_commit(registry: TestRegistry):
+def test_a_version_leads_back_to_its_run_score_data_and_commit(registry: TestRegistry):
     version = registry.publish("traced", bits_per_byte=1.5)
     found = Registry(registry.uri).lineage("traced", version)
     run = registry.client.get_run(found.run_id)
@@ -32,20 +32,20 @@ def test_a_version_leads_back_to_its_run_its_figure_its_data_and_its_commit(regi
     assert found.run_url is None  # an embedded database has no pages
 
 
-def test_earlier_champions_are_the_versions_promoted_before_the_latest_first(registry: TestRegistry):
+def test_earlier_champions_are_listed_with_the_latest_first(registry: TestRegistry):
     for seed, promote in enumerate(["always", "never", "always", "always"]):
         registry.publish("line", seed=seed, promote=promote)
     assert Registry(registry.uri).earlier_champions("line", "4") == ["3", "1"]
     assert Registry(registry.uri).earlier_champions("line", "1") == []
 
 
-def test_a_missing_database_is_an_error_and_is_not_made(tmp_path: Path):
+def test_a_missing_database_is_an_error_and_is_not_created(tmp_path: Path):
     with pytest.raises(HubError, match="there is no database"):
         Registry(f"sqlite:///{tmp_path}/mlflow.db").version("gpt", "champion")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_is_away_is_an_error_within_seconds():
+def test_a_server_that_is_down_is_an_error_within_seconds():
     port = free_port()
     begun = time.monotonic()
     for ask in (
@@ -59,7 +59,7 @@ def test_a_server_that_is_away_is_an_error_within_seconds():
     assert time.monotonic() - begun < 30
 
 
-def test_tags_that_are_no_figures_leave_the_rest_of_the_lineage_readable():
+def test_invalid_tags_leave_the_rest_of_the_lineage_readable():
     assert lineage({"bits_per_byte": "good", "data": "notes"}) == Lineage(data="notes")
     assert lineage({}) == Lineage()
     assert lineage({"bits_per_byte": 1.25}, run_id="r").bits_per_byte == 1.25

@@ -13,7 +13,7 @@ from tests.serve_app.running import running
 
 
 @pytest.mark.skipif(chromium_path() is None, reason="no chromium on PATH: apt-get install chromium")
-def test_the_picture_is_of_the_page_after_a_run_with_two_pixels_to_each_of_its_own(package: Package) -> None:
+def test_the_picture_shows_the_page_after_a_run_at_double_resolution(package: Package) -> None:
     with running(ServeSettings(model=str(package.path), log_level="warning")) as service:
         setup = {"max_new_tokens": "60", "seed": "3", "ignore_eos": "true"}
         png = screenshot(service.url, "The", setup, (900, 600), dark=False)

@@ -134,7 +134,7 @@ def test_only_the_pages_own_files_are_served(service: str, path: str) -> None:
     assert reply.json()["error"]["code"] == "route_not_found"
 
 
-def test_no_file_names_another_host() -> None:
+def test_no_file_of_the_page_refers_to_another_host() -> None:
     for path in FOLDER.iterdir():
         addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+", path.read_text()))
         assert addresses <= {"http://www.w3.org"}, path.name  # the namespace of SVG
@@ -144,7 +144,7 @@ def test_no_file_names_another_host() -> None:
 
 
 @needs_chromium
-def test_text_appears_while_the_model_still_speaks(page: Page, service: str) -> None:
+def test_text_appears_while_it_is_generated(page: Page, service: str) -> None:
     open_page(page, service, prompt="The", max_new_tokens=LONG, ignore_eos="true")
     page.get_by_role("button", name="Run").click()
     tokens = page.locator(".token")
@@ -159,7 +159,7 @@ def test_text_appears_while_the_model_still_speaks(page: Page, service: str) -> 
 
 
 @needs_chromium
-def test_shown_text_is_that_of_the_api_for_the_same_seed(page: Page, service: str) -> None:
+def test_shown_text_equals_the_apis_for_the_same_seed(page: Page, service: str) -> None:
     open_page(page, service, prompt="The", max_new_tokens=40, seed=11, temperature=1.2, top_k=50)
     run(page)
     body = {"prompt": "The", "max_new_tokens": 40, "seed": 11, "temperature": 1.2, "top_k": 50}
@@ -225,7 +225,7 @@ def test_tokens_can_be_walked_with_the_arrow_keys(page: Page, service: str) -> N
 
 
 @needs_chromium
-def test_tokens_are_tinted_once_that_is_asked_for_the_warmer_the_less_likely(page: Page, service: str) -> None:
+def test_tokens_are_tinted_on_request_and_unlikely_ones_are_warmer(page: Page, service: str) -> None:
     answer_with(page, event("sure", b"sure", logprob=-0.01), event("odd", b"odd", reason="length", logprob=-9.0))
     open_page(page, service, prompt="The")
     run(page)
@@ -238,9 +238,7 @@ def test_tokens_are_tinted_once_that_is_asked_for_the_warmer_the_less_likely(pag
 
 
 @needs_chromium
-def test_an_empty_prompt_offers_examples_that_run_and_what_is_typed_is_not_written_over(
-    page: Page, service: str
-) -> None:
+def test_an_empty_prompt_offers_examples_that_never_replace_typed_text(page: Page, service: str) -> None:
     open_page(page, service, max_new_tokens=8, ignore_eos="true")
     examples = page.locator("#examples")
     expect(examples.get_by_role("button")).to_have_count(5)
@@ -255,7 +253,7 @@ def test_an_empty_prompt_offers_examples_that_run_and_what_is_typed_is_not_writt
 
 @needs_chromium
 @pytest.mark.parametrize("width", [1280, 360])
-def test_where_a_model_comes_from_is_folded_and_breaks_no_word(
+def test_a_models_origin_is_folded_away_and_breaks_no_word(
     new_page: Callable[..., Page], service: str, width: int
 ) -> None:
     page = new_page(viewport={"width": width, "height": 840})
@@ -292,7 +290,7 @@ def test_two_models_answer_one_prompt_side_by_side(page: Page, service: str) -> 
 
 
 @needs_chromium
-def test_lineage_leads_from_the_answer_to_its_run(page: Page, service: str) -> None:
+def test_an_answer_links_to_the_run_of_its_model(page: Page, service: str) -> None:
     def with_run_url(route: Route) -> None:  # only a tracking server has pages to link to
         listing = route.fetch().json()
         route.fulfill(json={"models": [entry | {"run_url": RUN_URL} for entry in listing["models"]]})
@@ -307,7 +305,7 @@ def test_lineage_leads_from_the_answer_to_its_run(page: Page, service: str) -> N
 
 
 @needs_chromium
-def test_an_answer_of_another_model_or_version_says_whose_it_is(page: Page, service: str) -> None:
+def test_an_answer_from_another_model_or_version_says_so(page: Page, service: str) -> None:
     answer_with(page, event("from the canary", b"from the canary", reason="stop") | {"model": "other", "version": "9"})
     open_page(page, service, prompt="The", model="tiny")
     run(page)
@@ -334,7 +332,7 @@ def test_a_refused_setting_is_named_and_marked(page: Page, service: str) -> None
     ("end", "shown"),
     [('data: {"error": {"message": "the engine failed"}}\n\n', "the engine failed"), ("", "The connection was lost")],
 )
-def test_a_stream_that_breaks_off_keeps_its_text_and_says_so(page: Page, service: str, end: str, shown: str) -> None:
+def test_an_interrupted_stream_keeps_its_text_and_says_so(page: Page, service: str, end: str, shown: str) -> None:
     answer_with(page, event("so far", b"so far"), end=end)
     open_page(page, service, prompt="The")
     run(page)
@@ -344,7 +342,7 @@ def test_a_stream_that_breaks_off_keeps_its_text_and_says_so(page: Page, service
 
 
 @needs_chromium
-def test_text_of_model_and_prompt_is_never_taken_for_markup(page: Page, service: str) -> None:
+def test_text_of_model_and_prompt_is_never_read_as_markup(page: Page, service: str) -> None:
     alternatives = {"token_id": 9, "text": MARKUP, "bytes": list(MARKUP.encode()), "logprob": -1.0}
     said = event(MARKUP, MARKUP.encode(), reason="stop")
     said["choices"][0]["logprobs"][0]["top"] = [alternatives]
@@ -360,7 +358,7 @@ def test_text_of_model_and_prompt_is_never_taken_for_markup(page: Page, service:
 
 
 @needs_chromium
-def test_tokens_keep_to_the_text_though_characters_are_split_and_stops_held_back(page: Page, service: str) -> None:
+def test_tokens_match_the_text_despite_split_characters_and_held_back_stops(page: Page, service: str) -> None:
     smile = "😀".encode()
     answer_with(
         page,
@@ -383,9 +381,7 @@ def test_tokens_keep_to_the_text_though_characters_are_split_and_stops_held_back
 
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_follows_the_systems_theme_until_told_otherwise(
-    new_page: Callable[..., Page], service: str, scheme: str
-) -> None:
+def test_page_follows_the_systems_theme_until_changed(new_page: Callable[..., Page], service: str, scheme: str) -> None:
     page = new_page(color_scheme=scheme)
     open_page(page, service)
     assert is_dark(page) == (scheme == "dark")
@@ -454,7 +450,7 @@ def test_every_sampling_parameter_has_a_control_whose_limits_the_service_accepts
 
 
 @needs_chromium
-def test_a_used_seed_can_be_kept_and_text_be_continued(page: Page, service: str) -> None:
+def test_a_seed_can_be_kept_and_a_text_continued(page: Page, service: str) -> None:
     open_page(page, service, prompt="The", max_new_tokens=8, ignore_eos="true")
     run(page)
     seed, text = page.locator(".figure button").inner_text(), text_of(page)
@@ -469,7 +465,9 @@ def test_a_used_seed_can_be_kept_and_text_be_continued(page: Page, service: str)
 
 
 @needs_chromium
-def test_a_key_is_asked_for_kept_in_the_tab_and_never_in_the_link(page: Page, models: tuple[str, ...]) -> None:
+def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab_and_out_of_the_link(
+    page: Page, models: tuple[str, ...]
+) -> None:
     with running(ServeSettings(models=models, api_keys=(KEY,), log_level="warning")) as locked:
         _unlock_and_run(page, locked.url)
 

@@ -24,12 +24,12 @@ for child in children:
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system has no SCHED_IDLE")
-def test_helpers_yield_to_the_training_worker_and_to_the_driver() -> None:
+def test_helper_processes_have_a_lower_priority_than_the_worker_and_the_driver() -> None:
     found = subprocess.run([sys.executable, "-c", CHILDREN], capture_output=True, text=True, check=True).stdout
     assert found.split() == [str(policy) for policy in (os.SCHED_OTHER, os.SCHED_OTHER, os.SCHED_IDLE)]
 
 
-def test_runs_at_the_same_time_share_the_cluster_and_too_many_are_refused() -> None:
+def test_simultaneous_runs_share_the_cluster_and_too_many_are_refused() -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}]
     config = build_config({"num_workers": "2"})
     assert [resources_per_worker(config, nodes, runs=n)["CPU"] for n in (1, 2, 4)] == [4, 2, 1]
@@ -37,12 +37,12 @@ def test_runs_at_the_same_time_share_the_cluster_and_too_many_are_refused() -> N
         resources_per_worker(config, nodes, fixed=True, runs=5)
 
 
-def test_the_messages_of_a_run_pass_without_torch_or_ray() -> None:
+def test_the_messages_of_a_run_need_neither_torch_nor_ray() -> None:
     code = "import sys, train_job.cluster.channel; print({'torch', 'ray', 'mlflow', 'numpy'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-def test_a_model_that_no_memory_here_could_train_is_refused_with_the_figures() -> None:
+def test_a_model_too_large_for_any_memory_here_is_refused_with_the_figures() -> None:
     huge = ModelConfig(vocab_size=256, hidden_size=65536, num_layers=1024, num_heads=1024, context_length=64)
     with pytest.raises(NoMemory, match=r"training this model needs [0-9,]+ MiB of memory .* weights, .* are free"):
         require_room(huge, 1)

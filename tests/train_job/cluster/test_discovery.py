@@ -40,25 +40,25 @@ def raylet(tmp_path: Path, silent: str, monkeypatch: pytest.MonkeyPatch) -> Iter
     process.communicate(b"\n")
 
 
-def test_a_port_that_says_nothing_is_given_up_after_the_time_for_it(silent: str) -> None:
+def test_a_port_that_does_not_answer_times_out(silent: str) -> None:
     begun = time.monotonic()
     assert unanswered(silent, seconds=0.5) == "no answer in 0.5 s"
     assert time.monotonic() - begun < 30
 
 
-def test_a_port_where_nothing_listens_is_said_to_be_so() -> None:
+def test_a_port_where_nothing_listens_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     assert unanswered(f"127.0.0.1:{port}") == "no Ray listens there"
 
 
-def test_an_address_of_another_kind_is_refused_by_name() -> None:
+def test_an_unsupported_address_is_refused_by_name() -> None:
     for named in ("localhost", "ray://127.0.0.1:10001", "127.0.0.1:"):
         with pytest.raises(ConfigError, match=f"RAY_ADDRESS is '{named}'; expected HOST:PORT, auto or local"):
             cluster_address(named)
 
 
-def test_local_is_a_ray_of_ones_own_whatever_runs_here() -> None:
+def test_local_always_starts_a_separate_ray() -> None:
     assert cluster_address("local") is None
 
 
@@ -67,7 +67,7 @@ def test_a_ray_that_a_program_started_for_itself_is_not_joined(raylet: str) -> N
     assert cluster_address(None) != raylet  # nor waited for
 
 
-def test_what_ray_start_began_is_found_and_told_of_if_it_does_not_answer(
+def test_a_ray_from_ray_start_is_found_and_reported_if_it_does_not_answer(
     raylet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "ray_current_cluster").write_text(f"{raylet}\n")

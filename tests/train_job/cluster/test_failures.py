@@ -25,7 +25,7 @@ def died(text: str) -> ActorDiedError:
     return error
 
 
-def test_memory_is_named_with_what_helps_and_nothing_of_rays_paragraph():
+def test_out_of_memory_is_reported_with_advice_and_without_rays_paragraph():
     for error in (OutOfMemoryError(PRESSED), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")):
         said = explained({0: error})
         assert said == f"worker 0 was killed or failed for lack of memory; {SMALLER}"
@@ -33,19 +33,19 @@ def test_memory_is_named_with_what_helps_and_nothing_of_rays_paragraph():
     assert SMALLER in why(ControllerError(OutOfMemoryError(PRESSED)))
 
 
-def test_a_killed_process_is_not_said_to_have_lacked_memory_unless_linux_says_so():
+def test_a_killed_process_is_reported_as_out_of_memory_only_if_linux_says_so():
     assert explained({0: died(DIED)}) == "worker 0 lost its process: something outside killed it, or it crashed"
     assert SMALLER in explained({0: died(DIED)}, kernel_killed=True)
     looked_at = WorkerHealthCheckFailedError("A worker health check failed.", died(DIED))  # as Ray Train has it
     assert explained({0: looked_at}) == explained({0: died(DIED)})
 
 
-def test_a_lost_machine_and_a_worker_that_does_not_answer_are_told_apart_from_a_lost_process():
+def test_a_lost_machine_and_a_silent_worker_are_distinguished_from_a_lost_process():
     assert explained({0: died("The actor died because its node has died. Node Id: 12")}).endswith("with its machine")
     assert "health check" in explained({0: RuntimeError("Worker health check failed.")})
 
 
-def test_of_several_failures_the_one_that_made_the_others_fail_is_told():
+def test_the_failure_that_caused_the_others_is_reported():
     others = {0: RuntimeError("Connection closed by peer"), 1: died(DIED)}
     assert explained(others).startswith("worker 1 lost its process")
 
@@ -53,5 +53,5 @@ def test_of_several_failures_the_one_that_made_the_others_fail_is_told():
 @pytest.mark.parametrize(
     "text", ["", "ValueError: a b c", "Traceback:\n  File x\nValueError: a b c\nsee https://x.y/z"]
 )
-def test_any_other_failure_is_its_last_line_without_addresses(text: str):
+def test_any_other_failure_is_reported_by_its_last_line_without_addresses(text: str):
     assert explained({0: ValueError(text)}) == f"worker 0 failed: {'ValueError: a b c' if text else 'ValueError'}"

@@ -38,7 +38,7 @@ def test_permutation_hits_every_index_once(size, seed):
     assert sorted(image.tolist()) == list(range(size))
 
 
-def test_permutation_sends_an_index_anywhere_alike():
+def test_permutation_sends_an_index_to_every_place_equally_often():
     keys = np.arange(70_000, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for index in range(7):
         image = permute(np.full(len(keys), index, dtype=np.uint64), 7, keys)
@@ -70,7 +70,7 @@ def test_an_epoch_visits_every_window_once_shifted_by_one_phase(counting, length
 
 
 @given(step=st.integers(0, 10**9), batch_size=st.integers(1, 40), world_size=st.integers(1, 40), seed=SEEDS)
-def test_batch_is_the_same_whatever_the_world_size(counting, step, batch_size, world_size, seed):
+def test_batch_is_the_same_for_every_world_size(counting, step, batch_size, world_size, seed):
     batches = Batches(counting(5000), context_length=16, batch_size=batch_size, seed=seed)
     x, y = batches.batch(step)
     parts = [batches.batch(step, rank, world_size) for rank in range(world_size)]

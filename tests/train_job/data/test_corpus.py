@@ -36,7 +36,7 @@ def write_parquet(path: Path, texts: list[str | None], **options) -> None:
 # --- what a name leads to -------------------------------------------------------------------------------------------
 
 
-def test_builtin_is_there_offline_and_says_no_paragraph_twice(tmp_path):
+def test_builtin_works_offline_and_has_no_paragraph_twice(tmp_path):
     corpus = open_corpus("builtin", cache_dir=tmp_path)
     documents = list(corpus.documents())
     paragraphs = [paragraph for document in documents for paragraph in document.split("\n\n")]
@@ -46,7 +46,7 @@ def test_builtin_is_there_offline_and_says_no_paragraph_twice(tmp_path):
     assert corpus.fingerprint == open_corpus("builtin", cache_dir=tmp_path).fingerprint
 
 
-def test_shakespeare_is_found_offline_and_parted_as_nanogpt_does(shakespeare, tmp_path, monkeypatch):
+def test_shakespeare_is_found_offline_and_split_as_in_nanogpt(shakespeare, tmp_path, monkeypatch):
     monkeypatch.setenv("GPT_FOUNDRY_DATA", str(shakespeare.parent))
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("went to the network"))
     train, validation = split(open_corpus("shakespeare", cache_dir=tmp_path), 0.1)
@@ -55,7 +55,7 @@ def test_shakespeare_is_found_offline_and_parted_as_nanogpt_does(shakespeare, tm
     assert text_of(validation) == text[int(0.9 * len(text)) :]
 
 
-def test_shakespeare_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
+def test_shakespeare_without_a_network_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("GPT_FOUNDRY_DATA", raising=False)
     monkeypatch.setattr(corpus_module, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     with pytest.raises(CorpusError, match=r"cannot download .*; offline, set GPT_FOUNDRY_DATA .*builtin"):
@@ -110,7 +110,7 @@ def test_a_url_is_downloaded_again_only_if_it_has_changed(web, tmp_path, caplog)
     assert f"{address}/story.txt has changed" in caplog.messages[-1]
 
 
-def test_a_url_out_of_reach_is_read_from_its_copy_and_a_line_says_so(web, tmp_path, caplog):
+def test_an_unreachable_url_is_read_from_its_copy_with_a_warning(web, tmp_path, caplog):
     folder, address, server = web
     (folder / "story.txt").write_text("Once upon a time")
     open_corpus(f"{address}/story.txt", cache_dir=tmp_path)
@@ -123,7 +123,7 @@ def test_a_url_out_of_reach_is_read_from_its_copy_and_a_line_says_so(web, tmp_pa
     assert "refused" in caplog.messages[-1]
 
 
-def test_a_machine_that_lacks_a_page_fetches_it_once_for_all_that_read_it_there(web, tmp_path):
+def test_a_machine_downloads_a_missing_page_once_for_all_its_readers(web, tmp_path):
     folder, address, server = web
     (folder / "story.txt.gz").write_bytes(gzip.compress(b"Once upon a time"))
     corpus = open_corpus(f"{address}/story.txt.gz", cache_dir=tmp_path / "one")
@@ -138,7 +138,7 @@ def test_a_machine_that_lacks_a_page_fetches_it_once_for_all_that_read_it_there(
 
 
 @pytest.mark.parametrize(("name", "reason"), [("nothing.txt", "File not found"), ("short.txt", "4 of 9 bytes arrived")])
-def test_a_failed_download_says_why_and_leaves_nothing(web, tmp_path, name, reason):
+def test_a_failed_download_says_why_and_leaves_no_file(web, tmp_path, name, reason):
     folder, address, _ = web
     (folder / "short.txt").write_text("Once")
     with pytest.raises(CorpusError, match=rf"cannot download {address}/{name}: {reason}"):
@@ -146,7 +146,7 @@ def test_a_failed_download_says_why_and_leaves_nothing(web, tmp_path, name, reas
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-def test_a_folder_is_its_files_in_order_without_hidden_ones(tmp_path):
+def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
     for name in ("b.txt", "a/z.txt", "c.md", ".hidden.txt", ".git/x.txt", "empty.txt"):
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def test_a_folder_is_its_files_in_order_without_hidden_ones(tmp_path):
     ]
 
 
-def test_json_lines_plain_and_gzipped_are_a_document_each(tmp_path):
+def test_each_json_line_is_a_document_gzipped_or_not(tmp_path):
     texts = ["one", "two\nlines", "drei 🙂"]
     lines = "\n".join(json.dumps({"body": text, "id": 1}) for text in texts) + "\n\n"
     (tmp_path / "a.jsonl").write_text(lines)
@@ -182,7 +182,7 @@ def test_parquet_rows_are_documents(tmp_path, options, monkeypatch):
 
 
 @pytest.mark.parametrize("line", ["word word\n", "  - item\n\n", "no line at all ", "語り"])
-def test_a_big_text_is_cut_into_small_pieces_that_join_to_the_whole(tmp_path, monkeypatch, line):
+def test_a_big_text_is_cut_into_small_pieces_that_add_up_to_the_whole(tmp_path, monkeypatch, line):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     (tmp_path / "big.txt").write_text(line * 700)
     corpus = open_corpus(str(tmp_path / "big.txt"), cache_dir=tmp_path)
@@ -191,7 +191,7 @@ def test_a_big_text_is_cut_into_small_pieces_that_join_to_the_whole(tmp_path, mo
     assert max(piece.num_bytes for piece in corpus.pieces) <= 1000
 
 
-def test_a_line_of_json_is_never_cut(tmp_path, monkeypatch):
+def test_a_line_of_json_is_never_cut_in_two(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     texts = ["x" * size for size in (10, 3000, 10, 990, 5000, 1)]
     (tmp_path / "big.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -200,7 +200,7 @@ def test_a_line_of_json_is_never_cut(tmp_path, monkeypatch):
     assert list(corpus.documents()) == texts
 
 
-def test_a_big_file_is_read_in_pieces_not_whole(tmp_path, monkeypatch):
+def test_a_big_file_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 2**20)
     (tmp_path / "big.txt").write_bytes(b"a line of text, as it were\n" * 2**20)  # 27 MiB
     tracemalloc.start()
@@ -236,7 +236,7 @@ TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), 
 
 @given(texts=TEXTS, fraction=st.floats(0.01, 0.99))
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_the_split_loses_and_repeats_nothing(tmp_path, kind, texts, fraction):
+def test_the_split_neither_loses_nor_repeats_text(tmp_path, kind, texts, fraction):
     folder = tmp_path / "data"
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
@@ -271,7 +271,7 @@ def test_builtin_is_split_to_the_byte(tmp_path):
     assert 0 <= int(0.9 * corpus.num_bytes) - train.num_bytes < 4
 
 
-def test_fingerprint_follows_the_text_not_the_place(tmp_path):
+def test_fingerprint_depends_on_the_text_and_not_on_its_path(tmp_path):
     for name, text in (("a.txt", "same"), ("b.txt", "same"), ("c.txt", "other")):
         (tmp_path / name).write_text(text)
     a, b, c = (
@@ -298,7 +298,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[name for name, *_ in BAD_FILES])
-def test_a_file_that_is_no_text_is_named_with_the_reason(tmp_path, name, content, message):
+def test_a_file_that_is_not_text_is_named_with_the_reason(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=message):
         open_corpus(str(tmp_path / name), cache_dir=tmp_path / "cache")
@@ -314,7 +314,7 @@ def test_a_bad_line_deep_in_a_file_is_named_by_its_number(tmp_path, monkeypatch)
         list(corpus.documents())
 
 
-def test_bad_bytes_beyond_the_first_piece_are_named_by_their_place(tmp_path, monkeypatch):
+def test_bad_bytes_after_the_first_piece_are_named_by_their_position(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
     for bad, message in ((b"\0", "byte 1234 is NUL"), (b"\xff", "byte 1234 is 0xff")):
         (tmp_path / "a.txt").write_bytes(b"0123456789" * 123 + b"0123" + bad + b"rest\n" * 300)
@@ -337,7 +337,7 @@ def test_parquet_with_bytes_for_text_is_refused(tmp_path):
         text_of(open_corpus(str(tmp_path / "a.parquet"), cache_dir=tmp_path))
 
 
-def test_a_missing_corpus_is_answered_with_the_nearest_name(tmp_path, monkeypatch):
+def test_a_missing_corpus_gets_the_nearest_name_as_a_hint(tmp_path, monkeypatch):
     (tmp_path / "stories.txt").write_text("x")
     with pytest.raises(CorpusError, match=r"Did you mean 'stories\.txt'\?"):
         open_corpus(str(tmp_path / "storys.txt"), cache_dir=tmp_path)
@@ -356,7 +356,7 @@ def test_an_empty_folder_is_refused(tmp_path):
         open_corpus(str(tmp_path / "void"), cache_dir=tmp_path)
 
 
-def test_a_file_that_vanished_or_shrank_is_named(tmp_path):
+def test_a_file_that_was_deleted_or_truncated_is_named(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("some text")
     corpus = open_corpus(str(path), cache_dir=tmp_path)

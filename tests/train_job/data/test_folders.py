@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_linked_folders_are_followed_each_real_file_comes_once_and_circles_end(folder: Path, tmp_path: Path) -> None:
+def test_linked_folders_are_followed_and_each_file_is_read_once(folder: Path, tmp_path: Path) -> None:
     before = opened(folder, tmp_path / "cache").fingerprint
     (folder / "a-loop").symlink_to(folder)
     (folder / "deep" / "up").symlink_to("..")
@@ -54,7 +54,7 @@ def test_linked_folders_are_followed_each_real_file_comes_once_and_circles_end(f
     assert sorted(texts(f"{folder}/**/*.txt", tmp_path / "cache")) == sorted(texts(folder, tmp_path / "cache"))
 
 
-def test_what_is_no_text_among_texts_is_left_out_and_said(folder: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_text_are_skipped_and_reported(folder: Path, tmp_path: Path) -> None:
     before = texts(folder, tmp_path / "cache")
     (folder / "pic.png").write_bytes(PNG)
     (folder / "deep" / "data").write_bytes(b"\1\0\2\0\3\xff")
@@ -80,7 +80,7 @@ def test_what_is_no_text_among_texts_is_left_out_and_said(folder: Path, tmp_path
     assert len(left_out(opened(f"{folder}/*", tmp_path / "cache"))) == 7
 
 
-def test_a_file_that_was_named_is_refused_and_so_is_one_that_claims_to_be_text(folder: Path, tmp_path: Path) -> None:
+def test_a_named_file_or_a_txt_file_that_is_not_text_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "pic.png").write_bytes(PNG)
     with pytest.raises(CorpusError, match=r"pic\.png is a PNG picture"):
         opened(folder / "pic.png", tmp_path / "cache")
@@ -92,7 +92,7 @@ def test_a_file_that_was_named_is_refused_and_so_is_one_that_claims_to_be_text(f
         opened(folder, tmp_path / "cache")
 
 
-def test_a_folder_of_which_all_is_left_out_is_refused_with_the_reasons(tmp_path: Path) -> None:
+def test_a_folder_without_any_text_is_refused_with_the_reasons(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "pic.png").write_bytes(PNG)
     (tmp_path / "data" / "gone").symlink_to("nowhere")
@@ -105,7 +105,7 @@ def test_a_folder_of_which_all_is_left_out_is_refused_with_the_reasons(tmp_path:
         opened(tmp_path / "data" / "gone", tmp_path / "cache")
 
 
-def test_of_many_that_are_left_out_some_are_named_and_the_others_counted() -> None:
+def test_some_skipped_files_are_named_and_the_others_counted() -> None:
     assert summarize([LeftOut("a.png", "a PNG picture")]) == "1 file: a.png (a PNG picture)"
     twelve = [LeftOut(f"{n}.png", "a PNG picture") for n in range(12)]
     assert summarize(twelve).startswith("12 files: 0.png (a PNG picture), ")

@@ -68,14 +68,14 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("packed", PACKERS)
 @pytest.mark.parametrize("name", FORMS)
-def test_a_file_is_read_as_what_its_name_says_packed_or_not(tmp_path: Path, name: str, packed: str) -> None:
+def test_a_file_is_read_by_its_extension_compressed_or_not(tmp_path: Path, name: str, packed: str) -> None:
     for mark in ("", "\ufeff"):
         path = tmp_path / f"{len(mark)}-{name}{packed}"
         path.write_bytes(PACKERS[packed]((mark + FORMS[name]).encode()))
         assert list(opened(path).documents()) == TEXTS
 
 
-def test_zstd_is_read_frame_by_frame_and_a_cut_one_is_refused(tmp_path: Path) -> None:
+def test_zstd_is_read_frame_by_frame_and_a_truncated_file_is_refused(tmp_path: Path) -> None:
     frames = [zstandard.ZstdCompressor().compress(f"part {n}\n".encode() * 5000) for n in range(9)]
     (tmp_path / "a.txt.zst").write_bytes(b"".join(frames))
     assert "".join(opened(tmp_path / "a.txt.zst").documents()) == "".join(f"part {n}\n" * 5000 for n in range(9))
@@ -85,7 +85,7 @@ def test_zstd_is_read_frame_by_frame_and_a_cut_one_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [(".gz", "gzip"), (".bz2", "bzip2"), (".xz", "xz"), (".zst", "zstd")])
-def test_a_packed_file_that_is_none_or_is_cut_short_is_refused_by_name(tmp_path: Path, suffix: str, kind: str) -> None:
+def test_an_invalid_or_truncated_compressed_file_is_refused_by_name(tmp_path: Path, suffix: str, kind: str) -> None:
     path = tmp_path / f"a.txt{suffix}"
     for content in (b"not packed at all", PACKERS[suffix](b"some text " * 1000)[:-7]):
         path.write_bytes(content)
@@ -95,12 +95,12 @@ def test_a_packed_file_that_is_none_or_is_cut_short_is_refused_by_name(tmp_path:
 
 
 @pytest.mark.parametrize("packer", [gzip.compress, zstandard.ZstdCompressor().compress], ids=["gzip", "zstd"])
-def test_a_packed_file_is_known_whatever_its_name(tmp_path: Path, packer: Callable[[bytes], bytes]) -> None:
+def test_a_compressed_file_is_recognised_whatever_its_name(tmp_path: Path, packer: Callable[[bytes], bytes]) -> None:
     (tmp_path / "notes.txt").write_bytes(packer(b"some text"))
     assert list(opened(tmp_path / "notes.txt").documents()) == ["some text"]
 
 
-def test_a_byte_order_mark_is_no_text_and_files_without_one_are_what_they_were(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_text_and_files_without_one_are_unchanged(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfsome text")
     (tmp_path / "b.txt").write_bytes(b"some text")
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
@@ -110,7 +110,7 @@ def test_a_byte_order_mark_is_no_text_and_files_without_one_are_what_they_were(t
         opened(tmp_path / "mark.txt")
 
 
-def test_what_was_read_before_has_the_fingerprint_that_it_had(tmp_path: Path) -> None:
+def test_a_text_keeps_the_fingerprint_of_earlier_versions(tmp_path: Path) -> None:
     """Or a run that was begun then would not find its text."""
     (tmp_path / "a.txt").write_text("a line of text\n" * 9)
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
@@ -133,7 +133,7 @@ some_texts = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\
 @given(texts=some_texts, fraction=st.floats(0.01, 0.99), indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
 @examples(60)
 @pytest.mark.parametrize("name", ["a.json", "lines.json", "a.csv"])
-def test_wherever_it_is_parted_nothing_is_lost_or_repeated(
+def test_wherever_it_is_split_nothing_is_lost_or_repeated(
     tmp_path: Path, name: str, texts: list[str], fraction: float, indent: int | None, ascii_only: bool
 ) -> None:
     rows = [{"id": n, "text": text} for n, text in enumerate(texts)]
@@ -157,9 +157,7 @@ def test_wherever_it_is_parted_nothing_is_lost_or_repeated(
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv"])
-def test_a_big_file_of_records_is_read_in_stretches_not_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_big_file_of_records_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 2**20)
     rows = [{"id": n, "text": f"row {n} of many" * 20} for n in range(20_000)]
     (tmp_path / name).write_text(json.dumps(rows) if name == "a.json" else table(",", rows))
@@ -201,13 +199,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=[name for name, *_ in WRONG])
-def test_a_wrong_record_is_named_by_its_place(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_an_invalid_record_is_named_by_its_position(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(CorpusError, match=message):
         opened(tmp_path / name)
 
 
-def test_a_value_without_end_is_refused_before_it_fills_the_memory(
+def test_a_value_without_an_end_is_refused_before_it_fills_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "LONGEST_RECORD", 2**22)
@@ -238,7 +236,7 @@ def test_a_column_of_text_is_read_however_it_is_stored(tmp_path: Path, column: s
     assert list(opened(tmp_path / "a.parquet").documents()) == [text for text in values if text]
 
 
-def test_a_shard_whose_column_is_all_null_has_no_documents_and_this_is_said(tmp_path: Path) -> None:
+def test_a_parquet_file_with_only_nulls_has_no_documents_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "many").mkdir()
     parquet.write_table(pyarrow.table({"text": ["In a row."]}), tmp_path / "many" / "a.parquet")
     parquet.write_table(pyarrow.table({"text": pyarrow.nulls(3)}), tmp_path / "many" / "b.parquet")
@@ -254,7 +252,7 @@ def test_a_shard_whose_column_is_all_null_has_no_documents_and_this_is_said(tmp_
 
 
 @pytest.mark.parametrize("values", [[["x"]], [{"text": "x"}], [1.5], [True]])
-def test_a_column_of_something_else_is_refused(tmp_path: Path, values: list) -> None:
+def test_a_column_that_is_not_text_is_refused(tmp_path: Path, values: list) -> None:
     parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
     with pytest.raises(CorpusError, match=r"a\.parquet: column 'text' holds .*, expected text"):
         opened(tmp_path / "a.parquet")
@@ -308,7 +306,7 @@ NOT_TEXT = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), NOT_TEXT, ids=[name for name, *_ in NOT_TEXT])
-def test_what_is_no_text_is_named_by_what_it_is_with_what_to_do(
+def test_a_file_that_is_not_text_is_named_by_its_kind_with_what_to_do(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -317,7 +315,7 @@ def test_what_is_no_text_is_named_by_what_it_is_with_what_to_do(
     assert name in str(caught.value)
 
 
-def test_markup_and_json_in_a_file_that_claims_to_be_text_is_text(tmp_path: Path) -> None:
+def test_markup_and_json_in_a_txt_file_are_text(tmp_path: Path) -> None:
     for text in ("<!DOCTYPE html><p>Hello", '{"text": "x"}\n'):
         (tmp_path / "a.txt").write_text(text)
         assert list(opened(tmp_path / "a.txt").documents()) == [text]
@@ -326,7 +324,7 @@ def test_markup_and_json_in_a_file_that_claims_to_be_text_is_text(tmp_path: Path
 @pytest.mark.parametrize(
     "text", ["OTTO OF THE SILVER HAND", "GIF89a is a format", "PAR1 is how it begins", f"{'m' * 257}ustard and more"]
 )
-def test_a_text_that_begins_as_a_binary_file_does_is_text(tmp_path: Path, text: str) -> None:
+def test_a_text_that_begins_like_a_binary_file_is_text(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
     assert list(open_corpus(str(tmp_path / "a.txt"), "text", tmp_path).documents()) == [text]
 
@@ -346,7 +344,7 @@ def test_a_text_that_begins_as_a_binary_file_does_is_text(tmp_path: Path, text: 
         ("a.ipynb", b'{"cells": []}', "is a notebook"),
     ],
 )
-def test_a_record_that_cannot_be_read_says_what_to_do(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_an_unreadable_record_says_what_to_do(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=re.escape(message)):
         list(open_corpus(str(tmp_path / name), "text", tmp_path).documents())

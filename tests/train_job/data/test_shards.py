@@ -63,7 +63,7 @@ def stream(tokens: TokenSet) -> list[int]:
     return tokens.read(0, tokens.num_tokens).tolist()
 
 
-def test_every_document_is_followed_by_end_of_text_and_the_first_one_led_by_it(many, tmp_path, bytes_tokenizer):
+def test_every_document_ends_with_end_of_text_and_the_first_also_begins_with_it(many, tmp_path, bytes_tokenizer):
     corpus = open_corpus(str(many), cache_dir=tmp_path)
     tokens = prepare(corpus, bytes_tokenizer, tmp_path)
     expected = [bytes_tokenizer.eot]
@@ -126,7 +126,7 @@ def test_another_tokenizer_or_a_changed_file_makes_new_shards(many, tmp_path, by
     assert len(fingerprints) == 3
 
 
-def test_a_shard_cut_short_is_made_again(many, tmp_path, bytes_tokenizer):
+def test_a_truncated_shard_is_made_again(many, tmp_path, bytes_tokenizer):
     corpus = open_corpus(str(many), cache_dir=tmp_path)
     before = contents(tokens := prepare(corpus, bytes_tokenizer, tmp_path))
     whole = Path(tokens.shards[1].path)
@@ -135,7 +135,7 @@ def test_a_shard_cut_short_is_made_again(many, tmp_path, bytes_tokenizer):
     assert contents(prepare(corpus, bytes_tokenizer, tmp_path)) == before
 
 
-def test_what_a_mapper_wrote_elsewhere_is_made_here(many, tmp_path, bytes_tokenizer):
+def test_shards_that_a_mapper_wrote_on_another_machine_are_made_here(many, tmp_path, bytes_tokenizer):
     corpus = open_corpus(str(many), cache_dir=tmp_path)
     tokens = prepare(corpus, bytes_tokenizer, tmp_path, mapper=lambda fn, items: [])
     assert contents(tokens) == contents(prepare(corpus, bytes_tokenizer, tmp_path / "again"))
@@ -153,7 +153,7 @@ def test_every_validation_byte_is_counted_exactly_once(many, tmp_path, spec):
     assert targets.count(tokenizer.eot) == num_documents(tokens)
 
 
-def test_a_file_in_pieces_and_blocks_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
+def test_a_file_read_in_pieces_has_the_same_tokens_as_the_whole_file(tmp_path, monkeypatch):
     text = "".join(f"Line {n}, so 'tis:\n" + "\n" * (n % 3) + "  indented\n" * (n % 2) for n in range(500))
     (tmp_path / "big.txt").write_text(text)
     tokenizer = load_tokenizer("bpe:320", lambda: iter([text]))
@@ -204,7 +204,7 @@ def test_reads_across_shards_equal_the_joined_stream(shard_folder, lengths, data
         tokens.read(start, len(joined) - start + 1)
 
 
-def test_a_token_set_travels_by_pickle_and_stays_small(tmp_path, bytes_tokenizer):
+def test_a_token_set_is_small_when_pickled(tmp_path, bytes_tokenizer):
     (tmp_path / "a.txt").write_text("word " * 20_000)
     tokens = prepare(open_corpus(str(tmp_path / "a.txt"), cache_dir=tmp_path), bytes_tokenizer, tmp_path)
     tokens.read(0, 100)
@@ -213,7 +213,7 @@ def test_a_token_set_travels_by_pickle_and_stays_small(tmp_path, bytes_tokenizer
     assert stream(pickle.loads(parcel)) == stream(tokens)
 
 
-def test_a_shard_that_this_machine_lacks_is_named(tmp_path):
+def test_a_missing_shard_is_named(tmp_path):
     lost = TokenSet((Shard(str(tmp_path / "lost.bin"), 10, 10, 1),), (0,), "<u2", "")
     with pytest.raises(CorpusError, match=r"lost\.bin is not on this machine"):
         lost.read(0, 5)
@@ -252,7 +252,7 @@ with written_whole(Path(sys.argv[1])) as file:
 """
 
 
-def test_what_a_killed_writer_left_in_the_cache_is_swept_up_by_the_next_run(tmp_path, text_file, small):
+def test_the_next_run_removes_what_a_killed_writer_left_in_the_cache(tmp_path, text_file, small):
     folder = tmp_path / "cache" / "shards"
     command = [sys.executable, "-c", WRITER, str(folder / "a.bin")]
     writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -302,7 +302,7 @@ def documents_of(tokens: TokenSet, tokenizer: Tokenizer) -> list[str]:
 
 @pytest.mark.parametrize("separator", [END, "\n", "\n\n", "ü\n---\n", "x"])
 @pytest.mark.parametrize("size", [5, 23, 64, 10_000])
-def test_a_separator_ends_a_document_wherever_the_text_is_parted(
+def test_a_separator_ends_a_document_wherever_the_text_is_split(
     tmp_path, bytes_tokenizer, monkeypatch, separator, size
 ):
     monkeypatch.setattr(pieces, "PIECE_BYTES", size)
@@ -322,7 +322,7 @@ def test_a_separator_ends_a_document_wherever_the_text_is_parted(
         assert joined == "".join([*texts, texts[0]])
 
 
-def test_the_characters_of_the_end_of_text_are_text_unless_they_are_named_as_separator(tmp_path, small):
+def test_the_characters_of_end_of_text_are_text_unless_they_are_the_separator(tmp_path, small):
     (tmp_path / "a.txt").write_text(f"one tale of some length{END}" * 40)
     (tmp_path / "none.txt").write_text("one tale of some length, " * 40)
     plain = prepare_inputs(small(data=str(tmp_path / "a.txt")))
@@ -336,7 +336,7 @@ def test_the_characters_of_the_end_of_text_are_text_unless_they_are_named_as_sep
     assert of_none.notes == (f"document_separator '{END}' has no effect: it does not occur in {tmp_path}/none.txt",)
 
 
-def test_a_text_column_that_has_no_use_is_said(tmp_path, small):
+def test_an_unused_text_column_is_reported(tmp_path, small):
     (tmp_path / "a.txt").write_text("one tale of some length, " * 40)
     (tmp_path / "a.csv").write_text("story\n" + "one tale of some length\n" * 40)
     notes = prepare_inputs(small(data=str(tmp_path / "a.txt"), text_column="story")).notes
@@ -345,14 +345,14 @@ def test_a_text_column_that_has_no_use_is_said(tmp_path, small):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_a_bad_line_is_named_whatever_the_tokenizer(tmp_path, small, tokenizer):
+def test_a_bad_line_is_named_with_every_tokenizer(tmp_path, small, tokenizer):
     lines = [json.dumps({"txt" if n == 6 else "text": f"line {n} of this file"}) for n in range(1, 40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(CorpusError, match=r"a\.jsonl, line 6: no field 'text'; there are txt"):
         prepare_inputs(small(data=str(tmp_path / "a.jsonl"), tokenizer=tokenizer))
 
 
-def test_a_text_too_small_to_train_on_is_told_what_is_wanted_and_the_flags_that_would_do(tmp_path, small):
+def test_a_text_too_small_to_train_on_is_refused_with_the_flags_that_would_work(tmp_path, small):
     (tmp_path / "a.txt").write_text("thirty characters, no more: 30")
     wanted = dict(data=str(tmp_path / "a.txt"), context_length=128)
     with pytest.raises(CorpusError, match=r"too small to train on: 27 bytes .* bpe:2048 needs about 56,889") as caught:

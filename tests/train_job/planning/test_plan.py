@@ -101,7 +101,7 @@ class Traffic(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_block_and_the_loss_move_as_many_bytes_as_the_plan_says(family: str):
+def test_a_block_and_the_loss_read_and_write_as_many_bytes_as_the_plan_says(family: str):
     def moved(config: ModelConfig) -> float:
         found = []
         for sequences in (1, 2):
@@ -160,7 +160,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("run", PUBLISHED)
-def test_assumed_rates_come_near_runs_that_others_published(run: str):
+def test_assumed_rates_are_close_to_published_runs(run: str):
     gpu, gpus, preset, settings, tokens_per_second = PUBLISHED[run]
     config, work = planned(preset, compile=True, **settings)
     device = find_device(gpu)
@@ -183,7 +183,7 @@ def test_more_gpus_are_faster_and_less_efficient():
     assert plans[-1].step.waiting > 0.5 * plans[-1].step.seconds
 
 
-def test_a_larger_batch_hides_the_gradients_way_on_more_gpus():
+def test_a_larger_batch_hides_gradient_traffic_on_more_gpus():
     device = find_device("h100")
 
     def share_waited(batch: int) -> float:
@@ -222,7 +222,7 @@ def test_twice_the_load_takes_twice_the_replicas():
     assert few.replicas == math.ceil(300 / (0.7 * few.requests_per_second))
 
 
-def test_torchs_names_of_gpus_are_found():
+def test_torchs_names_of_gpus_are_recognised():
     names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4"}
     names |= {"NVIDIA A100-SXM4-40GB": "A100", "NVIDIA GeForce RTX 4090": "RTX 4090"}
     assert {name: device_called(name).name for name in names} == names  # type: ignore[union-attr]
@@ -234,7 +234,7 @@ def test_torchs_names_of_gpus_are_found():
 # --- at the keyboard --------------------------------------------------------------------------------------------
 
 
-def test_the_plan_says_memory_speed_time_cost_and_where_it_waits(capsys: pytest.CaptureFixture[str]):
+def test_the_plan_shows_memory_speed_time_cost_and_bottleneck(capsys: pytest.CaptureFixture[str]):
     assert main(["--preset", "foundry-124m", "--gpus", "8", "--gpu", "h200", "--load", "2000"]) == 0
     said = capsys.readouterr().out
     for words in ("8 x H200", "GiB: fits", "tokens/s", "GPU-hours", "dollars", "Communication-bound from", "replicas"):
@@ -250,7 +250,7 @@ def test_a_price_scales_the_cost_and_json_has_the_figures(capsys: pytest.Capture
     assert cost("2") == pytest.approx(2 * cost("1"))
 
 
-def test_a_model_that_does_not_fit_is_called_so(capsys: pytest.CaptureFixture[str]):
+def test_the_plan_says_that_a_model_does_not_fit(capsys: pytest.CaptureFixture[str]):
     big = [
         "--preset",
         "foundry-124m",
@@ -267,7 +267,7 @@ def test_a_model_that_does_not_fit_is_called_so(capsys: pytest.CaptureFixture[st
     assert "DOES NOT FIT; micro-batch up to 0 would" in capsys.readouterr().out
 
 
-def test_as_many_gpus_are_planned_as_the_run_has_workers(capsys: pytest.CaptureFixture[str]):
+def test_the_plan_has_one_gpu_per_worker(capsys: pytest.CaptureFixture[str]):
     assert main(["--num-workers", "2:4", "--use-gpu"]) == 0
     assert "4 x H100" in capsys.readouterr().out
 
@@ -283,16 +283,14 @@ def test_the_default_request_fits_a_short_context_and_the_slots_the_memory(capsy
     assert 1 <= served(*wide)["slots"] < 16
 
 
-def test_a_text_that_may_end_first_is_not_promised(capsys: pytest.CaptureFixture[str]):
+def test_the_plan_promises_nothing_about_a_text_that_may_end_first(capsys: pytest.CaptureFixture[str]):
     assert main(["--max-steps=10", "--max-epochs=1"]) == 0
     assert "at most 10 steps" in capsys.readouterr().out
     assert main(["--max-steps=10"]) == 0
     assert "at most" not in capsys.readouterr().out
 
 
-def test_a_machine_that_cannot_be_measured_says_why(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_failed_measurement_says_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONHOME", "/nowhere")  # what starts there ends at once
     assert main(["--gpu", "here"]) == 2
     assert re.search(r"^error: this machine cannot be measured: .+\n$", one_error(capsys.readouterr().err))
@@ -322,5 +320,5 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments: str, message: str, c
     assert re.search(message, one_error(said.err))
 
 
-def test_rows_of_the_vocabulary_are_those_of_a_run():
+def test_the_plan_uses_the_vocabulary_size_of_a_run():
     assert padded(50257) == 50304

@@ -45,7 +45,7 @@ sys.exit(7)
 
 
 @pytest.mark.parametrize("how", ["reader gone", "closed"])
-def test_output_that_nobody_reads_any_more_stops_nothing_and_the_log_has_it(tmp_path: Path, how: str):
+def test_a_closed_output_does_not_stop_the_run_and_the_log_keeps_everything(tmp_path: Path, how: str):
     command = [sys.executable, "-c", SPEAKER, str(tmp_path)]
     if how == "closed":
         command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
@@ -74,7 +74,7 @@ print("said after", file=sys.stderr)
 """
 
 
-def test_log_lines_of_rays_core_do_not_reach_the_terminal_and_all_else_does():
+def test_only_log_lines_of_rays_core_are_kept_from_the_terminal():
     shown = subprocess.run([sys.executable, "-c", NOISE], capture_output=True, text=True, check=True).stderr
     assert shown.splitlines() == ["said meanwhile", "something that matters", "said after"]
 
@@ -96,7 +96,7 @@ def test_a_run_of_a_few_steps_shows_every_progress_line_and_a_longer_one_some(
     assert len(said.splitlines()) == shown
 
 
-def test_the_point_before_training_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_evaluation_before_training_has_a_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     console = Console(tmp_path)
     first = Evaluation(0, 0, 0.0, 7.6, 3.2, False, 0.1, 0.0)
     console.evaluation(first)
@@ -107,7 +107,7 @@ def test_the_point_before_training_is_named(tmp_path: Path, capsys: pytest.Captu
     assert parent.endswith("  the parent")
 
 
-def test_a_model_that_is_fine_tuned_is_labelled_by_its_parent():
+def test_a_fine_tuned_model_is_labelled_with_its_parent():
     shape = model_preset("quick", 2048)
     assert model_text(build_config({}), shape, 4_262_656).startswith("quick: 4.3M parameters, qwen3, 4 layers")
     child = build_config({"init_from": "models:/gpt/3", "max_steps": 5})

@@ -26,11 +26,11 @@ def steps(targets: list[TargetStatus]) -> list[int]:
     return [found.step for found in preferred(FOUND, targets)]
 
 
-def test_the_package_is_of_the_lowest_validation_loss_and_then_of_the_next() -> None:
+def test_the_package_has_the_lowest_validation_loss_or_the_next_lowest() -> None:
     assert steps([]) == [20, 60, 90]
     assert steps([TargetStatus("target_loss", 3.5, 3.1)]) == [20, 60, 90]
 
 
-def test_a_training_loss_that_was_asked_for_and_reached_decides_instead() -> None:
+def test_a_training_loss_target_that_was_reached_decides_instead() -> None:
     assert steps([TargetStatus("target_train_loss", 0.0999, 0.08)]) == [90, 60, 20]
     assert steps([TargetStatus("target_train_loss", 0.0999, 0.2)])[0] == 20, "it was not reached"

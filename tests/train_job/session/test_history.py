@@ -14,7 +14,7 @@ def evaluation(step: int) -> Evaluation:
     return Evaluation(step, 10 * step, step / 8, 2 / step, 1.0, True, 0.1, 1.0)
 
 
-def test_a_step_that_is_repeated_after_a_restart_is_kept_once(tmp_path: Path) -> None:
+def test_a_step_repeated_after_a_restart_is_kept_once(tmp_path: Path) -> None:
     history = History(tmp_path / "history.jsonl")
     for step in range(1, 101):
         history.add(progress(step))
@@ -29,7 +29,7 @@ def test_a_step_that_is_repeated_after_a_restart_is_kept_once(tmp_path: Path) ->
     assert History(tmp_path / "history.jsonl").rows == again.rows
 
 
-def test_the_parents_figure_is_the_one_of_step_0(tmp_path: Path) -> None:
+def test_the_parents_evaluation_is_stored_as_step_0(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     history = History(path)
     assert history.untrained_bits_per_byte is None
@@ -40,7 +40,7 @@ def test_the_parents_figure_is_the_one_of_step_0(tmp_path: Path) -> None:
     assert [row["step"] for row in History(path).rows] == [0, 8]
 
 
-def test_a_line_that_a_crash_tore_does_not_harm_the_next(tmp_path: Path) -> None:
+def test_a_line_cut_off_by_a_crash_does_not_damage_the_next(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     History(path).add(progress(1))
     path.write_text(path.read_text() + '{"step": 2, "tok')
@@ -48,7 +48,7 @@ def test_a_line_that_a_crash_tore_does_not_harm_the_next(tmp_path: Path) -> None
     assert [row["step"] for row in History(path).rows] == [1, 2]
 
 
-def test_what_happened_on_another_machine_is_recalled_in_full(tmp_path: Path) -> None:
+def test_the_history_from_another_machine_is_complete(tmp_path: Path) -> None:
     whole, here = History(tmp_path / "whole.jsonl"), History(tmp_path / "here.jsonl")
     for step in range(2, 21, 2):
         for event in [progress(step)] + ([evaluation(step)] if step % 4 == 0 else []):

@@ -63,12 +63,12 @@ def passed(enter: Callable[[], contextlib.AbstractContextManager[Any]]) -> int:
     return most
 
 
-def test_of_many_that_begin_a_run_in_the_same_moment_one_passes(tmp_path: Path) -> None:
+def test_only_one_of_many_processes_can_start_a_run_at_the_same_time(tmp_path: Path) -> None:
     assert passed(lambda: locked(tmp_path / "twin")) == 1
     assert not (tmp_path / "twin").exists(), "nothing was begun, so nothing is left"
 
 
-def test_of_many_that_claim_a_run_behind_a_url_in_the_same_moment_one_passes(
+def test_only_one_of_many_processes_can_claim_a_run_at_a_url_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock.random, "uniform", lambda low, high: high * 0.01)
@@ -76,7 +76,9 @@ def test_of_many_that_claim_a_run_behind_a_url_in_the_same_moment_one_passes(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_second_is_refused_in_one_line_that_names_the_first(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_process_is_refused_in_one_line_that_names_the_first(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with locked(begin_run(runs / "twin")):
         for flags in (["--name=twin"], ["--resume=twin"]):
             assert run.main(flags) == 2
@@ -86,7 +88,7 @@ def test_the_second_is_refused_in_one_line_that_names_the_first(runs: Path, caps
     assert "--resume twin" in capsys.readouterr().err, "it is free again, and its name is not"
 
 
-def test_a_name_is_taken_before_anything_else_is_there(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_name_is_reserved_before_anything_else_is_written(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with begin.begin({"name": "twin"}):
         assert sorted(path.name for path in (runs / "twin").iterdir()) == [LOCK]
         assert run.main(["--name=twin"]) == 2
@@ -163,7 +165,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.Mon
             pass
 
 
-def test_another_home_is_kept_from_a_run_behind_a_url_until_its_claim_is_stale(
+def test_a_run_at_a_url_is_locked_for_other_homes_until_its_claim_is_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = (tmp_path / "kept").as_uri()
@@ -184,9 +186,7 @@ def test_another_home_is_kept_from_a_run_behind_a_url_until_its_claim_is_stale(
     assert not list((tmp_path / "kept").iterdir())
 
 
-def test_a_claim_is_renewed_and_one_that_was_taken_over_ends_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_is_renewed_and_losing_it_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.01)
     monkeypatch.setattr(lock.os, "kill", lambda pid, number: ended.set())
@@ -200,7 +200,7 @@ def test_a_claim_is_renewed_and_one_that_was_taken_over_ends_its_run(
         assert ended.wait(10)
 
 
-def test_a_file_system_without_locks_is_claimed_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_uses_a_claim_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(lock.errno.ENOLCK, "No locks available")
 

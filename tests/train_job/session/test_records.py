@@ -106,14 +106,14 @@ def test_a_damaged_config_yaml_is_one_line(mine: Path, refused: Callable[..., st
     assert "batch_size" in said if "batch_size" in str(damage) or "word" in str(damage) else str(path) in said
 
 
-def test_a_run_of_an_earlier_version_lacks_later_settings_and_is_resumed(mine: Path) -> None:
+def test_a_run_of_an_earlier_version_without_newer_settings_is_resumed(mine: Path) -> None:
     lines = (mine / "config.yaml").read_text().splitlines(keepends=True)
     (mine / "config.yaml").write_text("".join(line for line in lines if not line.startswith("document_separator:")))
     with begin({"resume": "mine"}) as (config, _):
         assert config.document_separator is None
 
 
-def test_a_whole_config_is_resumed_as_it_was(mine: Path) -> None:
+def test_a_complete_config_is_resumed_unchanged(mine: Path) -> None:
     with begin({"resume": "mine"}) as (config, folder):
         assert folder == mine
         assert config.flat() == build_config({"name": "mine", "storage_path": str(mine.parent)}).flat() | {
@@ -121,7 +121,7 @@ def test_a_whole_config_is_resumed_as_it_was(mine: Path) -> None:
         }
 
 
-def test_what_a_run_left_without_a_config_is_not_taken_over_by_a_new_one(mine: Path) -> None:
+def test_a_new_run_does_not_reuse_a_folder_without_a_config(mine: Path) -> None:
     for left in ("run.json", "checkpoint_1"):
         folder = mine.parent / f"of-{left}"
         (folder / left).mkdir(parents=True)
@@ -140,7 +140,7 @@ def test_a_damaged_plan_of_a_sweep_is_one_line(mine: Path, refused: Callable[...
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"status": "FINISHED"}', '{"status": "FAILED", "why": "", "steps": "x", "seconds": 1}']
 )
-def test_a_damaged_end_of_a_trial_is_named(mine: Path, content: str) -> None:
+def test_a_damaged_result_of_a_trial_is_named(mine: Path, content: str) -> None:
     trial = Trial(1, {}, build_config({"name": "mine"}), mine)
     (mine / ENDING).write_text(content)
     with pytest.raises(RecordError, match=rf"{ENDING}.*remove it"):
@@ -150,7 +150,7 @@ def test_a_damaged_end_of_a_trial_is_named(mine: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "same config"])
-def test_a_damaged_outcome_is_made_again_and_that_is_said(
+def test_a_damaged_outcome_is_rebuilt_and_reported(
     mine: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     config = build_config({"name": "mine"})
@@ -161,7 +161,7 @@ def test_a_damaged_outcome_is_made_again_and_that_is_said(
     assert ("outcome.json" in capsys.readouterr().out) == (content != "{}"), "{} is of another config"
 
 
-def test_damaged_lines_of_the_history_are_taken_out_and_counted(tmp_path: Path) -> None:
+def test_damaged_lines_of_the_history_are_removed_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     good = [{"step": step, "tokens": step, "epoch": 1.0, "train_loss": 2.0} for step in (1, 2, 3)]
     one, two, three = (json.dumps(row).encode() + b"\n" for row in good)
@@ -173,7 +173,7 @@ def test_damaged_lines_of_the_history_are_taken_out_and_counted(tmp_path: Path) 
     assert History(path).damaged == 0
 
 
-def test_a_damaged_spool_is_delivered_but_for_what_is_damaged(tmp_path: Path) -> None:
+def test_the_intact_lines_of_a_damaged_spool_are_delivered(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -222,14 +222,14 @@ def raises(error: BaseException) -> Callable[[], int]:
         (ConfigError("batch_size is 0"), 2, "batch_size is 0"),
     ],
 )
-def test_a_full_disk_is_no_wrong_input(
+def test_a_full_disk_is_not_reported_as_wrong_input(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
 ) -> None:
     assert exit_code(raises(error)) == code
     assert one_error(capsys.readouterr().err).startswith(f"error: {said}")
 
 
-def test_other_errors_of_the_system_are_not_hidden() -> None:
+def test_other_system_errors_are_not_hidden() -> None:
     with pytest.raises(FileNotFoundError):
         exit_code(raises(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")))
 
@@ -244,12 +244,12 @@ def test_other_errors_of_the_system_are_not_hidden() -> None:
         (RuntimeError("something else"), None),
     ],
 )
-def test_a_full_disk_is_known_in_every_librarys_words(error: Exception, full: bool | None) -> None:
+def test_a_full_disk_is_recognised_in_the_errors_of_every_library(error: Exception, full: bool | None) -> None:
     problem = storage_problem(error, "/data")
     assert (problem and isinstance(problem, StorageFull)) == full
 
 
-def test_a_device_that_is_full_ends_the_history_with_the_error_to_show(tmp_path: Path) -> None:
+def test_a_full_device_raises_the_error_to_show_while_writing_the_history(tmp_path: Path) -> None:
     history = History(tmp_path / "history.jsonl")
     history.path.symlink_to("/dev/full")
     with pytest.raises(StorageFull, match=str(tmp_path)):
@@ -258,7 +258,7 @@ def test_a_device_that_is_full_ends_the_history_with_the_error_to_show(tmp_path:
         file.write(b"x")
 
 
-def test_a_log_that_takes_no_more_costs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_log_does_not_fail_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(tmp_path)
     console._log.close()
     console._log = open("/dev/full", "a", buffering=1)  # noqa: SIM115
@@ -278,5 +278,7 @@ def test_a_log_that_takes_no_more_costs_no_run(tmp_path: Path, capsys: pytest.Ca
         (StorageFull("x"), True, 1),
     ],
 )
-def test_once_a_worker_trains_nothing_is_the_inputs_fault(problem: FoundryError, began: bool, code: int) -> None:
+def test_errors_after_training_has_started_are_not_reported_as_wrong_input(
+    problem: FoundryError, began: bool, code: int
+) -> None:
     assert failure_code(problem, began) == code

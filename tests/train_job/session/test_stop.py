@@ -33,7 +33,7 @@ def driver(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [2, 15])
-def test_a_stop_is_heard_at_once_and_takes_effect_behind_what_is_in_hand(number: int) -> None:
+def test_a_stop_is_confirmed_at_once_and_waits_for_the_current_work(number: int) -> None:
     process = driver()
     process.send_signal(number)
     assert process.stdout
@@ -52,14 +52,14 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     process.communicate()
 
 
-def test_a_stop_that_comes_too_late_changes_nothing() -> None:
+def test_a_late_stop_changes_nothing() -> None:
     process = driver("late")
     process.send_signal(2)
     assert process.communicate("go on\n")[0] == "done with that\n"
     assert process.returncode == 0
 
 
-def test_a_terminal_that_closes_is_a_stop_however_often_it_says_so() -> None:
+def test_closing_the_terminal_stops_the_run_once() -> None:
     process = driver()
     process.send_signal(1)
     assert process.stdout
@@ -69,7 +69,7 @@ def test_a_terminal_that_closes_is_a_stop_however_often_it_says_so() -> None:
     assert process.returncode == 129
 
 
-def test_under_nohup_a_terminal_that_closes_is_no_stop() -> None:
+def test_closing_the_terminal_does_not_stop_a_run_under_nohup() -> None:
     process = subprocess.Popen(
         ["nohup", sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

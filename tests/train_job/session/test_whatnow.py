@@ -27,7 +27,7 @@ def commands(ended: Ended) -> dict[str, list[str]]:
     }
 
 
-def test_a_finished_run_is_served_chatted_with_looked_at_promoted_and_gone_on_with() -> None:
+def test_a_finished_run_prints_commands_to_serve_chat_view_promote_and_resume() -> None:
     package = ROOT / "runs" / "my run" / "package"
     uri = f"sqlite:///{ROOT}/mlflow/mlflow.db"
     resume = script_command("train_job/run.py", "--resume", "my run")
@@ -44,7 +44,7 @@ def test_a_finished_run_is_served_chatted_with_looked_at_promoted_and_gone_on_wi
     assert said["go on"][-2:] == ["--max-steps", "20"]
 
 
-def test_a_champion_is_not_promoted_and_a_run_without_a_package_not_served() -> None:
+def test_no_command_promotes_a_champion_or_serves_a_run_without_a_package() -> None:
     said = commands(Ended("sqlite:////else.db", "1", "abc", resume="python train_job/run.py --resume x"))
     assert said.keys() == {"see runs", "its page", "all runs", "go on"}
     assert said["see runs"] == ["MLFLOW_TRACKING_URI=sqlite:////else.db", "make", "ui"]
@@ -52,13 +52,13 @@ def test_a_champion_is_not_promoted_and_a_run_without_a_package_not_served() -> 
 
 
 @pytest.mark.parametrize("uri", ["http://me:sec/ret@tracker:5000", "postgresql://me:sec/ret@tracker/mlflow"])
-def test_a_tracking_servers_page_is_told_without_its_password(uri: str) -> None:
+def test_the_address_of_the_tracking_server_is_printed_without_its_password(uri: str) -> None:
     told = "\n".join(lines(Ended(uri, "1", "abc")))
     assert "ret@" not in told
     assert ("http://tracker:5000/#/experiments/1/runs/abc" in told) == uri.startswith("http")
 
 
-def test_from_another_folder_and_with_another_home_and_port_the_commands_are_whole(
+def test_the_commands_are_complete_in_another_folder_and_with_another_home_and_port(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,7 @@ def test_from_another_folder_and_with_another_home_and_port_the_commands_are_who
     assert said["see runs"] == [f"GPT_FOUNDRY_HOME={tmp_path / 'a home'}", "make", "-C", str(ROOT), "ui"]
 
 
-def test_a_job_on_a_cluster_says_where_and_names_whole_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_on_a_cluster_prints_its_host_and_absolute_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     ended = Ended("sqlite:///x", "1", "abc", ROOT / "runs" / "x" / "package")
     assert f"in {ROOT})" in lines(ended)[0]

@@ -31,13 +31,13 @@ def test_drawn_values_lie_in_their_ranges_and_reach_both_ends():
     assert {v["tokenizer"] for v in values} == {"bytes", "bpe:512"}
 
 
-def test_the_seed_decides_what_is_drawn_and_more_trials_leave_the_first_as_they_were():
+def test_the_seed_decides_the_draws_and_adding_trials_keeps_the_first_ones():
     few, many = (build_sweep({"search": SEARCH, "trials": n}).values() for n in (5, 9))
     assert many[:5] == few
     assert build_sweep({"search": SEARCH, "trials": 5, "draw_seed": 1}).values() != few
 
 
-def test_no_two_trials_try_the_same():
+def test_no_two_trials_have_the_same_settings():
     values = build_sweep({"search": {"num_layers": [1, 2], "num_heads": [1, 2]}, "trials": 4}).values()
     assert sorted(shown(v) for v in values) == sorted({shown(v) for v in values})
     assert "only 4 that differ" in refusal(search={"num_layers": [1, 2], "num_heads": [1, 2]}, trials=5)
@@ -52,12 +52,12 @@ def test_a_grid_is_every_combination():
     assert "search.learning_rate is a range" in refusal(search=SEARCH, grid=True)
 
 
-def test_a_value_that_is_listed_twice_is_tried_once():
+def test_a_value_listed_twice_is_tried_once():
     sweep = build_sweep({"search": {"num_layers": [2, 2, 3]}, "grid": True})
     assert [values["num_layers"] for values in sweep.values()] == [2, 3]
 
 
-def test_what_is_shown_is_what_is_tried():
+def test_the_shown_values_are_the_ones_that_are_tried():
     for values in build_sweep({"search": SEARCH, "trials": 20}).values():
         said = dict(pair.split("=") for pair in shown(values).split())
         assert {name: type(values[name])(text) for name, text in said.items()} == values
@@ -95,19 +95,19 @@ def test_what_is_shown_is_what_is_tried():
         (dict(search={"preset": ["quick", "shakespeare"]}), "different texts (builtin, shakespeare)"),
     ],
 )
-def test_what_cannot_be_is_named(said: dict[str, Any], answer: str):
+def test_impossible_search_spaces_are_named(said: dict[str, Any], answer: str):
     assert answer in refusal(**({"trials": 1} | said))
 
 
 @pytest.mark.parametrize(
     "name", ["name", "resume", "storage_path", "num_workers", "data", "val_fraction", "eval_interval"]
 )
-def test_what_all_trials_share_cannot_be_searched(name: str):
+def test_settings_that_all_trials_share_cannot_be_searched(name: str):
     assert f"{name} cannot be searched" in refusal(search={name: ["1"]})
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_the_sweeps_that_come_along_can_be_run(path: Path):
+def test_the_included_sweeps_can_be_run(path: Path):
     sweep = build_sweep(read_yaml(str(path)))
     for values in sweep.values():
         build_config(sweep.base, values)

@@ -35,40 +35,42 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return call
 
 
-def test_no_file_and_one_that_is_missing_are_named(refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_without_a_file_and_one_with_a_missing_file_are_refused(
+    refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert sweep.main([]) == 2
     assert "train_job/sweeps/quick.yaml" in capsys.readouterr().err
     assert sweep.main(["nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
 
 
-def test_an_unknown_flag_is_answered_with_the_nearest(refused: Refused) -> None:
+def test_an_unknown_flag_gets_the_nearest_one_as_a_hint(refused: Refused) -> None:
     assert "Did you mean '--trials'" in refused("--trial=3")
 
 
-def test_a_flag_of_the_sweep_and_one_of_the_run_win_over_the_file(refused: Refused) -> None:
+def test_flags_of_the_sweep_and_of_the_run_win_over_the_file(refused: Refused) -> None:
     assert "only 2 that differ" in refused("--trials=3")
     assert "batch_size is 0" in refused("--batch-size=0")
 
 
-def test_a_setting_that_is_searched_cannot_be_given_as_a_flag(refused: Refused) -> None:
+def test_a_searched_setting_cannot_be_given_as_a_flag(refused: Refused) -> None:
     assert "learning_rate stands under base and under search" in refused("--learning-rate=1")
 
 
-def test_a_text_that_is_missing_or_too_short_for_a_trial_is_named(refused: Refused, tmp_path: Path) -> None:
+def test_a_missing_text_or_one_too_short_for_a_trial_is_named(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a few words of text, no more\n" * 40)
     assert "nowhere.txt" in refused("--data=nowhere.txt")
     longer = "search: {context_length: [16, 4096]}\ntrials: 2\n"
     assert "4096" in refused(f"--data={tmp_path / 'short.txt'}", text=longer)
 
 
-def test_a_sweep_that_is_not_there_cannot_go_on(refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_sweep_cannot_be_resumed(refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main(["--resume=nothing"]) == 2
     assert "no sweep 'nothing'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flag", "name"), [("--draw-seed=3", "draw_seed"), ("--batch-size=4", "batch_size")])
-def test_what_would_make_other_trials_cannot_change_as_a_sweep_goes_on(
+def test_a_resumed_sweep_cannot_change_settings_that_decide_its_trials(
     refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, name: str
 ) -> None:
     folder = tmp_path / "home" / "runs" / "mine"

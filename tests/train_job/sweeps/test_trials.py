@@ -30,7 +30,7 @@ def trials(tmp_path: Path) -> list[Trial]:
     return made
 
 
-def test_the_best_evaluation_counts_and_those_that_failed_come_last(trials: list[Trial]):
+def test_trials_are_ranked_by_their_best_evaluation_and_failed_ones_come_last(trials: list[Trial]):
     assert [trial.number for trial, _ in ranked(trials)] == [2, 1, 3]
     assert trials[0].best()["step"] == 40
     assert trials[3].ending() is None
@@ -53,7 +53,7 @@ def test_the_table_is_written_for_mlflow_and_for_spreadsheets(trials: list[Trial
         assert [row[1] for row in csv.reader(file)] == ["trial", "s-02", "s-01", "s-03"]
 
 
-def test_the_tables_lines_have_even_columns(trials: list[Trial]):
+def test_the_columns_of_the_table_are_aligned(trials: list[Trial]):
     lines = table_text(table(trials))
     assert {line.index(word) for line, word in zip(lines, ("end", "ASHA", "max_steps", "failed"), strict=True)} == {
         lines[0].index("end")

@@ -114,7 +114,7 @@ def test_the_first_version_becomes_champion_and_predicts(uri: str, run_id: str, 
     assert all(isinstance(text, str) for text in texts)
 
 
-def test_a_version_says_what_it_scored_where_it_comes_from_and_why_it_was_judged_so(
+def test_a_version_records_its_score_its_origin_and_the_reason_for_the_decision(
     uri: str, run_id: str, package: Package
 ):
     publish(uri, run_id, package, validation(), name="told", bits_per_byte=1.25)
@@ -127,7 +127,7 @@ def test_a_version_says_what_it_scored_where_it_comes_from_and_why_it_was_judged
     assert "1.2500 bits per byte" in version.tags["promotion_reason"]
 
 
-def test_a_logged_model_holds_the_package_as_it_was_and_no_pickle(
+def test_a_logged_model_contains_the_package_unchanged_and_no_pickle(
     uri: str, run_id: str, package: Package, tmp_path: Path
 ):
     import mlflow
@@ -150,7 +150,7 @@ def test_a_logged_model_holds_the_package_as_it_was_and_no_pickle(
     assert "cloudpickle" not in requirements
 
 
-def test_the_figures_of_the_last_step_stand_beside_the_model_and_are_not_logged_twice(uri: str, package: Package):
+def test_the_figures_of_the_last_step_are_linked_to_the_model_and_logged_once(uri: str, package: Package):
     run_id = tracking.start_run(uri, {})
     for step, loss in ((10, 3.0), (20, 2.0)):
         client(uri).log_metric(run_id, "val/loss", loss, step=step)
@@ -179,7 +179,7 @@ def test_a_losing_version_is_kept_but_does_not_take_the_alias(uri: str, package:
     assert champion_of(uri, "loser") == "3"
 
 
-def test_always_and_never_do_as_they_say(uri: str, package: Package):
+def test_promote_always_and_never_do_what_they_say(uri: str, package: Package):
     first = publish_anew(uri, package, validation(), name="modes", promote="never", bits_per_byte=1.0)
     assert not first.promoted
     assert publish_anew(uri, package, validation(), name="modes", promote="always", bits_per_byte=9.0).promoted
@@ -189,7 +189,7 @@ def test_always_and_never_do_as_they_say(uri: str, package: Package):
     assert champion_of(uri, "modes") == "2"
 
 
-def test_a_champion_judged_on_other_bytes_is_judged_again_on_ours(uri: str, package: Package, tmp_path: Path):
+def test_a_champion_evaluated_on_another_text_is_evaluated_again_on_ours(uri: str, package: Package, tmp_path: Path):
     publish_anew(uri, package, validation("other text"), name="rejudged", bits_per_byte=0.001)
     newcomer = make_package(tmp_path / "newcomer", steps=9)
 
@@ -203,7 +203,7 @@ def test_a_champion_judged_on_other_bytes_is_judged_again_on_ours(uri: str, pack
     assert publish_anew(uri, newcomer, on_our_text(1.1), name="rejudged", bits_per_byte=1.1).promoted
 
 
-def test_weights_that_a_run_has_registered_are_not_registered_again(uri: str, run_id: str, package: Package):
+def test_a_run_registers_the_same_weights_only_once(uri: str, run_id: str, package: Package):
     def again(promote: str) -> tuple[str, bool, bool]:
         done = publish(uri, run_id, package, validation(), name="once", promote=promote, bits_per_byte=2.0)
         return done.version, done.new, done.promoted
@@ -216,7 +216,7 @@ def test_weights_that_a_run_has_registered_are_not_registered_again(uri: str, ru
     assert len(client(uri).search_model_versions("name = 'once'")) == 2
 
 
-def test_what_was_decided_of_a_version_stands_when_it_is_published_again(uri: str, run_id: str, package: Package):
+def test_publishing_a_version_again_keeps_the_first_decision(uri: str, run_id: str, package: Package):
     first = publish(uri, run_id, package, validation(), name="stands", bits_per_byte=2.0)
     publish_anew(uri, package, validation(), name="stands", bits_per_byte=1.0)
     again = publish(uri, run_id, package, validation(), name="stands", bits_per_byte=2.0)
@@ -225,7 +225,7 @@ def test_what_was_decided_of_a_version_stands_when_it_is_published_again(uri: st
     assert champion_of(uri, "stands") == "2"
 
 
-def test_a_publication_that_is_stopped_in_the_middle_is_finished_by_the_next(
+def test_an_interrupted_publication_is_finished_by_the_next_one(
     uri: str, run_id: str, package: Package, monkeypatch: pytest.MonkeyPatch
 ):
     from mlflow import MlflowClient
@@ -249,7 +249,7 @@ def test_a_publication_that_is_stopped_in_the_middle_is_finished_by_the_next(
 # --- two jobs at once -----------------------------------------------------------------------------------------------
 
 
-def test_a_champion_that_another_job_names_meanwhile_is_the_one_to_beat(uri: str, package: Package, tmp_path: Path):
+def test_a_champion_that_another_job_promotes_meanwhile_is_the_one_to_beat(uri: str, package: Package, tmp_path: Path):
     publish_anew(uri, package, validation("other text"), name="overtaken", bits_per_byte=3.0)
     faster = [1.3]
 
@@ -276,7 +276,7 @@ def rivals(uri: str, name: str, package: Package, figures: list[float]) -> list[
     return candidates
 
 
-def test_of_many_jobs_that_end_at_the_same_moment_the_best_is_champion(uri: str, package: Package):
+def test_the_best_of_many_jobs_that_end_at_the_same_time_is_champion(uri: str, package: Package):
     figures = [1.7, 1.2, 1.9, 1.4, 1.1, 1.6, 1.3, 1.8]
     candidates = rivals(uri, "crowd", package, figures)
     together = threading.Barrier(len(candidates))
@@ -290,7 +290,7 @@ def test_of_many_jobs_that_end_at_the_same_moment_the_best_is_champion(uri: str,
     assert champion_of(uri, "crowd") == candidates[figures.index(1.1)].version
 
 
-def test_on_a_server_a_better_model_takes_back_the_alias_that_a_worse_one_took_in_the_same_moment(
+def test_on_a_server_a_better_model_takes_the_alias_back_from_a_worse_one_promoted_at_the_same_time(
     uri: str, package: Package
 ):
     ours, theirs = rivals(uri, "server", package, [1.1, 1.2])
@@ -315,7 +315,7 @@ def test_on_a_server_a_better_model_takes_back_the_alias_that_a_worse_one_took_i
     assert champion_of(uri, "server") == ours.version
 
 
-def test_a_champion_that_cannot_be_read_keeps_its_place(uri: str, run_id: str, package: Package):
+def test_an_unreadable_champion_stays_champion(uri: str, run_id: str, package: Package):
     import mlflow
 
     publish(uri, run_id, package, validation("other text"), name="damaged", bits_per_byte=1.0)

@@ -90,7 +90,7 @@ def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, key))
 
 
-def test_an_outage_loses_nothing_repeats_nothing_and_never_blocks_the_caller(server: Server, tmp_path: Path):
+def test_an_outage_loses_and_repeats_no_point_and_never_blocks_the_caller(server: Server, tmp_path: Path):
     run_id = tracking.start_run(server.uri, CONFIG)
     spool = Spool(tmp_path / "spool", run_id, server.uri)
     taken: list[float] = []
@@ -162,7 +162,7 @@ def test_a_batch_sent_twice_is_kept_once(database: str, tmp_path: Path):
     assert len(history(database, run_id, "train/loss")) == 2500
 
 
-def test_a_spool_in_a_new_folder_drops_the_steps_that_the_server_holds(database: str, tmp_path: Path):
+def test_a_spool_in_a_new_folder_drops_the_steps_that_the_server_already_has(database: str, tmp_path: Path):
     run_id = tracking.start_run(database, CONFIG)
     for folder, steps in (("one", range(1, 11)), ("two", range(6, 21))):
         spool = Spool(tmp_path / folder, run_id, database)
@@ -174,7 +174,7 @@ def test_a_spool_in_a_new_folder_drops_the_steps_that_the_server_holds(database:
     assert [step for step, _ in history(database, run_id, "val/loss")] == [10, 20]
 
 
-def test_a_line_torn_by_a_crash_does_not_harm_the_next(database: str, tmp_path: Path):
+def test_a_line_cut_off_by_a_crash_does_not_damage_the_next(database: str, tmp_path: Path):
     run_id = tracking.start_run(database, CONFIG)
     (tmp_path / "lines.jsonl").write_text('{"step": 1, "time": 5, "values": {"train/loss": 1.0}}\n{"step": 2, "ti')
     spool = Spool(tmp_path, run_id, database)
@@ -184,7 +184,7 @@ def test_a_line_torn_by_a_crash_does_not_harm_the_next(database: str, tmp_path: 
     assert history(database, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
-def test_what_mlflow_refuses_is_set_aside_and_the_rest_goes_on(database: str, tmp_path: Path):
+def test_points_that_mlflow_refuses_are_set_aside_and_the_rest_is_delivered(database: str, tmp_path: Path):
     run_id = tracking.start_run(database, CONFIG)
     spool = Spool(tmp_path, run_id, database)
     spool.metrics(1, {"no?such*name": 1.0})
@@ -195,7 +195,7 @@ def test_what_mlflow_refuses_is_set_aside_and_the_rest_goes_on(database: str, tm
     assert history(database, run_id, "train/loss") == [(1, 1.0)]
 
 
-def test_a_run_carries_its_settings_its_origin_and_its_data(database: str):
+def test_a_run_records_its_settings_its_origin_and_its_data(database: str):
     train = DatasetUse("train", "builtin", "builtin", "ab" * 32, num_bytes=900, num_tokens=300)
     validation = DatasetUse("validation", "web", "https://example.com/a.txt", "cd" * 32, num_bytes=100, num_tokens=30)
     run_id = tracking.start_run(
@@ -214,7 +214,7 @@ def test_a_run_carries_its_settings_its_origin_and_its_data(database: str):
     assert run.info.artifact_uri.startswith(Path(database.removeprefix("sqlite:///")).parent.as_uri())
 
 
-def test_an_experiment_is_tagged_as_training_and_described_and_a_users_own_words_stay(database: str):
+def test_an_experiment_gets_a_tag_and_a_description_unless_the_user_wrote_one(database: str):
     from train_job.tracking.pages import KIND, NOTE, VIEW_TAG
 
     mlflow = client(database)
@@ -236,7 +236,7 @@ def test_an_experiment_is_tagged_as_training_and_described_and_a_users_own_words
     assert mlflow.get_experiment(old).tags[KIND] == "genai_development"
 
 
-def test_git_tags_name_the_commit_and_whether_it_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_git_tags_name_the_commit_and_uncommitted_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
         return subprocess.run(
@@ -265,7 +265,7 @@ def test_a_finished_run_can_be_resumed_and_closed_again(database: str):
         tracking.resume_run(database, "0123456789abcdef0123456789abcdef")
 
 
-def test_a_run_that_is_closed_twice_ended_the_first_time(database: str):
+def test_closing_a_run_twice_keeps_the_first_end(database: str):
     run_id = tracking.start_run(database, CONFIG)
     ends = []
     for _ in range(2):
@@ -285,9 +285,7 @@ def test_an_unreachable_server_is_reported_at_once_without_its_password():
     assert "secret" not in str(caught.value)
 
 
-def test_a_spool_keeps_no_password_and_says_none_when_the_server_is_away(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_spool_neither_stores_nor_prints_the_password(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -316,7 +314,7 @@ def test_delivering_takes_the_password_from_the_environment(tmp_path: Path, monk
     assert asked == ["http://me:secret@host:5000", "http://host:5000"]
 
 
-def test_a_run_that_mlflow_refuses_half_way_is_not_left_running(database: str):
+def test_a_run_that_mlflow_refuses_during_its_start_is_not_left_running(database: str):
     with pytest.raises(TrainingError, match="refused"):
         tracking.start_run(database, {"no?such*name": 1}, name="refused")
     [run] = client(database).search_runs(["1"], "attributes.run_name = 'refused'")
@@ -330,12 +328,12 @@ def test_a_server_that_accepts_but_never_answers_is_given_up():
             check_server(f"http://127.0.0.1:{port}", timeout_s=0.3)
 
 
-def test_a_tracking_uri_of_no_known_kind_is_refused():
+def test_an_unknown_kind_of_tracking_uri_is_refused():
     with pytest.raises(TrainingError, match=r"expected http\(s\)"):
         check_server("./mlruns")
 
 
-def test_a_deleted_experiment_is_named_with_its_cure(database: str):
+def test_a_deleted_experiment_is_named_with_the_way_to_restore_it(database: str):
     tracking.start_run(database, CONFIG, experiment="gone")
     experiment = client(database).get_experiment_by_name("gone")
     client(database).delete_experiment(experiment.experiment_id)
@@ -343,7 +341,7 @@ def test_a_deleted_experiment_is_named_with_its_cure(database: str):
         tracking.start_run(database, CONFIG, experiment="gone")
 
 
-def test_delivering_a_folder_that_is_no_spool_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_delivering_a_folder_that_is_not_a_spool_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["deliver", str(tmp_path)]) == 2
     assert "is not a spool" in capsys.readouterr().err
 
@@ -372,7 +370,7 @@ def test_system_metrics_reach_the_run(database: str, tmp_path: Path):
     assert points[0][1] > 0
 
 
-def test_a_table_is_marked_as_one_for_the_ui(database: str, tmp_path: Path):
+def test_a_table_is_marked_for_the_ui(database: str, tmp_path: Path):
     run_id = tracking.start_run(database, CONFIG)
     spool = Spool(tmp_path / "spool", run_id, database)
     (tmp_path / "samples.json").write_text('{"columns": ["step"], "data": [[1]]}')
@@ -389,7 +387,7 @@ def test_importing_tracking_does_not_import_mlflow():
     assert done.stdout.strip() == "False"
 
 
-def test_a_database_that_is_none_is_named_before_anything_is_begun(tmp_path: Path) -> None:
+def test_an_invalid_database_is_named_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no database")
     for path, problem in ((tmp_path, "is a folder, expected a file"), (tmp_path / "notes.txt", "is not an SQLite")):
         with pytest.raises(TrainingError, match=problem):

@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
-def test_a_checkpoint_comes_back_as_it_was(folder: Path) -> None:
+def test_a_loaded_checkpoint_equals_the_saved_one(folder: Path) -> None:
     loaded = load_checkpoint(folder, IDENTITY)
     assert loaded.state == STATE
     assert torch.equal(loaded.model["w"], torch.ones(3))
@@ -58,7 +58,7 @@ def test_an_unknown_format_is_refused(folder: Path) -> None:
         load_checkpoint(folder, IDENTITY)
 
 
-def test_a_full_disk_keeps_the_earlier_checkpoint_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_earlier_checkpoint_intact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -19,7 +19,7 @@ def uniform_package(folder: Path, tokenizer: Tokenizer, training: dict[str, int]
     return save_package(folder, config, GPT(config).state_dict(), tokenizer, training)
 
 
-def test_a_model_that_knows_nothing_needs_log2_of_its_vocabulary_a_token(
+def test_an_untrained_model_needs_log2_of_the_vocabulary_bits_per_token(
     tmp_path: Path, byte_tokenizer: Tokenizer, text_file: Path
 ) -> None:
     package = uniform_package(tmp_path / "package", byte_tokenizer, {})

@@ -124,7 +124,7 @@ def test_whichever_limit_comes_first_ends_the_run(trainer: Make, settings: dict[
     assert math.isfinite(of_kind(CheckpointDue, found)[-1].loss), "the last state is judged before it is kept"
 
 
-def test_a_training_loss_is_reached_where_its_mean_between_two_logs_is_low_enough(trainer: Make) -> None:
+def test_a_training_loss_target_is_reached_by_the_mean_between_two_logs(trainer: Make) -> None:
     t = trainer(max_steps=300, log_interval=4, eval_interval=100, target_train_loss=4.0)
     found = events(t)
     losses = [e.loss for e in of_kind(Progress, found)]
@@ -138,7 +138,7 @@ def test_a_training_loss_is_reached_where_its_mean_between_two_logs_is_low_enoug
     ("steps", "logged", "judged"),
     [(1, [1], [0, 1]), (5, [1, 2, 3, 4, 5], [0, 2, 4, 5]), (20, [4, 8, 12, 16, 20], [0, 5, 10, 15, 20])],
 )
-def test_a_run_of_a_few_steps_is_looked_at_as_it_goes(
+def test_a_run_of_a_few_steps_is_logged_as_it_goes(
     trainer: Make, steps: int, logged: list[int], judged: list[int]
 ) -> None:
     found = events(trainer(max_steps=steps, log_interval=None, eval_interval=None))
@@ -147,7 +147,7 @@ def test_a_run_of_a_few_steps_is_looked_at_as_it_goes(
     assert [e.step for e in of_kind(CheckpointDue, found)] == judged[1:], "the untrained model is no checkpoint"
 
 
-def test_the_figure_before_training_is_that_of_the_initial_weights_and_changes_no_step(
+def test_the_evaluation_before_training_uses_the_initial_weights_and_changes_no_step(
     trainer: Make, tmp_path: Path
 ) -> None:
     t = trainer(dropout=0.1)
@@ -161,14 +161,14 @@ def test_the_figure_before_training_is_that_of_the_initial_weights_and_changes_n
     assert_same(weights(whole), weights(unjudged))
 
 
-def test_a_run_that_is_long_enough_keeps_the_presets_intervals() -> None:
+def test_a_long_run_keeps_the_presets_intervals() -> None:
     quick, mini = build_config({}), build_config({"preset": "mini"})
     assert (quick.intervals(138), quick.intervals(600), quick.intervals(UNBOUNDED)) == ((10, 50), (10, 50), (10, 50))
     assert mini.intervals(200) == (10, 100)
     assert build_config({"eval_interval": 7}).intervals(20) == (4, 7)
 
 
-def test_a_run_that_ends_says_when_a_target_was_reached_or_by_how_much_it_was_missed(trainer: Make) -> None:
+def test_a_finished_run_says_when_it_reached_its_target_or_by_how_much_it_missed(trainer: Make) -> None:
     end = events(trainer(target_loss=0.5, target_train_loss=0.1))[-1]
     assert isinstance(end, Finished)
     missed = {standing.target: standing for standing in end.targets}
@@ -207,7 +207,7 @@ def child(trainer: Make, small: Callable[..., TrainConfig], tmp_path: Path) -> C
 CHILD = ("batch_size", "max_steps", "eval_interval", "log_interval", "warmup_steps", "sample_tokens")
 
 
-def test_fine_tuning_begins_with_the_parents_figure_on_the_new_text(child: Make, tmp_path: Path) -> None:
+def test_fine_tuning_first_evaluates_the_parent_on_the_new_text(child: Make, tmp_path: Path) -> None:
     t = child()
     corpus = split(open_corpus(t.config.data, "text", tmp_path / "cache"), t.config.val_fraction)[1]
     alone = bits_per_byte(open_package(tmp_path / "parent"), corpus, tmp_path / "cache")
@@ -216,7 +216,7 @@ def test_fine_tuning_begins_with_the_parents_figure_on_the_new_text(child: Make,
     assert found[1].bits_per_byte == pytest.approx(alone, rel=2e-3)  # type: ignore[union-attr]
 
 
-def test_the_parent_is_neither_kept_nor_what_targets_and_patience_look_at(child: Make) -> None:
+def test_the_parents_evaluation_counts_for_no_checkpoint_target_or_patience(child: Make) -> None:
     found = events(child(target_loss=9.0))
     assert [e.step for e in of_kind(CheckpointDue, found)] == [6]
     assert found[-1] == Finished(6, "target_loss")
@@ -228,7 +228,7 @@ def test_the_parent_is_neither_kept_nor_what_targets_and_patience_look_at(child:
     assert [e.best for e in judged[:2]] == [False, True]
 
 
-def test_a_resumed_child_does_not_judge_its_parent_again(child: Make, tmp_path: Path) -> None:
+def test_a_resumed_fine_tuning_run_does_not_evaluate_its_parent_again(child: Make, tmp_path: Path) -> None:
     first = child()
     saved = next(event for event in first.run() if isinstance(event, CheckpointDue))
     identity = first.identity("tokenizer")
@@ -239,7 +239,7 @@ def test_a_resumed_child_does_not_judge_its_parent_again(child: Make, tmp_path: 
     assert saved.step == 6
 
 
-def test_a_stop_leaves_a_checkpoint_at_once(trainer: Make) -> None:
+def test_a_stop_saves_a_checkpoint_at_once(trainer: Make) -> None:
     polled = iter([False, False, True])
     found = events(trainer(stop_asked=lambda: next(polled)))
     assert found[-2:] == [CheckpointDue(3, math.inf), Finished(3, "stopped")]
@@ -267,7 +267,7 @@ def judgements(found: list[Event]) -> list[tuple[int, float, bool]]:
 
 
 @pytest.mark.parametrize("step", [5, 6, 7])
-def test_a_stop_costs_no_evaluation_wherever_it_comes(trainer: Make, tmp_path: Path, step: int) -> None:
+def test_a_stop_never_loses_an_evaluation(trainer: Make, tmp_path: Path, step: int) -> None:
     whole = trainer()
     undisturbed = events(whole)
     second = stopped_at(step, trainer, tmp_path / "c")()
@@ -279,14 +279,16 @@ def test_a_stop_costs_no_evaluation_wherever_it_comes(trainer: Make, tmp_path: P
 
 
 @pytest.mark.parametrize("step", [7, 8, 9])
-def test_patience_ends_a_stopped_run_where_it_ends_an_undisturbed_one(trainer: Make, tmp_path: Path, step: int) -> None:
+def test_patience_ends_a_resumed_run_at_the_same_step_as_an_undisturbed_one(
+    trainer: Make, tmp_path: Path, step: int
+) -> None:
     hopeless = dict(max_steps=500, learning_rate=1e-12, optimizer="adamw", patience=4, eval_interval=2)
     undisturbed = events(trainer(**hopeless))
     resumed = events(stopped_at(step, trainer, tmp_path / "c", **hopeless)())
     assert undisturbed[-1] == resumed[-1] == Finished(10, "patience")
 
 
-def test_a_run_resumed_up_to_the_step_it_had_reached_is_judged_and_saved(trainer: Make, tmp_path: Path) -> None:
+def test_a_run_resumed_to_the_step_it_had_reached_is_evaluated_and_saved(trainer: Make, tmp_path: Path) -> None:
     resumed = stopped_at(5, trainer, tmp_path / "c")
     found = events(resumed(max_steps=5))
     [evaluation] = of_kind(Evaluation, found)
@@ -302,7 +304,7 @@ def test_a_run_resumed_up_to_the_step_it_had_reached_is_judged_and_saved(trainer
         (dict(target_train_loss=9.0), "target_train_loss"),
     ],
 )
-def test_a_resumed_run_takes_no_step_beyond_what_ends_it(
+def test_a_resumed_run_takes_no_step_past_its_end(
     trainer: Make, tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
     first = trainer(max_steps=6)
@@ -314,7 +316,7 @@ def test_a_resumed_run_takes_no_step_beyond_what_ends_it(
     assert events(second) == [Started(6), Finished(6, reason)]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_says_at_which_step(trainer: Make) -> None:
+def test_a_nan_loss_stops_the_run_and_names_the_step(trainer: Make) -> None:
     t = trainer(max_steps=20, log_interval=5)
     run = t.run()
     saved = next(event for event in run if isinstance(event, CheckpointDue))

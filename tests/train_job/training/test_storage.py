@@ -69,7 +69,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink, lambda path: path.write_bytes(b"")])
-def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_what_it_stepped_over(
+def test_a_run_resumes_from_the_newest_intact_checkpoint_and_reports_the_skipped_ones(
     config: TrainConfig, saved: list[Path], name: str, damage: Callable[[Path], None]
 ) -> None:
     assert gone_on_from(config) == (80, 80.0, [])
@@ -81,7 +81,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_what_it
     assert str(saved[-1] / name) in line
 
 
-def test_a_step_that_was_altered_in_state_json_is_noticed(config: TrainConfig, saved: list[Path]) -> None:
+def test_an_altered_step_in_state_json_is_detected(config: TrainConfig, saved: list[Path]) -> None:
     state = saved[-1] / "state.json"
     state.write_text(state.read_text().replace('"step": 80', '"step": 90'))
     step, _, [line] = gone_on_from(config)
@@ -89,7 +89,7 @@ def test_a_step_that_was_altered_in_state_json_is_noticed(config: TrainConfig, s
     assert "it was changed" in line
 
 
-def test_folders_that_are_gone_empty_or_half_there_are_stepped_over(config: TrainConfig, saved: list[Path]) -> None:
+def test_missing_empty_and_incomplete_folders_are_skipped(config: TrainConfig, saved: list[Path]) -> None:
     shutil.rmtree(saved[-1])
     assert gone_on_from(config)[0] == 60
     (saved[0].parent / "checkpoint_2027-01-01").mkdir()
@@ -99,7 +99,7 @@ def test_folders_that_are_gone_empty_or_half_there_are_stepped_over(config: Trai
     assert len(said) == 2
 
 
-def test_without_a_whole_checkpoint_the_newest_ones_damage_is_named(config: TrainConfig, saved: list[Path]) -> None:
+def test_without_an_intact_checkpoint_the_newest_ones_damage_is_named(config: TrainConfig, saved: list[Path]) -> None:
     for path in saved:
         cut(path / "model.safetensors")
     with pytest.raises(
@@ -108,20 +108,18 @@ def test_without_a_whole_checkpoint_the_newest_ones_damage_is_named(config: Trai
         gone_on_from(config)
 
 
-def test_a_run_without_checkpoints_begins_at_its_beginning(config: TrainConfig) -> None:
+def test_a_run_without_checkpoints_starts_from_the_beginning(config: TrainConfig) -> None:
     assert first_whole(checkpoints(config), lambda folder: 1) is None
 
 
-def test_a_checkpoint_of_another_run_is_no_damage(config: TrainConfig, saved: list[Path]) -> None:
+def test_a_checkpoint_of_another_run_is_not_reported_as_damaged(config: TrainConfig, saved: list[Path]) -> None:
     other = Identity(model="x" * 64, tokenizer="t" * 64, data="d" * 64)
     with pytest.raises(CheckpointError, match="with another model") as caught:
         first_whole(checkpoints(config), lambda folder: load_checkpoint(folder, other))
     assert not isinstance(caught.value, DamagedCheckpoint)
 
 
-def test_a_checkpoint_of_an_earlier_version_without_a_sum_of_its_own_is_read(
-    config: TrainConfig, saved: list[Path]
-) -> None:
+def test_an_older_checkpoint_without_a_checksum_is_read(config: TrainConfig, saved: list[Path]) -> None:
     state = saved[-1] / "state.json"
     record = json.loads(state.read_text())
     del record["sha256"], record["state"]["last_loss"]
@@ -129,7 +127,7 @@ def test_a_checkpoint_of_an_earlier_version_without_a_sum_of_its_own_is_read(
     assert gone_on_from(config)[0] == 80
 
 
-def test_what_is_superseded_is_neither_the_used_one_nor_that_before_nor_the_best_nor_newer(
+def test_only_checkpoints_that_are_not_used_previous_best_or_newer_are_superseded(
     config: TrainConfig, saved: list[Path]
 ) -> None:
     found = checkpoints(config)
@@ -139,7 +137,7 @@ def test_what_is_superseded_is_neither_the_used_one_nor_that_before_nor_the_best
     assert [kept.step for kept in superseded(found, by_step[40])] == []
 
 
-def test_of_a_step_that_was_repeated_the_last_is_the_newest(
+def test_the_last_checkpoint_of_a_repeated_step_is_the_newest(
     config: TrainConfig, saved: list[Path], tmp_path: Path
 ) -> None:
     again = saved[-1].with_name("checkpoint_2026-01-02")
@@ -149,7 +147,7 @@ def test_of_a_step_that_was_repeated_the_last_is_the_newest(
     assert [kept.name for kept in newest(checkpoints(config), 2)] == [again.name, saved[2].name]
 
 
-def test_at_the_end_the_chosen_one_and_the_newest_two_that_are_whole_stay(
+def test_at_the_end_the_chosen_and_the_two_newest_intact_checkpoints_stay(
     config: TrainConfig, saved: list[Path], tmp_path: Path
 ) -> None:
     flip(saved[2] / "model.safetensors")
@@ -159,7 +157,7 @@ def test_at_the_end_the_chosen_one_and_the_newest_two_that_are_whole_stay(
     assert [kept.step for kept in checkpoints(config)] == [80, 40, 10], "60 is damaged, and 20 nobody needs"
 
 
-def test_what_nothing_needs_is_removed_and_all_else_stays(
+def test_unneeded_checkpoints_are_removed_and_everything_else_stays(
     config: TrainConfig, saved: list[Path], tmp_path: Path
 ) -> None:
     (tmp_path / "one" / "checkpoint_of_a_killed_worker").mkdir()
@@ -177,7 +175,7 @@ def test_what_nothing_needs_is_removed_and_all_else_stays(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{not json", b'{"checkpoint_results": []}', "a folder"])
-def test_rays_own_record_is_forgotten_whatever_is_in_it(
+def test_rays_own_record_is_deleted_whatever_it_contains(
     config: TrainConfig, tmp_path: Path, content: bytes | str | None
 ) -> None:
     (tmp_path / "one").mkdir()
