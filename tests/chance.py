@@ -1,4 +1,4 @@
-"""What the property tests try: in `make test` the same examples each time, in `make fuzz` thousands of others.
+"""Settings of the property tests: `make test` tries the same examples each time, `make fuzz` thousands of others.
 
 A test says with `examples(N)` how many it tries in `make test`; `make fuzz` tries `FUZZ_TIMES` as many.
 """

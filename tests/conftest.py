@@ -1,7 +1,4 @@
-"""What holds for all tests, and fixtures for data that lies beside a checkout.
-
-The data are canonical tiny Shakespeare and GPT-2's real vocabulary.
-"""
+"""Settings for all tests, and fixtures for data next to the checkout: tiny Shakespeare and GPT-2's vocabulary."""
 
 import os
 import random
@@ -29,11 +26,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 
 
 LONGEST_FIRST = ("system/test_job_ends.py", "system/test_job.py", "docs/test_commands.py", "system", "docs", "deploy")
-"""Files and folders of tests that take minutes. Among several processes, what begins last should be short."""
+"""Test files and folders that take minutes. They start first, so that no process starts a long one last."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first; the order is the same in every run."""
+    """Sorts long tests first. The order is the same in every run."""
 
     def rank(item: pytest.Item) -> int:
         where = item.path.relative_to(Path(__file__).parent).as_posix()
@@ -44,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """What a test draws without a seed of its own does not depend on the tests before it."""
+    """Seeds all generators, so that a test's random numbers do not depend on the tests before it."""
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
@@ -74,7 +71,7 @@ def gpt2_cache(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some kilobytes of text with something to learn in it."""
+    """Some kilobytes of text with a pattern to learn."""
     path = tmp_path_factory.mktemp("text") / "rhyme.txt"
     path.write_text("".join(f"{n} green bottles hanging on the wall, take {n % 7} down.\n" for n in range(300)))
     return path

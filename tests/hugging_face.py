@@ -29,11 +29,11 @@ MADE_HERE = ("qkv_bias", "tie_word_embeddings", "n_inner")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a GPT-2 on the hub is written down; as it is by default, openai-community/gpt2."""
+    """The layout of a GPT-2 on the hub. The defaults are those of openai-community/gpt2."""
 
     prefix: str = ""
     masks: tuple[str, ...] = ("bias",)
-    """The causal masks that each layer carries along."""
+    """Whether each layer includes its causal masks."""
     head: str = "left out"
     """Whether a tied head is left out, stored beside the embedding, or instead of it."""
     files: int = 1
@@ -98,7 +98,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path, files: tuple[str, ...]) 
 
 
 def put_into_cache(cache: Path, repo: str, folder: Path, commit: str = COMMIT) -> Path:
-    """Lays `folder` into Hugging Face's cache as their client does: blobs, and a snapshot of links to them."""
+    """Puts `folder` into Hugging Face's cache as their client does: blobs, and a snapshot of links to them."""
     home = cache / f"models--{repo.replace('/', '--')}"
     snapshot = home / "snapshots" / commit
     for made in (snapshot, home / "blobs", home / "refs"):
@@ -113,7 +113,7 @@ def put_into_cache(cache: Path, repo: str, folder: Path, commit: str = COMMIT) -
 
 @contextmanager
 def hub(repo: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """A hub that has `folder` as `repo`; yields its address and the files that were fetched from it."""
+    """Starts a hub with `folder` as `repo`. Yields its address and the list of files fetched from it."""
     files = {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     fetched: list[str] = []
     info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}

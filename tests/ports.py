@@ -19,7 +19,7 @@ _held: list[int] = []
 
 
 def free_port() -> int:
-    """A port that nothing listens on and that no other test, in this process or beside it, is given."""
+    """A free port that no other test gets, in this process or another."""
     LOCKS.mkdir(exist_ok=True)
     for port in _candidates:
         lock = os.open(LOCKS / str(port), os.O_CREAT | os.O_RDWR)
@@ -36,5 +36,5 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """So many of them."""
+    """Several free ports."""
     return [free_port() for _ in itertools.repeat(None, count)]

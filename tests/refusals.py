@@ -1,4 +1,4 @@
-"""What a command says when it refuses, told apart from how far it has come."""
+"""Separates a command's error line from its progress lines."""
 
 import re
 
@@ -7,7 +7,7 @@ PROGRESS = re.compile(r"^\.\.\. .*\n", re.MULTILINE)
 
 
 def one_error(said: str) -> str:
-    """The one line that a refusal writes to stderr; fails where there is anything else but progress."""
+    """The single error line on stderr. Fails if there is anything else except progress lines."""
     [line] = PROGRESS.sub("", said).splitlines(keepends=True) or [""]
     assert line.startswith("error: "), said
     assert line.endswith("\n"), said

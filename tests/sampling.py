@@ -1,4 +1,4 @@
-"""What sampling must give: the filters by their definition, and parameters and logits for property tests of it."""
+"""The expected results of sampling, by definition, and parameters and logits for property tests."""
 
 import torch
 from hypothesis import strategies as st
@@ -7,7 +7,7 @@ from gptcore.sampling import ONE, SamplingParams, token_weights
 
 
 def by_definition(logits: torch.Tensor, params: SamplingParams) -> dict[int, int]:
-    """The tokens that the filters leave, and their weights: everything sorted, in whole numbers."""
+    """The tokens that the filters keep, and their weights, computed by a full sort in whole numbers."""
     weights = [int(w) for w in token_weights(logits[None], [params.temperature])[0].tolist()]
     order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))[: params.top_k or None]
     total, before, kept = sum(weights[i] for i in order), 0, {}

@@ -1,4 +1,4 @@
-"""`make test` tries the same in every run, and what chance tries is up to `make fuzz`."""
+"""`make test` tries the same examples in every run; only `make fuzz` tries random ones."""
 
 import importlib.util
 import random

@@ -1,4 +1,4 @@
-"""A port that a test is given is its own."""
+"""Each test gets its own ports."""
 
 import socket
 import subprocess

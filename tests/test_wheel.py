@@ -1,4 +1,4 @@
-"""The wheel holds everything that the packages need, and its commands run where there is no checkout."""
+"""The wheel has everything that the packages need, and its commands run without a checkout."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Claims about bench.startup: the phases are all of the time, and name what really happened."""
+"""bench.startup: the phases add up to the whole time and match what happened."""
 
 import json
 import subprocess

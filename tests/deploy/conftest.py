@@ -1,4 +1,4 @@
-"""What `mlflow/compose.yaml` starts, without containers: a PostgreSQL cluster, an S3 server, and the tracking server.
+"""Starts what `mlflow/compose.yaml` starts, without containers: PostgreSQL, an S3 server and the tracking server.
 
 The server's command and environment are those of the file; its addresses are replaced, nothing else. It runs in an
 empty folder, as in its container.
@@ -34,7 +34,7 @@ START_SECONDS = 120.0
 
 
 def interpolated(value: Any, env: dict[str, str]) -> Any:
-    """A part of a compose file with `${NAME:?why}` and `${NAME:-default}` filled in, as Compose does it."""
+    """Fills in `${NAME:?why}` and `${NAME:-default}` in a part of a compose file, as Compose does."""
     if isinstance(value, dict):
         return {key: interpolated(inner, env) for key, inner in value.items()}
     if isinstance(value, list):
@@ -50,24 +50,24 @@ def interpolated(value: Any, env: dict[str, str]) -> Any:
 
 
 def services(env: dict[str, str]) -> dict[str, Any]:
-    """The services of `mlflow/compose.yaml` as a team has them with this .env."""
+    """The services of `mlflow/compose.yaml` with this .env."""
     found: dict[str, Any] = interpolated(yaml.safe_load(COMPOSE.read_text()), env)["services"]
     return found
 
 
 def named_secrets() -> list[str]:
-    """The names that .env.example leaves to be filled in."""
+    """The names in .env.example that have no value."""
     return re.findall(r"^(\w+)=$", ENV_EXAMPLE.read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="session")
 def dotenv() -> dict[str, str]:
-    """A .env with a secret behind each name."""
+    """A .env with a secret for each name."""
     return {name: secrets.token_hex(24) for name in named_secrets()}
 
 
 def start(folder: Path, *command: str | Path, **more: Any) -> subprocess.Popen[bytes]:
-    """A server in `folder`, with its output beside it."""
+    """Starts a server in `folder`, with its output in a file there."""
     with open(log_of(folder), "ab") as log:
         return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True, **more)
 
@@ -77,7 +77,7 @@ def log_of(folder: Path) -> Path:
 
 
 def await_start(server: subprocess.Popen[bytes], check: list[str], folder: Path) -> None:
-    """Returns once the health check succeeds; fails with the server's log if it ends before, or takes too long."""
+    """Waits until the health check succeeds. Fails with the server's log if the server ends first or takes too long."""
     deadline = time.monotonic() + START_SECONDS
     while subprocess.run(check, capture_output=True).returncode != 0:
         assert server.poll() is None, log_of(folder).read_text()
@@ -86,7 +86,7 @@ def await_start(server: subprocess.Popen[bytes], check: list[str], folder: Path)
 
 
 def postgres_programs() -> Path:
-    """The folder with initdb and postgres; skips where there is none."""
+    """The folder with initdb and postgres. Skips the test if there is none."""
     on_path = shutil.which("initdb")
     found = [Path(on_path)] if on_path else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
@@ -96,7 +96,7 @@ def postgres_programs() -> Path:
 
 @pytest.fixture(scope="session")
 def postgres(dotenv: dict[str, str]) -> Iterator[int]:
-    """A private PostgreSQL with the user, password and database of compose.yaml; yields its port."""
+    """Starts PostgreSQL with the user, password and database of compose.yaml. Yields its port."""
     programs, service, port = postgres_programs(), services(dotenv)["postgres"], str(free_port())
     env, check = service["environment"], service["healthcheck"]["test"][1:]
     above = Path(tempfile.mkdtemp(prefix="postgres-"))  # not pytest's, which only we may enter
@@ -127,13 +127,13 @@ def postgres(dotenv: dict[str, str]) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Store:
-    """An S3 server, and what a client's environment says of it."""
+    """An S3 server, and the environment variables of its clients."""
 
     url: str
     env: dict[str, str]
 
     def filesystem(self) -> Any:
-        """s3fs on it."""
+        """An s3fs file system on the server."""
         import s3fs
 
         key, secret = self.env["AWS_ACCESS_KEY_ID"], self.env["AWS_SECRET_ACCESS_KEY"]
@@ -141,7 +141,7 @@ class Store:
 
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
-        """Within it, nobody has any right."""
+        """Denies all access to the store within the block."""
 
         def ask_who_it_is(after: str) -> None:
             body, kind = after.encode(), {"Content-Type": "text/plain"}  # requests that need no rights
@@ -180,7 +180,7 @@ def s3(dotenv: dict[str, str]) -> Iterator[Store]:
 
 @pytest.fixture
 def bucket(s3: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """The URL of a folder that only this test uses; the environment is a client's of the store."""
+    """The URL of a folder that only this test uses. Sets the environment of a client of the store."""
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path / "home"))
@@ -201,7 +201,7 @@ def no_gcsfs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def gcs() -> Iterator[dict[str, str]]:
-    """An emulated Google Cloud Storage with a bucket `foundry`; yields what a client's environment says of it."""
+    """Starts an emulated Google Cloud Storage with a bucket `foundry`. Yields the environment of its clients."""
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed")
     port = free_port()
     # gcsfs asks by gRPC what kind of bucket it is, which the emulator does not speak, and tries for a minute. Whether
@@ -220,16 +220,16 @@ def gcs() -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Team:
-    """The tracking server, and how its administrator is known to a client."""
+    """The tracking server, and the credentials of its administrator."""
 
     uri: str
     env: dict[str, str]
     dotenv: dict[str, str] = field(repr=False)
     folder: Path
-    """The one that the server runs in."""
+    """The folder that the server runs in."""
 
     def client(self, **env: str) -> dict[str, str]:
-        """What a client's environment says."""
+        """A client's environment variables."""
         return {
             "MLFLOW_TRACKING_URI": self.uri,
             "MLFLOW_TRACKING_USERNAME": self.env["MLFLOW_AUTH_ADMIN_USERNAME"],
@@ -237,7 +237,7 @@ class Team:
         } | env
 
     def status(self, path: str, **headers: str) -> int:
-        """The status that a GET of `path` is answered with."""
+        """The status of a GET of `path`."""
         try:
             with urllib.request.urlopen(urllib.request.Request(self.uri + path, headers=headers), timeout=30) as answer:
                 return int(answer.status)
@@ -247,7 +247,7 @@ class Team:
 
 @pytest.fixture(scope="session")
 def team(dotenv: dict[str, str], postgres: int, s3: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    """compose.yaml's mlflow service, started."""
+    """Starts the mlflow service of compose.yaml."""
     pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed: the server cannot ask for passwords")
     pytest.importorskip("psycopg", reason="psycopg is not installed: the server cannot reach PostgreSQL")
     port = str(free_port())

@@ -1,6 +1,6 @@
-"""Claims about the files that start many machines: Ray takes them, what they start exists, and no secret is in them.
+"""The files that start clusters: Ray accepts them, their commands exist, and they contain no secret.
 
-Cloud machines are asked of moto's EC2. Whether KubeRay takes its files is the business of crd/test_kuberay.py.
+moto's EC2 stands in for the cloud. crd/test_kuberay.py checks the files for KubeRay.
 """
 
 import copy
@@ -39,14 +39,14 @@ FILES = [*LAUNCHED, *OPERATED, STORAGE, "deploy/serve.yaml"]
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
-    """What `ray up` makes of a file before it asks the cloud; raises where Ray refuses it."""
+    """The config that `ray up` makes of a file before it calls the cloud. Raises if Ray refuses the file."""
     ready: dict[str, Any] = prepare_config(copy.deepcopy(config))
     validate_config(ready)
     return ready
 
 
 def environment(name: str) -> dict[str, Any]:
-    """What the nodes' environment says, by name; None where a Secret does."""
+    """The nodes' environment variables. The value is None if it comes from a Secret."""
     if name in LAUNCHED:
         options = read(name)["docker"]["run_options"]
         return dict(option.removeprefix("-e ").split("=", 1) for option in options if option.startswith("-e "))
@@ -102,7 +102,7 @@ def test_ray_start_accepts_the_commands_and_keeps_the_dashboard_on_loopback(name
 
 
 def start_flags(command: str) -> dict[str, Any]:
-    """The flags of a `ray start`, read by its own parser."""
+    """The flags of a `ray start` command, read by Ray's own parser."""
     *_, last = command.split("; ")
     ray_, start_, *flags = shlex.split(last)
     assert (ray_, start_) == ("ray", "start")
@@ -125,7 +125,7 @@ def test_the_launchers_differ_only_in_machines_and_addresses():
 
 
 class Shell:
-    """Stands for a machine behind SSH: keeps what Ray would run there, and answers as docker does."""
+    """Stands in for a machine that is reached over SSH: records Ray's commands and answers as docker would."""
 
     ANSWERS = {".Config.Env": b'["HOME=/home/ray"]', "printenv HOME": b"/home/ray", "Running": b"false"}
 
@@ -187,7 +187,7 @@ def test_a_machine_has_folder_token_and_environment_before_ray_starts_in_the_con
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """EC2 and IAM as moto plays them, for an account in which `ray up` has run before."""
+    """moto's EC2 and IAM, for an account in which `ray up` has run before."""
     moto = pytest.importorskip("moto")
     import boto3
 
@@ -242,7 +242,7 @@ def test_pods_for_training_scale_from_zero():
 
 
 def autoscaling(name: str) -> dict[str, Any]:
-    """What Ray's autoscaler makes of the file's cluster, checked by Ray."""
+    """The autoscaler config that Ray makes of the file's cluster."""
     cluster = {"metadata": {"name": "any", "namespace": "any"}, "spec": cluster_of(read(name))}
     config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(cluster)
     return config
@@ -333,7 +333,7 @@ def is_read(name: str) -> bool:
 
 @functools.cache
 def sources() -> tuple[str, ...]:
-    """Our code, and the part of Ray that runs nodes, jobs and services."""
+    """The text of our code and of the part of Ray that runs nodes, jobs and services."""
     ours = [ROOT / "gptcore" / "home.py", *(ROOT / "train_job").glob("*.py")]
     rays = [path for part in ("_private", "dashboard", "serve") for path in (RAY / part).rglob("*.py")]
     return tuple(path.read_text() for path in [*ours, *rays])
@@ -387,7 +387,7 @@ SECRETS = {
 
 
 def secrets_in(text: str) -> list[str]:
-    """The kinds of secret that a file shows, comments apart."""
+    """The kinds of secret in a file, not counting comments."""
     text = re.sub(r"(?<!\S)#.*", "", text)
     return [kind for kind, pattern in SECRETS.items() if re.search(pattern, text)]
 

@@ -1,7 +1,7 @@
-"""The image, built by buildah on a base made by debootstrap, and its entry points run as its configuration says.
+"""The image: buildah builds it on a base from debootstrap, and the tests run its entry points.
 
-A container here is what a runtime makes of an image: namespaces, the image's files, its user, its environment, and
-its entry point as the first process. The network has a loopback and nothing else.
+A container here is what a container runtime starts: namespaces, the image's files, user and environment, and its entry
+point as the first process. Its network has only a loopback interface.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ exec "$@"
 
 
 def run(*command: str | Path, **more: Any) -> str:
-    """What `command` says; fails with all of it if it does not succeed."""
+    """The output of `command`. Fails with the output if the command fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
     assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout[-8000:]}"
     return done.stdout
@@ -52,7 +52,7 @@ def run(*command: str | Path, **more: Any) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """Where this machine's pip looks: what a build needs to look there too, and what an image is not to tell."""
+    """The package index of this machine's pip: builds need its settings, and images must not contain them."""
 
     options: dict[str, list[str]]
 
@@ -72,12 +72,12 @@ class Index:
 
     @property
     def folders(self) -> list[str]:
-        """Those that are folders of this machine, as high up as they are mounted."""
+        """The paths that are folders of this machine, each as its mount point."""
         paths = [urlsplit(url).path for url in self.urls if urlsplit(url).scheme in ("", "file")]
         return sorted({str(Path(path).parent if path.endswith("/simple") else path) for path in paths})
 
     def secrets(self, folder: Path) -> list[str]:
-        """pip's and uv's settings as the secrets that the Dockerfile takes."""
+        """pip's and uv's settings as the secrets of the Dockerfile."""
         lines = [f"{name} = {' '.join(urls)}" for name, urls in self.options.items()]
         (folder / "pip.conf").write_text("\n".join(["[global]", *lines, ""]))
         lines = [f"{n} = {json.dumps(v[0] if n == 'index-url' else v)}" for n, v in self.options.items()]
@@ -88,7 +88,7 @@ class Index:
 
 @dataclass
 class Builder:
-    """buildah with a store of its own."""
+    """buildah with its own store."""
 
     folder: Path
     index: Index
@@ -98,7 +98,7 @@ class Builder:
         return run("buildah", *places, *arguments).strip()
 
     def base(self, mirror: str) -> None:
-        """Debian with Python and this machine's certificate authorities, as an organization's base has its own."""
+        """A base image: Debian with Python and this machine's certificate authorities."""
         system = self.folder / "base"
         packages = "--include=ca-certificates,python3,python3-dev,python3-venv"
         command = ["debootstrap", "--variant=minbase", packages, SUITE, str(system), mirror]
@@ -115,7 +115,7 @@ class Builder:
         (self.folder / "base.tar").unlink()
 
     def build(self, context: Path) -> str:
-        """Builds the image; returns what was said."""
+        """Builds the image. Returns the output."""
         # A machine with folders of packages has PyTorch's CPU build in one; elsewhere uv knows where PyTorch keeps it.
         backend = "" if self.index.folders else "cpu"
         arguments = [f"--build-arg=BASE_IMAGE=localhost/{BASE}", f"--build-arg=TORCH_BACKEND={backend}"]
@@ -130,7 +130,7 @@ class Builder:
         return found
 
     def clear(self) -> None:
-        """Takes away all that was made, and what is mounted for it."""
+        """Removes everything that was built, and unmounts it."""
         self("rm", "--all")
         self("rmi", "--all", "--force")
         for mounted in psutil.disk_partitions(all=True):
@@ -140,7 +140,7 @@ class Builder:
 
 @dataclass
 class Image:
-    """The image, and the one file system that its containers share, as if on a volume."""
+    """The built image. Its containers share one file system, as if on a volume."""
 
     builder: Builder
     root: Path
@@ -148,7 +148,7 @@ class Image:
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def command(self, words: tuple[str, ...], env: dict[str, str]) -> list[str]:
-        """`words` by the image's user, in its folder, in its environment with `env` above."""
+        """The command line that runs `words` as the image's user, in its folder and environment, with `env` added."""
         passwd = [line.split(":") for line in (self.root / "etc/passwd").read_text().splitlines()]
         uid, gid, home = next((p[2], p[3], p[5]) for p in passwd if p[0] == self.config["User"])
         pairs = [f"HOME={home}", *self.config["Env"], *(f"{name}={value}" for name, value in env.items())]
@@ -166,7 +166,7 @@ class Image:
         return process
 
     def said(self) -> str:
-        """What the container that was started last says."""
+        """The output of the container that was started last."""
         return (self.builder.folder / "said").read_text()
 
     def run(self, *words: str, **env: str) -> tuple[int, str]:
@@ -188,7 +188,7 @@ def first_process(container: subprocess.Popen[str]) -> psutil.Process:
 
 
 def mirror_of_this_machine() -> str:
-    """Where this machine's apt has Debian from; skips where it has another system."""
+    """The Debian mirror of this machine's apt. Skips the test on another system."""
     listed = run("apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages")
     for line in listed.splitlines():
         release, _, uri = line.partition(" ")
@@ -294,7 +294,7 @@ def test_torch_compile_finds_compiler_and_headers(image: Image) -> None:
 
 
 def serves_until_stopped(image: Image, port: int, check: list[str], service: subprocess.Popen[str], **env: str) -> None:
-    """Holds a service to its health check, asks it once, and stops it as `docker stop` does."""
+    """Waits for a service's health check, sends one request, and stops it as `docker stop` does."""
 
     def health() -> int:
         return image.execute(service, *check, **env)[0]

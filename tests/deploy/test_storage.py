@@ -1,4 +1,4 @@
-"""Checkpoints, packages and token shards behind a URL, on a real S3 server."""
+"""Checkpoints, packages and token shards at a URL, on a real S3 server."""
 
 import json
 import subprocess
@@ -154,7 +154,7 @@ def test_an_unusable_store_is_named_before_training(bucket: str, text_file: Path
 
 
 def run_job(s3: Store, home: Path, *flags: str, **env: str) -> tuple[int, str]:
-    """(exit code, output) of `python train_job/run.py` on a Ray of its own."""
+    """(exit code, output) of `python train_job/run.py` with its own Ray."""
     done = subprocess.run(
         [sys.executable, "train_job/run.py", *flags],
         cwd=ROOT,
@@ -214,7 +214,7 @@ def test_a_run_in_a_bucket_has_one_owner(bucket: str, s3: Store, scheme: str) ->
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_resumes_on_another_machine(s3: Store, text_file: Path, tmp_path: Path) -> None:
-    """Its text is in a bucket, too; of what has come there since, the run takes nothing."""
+    """The text is in a bucket too. The run ignores files that were added to the bucket later."""
     s3.filesystem().pipe("mlflow/text/rhyme.txt", text_file.read_bytes())
     tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     storage = "--storage-path=s3://mlflow/runs"

@@ -1,4 +1,4 @@
-"""Claims about text behind a URL: on a real S3 server, and on an emulated Google Cloud Storage."""
+"""Text at a URL: on a real S3 server and on an emulated Google Cloud Storage."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ TEXTS = {"b.txt": "The second.\n", "a/z.txt": "The first.\n", "a-b.txt": "Betwee
 
 
 def filled(folder: Path) -> Path:
-    """A folder with text of every kind, and with files that are not part of it."""
+    """A folder with text in every format, and with files that are not text."""
     for name, text in TEXTS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -41,7 +41,7 @@ def filled(folder: Path) -> Path:
 
 
 def upload(fs: Any, folder: Path, url: str) -> None:
-    """Every file of the folder, and an object such as consoles leave where a folder was made."""
+    """Uploads every file of the folder, and an empty object such as a cloud console makes for a folder."""
     for file in folder.rglob("*"):
         if file.is_file():
             fs.pipe(f"{url}/{file.relative_to(folder).as_posix()}", file.read_bytes())
@@ -57,7 +57,7 @@ def stream(tokens: TokenSet) -> Any:
 
 
 def fetched(cache: Path) -> dict[str, int]:
-    """The copies in a cache and when they were written."""
+    """The copies in a cache, and the time when each was written."""
     found = (file for file in (cache / "downloads").iterdir() if not file.name.startswith("."))
     return {file.name.partition("-")[2]: file.stat().st_mtime_ns for file in found}
 
@@ -131,7 +131,7 @@ def test_a_machine_without_text_or_shards_makes_them_from_the_bucket(bucket: str
 
 
 def test_a_text_altered_in_transit_is_refused(bucket: str, s3: Store, tmp_path: Path) -> None:
-    """The store names the same state, and the content is another."""
+    """The store reports the same version for different content."""
     s3.filesystem().pipe(f"{bucket}/a.txt", b"Once upon a time")
     corpus = open_corpus(bucket, cache_dir=tmp_path / "one")
     piece = corpus.within(tmp_path / "two").pieces[0]
@@ -150,7 +150,7 @@ Refused = Callable[..., str]
 def refused(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Refused:
-    """Runs the job, which must refuse; returns its one line."""
+    """Runs the job, which must refuse its input. Returns its one line."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def call(*flags: str) -> str:

@@ -1,4 +1,4 @@
-"""The tracking server of `mlflow/compose.yaml`: the file by itself, and what it starts, with people working on it."""
+"""The tracking server of `mlflow/compose.yaml`: the file itself, and the server in use by several people."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def test_the_compose_file_follows_the_specification() -> None:
 
 
 def compose_command() -> list[str]:
-    """Docker's Compose, as the plugin or as the older program; skips where there is neither."""
+    """The command of Docker Compose, the plugin or the older program. Skips the test if there is neither."""
     for command in (["docker", "compose"], ["docker-compose"]):
         found = shutil.which(command[0])
         if found and subprocess.run([*command, "version"], capture_output=True).returncode == 0:
@@ -127,7 +127,7 @@ def basic(user: str, password: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _nobody_else_meets_this_server() -> Iterator[None]:
-    """What MLflow's client remembers for the process is undone."""
+    """Resets what MLflow's client keeps for the process."""
     yield
     import mlflow
 
@@ -147,7 +147,7 @@ def members(team: Team) -> Team:
 
 
 def be(monkeypatch: pytest.MonkeyPatch, team: Team, name: str, password: str | None = None) -> None:
-    """Makes this process a member's: the environment that the README names, and no key of the store."""
+    """Gives this process a member's environment, as in the README, without a key for the store."""
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team.uri)
@@ -173,7 +173,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 
 
 def published(team: Team, package: Package, folder: Path, name: str, bits: float) -> tuple[str, Published]:
-    """(run, version) of what the job does at its end, by whoever this process is now."""
+    """Does what the job does at its end, as the current user. Returns (run, version)."""
     run_id = tracking.start_run(team.uri, {"preset": "quick"}, experiment="shared")
     spool = Spool(folder, run_id, team.uri)
     spool.metrics(1, {"train/loss": 2.0})

@@ -1,4 +1,4 @@
-"""Claims about what people watch: the dashboard, the alerts and Prometheus' config, read by Prometheus' own tool."""
+"""The dashboard, the alerts and Prometheus' config, checked with Prometheus' own tool."""
 
 import itertools
 import json
@@ -24,14 +24,14 @@ COLUMNS = 24
 
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Prometheus' checker; skips where it is not."""
+    """Runs Prometheus' checker. Skips the test if it is not installed."""
     if not shutil.which("promtool"):
         pytest.skip("promtool, which comes with Prometheus, is not installed")
     return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
 
 
 def shown() -> list[str]:
-    """Every expression of the dashboard, its variables filled in as Grafana does."""
+    """Every expression of the dashboard, with its variables filled in as Grafana does."""
     filled = {"$__rate_interval": "1m", "$run": ".*", "$model": ".*"}
     expressions = [target["expr"] for panel in PANELS for target in panel["targets"]]
     for name, value in filled.items():

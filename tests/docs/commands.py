@@ -1,8 +1,8 @@
-"""The commands that a page of ours tells people to run: found in its fences and tables, made small, run.
+"""Finds the commands on our pages, in fences and tables, and runs them at a small size.
 
-A folder stands in for the checkout: what git tracks is linked into it, and what a run writes stays there. Training
-commands get flags that make a model of a few thousand weights, and a name if they have none; services listen on a port
-of the test's. Nothing else of a command is changed.
+A folder stands in for the checkout: tracked files are linked into it, and runs write there. Training commands get flags
+for a model of a few thousand weights, and a name if they have none. Services listen on the test's port. Commands are
+not changed otherwise.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ START_SECONDS = 180
 
 
 def commands_of(page: Path) -> list[str]:
-    """Every command of a page, in order: lines of fences without a language, and code in tables' last column."""
+    """Every command of a page, in order: lines in fences without a language, and code in the last column of tables."""
     found: list[str] = []
     fence: str | None = None
     for line in map(str.strip, page.read_text().replace("\\\n", "").splitlines()):
@@ -61,9 +61,9 @@ STARTS_SERVICE, ASKS_SERVICE = re.compile("serve run "), re.compile(r"curl|.*ser
 
 
 def shared_out(commands: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """What is run for each page: a command that stands on several pages, or twice on one, is run for the first alone.
+    """The commands to run for each page. A repeated command is run only where it appears first.
 
-    A service is started again where a command that is run for this page asks it.
+    A service is started again if a command for this page needs it.
     """
     shares: dict[str, list[str]] = {}
     seen: set[str] = set()
@@ -85,13 +85,13 @@ def shared_out(commands: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
 
 def blocks_of(page: Path, language: str) -> list[str]:
-    """The page's fences of that language."""
+    """The contents of the page's fences with that language."""
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @dataclass
 class Checkout:
-    """Where the commands run, and the service that one of them has started."""
+    """The folder in which the commands run, and the running service, if any."""
 
     folder: Path
     cluster: Cluster
@@ -115,7 +115,7 @@ class Checkout:
         return environment(self.folder, **more)
 
     def run(self, command: str) -> str:
-        """What the command prints; fails with it if it ends with another code than 0."""
+        """The output of the command. Fails with the output if the exit code is not 0."""
         if STARTS_SERVICE.search(command):
             self.serve(self.here(command))
             return ""
@@ -134,12 +134,12 @@ class Checkout:
         return ended.stdout
 
     def start_service(self) -> None:
-        """Starts the service that a page has told people to leave running."""
+        """Starts the service that a page tells users to leave running."""
         if self.service is None:
             self.serve(".venv/bin/serve run serve_app:app")
 
     def here(self, command: str) -> str:
-        """The command as this test can run it: small, and on a port of its own."""
+        """The command as the test runs it: small, and on its own port."""
         command = re.sub(r"\b(8000|5001)\b(?!:)", str(self.port), command)
         if "serve_app.chat" in command and "--url" not in command:
             return f"{command} --url http://127.0.0.1:{self.port}"
@@ -153,7 +153,7 @@ class Checkout:
         return re.sub(r"(train_job/run\.py)(.*)$", lambda m: f"{m[1]}{m[2]} {' '.join(flags)}", command)
 
     def serve(self, command: str) -> None:
-        """Starts the service in the background and returns once it is ready; the one before is ended."""
+        """Stops the current service, starts this one in the background, and waits until it is ready."""
         self.close()
         log = open(self.folder / "service.log", "ab")  # noqa: SIM115
         self.service = subprocess.Popen(
@@ -190,7 +190,7 @@ class Checkout:
 
 @contextlib.contextmanager
 def checkout(folder: Path, cluster: Cluster) -> Iterator[Checkout]:
-    """A folder that looks like a checkout with its environment, and has texts of every kind that our pages name."""
+    """A folder like a checkout with its environment, with every kind of text that the pages mention."""
     for path in sorted(ROOT.iterdir()):
         if path.name.startswith(".") or path.name in ("runs", "mlflow"):
             continue

@@ -1,4 +1,4 @@
-"""Every command that the README or a page of docs tells people to run is run here, or named with what runs it."""
+"""Every command in the README or on a page of docs is run here, or listed with the test that runs it."""
 
 import re
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ ELSEWHERE = {
     r"train_job/sweep\.py": "tests/system/test_sweep.py",
     r"jupyter lab": "tests/docs/test_tour.py",
 }
-"""Commands that are not run here, by a pattern, and where they are or why they cannot be."""
+"""Patterns of commands that are not run here, and which test runs them or why none can."""
 
 
 def test_every_exception_is_still_needed():
@@ -59,7 +59,7 @@ def elsewhere(command: str) -> bool:
 
 
 SHARES = shared_out({name: [c for c in commands if not elsewhere(c)] for name, commands in COMMANDS.items()})
-"""What is run for each page."""
+"""The commands to run for each page."""
 
 
 def test_every_command_is_run_once_or_listed_as_an_exception() -> None:
@@ -80,7 +80,7 @@ def test_a_service_is_started_again_only_for_new_commands() -> None:
 
 @pytest.fixture(scope="module")
 def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
-    """A checkout where `make demo` has been: a run called demo, its model promoted; and GPT-2 in the hub's cache."""
+    """A checkout after `make demo`: a run named demo with a promoted model, and GPT-2 in the hub's cache."""
     folder = tmp_path_factory.mktemp("checkout")
     with checkout(folder, cluster) as place:
         published = publish_gpt2(folder / "gpt2", context_length=256)
@@ -102,7 +102,7 @@ def test_every_command_of_the_page_runs(page: Path, place: Checkout):
 
 
 def run_all(place: Checkout, commands: list[str]) -> None:
-    """Runs the commands, two at a time, but each after those that it follows: most of a job is waiting."""
+    """Runs the commands, two at a time, because jobs mostly wait. A command waits for those that it depends on."""
     begun: list[tuple[str, Future[str]]] = []
     with ThreadPoolExecutor(2) as pool:
         for command in commands:
@@ -115,7 +115,7 @@ def run_all(place: Checkout, commands: list[str]) -> None:
 
 
 def follows(command: str, earlier: str) -> bool:
-    """Whether a command wants the earlier one ended: it uses a run of that name, or one of them is about a service."""
+    """Whether a command depends on the earlier one: both use the same run, or one of them concerns a service."""
     if any(re.search("serve|curl", text) for text in (command, earlier)):
         return True
     names = [set(re.findall(r"(?:--name |--resume |runs/)([\w-]+)", text)) for text in (command, earlier)]
@@ -123,7 +123,7 @@ def follows(command: str, earlier: str) -> bool:
 
 
 QUOTED = {"contributing-tour.md": "tests/docs/test_contributing_tour.py compares them with the file"}
-"""Pages whose Python is lines of one of our files."""
+"""Pages whose Python blocks are excerpts of our files."""
 BLOCKS = [(page, text) for page in PAGES if page.name not in QUOTED for text in blocks_of(page, "python")]
 
 

@@ -1,4 +1,4 @@
-"""Claims about docs/configuration.md: it is current, and names all that can be set."""
+"""docs/configuration.md is up to date and lists every setting."""
 
 import ast
 import re
@@ -29,7 +29,7 @@ def is_listed(name: str) -> bool:
 
 
 def names_in_code() -> Iterator[str]:
-    """What the packages ask an environment for by name, and every other text that looks like such a name."""
+    """All names of environment variables in the packages, and all strings that look like one."""
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             asked = asked_for(node)

@@ -1,4 +1,4 @@
-"""docs/contributing-tour.md says what happens: its change makes the test that it names fail, and no other."""
+"""docs/contributing-tour.md is right: its change makes the named test fail, and no other."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def test_the_change_makes_the_named_test_fail_and_no_other(tmp_path: Path) -> No
 
 
 def output_of(folder: Path, command: str) -> str:
-    """What the page's command prints in a copy of the checkout."""
+    """The output of the page's command in a copy of the checkout."""
     env = os.environ | {"PYTHONPATH": str(folder)}
     command = command.replace(".venv/bin/python", sys.executable)
     return subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""What the Makefile's commands run, without running it; and that pre-commit and CI run the same."""
+"""What the Makefile's targets would run, and that pre-commit and CI run the same."""
 
 import os
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def told(*arguments: str) -> str:
-    """What make prints, as it does for a user: `make test` is no parent of this make."""
+    """The output of make, run as by a user and not as a child of `make test`."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     }
@@ -22,7 +22,7 @@ def told(*arguments: str) -> str:
 
 
 def would_run(*arguments: str) -> str:
-    """What make would run in an environment that is installed."""
+    """The commands that make would run once everything is installed."""
     return told("--dry-run", "--old-file=.venv/installed", "--old-file=.venv/installed-dev", *arguments)
 
 

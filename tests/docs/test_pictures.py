@@ -1,4 +1,4 @@
-"""Claims about docs/images and what makes them: each picture has a maker, is light, and is what it says."""
+"""docs/images: each picture has a module that draws it, is small, and shows what it should."""
 
 import os
 import subprocess

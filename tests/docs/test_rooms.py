@@ -1,4 +1,4 @@
-"""Claims about what the pages name: architecture.md names every room, and every path, module and heading exists."""
+"""Names on the pages: architecture.md lists every package, and every path, module and heading exists."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ PAGES = sorted(
     ]
 )
 WRITTEN = {"mlflow/mlflow.db", "mlflow/artifacts"}
-"""What a run writes, so that a fresh clone lacks it."""
+"""Paths that a run writes. A fresh clone does not have them."""
 
 
 def name_of(page: Path) -> str:
@@ -51,7 +51,7 @@ def paths_in(text: str) -> set[str]:
 
 
 def modules_in(text: str) -> set[str]:
-    """The modules of ours that a text runs by `-m`, or names with dots."""
+    """Our modules that a text runs with `-m` or names with dots."""
     run = re.findall(r"-m ((?:bench|docs|gptcore|serve_app|train_job)(?:\.\w+)*)", text)
     named = re.findall(r"`((?:bench|docs|gptcore|serve_app|train_job)(?:\.[a-z_]+)+)`", text)
     return {*run, *named}

@@ -1,4 +1,4 @@
-"""Claims about docs/tour.ipynb: what is stored in it came out of a run, belongs to no machine, and comes out again."""
+"""docs/tour.ipynb: its outputs come from a run, contain nothing about a machine, and can be reproduced."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def texts(cell: NotebookNode) -> str:
 
 
 def kinds(cell: NotebookNode) -> list[str]:
-    """What a cell shows, without what it says: text by its stream, anything else by its type."""
+    """The kinds of a cell's outputs: the stream of a text, the type of anything else."""
     return [output.get("name") or "/".join(sorted(output.data)) for output in cell.outputs]
 
 
@@ -91,7 +91,7 @@ def test_the_notebook_runs_from_top_to_bottom_and_leaves_nothing_behind(
 
 
 def untracked() -> set[str]:
-    """Files of the checkout that git does not track, or that differ; what Python compiles does not count."""
+    """Files of the checkout that are untracked or changed, except compiled Python files."""
     listed = subprocess.run(
         ["git", "status", "--porcelain", "--ignored", "-uall"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

@@ -1,4 +1,4 @@
-"""The one way to suggest a near miss: a slip of the keyboard gets a hint, what is only a little alike gets none."""
+"""Hints for misspelt names: a typo gets a hint, a distant name gets none."""
 
 import time
 

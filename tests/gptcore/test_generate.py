@@ -1,4 +1,4 @@
-"""The command line: a package's name and a prompt to text; every mistake to one line and exit code 2."""
+"""The command line: a package and a prompt give text; every mistake gives one line and exit code 2."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A package that lies is refused by name, or opens with the logits of transformers; it costs no time and no memory."""
+"""A false package is refused by name or opens with the logits of transformers, quickly and without using memory."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ MakeModel = Callable[[ModelConfig], GPT]
 
 @pytest.fixture
 def bare(package: Package) -> Path:
-    """The folder of a qwen3 without foundry.json, as anybody may make one."""
+    """The folder of a qwen3 without foundry.json, as other tools write it."""
     (package.path / "foundry.json").unlink()
     return package.path
 
@@ -317,7 +317,7 @@ def test_a_changed_package_either_gives_the_same_logits_or_is_refused(package: P
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
 def test_a_listed_file_is_read_only_if_its_size_is_plausible(package: Package, name: str) -> None:
-    """A sparse file of a terabyte costs nobody anything to make, and hours to hash."""
+    """A sparse file of a terabyte is free to make and takes hours to hash."""
     manifest = json.loads((package.path / "foundry.json").read_text())
     manifest["files"][name] = "0" * 64
     change_json(package.path / "foundry.json", files=manifest["files"])

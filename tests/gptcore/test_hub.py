@@ -1,4 +1,4 @@
-"""A name leads to a package folder, whoever keeps it, or to one message that says what is wrong."""
+"""A name resolves to a package folder, wherever it is stored, or gives one message about what is wrong."""
 
 import shutil
 import sys

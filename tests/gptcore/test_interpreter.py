@@ -1,4 +1,4 @@
-"""A Python that cannot run a command says so in one line, and which one can."""
+"""A Python that cannot run a command says so in one line, and names one that can."""
 
 import ast
 import subprocess

@@ -136,7 +136,7 @@ def test_half_precision_keeps_positions_in_fp32_and_stays_near(
 
 
 def test_a_network_without_weights_does_not_import_torchs_compiler() -> None:
-    """It would take every run and every start of a service two seconds."""
+    """The import would add two seconds to every run and every start of a service."""
     code = (
         "import sys\n"
         "from gptcore.config import ModelConfig\n"

@@ -1,4 +1,4 @@
-"""What takes long is told once it is too long silent, the innermost first; what is quick is not."""
+"""Slow work prints a line after some silence, the innermost work first; quick work prints nothing."""
 
 import threading
 
@@ -9,7 +9,7 @@ from gptcore import progress
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch):
-    """Lines as they are said, with a patience of hundredths of a second."""
+    """The printed lines, with a patience of hundredths of a second."""
     lines: list[str] = []
     came = threading.Event()
 

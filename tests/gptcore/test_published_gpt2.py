@@ -1,4 +1,4 @@
-"""GPT-2 opens in every layout that the hub has, computes what transformers computes, and needs no network for it."""
+"""GPT-2 opens in every layout on the hub, computes the same as transformers, and needs no network."""
 
 import json
 import os
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of Hugging Face's client, which is told that there is no network."""
+    """An empty cache of Hugging Face's client, which is in offline mode."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -197,7 +197,7 @@ def test_an_impossible_hub_name_is_refused_at_once(cache: Path, name: str, messa
 
 
 def generated(endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """What the command line makes of a hub at this address."""
+    """The result of the command line with a hub at this address."""
     command = [sys.executable, "-m", "gptcore.generate", "hf:gpt2", "--prompt=Once", "--max-new-tokens=8", "--greedy"]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

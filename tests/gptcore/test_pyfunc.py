@@ -1,4 +1,4 @@
-"""What MLflow calls: prompts in whatever shape it hands them over, one continuation each."""
+"""The model that MLflow calls: it accepts prompts in every shape, and gives one continuation each."""
 
 from typing import Any
 

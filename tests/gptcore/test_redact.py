@@ -1,4 +1,4 @@
-"""No password is shown, whatever is in it, and what is no password stays."""
+"""No password is shown, whatever characters it has, and other text is unchanged."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The next token follows the distribution that was asked for, and its draw depends on seed and position alone."""
+"""The next token follows the requested distribution, and its draw depends only on seed and position."""
 
 import math
 from itertools import accumulate
@@ -38,7 +38,7 @@ from tests.sampling import PARAMS, VALUES, by_definition
 
 LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
 WORDS = 50257
-"""GPT-2's vocabulary, whose size no vector divides."""
+"""The size of GPT-2's vocabulary, which is not a multiple of a vector's length."""
 
 
 def next_token(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> int:
@@ -316,7 +316,7 @@ def test_generation_equals_decoding_token_by_token_without_a_cache(package: Pack
 
 
 def biased(model: GPT, token: int) -> GPT:
-    """The model with a head that says `token`, whatever comes in."""
+    """The model with a head that always predicts `token`."""
     torch.nn.init.zeros_(model.lm_head.weight)
     model.lm_head.bias = torch.nn.Parameter(100.0 * torch.eye(model.config.vocab_size)[token])
     return model

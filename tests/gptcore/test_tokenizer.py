@@ -1,4 +1,4 @@
-"""Every tokenizer keeps every byte, travels whole, and encodes as transformers' AutoTokenizer does."""
+"""Every tokenizer keeps every byte, survives saving, and encodes as transformers' AutoTokenizer does."""
 
 import json
 import pickle

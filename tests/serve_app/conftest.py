@@ -23,7 +23,7 @@ MakePackage = Callable[..., Package]
 
 @dataclass(frozen=True)
 class TestRegistry:
-    """An embedded MLflow under a home of its own."""
+    """An embedded MLflow in its own home."""
 
     __test__ = False
 
@@ -62,7 +62,7 @@ class TestRegistry:
 
 @pytest.fixture(scope="session", autouse=True)
 def journal_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where replicas in this process keep what they tell those that come after them."""
+    """The folder in which replicas in this process record crashes."""
     folder = tmp_path_factory.mktemp("journals")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("serve_app.models.crash_record.home", lambda: folder)
@@ -71,7 +71,7 @@ def journal_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def make_package(tmp_path_factory: pytest.TempPathFactory) -> MakePackage:
-    """Makes packages whose every weight is random, by seed: other seeds, other texts. Shapes may be named."""
+    """Makes packages with random weights. Different seeds give different texts. Keyword arguments change the shape."""
     folder = tmp_path_factory.mktemp("packages")
     made: dict[Any, Package] = {}
 
@@ -95,20 +95,20 @@ def make_package(tmp_path_factory: pytest.TempPathFactory) -> MakePackage:
 
 @pytest.fixture(scope="session")
 def package(make_package: MakePackage) -> Package:
-    """A qwen3 of two layers that speaks bytes."""
+    """A qwen3 of two layers with the byte tokenizer."""
     return make_package()
 
 
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory, make_package: MakePackage) -> Iterator[TestRegistry]:
-    """An empty registry; each test registers models under names of its own."""
+    """An empty registry. Each test uses its own model names."""
     with registry_in(tmp_path_factory.mktemp("home"), make_package) as opened:
         yield opened
 
 
 @contextmanager
 def registry_in(home: Path, make_package: MakePackage, uri: str = "") -> Iterator[TestRegistry]:
-    """The registry at `uri`, or the embedded one of this home. What MLflow changes in the process is undone."""
+    """The registry at `uri`, or the embedded one of this home. Undoes MLflow's changes to the process afterwards."""
     import mlflow
 
     names = ("GPT_FOUNDRY_HOME", "MLFLOW_TRACKING_URI")

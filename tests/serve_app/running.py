@@ -73,7 +73,7 @@ def running(settings: ServeSettings, make_engine: MakeEngine = Engine) -> Iterat
 
 
 def eventually(claim: Callable[[], bool], what: str) -> None:
-    """Waits until `claim` holds; fails, saying `what` did not, when the time is up."""
+    """Waits until `claim()` is true. Fails after a time limit with a message that names `what`."""
     end = time.monotonic() + DEADLINE_SECONDS
     while not claim():
         assert time.monotonic() < end, f"not within {DEADLINE_SECONDS:g} s: {what}"

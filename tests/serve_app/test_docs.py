@@ -1,4 +1,4 @@
-"""The table of metrics in docs/serving.md is the one that the code prints; that of settings is tests/docs' matter."""
+"""The table of metrics in docs/serving.md is the one that the code prints. tests/docs checks the table of settings."""
 
 from pathlib import Path
 

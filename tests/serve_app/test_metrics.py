@@ -1,4 +1,4 @@
-"""The figures: one definition for every exporter, and numbers that agree with what happened."""
+"""Metrics: one definition for all exporters, and values that match what happened."""
 
 import itertools
 import time
@@ -25,7 +25,7 @@ Labels = dict[str, str]
 
 
 class Heard:
-    """A sink that keeps what it hears: sums of counters, numbers of observations, latest gauges."""
+    """A sink that keeps the sums of counters, the numbers of observations and the latest gauges."""
 
     def __init__(self) -> None:
         self.values: Counter[tuple[str, tuple[str, ...]]] = Counter()
@@ -56,7 +56,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that timers read: what is in the list, in seconds."""
+    """The clock of all timers: it shows the list's value, in seconds."""
     now = [100.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""Claims about serve_app.settings: what may be said, where, and how it is refused."""
+"""serve_app.settings: which settings exist, where they are set, and how wrong ones are refused."""
 
 import logging
 import subprocess

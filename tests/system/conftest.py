@@ -23,7 +23,7 @@ TOKEN = secrets.token_hex(32)
 
 @dataclass(frozen=True)
 class Cluster:
-    """`ray start --head`: where drivers connect, and where jobs are submitted."""
+    """A cluster from `ray start --head`: the addresses for drivers and for submitted jobs."""
 
     address: str
     dashboard: str
@@ -34,7 +34,7 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Ray as it comes."""
+    """Ray with its defaults."""
     with started(tmp_path_factory.mktemp("home")) as running:
         yield running
 
@@ -86,14 +86,14 @@ def started(home: Path, **env: str) -> Iterator[Cluster]:
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """This environment with the project's home elsewhere and its Python first."""
+    """This environment with another home, and this Python first on PATH."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "GPT_FOUNDRY"))}
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     return kept | auth | {"GPT_FOUNDRY_HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"} | more
 
 
 def what_now(said: str) -> dict[str, str]:
-    """The last block of commands in what a run printed, or kept in its log, by their names."""
+    """The last block of commands in a run's output or log, by name."""
     names = "serve it|chat|ask it|see runs|its page|all runs|promote|go on"
     block = said.rpartition("what now")[2]
     return dict(re.findall(rf"^.*?  ({names}) +(\S.*)$", block, re.MULTILINE))
@@ -127,7 +127,7 @@ class Job:
     uri: str
 
     def await_line(self, pattern: str) -> str:
-        """Reads the job's output until a line matches; fails with all of it if none does."""
+        """Reads the job's output until a line matches. Fails with the output if none does."""
         seen = []
         assert self.process.stdout
         for line in self.process.stdout:
@@ -186,7 +186,7 @@ def launch(cluster: Cluster, text_file: Path) -> Iterator[Launch]:
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: Cluster, text_file: Path) -> Job:
-    """A run that nothing happens to; the others are compared with it. It misses its target."""
+    """An undisturbed run, which the others are compared with. It misses its target."""
     with launching(cluster, text_file) as start:
         job = start("undisturbed", "--target-loss=0.5")
         code, output = job.finish()

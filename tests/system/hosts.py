@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces with addresses and names of their own, joined by a bridge.
+"""Several hosts on one machine: network namespaces with their own addresses and names, joined by a bridge.
 
 They share the file system, as hosts with network storage do, and nothing else that matters here: each reaches the
 others by address only, and each can be taken away. What runs in the machine's own namespace reaches them all.
@@ -27,12 +27,12 @@ class Host:
     name: str
     address: str
     gateway: str
-    """The machine's own address on the bridge, where what all hosts use may listen."""
+    """The machine's own address on the bridge, for servers that all hosts use."""
     home: Path
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def popen(self, *command: str | Path, stdout: IO[str] | int = subprocess.PIPE, **env: str) -> subprocess.Popen[str]:
-        """Starts `command` there; all that it says goes to `stdout`."""
+        """Starts `command` on the host. All its output goes to `stdout`."""
         named = [
             "ip",
             "netns",
@@ -63,7 +63,7 @@ class Host:
         return [psutil.Process(int(pid)) for pid in told.stdout.split() if psutil.pid_exists(int(pid))]
 
     def die(self) -> None:
-        """As in a power cut: off the network first, so that nobody is told, then gone."""
+        """Ends the host as a power cut does: it loses the network first, then everything is killed."""
         subprocess.run(["ip", "link", "set", f"{self.name}-b", "down"], check=True)
         killed = self.processes()
         for process in killed:
@@ -76,7 +76,7 @@ class Host:
 
 @contextlib.contextmanager
 def hosts(count: int, home: Path) -> Iterator[list[Host]]:
-    """So many hosts until the block ends. Skips the test where they cannot be made."""
+    """Makes hosts that exist until the block ends. Skips the test if they cannot be made."""
     if os.name != "posix" or os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("hosts are network namespaces, which take root and iproute2")
     tag, net = f"gpt{os.getpid() % 10000}", f"10.{100 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
@@ -126,7 +126,7 @@ def ip(*command: str) -> None:
 
 
 def start_ray(host: Host, *flags: str, temp: str, cpus: int = 2, **env: str) -> None:
-    """`ray start` on that host; returns when it has."""
+    """Runs `ray start` on that host and waits for it."""
     command = [BIN / "ray", "start", "--block", f"--node-ip-address={host.address}", f"--num-cpus={cpus}"]
     process = host.popen(*command, f"--temp-dir={temp}", "--disable-usage-stats", *flags, **env)
     assert process.stdout

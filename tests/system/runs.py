@@ -1,4 +1,4 @@
-"""What a job has left: in its folder, and in MLflow."""
+"""Reads what a job has written to its folder and to MLflow."""
 
 import json
 from typing import Any

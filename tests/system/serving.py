@@ -1,4 +1,4 @@
-"""The service as a user starts it, and clients that ask it, for tests on a real cluster."""
+"""Starts the service as a user does, and clients for it, in tests on a real cluster."""
 
 import contextlib
 import json
@@ -21,11 +21,11 @@ from tests.system.conftest import BIN, ROOT, Cluster, environment
 START_SECONDS = 180
 BODY = {"prompt": "Once", "max_new_tokens": 8, "ignore_eos": True, "seed": 1}
 QUICK = {"poll_seconds": 0.5, "slots": 4, "threads": 1, "backend": "torch", "dtype": "float32"}
-"""Settings of a service for tests: two cores are to do for everything."""
+"""Settings of a service for tests on two cores."""
 
 
 def await_that(claim: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What `claim` returns once that is true; fails after so many seconds."""
+    """Waits until `claim()` is true, and returns its value. Fails after this many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := claim():
@@ -35,7 +35,7 @@ def await_that(claim: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def in_ray(cluster: Cluster, code: str) -> str:
-    """What `code` prints, run by a driver on the cluster."""
+    """Runs `code` in a driver on the cluster. Returns its output."""
     return subprocess.run(
         [sys.executable, "-c", f"import ray; ray.init(log_to_driver=False, logging_level='ERROR'); {code}"],
         env=environment(cluster.home, RAY_ADDRESS=cluster.address),
@@ -46,7 +46,7 @@ def in_ray(cluster: Cluster, code: str) -> str:
 
 
 def await_figures(cluster: Cluster, names: Iterable[str]) -> None:
-    """Returns once Ray's exporter has figures of all these names."""
+    """Waits until Ray's exporter has metrics with all these names."""
     port = in_ray(cluster, "print(ray.nodes()[0]['MetricsExportPort'])")
 
     def exported() -> bool:
@@ -102,7 +102,7 @@ def family(cluster: Cluster) -> list[psutil.Process]:
 
 
 def title(process: psutil.Process) -> str:
-    """What a Ray worker calls itself."""
+    """The title of a Ray worker's process."""
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
@@ -110,14 +110,14 @@ def title(process: psutil.Process) -> str:
 
 @dataclass
 class Load:
-    """Clients that ask as fast as they are answered until the block ends, and what they were told."""
+    """Clients that send requests one after the other until the block ends, and their answers."""
 
     service: Service
     clients: int
     body: dict[str, Any] = field(default_factory=lambda: dict(BODY))
     told: Counter[tuple[int | str, str]] = field(default_factory=Counter)
     latest: deque[str] = field(default_factory=lambda: deque(maxlen=100))
-    """Versions of the latest answers, of all replicas that there are."""
+    """The versions in the latest answers, from all replicas."""
 
     def __enter__(self) -> "Load":
         self._stop = threading.Event()
@@ -147,13 +147,13 @@ class Load:
         return {answer: count for answer, count in self.told.items() if answer[0] != 200}
 
     def answered(self, version: str | None = None) -> int:
-        """Answers of status 200, of one version or of all."""
+        """The number of answers with status 200, from one version or from all."""
         return sum(count for (status, of), count in self.told.items() if status == 200 and version in (None, of))
 
 
 @contextlib.contextmanager
 def served(cluster: Cluster, *command: str, port: int, **env: str) -> Iterator[Service]:
-    """`serve run` with these arguments until the block ends; stopped as a person stops it."""
+    """Runs `serve run` with these arguments until the block ends, and stops it with Ctrl-C."""
     process = subprocess.Popen(
         [BIN / "serve", "run", *command],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The benchmarks run and print one JSON line last; what they measure is judged there, not here."""
+"""The benchmarks run and print one JSON line last. These tests do not judge the figures."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""`make demo`, but for the install: what a newcomer sees first."""
+"""`make demo` without the install: what a new user sees first."""
 
 import signal
 import subprocess

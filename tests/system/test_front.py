@@ -1,7 +1,8 @@
-"""Claims about what clients read while parts of Ray are killed, and while the service starts and ends.
+"""What clients get while parts of Ray are killed, and while the service starts and ends.
 
-One service, two replicas and clients that ask all the time: whatever dies, they are answered, told to come back, or
-cut off if they were being answered; nobody reads 404 or a bare 500 for a route that exists.
+One service, two replicas, and clients that send requests all the time. Whatever is killed, a client gets an answer, 503
+with Retry-After, or a cut connection if its answer was in progress. No client gets 404 or a bare 500 for a route that
+exists.
 """
 
 import contextlib
@@ -31,13 +32,13 @@ pytestmark = pytest.mark.slow
 BACK_SECONDS = 15.0
 """For a busy machine. A killed HAProxy was back in 0.3 s when it was measured; left to Ray it takes 31."""
 RESTART_SECONDS = 60.0
-"""In which Ray has put another in a dead process's place, on a busy machine."""
+"""Seconds in which Ray replaces a dead process, on a busy machine."""
 STREAMS = 2
 
 
 @dataclass
 class Witness:
-    """Clients that ask all the time until the block ends, and what they read."""
+    """Clients that send requests all the time until the block ends, and what they got."""
 
     port: int
     told: list[tuple[float, float, str, str]] = field(default_factory=list)
@@ -120,7 +121,7 @@ def front(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of this module's own."""
+    """A cluster for this module."""
     env = {} if front == "haproxy" else {haproxy.SWITCH: "0"}
     haproxy.use_haproxy(env)
     with started(tmp_path_factory.mktemp("home"), **env) as running:
@@ -136,13 +137,13 @@ def registry(cluster: Cluster, make_package: MakePackage) -> Iterator[TestRegist
 
 @pytest.fixture(scope="module")
 def port(front: str) -> int:
-    """Where the service behind this front listens, so that its clients are its own too."""
+    """The port of the service behind this front, which no other clients use."""
     return free_port()
 
 
 @pytest.fixture(scope="module")
 def start(port: int) -> Iterator[Witness]:
-    """Clients that were there before the service."""
+    """Clients that start before the service."""
     with Witness(port) as witness:
         yield witness
 
@@ -164,7 +165,7 @@ def named(service: Service, name: str) -> list[psutil.Process]:
 
 
 def kill(service: Service, name: str) -> float:
-    """Kills a process of that name; returns when."""
+    """Kills a process of that name. Returns the time."""
     victims = await_that(lambda: named(service, name), RESTART_SECONDS, f"{name} is there")
     moment = time.monotonic()
     victims[0].kill()
@@ -173,7 +174,7 @@ def kill(service: Service, name: str) -> float:
 
 
 def await_another(service: Service, name: str) -> None:
-    """Waits until there is such a process, so that the next test kills one that works."""
+    """Waits until a process of that name runs, for the next test."""
     await_that(lambda: any(name in title(p) for p in family(service.cluster)), RESTART_SECONDS, f"{name} is there")
 
 

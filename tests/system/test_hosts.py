@@ -1,6 +1,6 @@
-"""Claims about many machines: three hosts, the same two commands, and one host that dies.
+"""Many machines: three hosts, the same two commands, and one host that dies.
 
-Training goes on with those that are left, serving loses what the dead host was answering and nothing else.
+Training goes on with the other hosts. Serving only loses the requests that the dead host was answering.
 """
 
 import re

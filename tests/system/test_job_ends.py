@@ -1,4 +1,4 @@
-"""How a job ends before its time, and goes on: stopped, submitted and stopped, out of disk, diverged."""
+"""Jobs that end early and are resumed: stopped, submitted and stopped, out of disk, diverged."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from train_job.cluster.worker import UNJUDGED
 
 @pytest.fixture(scope="module")
 def under_way(cluster: Cluster, text_file: Path) -> Iterator[Job]:
-    """A run that would go on for hours."""
+    """A run that would take hours."""
     with launching(cluster, text_file) as start:
         job = start("under-way", "--max-steps=100000", "--schedule=wsd")
         job.await_line(r"step +20 \| validation")

@@ -1,4 +1,4 @@
-"""What version 0.1 has left opens today: its package, its registered model and its run, which is resumed."""
+"""Files of version 0.1 still work: its package, its registered model and its run, which is resumed."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""Claims about watching: a real Prometheus, with our config, scrapes a Ray that trains and serves at the same time."""
+"""Monitoring: a real Prometheus with our config scrapes a Ray that trains and serves at the same time."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ LOGGED = {"gpt_training_loss": "train/loss", "gpt_training_validation_loss": "va
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A running one, asked as Grafana asks it."""
+    """A running Prometheus, queried as Grafana does."""
 
     url: str
 
@@ -123,7 +123,7 @@ def service(cluster: Cluster, registry: TestRegistry, prometheus: Prometheus) ->
 
 @pytest.fixture(scope="module")
 def job(cluster: Cluster, prometheus: Prometheus, text_file: Path) -> Iterator[Job]:
-    """A run that is in the midst of it."""
+    """A run in progress."""
     flags = [*SMALL, f"--data={text_file}", "--name=watched", "--max-steps=100000", "--schedule=wsd"]
     process = subprocess.Popen(
         [sys.executable, "train_job/run.py", *flags],
@@ -185,7 +185,7 @@ def test_requests_are_counted_one_by_one(prometheus: Prometheus, service: Servic
         return sum(prometheus.values(f"sum by (model) (ray_gpt_requests_total{{{','.join(labels)}}})").values())
 
     def told() -> float:
-        """What the replica itself says."""
+        """The replica's own metrics."""
         with urllib.request.urlopen(f"{service.url}/metrics", timeout=30) as answer:
             lines = answer.read().decode().splitlines()
         counters = [line for line in lines if line.startswith("gpt_requests_total{")]

@@ -1,6 +1,6 @@
-"""Claims about the service as Ray Serve runs it: one service on one cluster, and clients over HTTP.
+"""The service on Ray Serve: one service on one cluster, and clients over HTTP.
 
-They hold behind either front that Ray has: HAProxy, which `serve run` prefers, and Ray's own proxy.
+Each test runs with both of Ray's fronts: HAProxy, the default of `serve run`, and Ray's own proxy.
 Versions are published by the training job's own registry code, into the embedded MLflow that the replicas watch.
 """
 
@@ -44,7 +44,7 @@ FIRST_TOKEN = "gpt_time_to_first_token_seconds_bucket{"
 
 @pytest.fixture(scope="module", params=["haproxy", pytest.param("proxy", marks=pytest.mark.slow)])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of this module's own."""
+    """A cluster for this module."""
     env = {} if request.param == "haproxy" else {haproxy.SWITCH: "0"}
     haproxy.use_haproxy(env)
     with started(tmp_path_factory.mktemp("home"), **env) as running:
@@ -132,7 +132,7 @@ def test_a_client_that_leaves_frees_its_slot_whatever_headers_it_sent(service: S
 
 
 def await_one_replica(service: Service) -> None:
-    """Returns once the replicas that earlier load raised have gone."""
+    """Waits until the extra replicas of earlier load are gone."""
     await_that(lambda: len(service.replicas()) == 1, 90, "what earlier load raised has fallen")
 
 

@@ -1,4 +1,4 @@
-"""Claims about the commands that start the service: each on its own, as docs/serving.md has them."""
+"""The commands that start the service, each on its own, as in docs/serving.md."""
 
 import os
 import socket

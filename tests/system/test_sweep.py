@@ -53,7 +53,7 @@ def parent(job: Job) -> Any:
 
 
 def children(job: Job) -> dict[str, Any]:
-    """The trials' runs by the trial's number, "01" and so on."""
+    """The runs of the trials, by the trial's number, "01" and so on."""
     from mlflow import MlflowClient
 
     above = parent(job).info

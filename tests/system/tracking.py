@@ -1,4 +1,4 @@
-"""MLflow's server as a process of its own, for tests on real clusters."""
+"""MLflow's server in its own process, for tests on real clusters."""
 
 import contextlib
 import os

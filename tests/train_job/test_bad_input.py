@@ -1,4 +1,4 @@
-"""Wrong input to the job: one line that says what to do, exit code 2, nothing begun. No Ray is started for it."""
+"""Wrong input to the job gives one line that says what to do, and exit code 2, before Ray or anything else starts."""
 
 import socket
 from collections.abc import Callable
@@ -25,7 +25,7 @@ TINY = ["--tokenizer=bytes", "--num-layers=1", "--num-heads=1", "--hidden-size=1
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs the job, which must refuse; returns its one line."""
+    """Runs the job, which must refuse its input. Returns its one line."""
     monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 

@@ -1,4 +1,4 @@
-"""What a user may say, and what is answered when it makes no sense."""
+"""The settings of a run, and the errors for wrong ones."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Claims about train_job.figures: the pictures are there, and show what they were given."""
+"""train_job.figures: the pictures exist and show their data."""
 
 import math
 import subprocess

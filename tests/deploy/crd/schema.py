@@ -1,4 +1,4 @@
-"""What an API server with KubeRay's operator would say to a RayJob or RayService, without either.
+"""Checks a RayJob or RayService as an API server with KubeRay's operator would, without either.
 
 In: a resource as YAML has it. Out: nothing, or the jsonschema.ValidationError that names the field at fault.
 """
@@ -28,7 +28,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def check(resource: dict[str, Any]) -> None:
-    """Raises where KubeRay's fields, or Kubernetes' in the pods, are not what they are to be."""
+    """Raises if a field of KubeRay, or of Kubernetes in a pod, is invalid."""
     jsonschema.Draft202012Validator(FIELDS).validate(resource)
     for template in templates(resource):
         check_kubernetes({"kind": "Pod", "metadata": {"name": "any"}, **template})
@@ -39,7 +39,7 @@ def check(resource: dict[str, Any]) -> None:
 
 
 def check_kubernetes(resource: dict[str, Any]) -> None:
-    """Raises where a resource of Kubernetes' own has an unknown or a wrong field."""
+    """Raises if a resource of Kubernetes itself has an unknown or invalid field."""
     kubernetes_validate.validate({"apiVersion": "v1", **resource}, KUBERNETES, strict=True)
 
 
@@ -58,7 +58,7 @@ def templates(resource: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def structural(definition: dict[str, Any], version: str = "v1") -> dict[str, Any]:
-    """The schema in a CustomResourceDefinition as strict validation reads it: a field that it has not is wrong."""
+    """The schema in a CustomResourceDefinition, made strict: unknown fields are errors."""
     (found,) = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == version]
     fields = found["properties"] | {"metadata": {"type": "object"}}  # which the API server checks by itself
     schema: dict[str, Any] = _closed(found | {"properties": fields})

@@ -1,4 +1,4 @@
-"""Claims about `deploy/kuberay`: KubeRay's operator and Kubernetes take each file, and refuse mistakes in it.
+"""deploy/kuberay: KubeRay's operator and Kubernetes accept each file and refuse mistakes in it.
 
 Against schema.py; against the operator's own definitions too where `KUBERAY_CRDS` names them, or where they lie beside
 the checkout.

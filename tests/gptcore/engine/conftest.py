@@ -93,7 +93,7 @@ class FakeRunner:
 
 
 class ScriptedRunner(FakeRunner):
-    """Says what it was told to, whatever the prompt: the bytes of `script` in turn, then <|endoftext|>."""
+    """A runner that generates the bytes of `script`, then <|endoftext|>, whatever the prompt is."""
 
     def __init__(self, script: bytes, prompt_length: int = 1, slots: int = 4) -> None:
         super().__init__(slots)

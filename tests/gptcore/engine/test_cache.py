@@ -1,4 +1,4 @@
-"""Slots have one owner each, keep their tokens when they are freed, and a prompt finds the longest beginning held."""
+"""Each slot has one owner and keeps its tokens when freed. A prompt finds the longest beginning that is held."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The same seed and prompt give the same text: alone, in a crowd, with a beginning computed for another, reloaded."""
+"""The same seed and prompt give the same text: alone, in a batch, with a reused prefix, and after a reload."""
 
 import random
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def crowd(seed: int, count: int, scale: int = 1) -> list[Request]:
 
 
 def same_alone_and_together(lonely: Engine, crowded: Engine, requests: list[Request]) -> None:
-    """Every request by itself, then all of them in groups of 16, the last of which come while the others run."""
+    """Runs every request alone, then all of them in groups of 16, some of which arrive while others run."""
     expected = {r.request_id: run(lonely, r)[r.request_id] for r in requests}
     answers: dict[str, Answer] = {}
     for begin in range(0, len(requests), 16):

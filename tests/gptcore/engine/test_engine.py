@@ -1,4 +1,4 @@
-"""A request is answered as the model and its parameters say, ends where it should, and leaves nothing behind."""
+"""A request gets the text of the model and its parameters, ends where it should, and leaves nothing behind."""
 
 from dataclasses import replace
 

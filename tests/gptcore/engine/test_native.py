@@ -1,4 +1,4 @@
-"""The native kernel computes what the model computes, in every variant that a processor may need, and always alike."""
+"""The native kernel computes the same as the model, for every kind of processor, and is deterministic."""
 
 import platform
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ except NativeUnavailable as reason:
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The kernel built for a lesser processor than this one."""
+    """The kernel, compiled for an older processor than this one."""
     if VARIANTS[request.param] and platform.machine() != "x86_64":
         pytest.skip("these variants are of x86-64")
     monkeypatch.setattr(native, "EXTRA_FLAGS", VARIANTS[request.param])

@@ -1,4 +1,4 @@
-"""The torch runner computes the model's logits whatever is run together, and the right runner is picked."""
+"""The torch runner computes the model's logits in every batch, and the right runner is chosen."""
 
 import random
 import sys
@@ -55,7 +55,7 @@ def some_tokens(length: int) -> list[int]:
 
 @dataclass
 class Crowd:
-    """What each slot holds, and the steps that bring it there: chunks of any length, and copies."""
+    """The content of each slot, and the steps that produce it: chunks of any length, and copies."""
 
     context: int
     held: list[list[int]] = field(default_factory=lambda: [[] for _ in range(SLOTS)])
@@ -179,7 +179,7 @@ def test_the_engine_gives_the_same_text_in_a_batch_as_alone(package: Package, te
 
 @dataclass
 class FakeNative:
-    """Takes what NativeRunner takes."""
+    """A stand-in with the arguments of NativeRunner."""
 
     model: GPT
     slots: int

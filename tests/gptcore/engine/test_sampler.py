@@ -15,7 +15,7 @@ def row(seed: int = 0, tokens: list[int] | None = None, **params: float) -> Samp
 
 @pytest.fixture
 def logits() -> torch.Tensor:
-    """Of six rows; the spare ids would win, if they could."""
+    """Logits of six rows. The padding ids have the greatest ones."""
     logits = torch.randn(6, VOCAB + SPARE) * 3
     logits[:, VOCAB:] = 50.0
     return logits

@@ -1,4 +1,4 @@
-"""No slot leaks, none is shared, nobody starves, order is kept, and no decode waits for a prompt."""
+"""No slot leaks or is shared, no sequence starves, order is kept, and no decode waits for a prompt."""
 
 import random
 from collections.abc import Sequence as Tokens
@@ -24,7 +24,7 @@ def sequence(name: str, prompt: Tokens[int], new: int = 4, prompt_logprobs: bool
 
 
 def step(scheduler: Scheduler) -> ScheduledStep:
-    """One step in which every token sampled is a 9; sequences that have all of theirs leave."""
+    """Runs one step in which every sampled token is a 9. Finished sequences leave."""
     plan = scheduler.schedule()
     for s, count in plan.work:
         if scheduler.advance(s, count):
@@ -184,7 +184,7 @@ def test_the_check_finds_a_sequence_in_the_wrong_queue() -> None:
 
 
 class Crowd:
-    """Random arrivals and departures, and a book kept beside the scheduler's of what each of them may do."""
+    """Random arrivals and departures, with separate records that the scheduler's state is compared with."""
 
     def __init__(self, seed: int, slots: int, prefill: int, granularity: int) -> None:
         self.random = random.Random(seed)

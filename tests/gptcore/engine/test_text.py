@@ -1,4 +1,4 @@
-"""Text comes out in whole characters, as early as it can, and never with any part of a stop string."""
+"""Text is released in whole characters, as early as possible, and never with a part of a stop string."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Requests from asyncio reach the engine at once, their readers miss nothing, and nobody is left waiting."""
+"""Requests from asyncio reach the engine at once, and every reader gets everything or an error."""
 
 import asyncio
 import gc
@@ -24,7 +24,7 @@ SECONDS = 20
 
 
 class GatedRunner(ScriptedRunner):
-    """Computes a step only when it is let."""
+    """A runner that computes a step only when the test allows it."""
 
     def __init__(self, script: bytes = b"one, two, three", slots: int = 4) -> None:
         super().__init__(script, slots=slots)
@@ -65,7 +65,7 @@ async def read(stream: Stream) -> Answer:
 
 @asynccontextmanager
 async def started(engine: Engine) -> AsyncIterator[AsyncEngine]:
-    """An engine in its thread, closed at the end whatever happens; a gate is opened for that."""
+    """An engine in its thread. It is always closed at the end, after the gate is opened."""
     served = AsyncEngine(lambda: engine)
     await served.start()
     try:

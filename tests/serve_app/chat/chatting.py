@@ -1,4 +1,4 @@
-"""A chat for tests to lead: in a pseudo-terminal or a pipe, and the service that it talks to."""
+"""Runs the chat for tests, in a pseudo-terminal or a pipe, and the service that it talks to."""
 
 import os
 import re
@@ -27,7 +27,7 @@ Open = Callable[..., "Terminal"]
 
 @contextmanager
 def speaking(make_package: MakePackage) -> Iterator[Running]:
-    """A model that speaks long enough to be stopped, one of a short context; one request runs and one waits."""
+    """A service with a slow model and one with a short context. One request runs and one waits."""
     shape = dict(hidden_size=256, num_layers=4, num_heads=4, context_length=LONG + 100)
     paths = (f"tiny={make_package(0, **shape).path}", f"short={make_package(1).path}")
     with running(
@@ -37,7 +37,7 @@ def speaking(make_package: MakePackage) -> Iterator[Running]:
 
 
 class Terminal:
-    """A chat in a pseudo-terminal. What its screen got since the last look is in `seen`."""
+    """A chat in a pseudo-terminal. `seen` has the output since the last look."""
 
     def __init__(self, url: str, *flags: str, home: Path, command: Sequence[str] = CHAT, **environment: str) -> None:
         # A dumb terminal gets nothing but text from readline: all control characters are somebody else's.
@@ -54,22 +54,22 @@ class Terminal:
         self.seen = ""
 
     def type(self, line: str) -> None:
-        """Types a line; what the terminal echoes of it is no longer among what is seen next."""
+        """Types a line, and removes its echo from the output."""
         self.process.sendline(line)
         self.see(re.escape(line) + "\r\n")
 
     def see(self, pattern: str) -> str:
-        """Waits for the pattern; returns what came before it and itself."""
+        """Waits for the pattern. Returns the output up to and including it."""
         self.process.expect(pattern)
         self.seen = self.process.before + self.process.after
         return self.seen
 
     def prompt(self) -> str:
-        """Waits for the chat to ask for a line; returns what came before."""
+        """Waits for the next prompt. Returns the output before it."""
         return self.see(PROMPT).removesuffix("> ")
 
     def do(self, line: str) -> str:
-        """Types a line and waits for the next prompt; returns what came between."""
+        """Types a line and waits for the next prompt. Returns the output in between."""
         self.type(line)
         return self.prompt()
 
@@ -89,7 +89,7 @@ def piped(url: str, *flags: str, given: str | bytes = b"", **environment: str) -
 
 
 def api(service: Running, prompt: str, **fields: Any) -> str:
-    """What the service says itself."""
+    """The text from the service's API."""
     body = {"prompt": prompt, "ignore_eos": True, **fields}
     reply = httpx2.post(f"{service.url}/generate", json=body, timeout=60)
     assert reply.status_code == 200, reply.text

@@ -1,4 +1,4 @@
-"""What may stand at an address in place of a service: a relay that loses connections, a server that says anything."""
+"""Servers that replace the service at an address: a relay that drops connections, and one with scripted replies."""
 
 import contextlib
 import socket
@@ -12,7 +12,7 @@ RESET = struct.pack("ii", 1, 0)
 
 
 class Relay:
-    """Hands connections on to `target`, from one port, until it is cut; it may listen there again afterwards."""
+    """Forwards connections from one port to `target` until it is cut. It can be opened again on the same port."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -26,7 +26,7 @@ class Relay:
         return f"http://127.0.0.1:{self._port}"
 
     def listen(self) -> None:
-        """Takes connections, on the port of before."""
+        """Accepts connections, on the same port as before."""
         self._listener = socket.create_server(("127.0.0.1", self._port))
         self._port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""The chat, in a real pseudo-terminal against the real service: what a person types, sees and may lose."""
+"""The chat in a real pseudo-terminal against the real service: what a user types, sees and keeps."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def service(make_package: MakePackage) -> Iterator[Running]:
 
 @pytest.fixture
 def open_chat(tmp_path: Path) -> Iterator[Open]:
-    """Opens chats, with their first prompt waited for; none outlives the test."""
+    """Opens chats and waits for their first prompt. Ends them with the test."""
     opened: list[Terminal] = []
 
     def open(url: str, *flags: str, ready: bool = True, **environment: str) -> Terminal:
@@ -61,7 +61,7 @@ def chat(open_chat: Open, service: Running) -> Terminal:
 
 
 def endless(service: Running) -> socket.socket:
-    """A client that has the service generate, until it is closed."""
+    """A client that keeps the service busy until it is closed."""
     body = json.dumps({"prompt": "The", "max_new_tokens": LONG, "ignore_eos": True, "stream": True}).encode()
     host, port = service.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=30)

@@ -1,4 +1,4 @@
-"""The chat's settings and flags, and the chat in a pipe: what it is told, what it writes, how it ends."""
+"""The chat's settings and flags, and the chat in a pipe: its input, its output and its exit codes."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def test_wrong_flags_end_with_one_line_and_exit_code_2(
 
 
 AWAY = "http://192.0.2.1:9"
-"""An address that leads nowhere and is not this machine, so the environment's proxies hold for it."""
+"""An unreachable address that is not this machine, so the environment's proxies apply to it."""
 
 
 @pytest.mark.parametrize(

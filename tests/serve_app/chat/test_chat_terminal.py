@@ -1,4 +1,4 @@
-"""The chat's keyboard and its history by themselves, and what a conversation keeps when the service goes away."""
+"""The chat's keyboard and history, and what a conversation keeps when the service is gone."""
 
 import io
 import re
@@ -23,7 +23,7 @@ from tests.serve_app.chat.relay import Relay, saying
 TYPED = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cc",)) | st.sampled_from("\n\\ a"), min_size=1
 ).filter(lambda line: not line.endswith("\\") and line.strip())
-"""What the keyboard gives: a line never ends in a backslash, since there it goes on."""
+"""Lines from the keyboard. None ends with a backslash, which continues the line."""
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
 
 

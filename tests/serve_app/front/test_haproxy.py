@@ -1,4 +1,4 @@
-"""Claims about which front a Ray of our own gets."""
+"""Which front a Ray that we start gets."""
 
 import importlib.util
 import re
@@ -12,7 +12,7 @@ from serve_app.front import haproxy
 
 @pytest.fixture(autouse=True)
 def present(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HAProxy is there, whatever the machine."""
+    """Makes HAProxy appear to be installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 

@@ -1,4 +1,4 @@
-"""Claims about HAProxy as Ray's own manager starts it through the supervisor, without a cluster around them."""
+"""HAProxy, started by Ray's own manager through the supervisor, without a cluster."""
 
 import asyncio
 import http.client
@@ -32,7 +32,7 @@ ANSWERS = {"/good": (200, "application/json"), "/plain": (500, "text/plain"), "/
 
 
 class Replica(BaseHTTPRequestHandler):
-    """Answers as a replica does, as an app of ours would not, and as Ray's health check wants it."""
+    """A replica that answers Ray's health check, and errors that our app would not send."""
 
     protocol_version = "HTTP/1.1"
 
@@ -65,7 +65,7 @@ def replica() -> Iterator[int]:
 
 
 class Manager:
-    """Ray's own code that starts, reloads and stops HAProxy."""
+    """Runs Ray's own code that starts, reloads and stops HAProxy."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.port = port
@@ -90,7 +90,7 @@ class Manager:
         return psutil.Process(self.api._proc.pid)
 
     def haproxy(self) -> psutil.Process:
-        """The HAProxy of the newest supervisor, once it is there."""
+        """The HAProxy of the newest supervisor, once it has started."""
         eventually(lambda: any(child.name() == "haproxy" for child in self.supervisor.children()), "HAProxy is there")
         return next(child for child in self.supervisor.children() if child.name() == "haproxy")
 
@@ -102,7 +102,7 @@ class Manager:
             return reply.status, {name.lower(): value for name, value in reply.getheaders()}, json.load(reply)
 
     async def reply(self, sent: bytes) -> tuple[bytes, bytes, bytes]:
-        """(head, separator, body) of what comes until the connection is closed."""
+        """(head, separator, body) of everything received until the connection closes."""
         received = b""
         with closing(socket.create_connection(("127.0.0.1", self.port), timeout=20)) as connection:
             connection.sendall(sent)
@@ -111,7 +111,7 @@ class Manager:
         return received.partition(b"\r\n\r\n")
 
     async def answer(self, path: str = "/good") -> int:
-        """The status once somebody listens."""
+        """The status, once a server listens."""
         end = time.monotonic() + 20
         while True:
             with suppress(OSError, http.client.HTTPException):
@@ -134,7 +134,7 @@ async def managed(folder: Path, *ports: int, port: int = 0, stop: bool = True) -
 
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where Ray's manager keeps its files; its HAProxy is the supervisor."""
+    """The folder of Ray's manager, which starts the supervisor as its HAProxy."""
     supervisor = Path(sysconfig.get_path("scripts")) / SUPERVISOR
     monkeypatch.setattr(rays, "RAY_SERVE_HAPROXY_BINARY_PATH", str(supervisor))
     monkeypatch.setenv(haproxy.BODY_TIMEOUT, "1")

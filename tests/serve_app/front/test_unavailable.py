@@ -1,4 +1,4 @@
-"""What Ray's proxy and a replica's HTTP server answer instead of Ray's own words."""
+"""Ray's proxy and a replica's HTTP server answer in our form and not in Ray's."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 def answering(status: int, content_type: str | None, body: bytes = b"x") -> App:
-    """An app that always answers so, in two pieces."""
+    """An app that always sends this answer, in two pieces."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", content_type.encode())] if content_type else []

@@ -21,7 +21,7 @@ LENGTH = 4000
 
 @pytest.fixture(scope="module")
 def long(make_package: MakePackage) -> str:
-    """A model with a context so long that a request can be left, or overtaken, before it ends."""
+    """A model with a context long enough for a request to be abandoned or overtaken before it ends."""
     return f"long={make_package(context_length=LENGTH + 96, hidden_size=256, num_layers=6).path}"
 
 

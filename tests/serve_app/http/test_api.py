@@ -1,4 +1,4 @@
-"""The app as a whole: ids, versions, keys, origins, its OpenAPI document, and every failure in one form."""
+"""The app as a whole: ids, versions, keys, origins, the OpenAPI document, and one form for all errors."""
 
 import hmac
 import json
@@ -37,7 +37,7 @@ def client(service: Running) -> Iterator[httpx2.Client]:
 
 @pytest.fixture(scope="module")
 def locked(package: Package) -> Iterator[httpx2.Client]:
-    """A service with keys, to which one origin's pages may talk."""
+    """A service with keys and one allowed origin."""
     settings = ServeSettings(
         models=(f"tiny={package.path}",), dtype="float32", api_keys=KEYS, cors_origins=("https://pages.example",)
     )
@@ -47,7 +47,7 @@ def locked(package: Package) -> Iterator[httpx2.Client]:
 
 @contextmanager
 def logged() -> Iterator[list[dict[str, Any]]]:
-    """The lines that the service logs in the block, parsed, as they come: a request's own after its last byte."""
+    """The lines that the service logs within the block, parsed. A request's line comes after its last byte."""
     lines: list[dict[str, Any]] = []
     formatter = JsonFormatter()
 
@@ -66,7 +66,7 @@ def logged() -> Iterator[list[dict[str, Any]]]:
 
 
 def error_of(reply: httpx2.Response, status: int) -> dict[str, Any]:
-    """The error, after a look at its form."""
+    """The error, after checking its form."""
     assert reply.status_code == status, reply.text
     assert reply.headers["content-type"] == "application/json"
     body = reply.json()

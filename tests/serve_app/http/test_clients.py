@@ -1,6 +1,6 @@
-"""Other projects' clients against the real service, as their users write them: no line of ours is between.
+"""Other projects' clients against the real service, used as their users do, without code of ours in between.
 
-The extra `clients` installs them; one that is not there is skipped. OpenAI's own has test_openai.py.
+The extra `clients` installs them. Tests of a missing client are skipped. test_openai.py tests OpenAI's own client.
 """
 
 import json
@@ -45,7 +45,7 @@ def service(package: Package) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def expected(service: Running) -> str:
-    """What the service says to `PROMPT` with `FIXED`."""
+    """The service's answer to `PROMPT` with `FIXED`."""
     reply = httpx2.post(f"{service.url}/v1/completions", json={"model": "tiny", "prompt": PROMPT, **FIXED})
     return reply.json()["choices"][0]["text"]
 

@@ -1,4 +1,4 @@
-"""The routes of the projects that this one succeeds, asked as their documentation says."""
+"""The routes of this project's predecessors, used as their documentation says."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
-"""schemathesis reads the app's own OpenAPI document and tries what it allows and what it forbids, over HTTP.
+"""schemathesis reads the app's OpenAPI document and sends requests that it allows and forbids, over HTTP.
 
-Nothing may make the service fail, and no answer may differ from what the document says of it.
+No request may make the service fail, and every answer must match the document.
 """
 
 import itertools
@@ -26,7 +26,7 @@ EXCLUDED = [positive_data_acceptance]
 
 @pytest.fixture(scope="module")
 def service(package: Package) -> Iterator[Running]:
-    """Afterwards it answers as it did before, and nothing is left behind."""
+    """Checks at the end that the service gives the same answers and nothing is left behind."""
     with running(ServeSettings(models=(f"tiny={package.path}",), dtype="float32")) as service:
         asked = dict(prompt="The future of AI is", seed=7, max_new_tokens=16)
         before = httpx2.post(f"{service.url}/generate", json=asked).json()["choices"]

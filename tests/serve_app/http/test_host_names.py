@@ -1,4 +1,4 @@
-"""By which names a service may be asked, so that no page can make its own name point to this machine and ask."""
+"""Which host names a service answers to, so that no web page can reach it by pointing its own name at this machine."""
 
 import httpx2
 import pytest
@@ -16,7 +16,7 @@ FOREIGN += ["0.0.0.0", "[::2]:80", "evil.example:127.0.0.1"]
 
 
 async def ask(package: Package, name: str, path: str = "/health", **settings: object) -> httpx2.Response:
-    """The reply of a service that listens where `settings` say, addressed as `name`."""
+    """The reply of a service with these settings to a request for the host `name`."""
     given = ServeSettings(models=(f"tiny={package.path}",), **settings)  # type: ignore[arg-type]
     transport = httpx2.ASGITransport(create_api(given, Models(given)))
     async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:

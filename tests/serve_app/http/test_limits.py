@@ -1,4 +1,4 @@
-"""What one client may take from the others: bodies, time and places in the queue, and that nobody lifts a limit."""
+"""Limits on what one client can take from others: bodies, time and places in the queue."""
 
 import asyncio
 import gzip
@@ -30,7 +30,7 @@ ENDLESS: dict[str, Any] = dict(prompt="The", seed=7, max_new_tokens=LONG, ignore
 
 @pytest.fixture(scope="module")
 def service(make_package: MakePackage) -> Iterator[Running]:
-    """One slot, one place in the queue, and so many seconds per request as a busy machine needs for a short one."""
+    """A service with one slot, one place in the queue, and enough seconds per request for a busy machine."""
     package = make_package(hidden_size=256, num_layers=8, num_heads=4, num_kv_heads=1, context_length=LONG + 100)
     settings = ServeSettings(
         models=(f"tiny={package.path}",),
@@ -48,7 +48,7 @@ def service(make_package: MakePackage) -> Iterator[Running]:
 
 @pytest.fixture
 def client(service: Running) -> Iterator[httpx2.Client]:
-    """When a test ends, nothing it asked for may still run."""
+    """Checks that no request of a test still runs when the test ends."""
     with httpx2.Client(base_url=service.url, timeout=60) as client:
         yield client
     eventually(lambda: service.leases == 0 and service.stats.slots_used == 0, "slots and leases are given back")
@@ -56,14 +56,14 @@ def client(service: Running) -> Iterator[httpx2.Client]:
 
 @pytest.fixture
 def connection(service: Running) -> Iterator[socket.socket]:
-    """A connection on which a test says what no client library would."""
+    """A raw connection, for requests that no client library would send."""
     host, port = service.url.removeprefix("http://").split(":")
     with closing(socket.create_connection((host, int(port)), timeout=30)) as connection:
         yield connection
 
 
 def padded(size: int) -> bytes:
-    """A good body of so many bytes."""
+    """A valid body of this size in bytes."""
     body = json.dumps(BODY).encode()
     return body + b" " * (size - len(body))
 
@@ -79,7 +79,7 @@ def reply_on(connection: socket.socket) -> tuple[int, dict[str, Any]]:
 
 
 def unread(service: Running, body: dict[str, Any]) -> AbstractContextManager[socket.socket]:
-    """Sends a request and reads nothing of its reply; closed, the client has left."""
+    """Sends a request without reading the reply. Closing it means that the client left."""
     content = json.dumps(body).encode()
     host, port = service.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=30)
@@ -90,7 +90,7 @@ def unread(service: Running, body: dict[str, Any]) -> AbstractContextManager[soc
 
 
 def answered(client: httpx2.Client) -> float:
-    """Generations answered so far, however they ended."""
+    """The number of generations so far, however they ended."""
     counts = re.findall(r'^gpt_requests_total{.*route="/generate".*} (.+)$', client.get("/metrics").text, re.MULTILINE)
     return sum(map(float, counts))
 

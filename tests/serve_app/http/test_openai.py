@@ -1,4 +1,4 @@
-"""The official `openai` client against the real service: what OpenAI's API promises, kept or refused by name."""
+"""The official `openai` client against the real service: OpenAI's features work or are refused by name."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""What probes, scrapers and operators ask, of a service that is well and of one that is not."""
+"""The routes for probes, scrapers and operators, with a healthy service and with an unhealthy one."""
 
 import re
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ BODY: dict[str, Any] = dict(prompt="The future of AI is", max_new_tokens=5, igno
 
 @pytest.fixture(scope="module")
 def service(package: Package, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One model that is loaded, one that is not yet, one that cannot be."""
+    """A loaded model, one that is not loaded yet, and one that cannot be loaded."""
     broken = tmp_path_factory.mktemp("broken")
     models = (f"tiny={package.path}", f"later={package.path}/../{package.path.name}", f"broken={broken}")
     with running(ServeSettings(models=models, dtype="float32", slots=4)) as service:
@@ -37,7 +37,7 @@ def client(service: Running) -> Iterator[httpx2.Client]:
 
 
 def figures(client: httpx2.Client, **labels: str) -> dict[str, float]:
-    """The samples that have these labels, by name, added up."""
+    """The sums of the samples with these labels, by name."""
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
         for sample in family.samples:

@@ -1,4 +1,4 @@
-"""Text to token ids and back over HTTP, as `transformers` does it with the same package."""
+"""Text to token ids and back over HTTP, compared with `transformers` on the same package."""
 
 from collections.abc import Iterator
 from typing import Any

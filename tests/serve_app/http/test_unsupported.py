@@ -1,4 +1,4 @@
-"""What the clients of other servers send: let in where it asks for nothing, refused by name where it asks."""
+"""Parameters of other servers: accepted at values that change nothing, refused by name otherwise."""
 
 from typing import Any
 

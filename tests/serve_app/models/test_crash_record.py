@@ -1,4 +1,4 @@
-"""A version that killed a replica is not tried first by the next one; a load has a time limit and is seen at work."""
+"""The next replica does not first try a version that killed one; loads are visible and have a time limit."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2 beside the registry's champion in one service, as the projects before this one had it."""
+"""OpenAI's GPT-2 and the registry's champion in one service, as in this project's predecessors."""
 
 from pathlib import Path
 

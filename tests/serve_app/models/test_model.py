@@ -1,4 +1,4 @@
-"""Claims about serve_app.models.follow: who waits for a load, what is tried again and when, and what an end leaves."""
+"""serve_app.models.follow: who waits for a load, what is tried again and when, and how a service closes."""
 
 import asyncio
 import math
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Gate:
-    """Makes real engines; those after the first not before `open` is set."""
+    """Makes real engines. All but the first wait until `open` is set."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -35,7 +35,7 @@ class Gate:
 
 
 async def loading(models: Models, name: str) -> None:
-    """Returns once somebody waits for the model."""
+    """Waits until a request waits for the model."""
     while status(models, name).state != "loading":
         await asyncio.sleep(0)
 

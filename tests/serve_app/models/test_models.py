@@ -1,4 +1,4 @@
-"""Claims about serve_app.models.catalog: loads, leases, swaps, refusals, the canary; real engines, a real registry."""
+"""serve_app.models.catalog: loads, leases, swaps, refusals and the canary, with real engines and a real registry."""
 
 import asyncio
 import gc
@@ -31,7 +31,7 @@ from tests.serve_app.conftest import MakePackage, TestRegistry
 pytestmark = pytest.mark.anyio
 
 NEVER = 3600.0
-"""Seconds between polls where a test looks by itself."""
+"""Seconds between polls, for tests that poll themselves."""
 
 numbers = itertools.count()
 
@@ -58,7 +58,7 @@ async def said_by(served: ServedModel) -> str:
 
 
 async def ask(models: Models, name: str | None = None, request_id: str = "r") -> tuple[str, str]:
-    """(label of who answered, text)"""
+    """(label of the model that answered, text)"""
     async with models.lease(name, request_id) as served:
         return served.label, await said_by(served)
 
@@ -79,7 +79,7 @@ class Count:
 
 
 class Watched(Registry):
-    """The registry, with a list of what was asked."""
+    """The registry, with a list of its calls."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)

@@ -1,4 +1,4 @@
-"""Claims about serve_app.models.registry, on an embedded MLflow and on a real tracking server."""
+"""serve_app.models.registry, on an embedded MLflow and on a real tracking server."""
 
 import time
 from pathlib import Path

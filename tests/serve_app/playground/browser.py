@@ -33,7 +33,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def open_page(page: Page, url: str, **setup: object) -> None:
-    """Opens the playground with what a shared link carries (prompt, model, temperature...) and waits for its models."""
+    """Opens the playground with the values of a shared link (prompt, model, temperature...) and waits for models."""
     page.goto("about:blank")  # another fragment alone would not load the page anew
     page.goto(f"{url}/#{urlencode(setup)}")
     expect(page.locator(".model option").first).to_be_attached()

@@ -1,4 +1,4 @@
-"""The docs' picture of the playground, taken of a real service by a real Chromium."""
+"""The docs' picture of the playground, taken from a real service with a real Chromium."""
 
 import io
 

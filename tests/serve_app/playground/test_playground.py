@@ -1,4 +1,4 @@
-"""The playground, in a real Chromium against the real service: what a person sees, presses and may not break."""
+"""The playground in a real Chromium against the real service: what a user sees and does."""
 
 import json
 import re
@@ -38,7 +38,7 @@ LINEAGE = {"MLflow run": "0" * 12, "Bits per byte": "2.5000", "Data fingerprint"
 
 @pytest.fixture(scope="module")
 def models(make_package: MakePackage) -> tuple[str, ...]:
-    """Two models as `GPT_MODELS` names them, slow enough that one can press Stop."""
+    """Two models as in `GPT_MODELS`, slow enough for a user to press Stop."""
     shape = dict(hidden_size=256, num_layers=4, num_heads=4, context_length=LONG + 100)
     return tuple(f"{name}={make_package(seed, **shape).path}" for seed, name in enumerate(("tiny", "other")))
 
@@ -63,7 +63,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Makes pages. At the end none may have asked another host, broken the policy or met a script error."""
+    """Opens pages. At the end, none may have contacted another host, violated the policy or had a script error."""
     contexts, faults = [], []
 
     def make(**options: Any) -> Page:
@@ -87,7 +87,7 @@ def page(new_page: Callable[..., Page]) -> Page:
 
 
 def answer_with(page: Page, *events: dict[str, Any], end: str = "data: [DONE]\n\n") -> None:
-    """The service's next answers are these events, so that a text can be what no small model would say."""
+    """Makes the service's next answers these events, for texts that no small model would generate."""
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + end
 
     def fulfill(route: Route) -> None:

@@ -1,4 +1,4 @@
-"""What workers get of a cluster, and a Ray of our own that yields to training."""
+"""What workers get of a cluster, and how a Ray that we start gives training priority."""
 
 import os
 import subprocess

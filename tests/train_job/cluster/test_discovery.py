@@ -1,4 +1,4 @@
-"""Which Ray is joined: what `ray start` began and what is named; never one that a program started for itself."""
+"""Which Ray a run joins: one from `ray start` or a named one; never one that a program started for itself."""
 
 import os
 import socket
@@ -17,14 +17,14 @@ from train_job.cluster.discovery import cluster_address, running_here, unanswere
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """An address that takes connections and answers nothing, as a stopped server's does."""
+    """An address that accepts connections and never answers, like a stopped server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 @pytest.fixture
 def raylet(tmp_path: Path, silent: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A process that looks as a node of Ray does, of a cluster whose head is silent. No other is seen."""
+    """A process that looks like a Ray node of a cluster whose head does not answer. No other one is visible."""
     flags = [f"--gcs-address={silent}", f"--temp_dir={tmp_path}"]
     code = "print('up', flush=True); input()"
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What Ray says of a worker's end, in a line of ours."""
+"""Ray's reports of a worker's failure become one line of ours."""
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError

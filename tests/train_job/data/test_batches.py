@@ -1,4 +1,4 @@
-"""Which tokens a step sees: a function of the seed and the step, whatever the world size."""
+"""Which tokens a step sees: a function of the seed and the step, for every world size."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where text comes from: what a name leads to, how it is parted, and what is said when it is not text."""
+"""Where text comes from: what a name refers to, how the text is split, and errors if it is not text."""
 
 import gzip
 import json

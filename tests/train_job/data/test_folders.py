@@ -1,4 +1,4 @@
-"""A folder is its texts: links are followed, each real file comes once, and what is no text is left out and said."""
+"""A folder of texts: links are followed, each file is read once, and other files are skipped and reported."""
 
 import gzip
 import os

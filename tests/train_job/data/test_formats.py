@@ -1,4 +1,4 @@
-"""What a file holds is told by its name and content: read as what it is, or refused by what it is."""
+"""A file's format follows from its name and content. It is read in that format or refused by name."""
 
 import bz2
 import csv
@@ -111,7 +111,7 @@ def test_a_byte_order_mark_is_not_text_and_files_without_one_are_unchanged(tmp_p
 
 
 def test_a_text_keeps_the_fingerprint_of_earlier_versions(tmp_path: Path) -> None:
-    """Or a run that was begun then would not find its text."""
+    """Otherwise a run that began with an earlier version would not find its text."""
     (tmp_path / "a.txt").write_text("a line of text\n" * 9)
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "c.jsonl").write_text('\ufeff{"text": "one"}\n')

@@ -1,4 +1,4 @@
-"""Text to token shards: what the stream holds, that it is made once, and what happens when it cannot be."""
+"""Text to token shards: the content of the stream, the reuse of shards, and errors."""
 
 import errno
 import io
@@ -31,7 +31,7 @@ def bytes_tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of twelve files, none like another, that makes several shards."""
+    """A folder of twelve different files, enough for several shards."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
     folder = tmp_path / "many"
     folder.mkdir()
@@ -290,7 +290,7 @@ END = "<|endoftext|>"
 
 
 def documents_of(tokens: TokenSet, tokenizer: Tokenizer) -> list[str]:
-    """What stands between the stream's ends of text."""
+    """The tokens between the end-of-text tokens of the stream."""
     ids, texts = stream(tokens)[1:], [[]]
     for token in ids:
         if token == tokenizer.eot:

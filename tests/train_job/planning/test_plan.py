@@ -1,4 +1,4 @@
-"""Claims about the plan of a run: its sums against real steps, and what a person at the keyboard sees."""
+"""The plan of a run: its figures compared with real steps, and what a user sees."""
 
 import json
 import math
@@ -39,7 +39,7 @@ from train_job.training.optimizer import Optimizers
 
 FAMILIES = ("qwen3", "gpt2")
 LONG = 640
-"""Tokens of a sequence for which attention is fused on a CPU, as it is on a GPU."""
+"""A sequence length at which attention is fused on a CPU, as it is on a GPU."""
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
 VIEWS = ("view", "_unsafe_view", "t", "transpose", "slice", "split", "expand", "detach", "alias", "select", "unsqueeze")
 NO_READS = ("size", "stride", "device", "empty_like", "empty", "new_empty", "ones_like", "zeros", "full", "as_strided")
@@ -85,7 +85,7 @@ def test_autograd_keeps_as_many_bytes_per_token_as_the_plan_says(family: str, ch
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write, those of matrix products and views apart."""
+    """Counts the bytes that operations read and write, except matrix products and views."""
 
     def __init__(self) -> None:
         super().__init__()

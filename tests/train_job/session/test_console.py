@@ -1,4 +1,4 @@
-"""Claims about what a person sees of a run while it goes on."""
+"""What a user sees while a run goes on."""
 
 import io
 import subprocess

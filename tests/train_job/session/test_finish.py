@@ -1,4 +1,4 @@
-"""Which checkpoint a run's package is made of, and which code its end has."""
+"""Which checkpoint becomes a run's package."""
 
 from train_job.session.finish import preferred
 from train_job.training.checkpoint import TrainState
@@ -7,7 +7,7 @@ from train_job.training.targets import TargetStatus
 
 
 def kept(step: int, loss: float | None) -> StoredCheckpoint:
-    """A checkpoint of this step; one without a loss was not judged."""
+    """A checkpoint of this step. Without a loss, it was not evaluated."""
     judged = {"last_evaluated": step, "last_loss": loss, "best_step": 40} if loss else {}
     return StoredCheckpoint(None, f"checkpoint_{step}", TrainState(step=step, **judged))  # type: ignore[arg-type]
 

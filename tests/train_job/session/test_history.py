@@ -1,4 +1,4 @@
-"""The points of the loss curve outlive the process, each of them once."""
+"""The points of the loss curve survive the process, each of them once."""
 
 from pathlib import Path
 

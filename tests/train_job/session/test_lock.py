@@ -1,4 +1,4 @@
-"""A run's folder is one process's at a time, from its first moment on; a process that dies leaves nothing locked."""
+"""One process at a time owns a run's folder, from the first moment on. A process that dies leaves no lock."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def begin_run(folder: Path, **settings: Any) -> Path:
-    """What a run leaves that was begun."""
+    """Creates the files of a run that has begun."""
     folder.mkdir(parents=True)
     write_yaml(
         build_config({"name": folder.name, "storage_path": str(folder.parent)}, settings), folder / "config.yaml"
@@ -43,7 +43,7 @@ def begin_run(folder: Path, **settings: Any) -> Path:
 
 
 def passed(enter: Callable[[], contextlib.AbstractContextManager[Any]]) -> int:
-    """How many of several that enter in the same moment, again and again, were inside together at most."""
+    """Several threads enter again and again at the same time. Returns the largest number inside together."""
     inside, most, counting = 0, 0, threading.Lock()
     together = threading.Barrier(AT_ONCE)
 

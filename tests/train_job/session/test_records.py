@@ -1,4 +1,4 @@
-"""What a run's folder says of it may be damaged: that is refused by name, or mended where nothing is lost."""
+"""Damaged files in a run's folder are refused by name, or repaired if nothing is lost."""
 
 import errno
 import json
@@ -50,7 +50,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def refused(mine: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Resumes the run, which is refused and left as it was; returns the one line."""
+    """Resumes the run, which must be refused and left unchanged. Returns the one line."""
 
     def call(main: Callable[[list[str]], int] = run.main) -> str:
         before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file() and path.name != ".lock"}

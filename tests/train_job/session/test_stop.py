@@ -1,4 +1,4 @@
-"""What a signal does to the driver: nothing is cut in two, and the second one means it."""
+"""Signals to the driver: the first waits for the current work, the second ends the process at once."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The commands that a run ends with: true for where the run is, and such that a shell reads them as they stand."""
+"""The commands that a run prints at its end: they fit the run's location and a shell can run them as printed."""
 
 import shlex
 import sys
@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(autouse=True)
 def usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkout, with nothing set."""
+    """The checkout, with no environment variables set."""
     for name in ("GPT_FOUNDRY_HOME", "GPT_PORT", "MLFLOW_TRACKING_URI", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(ROOT)
 
 
 def commands(ended: Ended) -> dict[str, list[str]]:
-    """What the block says, by the step's name, each command as a shell takes it apart."""
+    """The printed commands by the step's name, each split as a shell does."""
     said = {line[2:11].strip(): line[11:].strip() for line in lines(ended)[1:]}
     return {
         name: [text] if text.startswith("http") else shlex.split(text, comments=True) for name, text in said.items()

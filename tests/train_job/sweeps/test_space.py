@@ -1,4 +1,4 @@
-"""Claims about train_job.sweeps.space: what a sweep may be told, and what its trials then try."""
+"""train_job.sweeps.space: the search spaces that a sweep accepts, and the settings of its trials."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Wrong input to a sweep: one line that says what to do, exit code 2, nothing begun. No Ray is started for it."""
+"""Wrong input to a sweep gives one line that says what to do, and exit code 2, before Ray or anything else starts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ GOOD = "search: {learning_rate: [0.001, 0.002]}\ntrials: 2\n"
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a sweep, which must refuse; returns its one line."""
+    """Runs a sweep, which must refuse its input. Returns its one line."""
     monkeypatch.setenv("GPT_FOUNDRY_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 

@@ -1,4 +1,4 @@
-"""Claims about train_job.sweeps.trials: what came of trials is read from their folders, and nowhere else."""
+"""train_job.sweeps.trials: the results of trials are read from their folders only."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from train_job.sweeps.trials import Ending, Trial, ranked, table, table_text, wr
 
 @pytest.fixture
 def trials(tmp_path: Path) -> list[Trial]:
-    """Four: one that ended, a better one that ASHA stopped, one that failed, one that runs."""
+    """Four trials: one that ended, a better one that ASHA stopped, one that failed, one that runs."""
     made = []
     for number, bits in enumerate(([3.0, 2.0, 2.5], [1.75], [], [1.0]), start=1):
         values: dict[str, Any] = {"learning_rate": number / 1000}

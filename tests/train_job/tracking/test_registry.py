@@ -1,4 +1,4 @@
-"""Claims about train_job.tracking.registry, with real packages and MLflow's own loader and scoring server."""
+"""train_job.tracking.registry, with real packages and MLflow's own loader and scoring server."""
 
 import json
 import math
@@ -43,7 +43,7 @@ PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz", 
 
 
 def make_package(folder: Path, steps: int = 3) -> Package:
-    """A random model; its init_weights ends in a head of zeros, so it needs log2(vocabulary) bits per token."""
+    """A new model. Its head is initialised with zeros, so it needs log2(vocabulary) bits per token."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer("bytes", None)
     config = ModelConfig(vocab_size=320, hidden_size=32, num_layers=1, num_heads=2, context_length=64)
@@ -162,7 +162,7 @@ def test_the_figures_of_the_last_step_are_linked_to_the_model_and_logged_once(ur
 
 
 def publish_anew(uri: str, package: Package, text: Validation, **more: Any) -> Published:
-    """Publishes from a run of its own."""
+    """Publishes a package from its own run."""
     return publish(uri, tracking.start_run(uri, {}), package, text, **more)
 
 
@@ -266,7 +266,7 @@ def test_a_champion_that_another_job_promotes_meanwhile_is_the_one_to_beat(uri: 
 
 
 def rivals(uri: str, name: str, package: Package, figures: list[float]) -> list[Candidate]:
-    """Registered versions, each with a figure on the same text, of which none is champion yet."""
+    """Registered versions, each with a score on the same text. None is champion yet."""
     client(uri).create_registered_model(name)
     candidates = []
     for bits in figures:
@@ -296,7 +296,7 @@ def test_on_a_server_a_better_model_takes_the_alias_back_from_a_worse_one_promot
     ours, theirs = rivals(uri, "server", package, [1.1, 1.2])
 
     class Overtaken:
-        """A client beside which another job sets the alias, once, right after it did."""
+        """A client, with another job that sets the alias once, directly after this client did."""
 
         def __init__(self) -> None:
             self.inner, self.moves = client(uri), [theirs.version]

@@ -1,4 +1,4 @@
-"""Claims about train_job.tracking, against a real tracking server that is killed and started."""
+"""train_job.tracking, against a real tracking server that is killed and restarted."""
 
 import json
 import os
@@ -60,7 +60,7 @@ class Server:
                 time.sleep(0.1)
 
     def kill(self) -> None:
-        """As a crash would: the server's whole process group, with no chance to finish anything."""
+        """Kills the server's whole process group, as a crash would."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or refused."""
+"""A checkpoint is intact or refused."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Bits per byte: the figure that compares models whatever their tokenizers."""
+"""Bits per byte: the score that compares models with different tokenizers."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from train_job.training.evaluate import bits_per_byte
 
 
 def uniform_package(folder: Path, tokenizer: Tokenizer, training: dict[str, int]) -> Package:
-    """A fresh model, whose head of zeros finds every one of 320 tokens equally likely."""
+    """A new model. Its head of zeros makes all 320 tokens equally likely."""
     config = ModelConfig(vocab_size=320, hidden_size=32, num_layers=1, num_heads=2, context_length=64)
     return save_package(folder, config, GPT(config).state_dict(), tokenizer, training)
 

@@ -1,4 +1,4 @@
-"""The loop with torch alone: what it learns, when it stops, and that a resumed run is the same run."""
+"""The loop with torch alone: it learns, it stops when it should, and a resumed run is the same run."""
 
 import math
 from collections.abc import Callable
@@ -188,7 +188,7 @@ def test_a_finished_run_says_when_it_reached_its_target_or_by_how_much_it_missed
 
 @pytest.fixture
 def child(trainer: Make, small: Callable[..., TrainConfig], tmp_path: Path) -> Callable[..., Trainer]:
-    """Makes a Trainer that goes on from a model with 20 steps behind it, on the same text."""
+    """Makes a Trainer that continues a model after 20 steps, on the same text."""
     parent = trainer(max_steps=20)
     events(parent)
     config, tokenizer = parent.model.config, load_tokenizer("bytes")
@@ -246,7 +246,7 @@ def test_a_stop_saves_a_checkpoint_at_once(trainer: Make) -> None:
 
 
 def stopped_at(step: int, trainer: Make, folder: Path, **settings: Any) -> Callable[..., Trainer]:
-    """A run that is asked to stop just when it has done `step` steps; what makes the Trainer that goes on with it."""
+    """Runs until it is stopped after `step` steps. Returns a function that makes the Trainer which resumes it."""
     polled = iter([*[False] * (step - 1), True])
     first = trainer(stop_asked=lambda: next(polled), **settings)
     found = events(first)
@@ -327,7 +327,7 @@ def test_a_nan_loss_stops_the_run_and_names_the_step(trainer: Make) -> None:
 
 
 class _PoisonedAt:
-    """Batches that turn the weights into NaN just before the given step (counted from 1)."""
+    """Batches that set the weights to NaN just before the given step (counted from 1)."""
 
     def __init__(self, trainer: Trainer, step: int) -> None:
         self.trainer, self.step, self.inner = trainer, step, trainer.batches

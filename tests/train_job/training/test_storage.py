@@ -1,4 +1,4 @@
-"""A run goes on from the newest checkpoint that is whole, and ends with the best; what nothing needs is removed."""
+"""A run resumes from the newest intact checkpoint and ends with the best one; unneeded ones are removed."""
 
 import json
 import shutil
@@ -28,13 +28,13 @@ IDENTITY = Identity(model="m" * 64, tokenizer="t" * 64, data="d" * 64)
 
 @pytest.fixture(params=["folder", "url", "fsspec"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> TrainConfig:
-    """A run's, kept in a folder or behind a URL."""
+    """The checkpoints of a run, in a folder or at a URL."""
     storage = {"folder": str(tmp_path), "url": tmp_path.as_uri(), "fsspec": f"fsspec+{tmp_path.as_uri()}"}
     return build_config({"name": "one", "storage_path": storage[request.param]})
 
 
 def save(folder: Path, step: int, loss: float | None) -> Path:
-    """A checkpoint of this step; one without a loss was not judged."""
+    """A checkpoint of this step. Without a loss, it was not evaluated."""
     state = TrainState(step=step, last_evaluated=step if loss else 0, last_loss=loss or float("inf"))
     path = folder / "one" / f"checkpoint_2026-01-01_{step:06}"
     save_checkpoint(path, state, IDENTITY, {"w": torch.full((3,), float(step))}, {"m": torch.ones(2)})
@@ -43,12 +43,12 @@ def save(folder: Path, step: int, loss: float | None) -> Path:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> list[Path]:
-    """Four: of steps 20 to 80, of which the second is the best and the last was not judged."""
+    """Four checkpoints, of steps 20 to 80. The second is the best, and the last was not evaluated."""
     return [save(tmp_path, step, loss) for step, loss in ((20, 3.0), (40, 2.0), (60, 2.5), (80, None))]
 
 
 def gone_on_from(config: TrainConfig) -> tuple[int, float, list[str]]:
-    """(step of the checkpoint that a run goes on from, its weight, what is said of those before)."""
+    """(step of the checkpoint that a run resumes from, its weight, the warnings about skipped ones)."""
     said: list[str] = []
     choice = first_whole(checkpoints(config), lambda folder: load_checkpoint(folder, IDENTITY), said.append)
     assert choice
