@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ import yaml
 
 from tests.ports import free_port
 from tests.system.conftest import BIN, ROOT
+from tests.waiting import await_server
 
 COMPOSE = ROOT / "mlflow" / "compose.yaml"
 ENV_EXAMPLE = ROOT / "mlflow" / ".env.example"
@@ -78,11 +78,9 @@ def log_of(folder: Path) -> Path:
 
 def await_start(server: subprocess.Popen[bytes], check: list[str], folder: Path) -> None:
     """Waits until the health check succeeds. Fails with the server's log if the server ends first or takes too long."""
-    deadline = time.monotonic() + START_SECONDS
-    while subprocess.run(check, capture_output=True).returncode != 0:
-        assert server.poll() is None, log_of(folder).read_text()
-        assert time.monotonic() < deadline, f"not healthy in {START_SECONDS:g} s:\n{log_of(folder).read_text()}"
-        time.sleep(0.1)
+    await_server(
+        server, lambda: subprocess.run(check, capture_output=True).returncode == 0, log_of(folder), START_SECONDS
+    )
 
 
 def postgres_programs() -> Path:

@@ -13,8 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from pyarrow import parquet
 from tests.conftest import SHARED
 from tests.ports import free_port
 from tests.system.conftest import ROOT, Cluster, environment
+from tests.waiting import await_server, is_up
 from train_job.data.pieces import builtin_bytes
 
 STARTERS = (
@@ -164,17 +163,8 @@ class Checkout:
             stderr=log,
             start_new_session=True,
         )
-        deadline = time.monotonic() + START_SECONDS
-        while not self.is_ready():
-            said = (self.folder / "service.log").read_text()
-            assert self.service.poll() is None, f"{command}\nended:\n{said}"
-            assert time.monotonic() < deadline, f"{command}\nis not ready:\n{said}"
-            time.sleep(0.2)
-
-    def is_ready(self) -> bool:
-        with contextlib.suppress(OSError):
-            return bool(urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=5).status == 200)
-        return False
+        ready = f"http://127.0.0.1:{self.port}/ready"
+        await_server(self.service, lambda: is_up(ready), self.folder / "service.log", START_SECONDS)
 
     def close(self) -> None:
         """Ends the service, so that its port is free."""

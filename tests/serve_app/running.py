@@ -3,8 +3,7 @@
 import asyncio
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,8 +16,7 @@ from serve_app.http.app import create_api
 from serve_app.models.catalog import Models
 from serve_app.models.load import MakeEngine
 from serve_app.settings import ServeSettings
-
-DEADLINE_SECONDS = 30.0
+from tests.waiting import DEADLINE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,3 @@ def running(settings: ServeSettings, make_engine: MakeEngine = Engine) -> Iterat
         if servers:
             servers[0].should_exit = True
         thread.join(DEADLINE_SECONDS)
-
-
-def eventually(claim: Callable[[], bool], what: str) -> None:
-    """Waits until `claim()` is true. Fails after a time limit with a message that names `what`."""
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not claim():
-        assert time.monotonic() < end, f"not within {DEADLINE_SECONDS:g} s: {what}"
-        time.sleep(0.005)

@@ -6,32 +6,22 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
 from tests.system.conftest import BIN, ROOT, Cluster, environment
+from tests.waiting import eventually
 
 START_SECONDS = 180
 BODY = {"prompt": "Once", "max_new_tokens": 8, "ignore_eos": True, "seed": 1}
 QUICK = {"poll_seconds": 0.5, "slots": 4, "threads": 1, "backend": "torch", "dtype": "float32"}
 """Settings of a service for tests on two cores."""
-
-
-def await_that(claim: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Waits until `claim()` is true, and returns its value. Fails after this many seconds."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := claim():
-            return result
-        time.sleep(0.1)
-    raise AssertionError(f"{what}: not within {seconds:g} s")
 
 
 def in_ray(cluster: Cluster, code: str) -> str:
@@ -54,7 +44,7 @@ def await_figures(cluster: Cluster, names: Iterable[str]) -> None:
             text = answer.read().decode()
         return all(f"\nray_{name}" in text for name in names)
 
-    await_that(exported, 60, "Ray's exporter has the figures")
+    eventually(exported, "Ray's exporter has the figures", 60)
 
 
 @dataclass
@@ -168,7 +158,7 @@ def served(cluster: Cluster, *command: str, port: int, **env: str) -> Iterator[S
     reader.start()
     service = Service(f"http://127.0.0.1:{port}", cluster, process)
     try:
-        await_that(lambda: service.is_ready() or process.poll() is not None, START_SECONDS, "the service is ready")
+        eventually(lambda: service.is_ready() or process.poll() is not None, "the service is ready", START_SECONDS)
         assert process.poll() is None, "".join(output)
         yield service
     except AssertionError as error:

@@ -23,7 +23,8 @@ from serve_app.front import haproxy
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
 from tests.system.conftest import Cluster, started
-from tests.system.serving import BODY, QUICK, Service, await_that, family, said, served, title
+from tests.system.serving import BODY, QUICK, Service, family, said, served, title
+from tests.waiting import eventually
 
 __all__ = ["make_package"]  # a fixture, used here too
 
@@ -101,7 +102,7 @@ class Witness:
                     answered.setdefault(route, at - moment)
             return max(answered.values()) if set(answered) == routes else None
 
-        return float(await_that(back, seconds, "every route is answered"))
+        return float(eventually(back, "every route is answered", seconds))
 
     def await_calm(self, seconds: float = 3.0) -> None:
         """Waits until every route was answered by a replica for so long: what was killed before has been replaced."""
@@ -110,7 +111,7 @@ class Witness:
         def calm() -> bool:
             return {answer for *_, answer in self.since(time.monotonic() - seconds)} == {"200"}
 
-        await_that(calm, RESTART_SECONDS, "nobody is told to come back")
+        eventually(calm, "nobody is told to come back", RESTART_SECONDS)
 
 
 @pytest.fixture(scope="module", params=["haproxy", "proxy"])
@@ -155,7 +156,7 @@ def service(cluster: Cluster, registry: TestRegistry, port: int, start: Witness)
     settings = QUICK | {"model": "models:/front@champion", "port": port, "body_timeout_s": 5}
     settings |= {"min_replicas": 2, "max_replicas": 2}
     with served(cluster, "serve_app:build_app", *said(**settings), port=port) as running:
-        await_that(lambda: len(running.replicas()) == 2, RESTART_SECONDS, "two replicas are there")
+        eventually(lambda: len(running.replicas()) == 2, "two replicas are there", RESTART_SECONDS)
         yield running
 
 
@@ -166,7 +167,7 @@ def named(service: Service, name: str) -> list[psutil.Process]:
 
 def kill(service: Service, name: str) -> float:
     """Kills a process of that name. Returns the time."""
-    victims = await_that(lambda: named(service, name), RESTART_SECONDS, f"{name} is there")
+    victims = eventually(lambda: named(service, name), f"{name} is there", RESTART_SECONDS)
     moment = time.monotonic()
     victims[0].kill()
     psutil.wait_procs(victims[:1], timeout=10)
@@ -175,7 +176,7 @@ def kill(service: Service, name: str) -> float:
 
 def await_another(service: Service, name: str) -> None:
     """Waits until a process of that name runs, for the next test."""
-    await_that(lambda: any(name in title(p) for p in family(service.cluster)), RESTART_SECONDS, f"{name} is there")
+    eventually(lambda: any(name in title(p) for p in family(service.cluster)), f"{name} is there", RESTART_SECONDS)
 
 
 def test_before_it_is_ready_clients_are_refused_or_get_retry_after(service: Service, start: Witness):
@@ -217,7 +218,7 @@ def test_rays_own_proxy_comes_back(service: Service, start: Witness, front: str)
 def test_killing_one_of_two_replicas_only_fails_its_own_requests(service: Service, start: Witness):
     moment = kill(service, "ray::ServeReplica:default:gpt")
     assert start.await_back(moment) < BACK_SECONDS
-    await_that(lambda: len(service.replicas()) == 2, RESTART_SECONDS, "another replica is there")
+    eventually(lambda: len(service.replicas()) == 2, "another replica is there", RESTART_SECONDS)
     start.await_back(time.monotonic())
     told = [answer for *_, answer in start.since(moment)]
     assert set(told) <= {"200", "unavailable", "cut"}
@@ -235,7 +236,7 @@ def test_when_all_replicas_are_killed_clients_wait_or_get_retry_after(service: S
 
 
 def test_three_hundred_half_sent_bodies_do_not_slow_other_clients(service: Service, start: Witness, port: int):
-    await_that(lambda: len(service.replicas()) == 2, RESTART_SECONDS, "two replicas are there")
+    eventually(lambda: len(service.replicas()) == 2, "two replicas are there", RESTART_SECONDS)
     start.await_calm()
     moment = time.monotonic()
     head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 60000\r\n\r\n"

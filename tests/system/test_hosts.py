@@ -16,8 +16,9 @@ from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, make_package, registry_in
 from tests.system.conftest import BIN, SMALL, Cluster, Job
 from tests.system.hosts import Host, hosts, start_ray
-from tests.system.serving import BODY, QUICK, START_SECONDS, Load, Service, await_that, said
+from tests.system.serving import BODY, QUICK, START_SECONDS, Load, Service, said
 from tests.system.tracking import TrackingServer
+from tests.waiting import eventually
 
 __all__ = ["make_package"]  # a fixture, used here too
 
@@ -103,22 +104,22 @@ def test_losing_a_host_only_fails_the_requests_that_it_was_answering(
         head.popen(*command, stdout=log, **env)
     fronts = [Service(f"http://{host.address}:{port}", machines.cluster) for host in machines.hosts]
     try:
-        await_that(lambda: all(front.is_ready() for front in fronts), START_SECONDS, "every host answers")
+        eventually(lambda: all(front.is_ready() for front in fronts), "every host answers", START_SECONDS)
     except AssertionError as error:
         log_text = (tmp_path / "serve.log").read_text()
         raise AssertionError(f"{error}\n{fronts[0].ask('/models', None)}\n{log_text[-4000:]}") from error
-    await_that(lambda: all(replicas_of(host) == 1 for host in machines.hosts), 60, "each host has a replica")
+    eventually(lambda: all(replicas_of(host) == 1 for host in machines.hosts), "each host has a replica", 60)
     service = fronts[0]
 
     clients = 6
     with Load(service, clients, BODY | {"max_new_tokens": 100}) as load:
-        await_that(lambda: load.answered() > 20, 60, "requests are answered")
+        eventually(lambda: load.answered() > 20, "requests are answered", 60)
         lost.die()
         answered = load.answered()
-        await_that(lambda: load.answered() > answered + 100, 120, "the others answer")
+        eventually(lambda: load.answered() > answered + 100, "the others answer", 120)
     assert sum(load.failed.values()) <= clients, load.failed
     with Load(service, clients) as after:
-        await_that(lambda: after.answered() > 50, 60, "requests are answered")
+        eventually(lambda: after.answered() > 50, "requests are answered", 60)
     assert after.failed == {}
 
 

@@ -21,7 +21,8 @@ from tests.deploy.test_watching import PROMETHEUS, rules, shown
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
 from tests.system.conftest import ROOT, SMALL, Cluster, Job, environment, started
-from tests.system.serving import QUICK, Load, Service, await_that, said, served
+from tests.system.serving import QUICK, Load, Service, said, served
+from tests.waiting import eventually
 from train_job.cluster.exporter import FIGURES
 
 __all__ = ["make_package"]  # a fixture, used here too
@@ -81,7 +82,7 @@ def watching(cluster: Cluster, folder: Path) -> Iterator[Prometheus]:
         return False
 
     try:
-        await_that(answers, SECONDS, "Prometheus knows what to scrape")
+        eventually(answers, "Prometheus knows what to scrape", SECONDS)
         yield prometheus
     finally:
         process.terminate()
@@ -117,7 +118,7 @@ def service(cluster: Cluster, registry: TestRegistry, prometheus: Prometheus) ->
     settings = QUICK | {"model": "models:/served@champion", "port": port}
     with served(cluster, "serve_app:build_app", *said(**settings), port=port) as running:
         second = registry.publish("served", seed=2)
-        await_that(lambda: running.version() == second, SECONDS, "the service follows its alias")
+        eventually(lambda: running.version() == second, "the service follows its alias", SECONDS)
         yield running
 
 
@@ -152,7 +153,7 @@ def test_every_expression_of_the_dashboard_has_a_value(prometheus: Prometheus, s
 
     with Load(service, 1):
         try:
-            await_that(lambda: not without(), SECONDS, "every panel shows something")
+            eventually(lambda: not without(), "every panel shows something", SECONDS)
         except AssertionError:
             assert without() == []  # which names them
     assert prometheus.values("max by (run) (ray_gpt_training_step)").keys() == {"watched"}
@@ -165,16 +166,16 @@ def test_prometheus_scrapes_all_of_rays_targets_and_accepts_all_rules(
 ):
     targets = prometheus.get("targets")["activeTargets"]
     assert len(targets) >= 2  # the node's and the dashboard's
-    await_that(lambda: set(prometheus.values("up").values()) == {1.0}, SECONDS, "every target is up")
+    eventually(lambda: set(prometheus.values("up").values()) == {1.0}, "every target is up", SECONDS)
     loaded = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert {rule["name"] for rule in loaded} == {rule["alert"] for rule in rules()}
-    await_that(
+    eventually(
         lambda: all(rule["health"] == "ok" for group in prometheus.get("rules")["groups"] for rule in group["rules"]),
-        SECONDS,
         "every rule was evaluated",
+        SECONDS,
     )
     # At the first look nothing has moved yet.
-    await_that(lambda: "TrainingStalled" not in prometheus.alerts("pending"), SECONDS, "a run that goes on is seen to")
+    eventually(lambda: "TrainingStalled" not in prometheus.alerts("pending"), "a run that goes on is seen to", SECONDS)
     assert not prometheus.alerts("firing")
 
 
@@ -193,18 +194,18 @@ def test_requests_are_counted_one_by_one(prometheus: Prometheus, service: Servic
 
     before = told()
     assert before > 0
-    await_that(lambda: counted() == before, SECONDS, "what the replica counts is what Prometheus has")
+    eventually(lambda: counted() == before, "what the replica counts is what Prometheus has", SECONDS)
     for _ in range(7):
         assert service.ask()[0] == 200
     assert told() == before + 7
-    await_that(lambda: counted() == before + 7, SECONDS, "seven requests are seven more")
+    eventually(lambda: counted() == before + 7, "seven requests are seven more", SECONDS)
 
 
 def test_a_refused_version_raises_an_alert_at_once(prometheus: Prometheus, service: Service, registry: TestRegistry):
     spoiled = registry.publish("served", seed=3, promote="never")
     registry.spoil("served", spoiled)
     registry.point("served", spoiled)
-    await_that(lambda: "NewVersionRefused" in prometheus.alerts("firing"), SECONDS, "the alert fires")
+    eventually(lambda: "NewVersionRefused" in prometheus.alerts("firing"), "the alert fires", SECONDS)
     assert prometheus.alerts("firing") == {"NewVersionRefused"}
 
 
@@ -216,7 +217,7 @@ def test_the_metrics_equal_mlflows_and_end_with_the_run(prometheus: Prometheus, 
         per_step = "ray_gpt_training_tokens / ray_gpt_training_step and ray_gpt_training_validation_loss"
         return prometheus.values(f"{per_step} and ray_gpt_training_step >= 20") == expected
 
-    await_that(evaluated, SECONDS, "tokens and steps agree")
+    eventually(evaluated, "tokens and steps agree", SECONDS)
     figures = {name: prometheus.values(f"ray_{name}").get("watched", math.nan) for name in FIGURES}
     assert figures["gpt_training_tokens_per_second"] > 0
     assert figures["gpt_training_bits_per_byte"] > 0
@@ -230,4 +231,4 @@ def test_the_metrics_equal_mlflows_and_end_with_the_run(prometheus: Prometheus, 
     for name, logged in LOGGED.items():
         points = [point.value for point in client.get_metric_history(run_id, logged)]
         assert any(math.isclose(figures[name], value, rel_tol=1e-6) for value in points), (name, figures[name])
-    await_that(lambda: not prometheus.values("ray_gpt_training_step"), SECONDS, "no series outlives its worker")
+    eventually(lambda: not prometheus.values("ray_gpt_training_step"), "no series outlives its worker", SECONDS)

@@ -25,13 +25,13 @@ from tests.system.serving import (
     Load,
     Service,
     await_figures,
-    await_that,
     family,
     in_ray,
     said,
     served,
     title,
 )
+from tests.waiting import eventually
 
 __all__ = ["make_package"]  # a fixture, used here too
 
@@ -128,12 +128,12 @@ def test_a_client_that_leaves_frees_its_slot_whatever_headers_it_sent(service: S
         with urllib.request.urlopen(request, timeout=60) as answer:
             answer.readline()
             assert running(service) == 1
-        await_that(lambda: running(service) == 0, REQUEST_TIMEOUT_S / 2, "the slot is free")
+        eventually(lambda: running(service) == 0, "the slot is free", REQUEST_TIMEOUT_S / 2)
 
 
 def await_one_replica(service: Service) -> None:
     """Waits until the extra replicas of earlier load are gone."""
-    await_that(lambda: len(service.replicas()) == 1, 90, "what earlier load raised has fallen")
+    eventually(lambda: len(service.replicas()) == 1, "what earlier load raised has fallen", 90)
 
 
 def running(service: Service) -> float:
@@ -166,12 +166,12 @@ def test_a_promotion_under_load_fails_no_request_and_takes_effect_within_seconds
 ):
     before = service.version()
     with Load(service, clients=4) as load:
-        await_that(lambda: load.answered(before) > 20, 60, "the old version answers")
+        eventually(lambda: load.answered(before) > 20, "the old version answers", 60)
         version = registry.publish("served", seed=2, **SHAPE)
         promoted = time.monotonic()
-        await_that(lambda: load.answered(version), 30, "the new version answers")
+        eventually(lambda: load.answered(version), "the new version answers", 30)
         took = time.monotonic() - promoted
-        await_that(lambda: set(load.latest) == {version}, 60, "the new version alone answers")
+        eventually(lambda: set(load.latest) == {version}, "the new version alone answers", 60)
     assert load.failed == {}
     assert took < 15
     assert {entry["version"] for entry in service.ask("/models", None)[1]["models"]} == {version}
@@ -189,9 +189,9 @@ def test_a_broken_version_under_load_is_refused_and_reported_and_fails_no_reques
 
     with Load(service, clients=2) as load:
         registry.point("served", broken)
-        reason = await_that(refused, 30, "the broken version is refused")
+        reason = eventually(refused, "the broken version is refused", 30)
         answered = load.answered()
-        await_that(lambda: load.answered() > answered + load.latest.maxlen, 60, "requests go on being answered")
+        eventually(lambda: load.answered() > answered + load.latest.maxlen, "requests go on being answered", 60)
     assert load.failed == {}
     assert load.answered(broken) == 0
     assert set(load.latest) == {before}
@@ -203,22 +203,22 @@ def test_a_broken_version_under_load_is_refused_and_reported_and_fails_no_reques
 def test_replicas_scale_up_under_load_and_down_after_it_without_a_failed_request(service: Service):
     await_one_replica(service)
     with Load(service, clients=8, body=BODY | {"max_new_tokens": 40}) as load:
-        await_that(lambda: len(service.replicas()) > 1, 60, "replicas rise")
+        eventually(lambda: len(service.replicas()) > 1, "replicas rise", 60)
         answered = load.answered()
-        await_that(lambda: load.answered() > answered + 50, 120, "requests are answered while there are more")
+        eventually(lambda: load.answered() > answered + 50, "requests are answered while there are more", 120)
     with Load(service, clients=1) as light:
-        await_that(lambda: len(service.replicas()) == 1, 120, "replicas fall")
+        eventually(lambda: len(service.replicas()) == 1, "replicas fall", 120)
         answered = light.answered()
-        await_that(lambda: light.answered() > answered + 10, 60, "requests are answered after it")
+        eventually(lambda: light.answered() > answered + 10, "requests are answered after it", 60)
     assert load.failed | light.failed == {}
 
 
 @pytest.mark.slow
 def test_a_replica_that_is_killed_is_replaced(service: Service):
-    (replica,) = await_that(lambda: len(service.replicas()) == 1 and service.replicas(), 60, "one replica is there")
+    (replica,) = eventually(lambda: len(service.replicas()) == 1 and service.replicas(), "one replica is there", 60)
     replica.kill()
     psutil.wait_procs([replica], timeout=10)
-    await_that(service.is_ready, 90, "another replica is ready")
+    eventually(service.is_ready, "another replica is ready", 90)
     assert replica.pid not in [other.pid for other in service.replicas()]
     assert service.version()
 
@@ -237,9 +237,9 @@ ray.get([ray.get_actor(**actor).__ray_call__.remote(burst) for actor in actors])
 
 @pytest.mark.slow
 def test_a_replica_whose_engine_died_is_replaced(service: Service):
-    (replica,) = await_that(lambda: len(service.replicas()) == 1 and service.replicas(), 60, "one replica is there")
+    (replica,) = eventually(lambda: len(service.replicas()) == 1 and service.replicas(), "one replica is there", 60)
     in_ray(service.cluster, BURST)
     assert service.ask()[0] == 503  # the exception comes when the thread wakes
-    await_that(lambda: not replica.is_running(), 60, "the replica is taken away")
-    await_that(service.is_ready, 90, "another replica is ready")
+    eventually(lambda: not replica.is_running(), "the replica is taken away", 60)
+    eventually(service.is_ready, "another replica is ready", 90)
     assert service.version()

@@ -13,7 +13,8 @@ import yaml
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
 from tests.system.conftest import BIN, ROOT, Cluster, environment
-from tests.system.serving import BODY, QUICK, START_SECONDS, Load, Service, await_that, said, served
+from tests.system.serving import BODY, QUICK, START_SECONDS, Load, Service, said, served
+from tests.waiting import eventually
 
 __all__ = ["make_package"]  # a fixture, used here too
 
@@ -31,7 +32,7 @@ def test_from_zero_replicas_the_first_request_is_answered(cluster: Cluster, regi
     port = free_port()
     settings = QUICK | {"model": "models:/asleep@champion", "port": port, "min_replicas": 0, "downscale_delay_s": 2}
     with served(cluster, "serve_app:build_app", *said(**settings), port=port) as service:
-        await_that(lambda: not service.replicas(), 90, "no replica is kept")
+        eventually(lambda: not service.replicas(), "no replica is kept", 90)
         assert service.ask()[0] == 200
 
 
@@ -67,14 +68,14 @@ def test_serve_deploy_applies_our_config_and_its_changes_without_a_failed_reques
     service = Service(f"http://127.0.0.1:{port}", cluster)
     deploy()
     try:
-        await_that(service.is_ready, START_SECONDS, "the service is ready")
+        eventually(service.is_ready, "the service is ready", START_SECONDS)
         assert service.version()
         (before,) = service.replicas()
         with Load(service, clients=2) as load:
             deploy(max_new_tokens=9)
             too_many = BODY | {"max_new_tokens": 10}
-            await_that(lambda: service.ask(body=too_many)[0] == 400, START_SECONDS, "the new setting holds")
-            await_that(lambda: not before.is_running(), 60, "the old replica has left")
+            eventually(lambda: service.ask(body=too_many)[0] == 400, "the new setting holds", START_SECONDS)
+            eventually(lambda: not before.is_running(), "the old replica has left", 60)
         assert load.failed == {}
         assert load.answered() > 20
     finally:

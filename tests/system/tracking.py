@@ -1,14 +1,13 @@
 """MLflow's server in its own process, for tests on real clusters."""
 
-import contextlib
 import os
 import signal
 import subprocess
-import urllib.request
 from pathlib import Path
 
 from tests.ports import free_port
 from tests.system.conftest import BIN
+from tests.waiting import await_server, is_up
 
 
 class TrackingServer:
@@ -22,10 +21,11 @@ class TrackingServer:
     def start(self) -> None:
         store = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", "artifacts"]
         command = [BIN / "mlflow", "server", f"--host={self.address}", f"--port={self.port}", "--workers=1", *store]
-        env, quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, subprocess.DEVNULL
-        self.process = subprocess.Popen(
-            command, cwd=self.folder, env=env, stdout=quiet, stderr=quiet, start_new_session=True
-        )
+        env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=env, stdout=log, stderr=log, start_new_session=True
+            )
 
     def kill(self) -> None:
         if self.process:
@@ -33,10 +33,5 @@ class TrackingServer:
             self.process.wait()
 
     def await_answer(self) -> None:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                return
-            assert self.process
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.1)
-        raise AssertionError("the tracking server does not start")
+        assert self.process
+        await_server(self.process, lambda: is_up(f"{self.uri}/health"), self.folder / "server.log", 120)

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from gptcore.engine.engine import Engine
 from gptcore.engine.interface import Chunk, FinishReason, Request
 from gptcore.errors import ConfigError, EngineError, QueueFull
 from gptcore.sampling import SamplingParams
+from tests.waiting import until
 
 from .conftest import Answer, FakeRunner, MakeEngine, ScriptedRunner, alone, run
 
@@ -48,12 +49,6 @@ def request(name: str = "one", **params: Any) -> Request:
 def within(work: Coroutine[Any, Any, None]) -> None:
     """Runs a test's coroutine, which must not take long."""
     asyncio.run(asyncio.wait_for(work, SECONDS))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what another thread will do; the test's time limit is the deadline."""
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 async def read(stream: Stream) -> Answer:

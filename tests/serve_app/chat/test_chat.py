@@ -24,7 +24,8 @@ from tests.ports import free_port
 from tests.serve_app.chat.chatting import FIGURES, LONG, SHORT_CONTEXT, Open, Terminal, api, on_screen, piped, speaking
 from tests.serve_app.chat.relay import Relay
 from tests.serve_app.conftest import MakePackage, TestRegistry
-from tests.serve_app.running import Running, eventually, running
+from tests.serve_app.running import Running, running
+from tests.waiting import eventually
 
 KEY = "key-of-the-chats-test"
 END_OF_TEXT, ESCAPE = 256, "\x1b"

@@ -20,7 +20,7 @@ import pytest
 
 from serve_app.front import haproxy
 from serve_app.front.haproxy import SUPERVISOR
-from tests.serve_app.running import eventually
+from tests.waiting import eventually
 
 rays = pytest.importorskip("ray.serve._private.haproxy")
 pytestmark = [
@@ -112,12 +112,13 @@ class Manager:
 
     async def answer(self, path: str = "/good") -> int:
         """The status, once a server listens."""
-        end = time.monotonic() + 20
-        while True:
+
+        def answered() -> int | None:
             with suppress(OSError, http.client.HTTPException):
-                return (await asyncio.to_thread(self.ask, path))[0]
-            assert time.monotonic() < end
-            await asyncio.sleep(0.02)
+                return self.ask(path)[0]
+            return None
+
+        return int(await asyncio.to_thread(eventually, answered, "a server listens"))
 
 
 @asynccontextmanager

@@ -14,7 +14,8 @@ from gptcore.errors import EngineError
 from serve_app.generation.stream import merged
 from serve_app.settings import ServeSettings
 from tests.serve_app.conftest import MakePackage
-from tests.serve_app.running import Running, eventually, running
+from tests.serve_app.running import Running, running
+from tests.waiting import eventually
 
 LENGTH = 4000
 

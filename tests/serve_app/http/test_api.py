@@ -17,7 +17,8 @@ from serve_app.http.logs import LOGGERS, JsonFormatter
 from serve_app.metrics import Metrics
 from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
-from tests.serve_app.running import Running, eventually, running
+from tests.serve_app.running import Running, running
+from tests.waiting import eventually
 
 BODY: dict[str, Any] = dict(prompt="The future of AI is", seed=7, max_new_tokens=4)
 KEYS = ("first-key", "second-kéy")

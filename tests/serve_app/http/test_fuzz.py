@@ -17,7 +17,8 @@ from schemathesis.checks import load_all_checks, positive_data_acceptance
 from gptcore.package import Package
 from serve_app.settings import ServeSettings
 from tests.chance import examples
-from tests.serve_app.running import Running, eventually, running
+from tests.serve_app.running import Running, running
+from tests.waiting import eventually
 
 load_all_checks()
 # What the document cannot say is refused, too: a prompt beyond the context, a token id beyond the vocabulary.

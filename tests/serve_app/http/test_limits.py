@@ -18,7 +18,8 @@ from serve_app.errors import ApiError
 from serve_app.http.middleware import BodyReader, ErrorReplies
 from serve_app.settings import ServeSettings
 from tests.serve_app.conftest import MakePackage
-from tests.serve_app.running import Running, eventually, running
+from tests.serve_app.running import Running, running
+from tests.waiting import eventually
 
 LIMIT, SECONDS, BODY_SECONDS = 4000, 4.0, 0.5
 SLOTS, QUEUE = 1, 1

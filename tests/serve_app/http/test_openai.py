@@ -13,7 +13,8 @@ from openai.types import Completion
 from gptcore.engine import Update
 from gptcore.package import Package
 from serve_app.settings import ServeSettings
-from tests.serve_app.running import Running, eventually, running
+from tests.serve_app.running import Running, running
+from tests.waiting import eventually
 
 PROMPT = "The future of AI is"
 FIXED: dict[str, Any] = dict(model="tiny", seed=7, max_tokens=12)

@@ -16,7 +16,8 @@ from serve_app.errors import without_folders
 from serve_app.http.app import create_api
 from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
-from tests.serve_app.running import Running, eventually, running
+from tests.serve_app.running import Running, running
+from tests.waiting import eventually
 
 BODY: dict[str, Any] = dict(prompt="The future of AI is", max_new_tokens=5, ignore_eos=True)
 

@@ -16,6 +16,7 @@ from serve_app.models.catalog import Models
 from serve_app.models.follow import LONGEST_BACKOFF_S, refusal
 from tests.serve_app.conftest import MakePackage, TestRegistry
 from tests.serve_app.models.test_models import ask, running, settings, status
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -32,12 +33,6 @@ class Gate:
         if self.made > 1:
             self.open.wait(30)
         return Engine(package, told)
-
-
-async def loading(models: Models, name: str) -> None:
-    """Waits until a request waits for the model."""
-    while status(models, name).state != "loading":
-        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("error", [HubError("away"), NoMemory("not now"), MemoryError(), RuntimeError("a driver's")])
@@ -73,7 +68,7 @@ async def test_only_as_many_requests_wait_for_a_load_as_the_engine_can_queue(mak
     gate = Gate()
     async with running(settings(models=said, slots=2, max_queue=1), make_engine=gate) as models:
         early = [asyncio.create_task(ask(models, "second")) for _ in range(3)]
-        await loading(models, "second")
+        await until(lambda: status(models, "second").state == "loading")
         with pytest.raises(QueueFull, match="3 requests wait for the model 'second' to load") as caught:
             await ask(models, "second")
         answer = to_api_error(caught.value)
@@ -119,7 +114,7 @@ async def test_a_request_that_waits_for_a_load_is_refused_when_the_service_close
     models = Models(settings(models=said), make_engine=gate)
     await models.start()
     waiting = asyncio.create_task(ask(models, "second"))
-    await loading(models, "second")
+    await until(lambda: status(models, "second").state == "loading")
     closing = asyncio.create_task(models.close())
     gate.open.set()
     with pytest.raises(ApiError, match="the service is closing"):

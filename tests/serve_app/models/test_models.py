@@ -27,6 +27,7 @@ from serve_app.models.load import ServedModel
 from serve_app.models.registry import Registry
 from serve_app.settings import ServeSettings, load_settings
 from tests.serve_app.conftest import MakePackage, TestRegistry
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -121,8 +122,7 @@ async def test_a_client_that_leaves_does_not_cancel_a_load(make_package: MakePac
     said = f"first={make_package(0).path},second={make_package(1).path}"
     async with running(settings(models=said)) as models:
         impatient = asyncio.create_task(ask(models, "second"))
-        while status(models, "second").state != "loading":
-            await asyncio.sleep(0)
+        await until(lambda: status(models, "second").state == "loading")
         patient = asyncio.create_task(ask(models, "second"))
         impatient.cancel()
         await asyncio.gather(impatient, return_exceptions=True)
@@ -331,8 +331,7 @@ async def test_a_starting_replica_waits_for_a_registry_that_is_down(registry: Te
     starting = asyncio.create_task(models.start())
     try:
         async with asyncio.timeout(30):
-            while status(models, "early").error is None:
-                await asyncio.sleep(0.01)
+            await until(lambda: status(models, "early").error)
         assert not starting.done()
     finally:
         database.with_suffix(".away").rename(database)

@@ -14,7 +14,8 @@ from serve_app.http.schemas import GenerateRequest
 from serve_app.settings import ServeSettings
 from tests.serve_app.conftest import MakePackage
 from tests.serve_app.playground.browser import chromium, chromium_path, ended, open_page, run
-from tests.serve_app.running import Running, eventually, running
+from tests.serve_app.running import Running, running
+from tests.waiting import eventually
 
 needs_chromium = pytest.mark.skipif(chromium_path() is None, reason="no chromium on PATH: apt-get install chromium")
 LONG, KEY = 4000, "key-of-the-playgrounds-test"

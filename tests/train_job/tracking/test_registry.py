@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from gptcore.package import Package, open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.tokenizer import load_tokenizer
 from tests.ports import free_port
+from tests.waiting import await_server, is_up
 from train_job.tracking import runs as tracking
 from train_job.tracking.registry import (
     Candidate,
@@ -361,15 +361,7 @@ def test_mlflow_serves_the_champion_over_http(uri: str, run_id: str, package: Pa
             command, cwd=tmp_path, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "serve.log").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
-                time.sleep(0.1)
+        await_server(server, lambda: is_up(f"http://127.0.0.1:{port}/ping"), tmp_path / "serve.log", 120)
         body = {"dataframe_split": {"columns": ["prompt"], "data": [["the cat"]]}}
         body |= {"params": {"max_new_tokens": 4, "seed": 7}}
         request = urllib.request.Request(

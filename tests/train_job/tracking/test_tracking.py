@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from gptcore.model import GPT
 from gptcore.package import open_package, save_package
 from gptcore.tokenizer import load_tokenizer
 from tests.ports import free_port
+from tests.waiting import await_server, eventually, is_up
 from train_job.tracking import runs as tracking
 from train_job.tracking import spool as spooling
 from train_job.tracking.__main__ import main
@@ -50,14 +50,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True
             )
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                return urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()
-                assert time.monotonic() < deadline, "mlflow server does not start"
-                time.sleep(0.1)
+        await_server(self.process, lambda: is_up(f"{self.uri}/health"), self.folder / "server.log", 90)
 
     def kill(self) -> None:
         """Kills the server's whole process group, as a crash would."""
@@ -102,7 +95,7 @@ def test_an_outage_loses_and_repeats_no_point_and_never_blocks_the_caller(server
             taken.append(time.perf_counter() - before)
 
     train(range(1, 201))
-    wait_until(lambda: undelivered(spool.folder) == 0)
+    eventually(lambda: undelivered(spool.folder) == 0, "everything is delivered", 60)
     server.kill()
     (tmp_path / "curve.txt").write_text("early")
     train(range(201, 1501))
@@ -141,13 +134,6 @@ def test_a_package_is_published_through_a_server_and_read_back_from_it(
     champion = open_package(resolve("models:/remote@champion", server.uri))
     assert champion.info == package.info
     mlflow.set_tracking_uri(None)
-
-
-def wait_until(condition, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_batch_sent_twice_is_kept_once(database: str, tmp_path: Path):
@@ -362,7 +348,11 @@ def test_system_metrics_reach_the_run(database: str, tmp_path: Path):
     run_id = tracking.start_run(database, CONFIG)
     spool = Spool(tmp_path, run_id, database)
     monitor = SystemMetrics(spool, interval_s=0.2)
-    wait_until(lambda: "system/cpu_utilization_percentage" in (tmp_path / "lines.jsonl").read_text())
+    eventually(
+        lambda: "system/cpu_utilization_percentage" in (tmp_path / "lines.jsonl").read_text(),
+        "a system metric is there",
+        60,
+    )
     monitor.stop()
     assert spool.close(60) == 0
     points = history(database, run_id, "system/system_memory_usage_megabytes")
