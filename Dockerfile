@@ -1,20 +1,20 @@
-# The image: trains, serves, and is a machine of a Ray cluster. docs/image.md has the commands.
-# A base is of Debian's family and has Python 3.11 or newer as python3, with its headers and its venv module.
+# One image for training, serving and the machines of a Ray cluster. docs/image.md has the commands.
+# The base must be a Debian-like system with Python 3.11 or newer as python3, its headers and its venv module.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS environment
-# Which of PyTorch's builds: cpu, cu130, cu126, … Empty: the one that the package index has.
+# The build of PyTorch: cpu, cu130, cu126, … Empty: the one on the package index.
 ARG TORCH_BACKEND=cpu
-# What Ray's launcher starts machines with on AWS and Google Cloud, and what opens gs://.
+# Ray's launcher needs these to start machines on AWS and Google Cloud; gcsfs opens gs://.
 ARG PACKAGES="boto3 gcsfs google-api-python-client"
 
-# The secrets are pip's and uv's own settings, for those who have a mirror. They stay in no layer.
+# The secrets are pip's and uv's own settings, for use with a mirror. They are not stored in any layer.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m venv /opt/uv && /opt/uv/bin/pip install --quiet --no-cache-dir uv && \
     python3 -m venv /opt/venv
 
-# Only these two files: a change of our code leaves this layer, the largest, as it is. Bytecode is written now, since
-# the user whom the container runs as may not, and each of Ray's processes would compile it again.
+# Only these two files, so that a change to our code does not rebuild this layer, the largest one. Bytecode is compiled
+# now: the container's user cannot write it, and each of Ray's processes would compile it again.
 WORKDIR /app
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=uv.toml,target=/etc/uv/uv.toml \
@@ -26,7 +26,7 @@ RUN --mount=type=secret,id=uv.toml,target=/etc/uv/uv.toml \
     find matplotlib networkx numpy pandas pyarrow scipy sklearn sympy -type d -name tests -prune -exec rm -rf {} +
 
 FROM ${BASE_IMAGE}
-# g++: the native kernel and torch.compile. ssh and rsync: Ray's launcher. wget: health checks, KubeRay's and ours.
+# g++: for the native kernel and torch.compile. ssh and rsync: for Ray's launcher. wget: for health checks.
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends ca-certificates g++ openssh-client rsync wget && \
     rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log && \
@@ -39,7 +39,7 @@ WORKDIR /app
 COPY . .
 RUN /opt/venv/bin/python -m compileall -q .
 
-# The container's network is the border: publish the port where it may be reached, such as on loopback.
+# The service listens on all of the container's addresses. Publish the port only where clients may reach it.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     GIT_PYTHON_REFRESH=quiet \
@@ -47,7 +47,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     GPT_HOST=0.0.0.0 \
     MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false \
     RAY_USAGE_STATS_ENABLED=0
-# What `python -m serve_app.front.haproxy` prints but for the switch: how the front of a service answers while it comes back.
+# The output of `python -m serve_app.front.haproxy`, except the switch. It sets how the front answers during restarts.
 ENV RAY_SERVE_HAPROXY_BINARY_PATH=/opt/venv/bin/gpt-foundry-front \
     RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER=1s \
     RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE=1 \
@@ -58,7 +58,7 @@ ENV RAY_SERVE_HAPROXY_BINARY_PATH=/opt/venv/bin/gpt-foundry-front \
     RAY_worker_niceness=0
 USER foundry
 EXPOSE 8000
-# `serve run` ends in order at Ctrl-C; at SIGTERM it ends with a stack of Ray's.
+# `serve run` shuts down cleanly at SIGINT; at SIGTERM it ends with a stack trace of Ray's.
 STOPSIGNAL SIGINT
 HEALTHCHECK --start-period=5m --interval=30s --timeout=10s CMD ["/app/deploy/entrypoint.sh", "health"]
 ENTRYPOINT ["/app/deploy/entrypoint.sh"]

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from tests.system.conftest import ROOT, SMALL
-from tests.system.serving import await_that
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -183,7 +183,7 @@ class Image:
 
 def first_process(container: subprocess.Popen[str]) -> psutil.Process:
     """The container's process 1."""
-    found: psutil.Process = await_that(psutil.Process(container.pid).children, 10, "the container has begun")[0]
+    found: psutil.Process = eventually(psutil.Process(container.pid).children, "the container has begun", 10)[0]
     return found
 
 
@@ -282,7 +282,7 @@ def test_the_entry_point_accepts_train_serve_and_ray_and_refuses_others_by_name(
     assert "--max-steps" in said
     assert image.run("trian") == (
         2,
-        "error: 'trian' is no program; expected train, serve, ray, health or a program of the image\n",
+        "error: 'trian' is not a program; expected train, serve, ray, health or a program of the image\n",
     )
 
 
@@ -300,9 +300,9 @@ def serves_until_stopped(image: Image, port: int, check: list[str], service: sub
         return image.execute(service, *check, **env)[0]
 
     # Once the entry point has given way to the service, which then takes seconds to listen.
-    await_that(lambda: any("serve_app:" in word for word in first_process(service).cmdline()), 30, "it begins")
+    eventually(lambda: any("serve_app:" in word for word in first_process(service).cmdline()), "it begins", 30)
     assert health() == 1
-    await_that(lambda: service.poll() is not None or health() == 0, 120, "the service is healthy")
+    eventually(lambda: service.poll() is not None or health() == 0, "the service is healthy", 120)
     assert service.poll() is None, image.said()
     body = json.dumps({"prompt": "10 green", "max_new_tokens": 4, "ignore_eos": True})
     ask = ["wget", "--quiet", "--output-document=-", f"--post-data={body}", f"http://127.0.0.1:{port}/generate"]
