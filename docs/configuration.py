@@ -2,9 +2,8 @@
 
     python -m docs.configuration        (or make docs)
 
-In: the dataclasses of training and service, whose fields carry their help, and the list of environment variables
-below. Out: the page, written anew. A test fails while it is not what would be written, and while a variable that the
-code reads is not listed.
+In: the dataclasses of training and service, whose fields have their help, and the list of environment variables below.
+Out: the page. A test fails if the page is out of date, or if a variable in the code is not listed.
 """
 
 import types
@@ -30,12 +29,12 @@ from train_job.training.hardware import WORKER_ENV
 PAGE = Path(__file__).with_suffix(".md")
 COMMAND = "make docs"
 NAMES_THE_RUN = {"name", "resume"}
-"""They name the run that resumes; they are not settings of a run."""
+"""Flags that name the run to resume and are not settings of a run."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable: what it is for, and its default. `X_*` stands for every name that begins so."""
+    """An environment variable: its purpose and its default. `X_*` stands for every name that begins with `X_`."""
 
     name: str
     help: str
@@ -46,67 +45,71 @@ OURS = (
     Variable("GPT_FOUNDRY_HOME", "Where runs, caches and the embedded MLflow are kept.", "the checkout"),
     Variable("GPT_FOUNDRY_DATA", "A folder that holds `tinyshakespeare.txt`, for `--data shakespeare` offline."),
     Variable("GPT_*", "Every setting of [the service](#the-service), in capitals."),
-    Variable("GPT_FOUNDRY_API_KEY", "`serve_app.chat`: the key of a service that asks for one."),
-    Variable("NO_COLOR", "`serve_app.chat`: plain text, as where `TERM` is `dumb`."),
-    Variable("TERM", "What the terminal can do."),
-    Variable("XDG_STATE_HOME", "`serve_app.chat`: where what was typed is kept.", "`~/.local/state`"),
-    Variable("PATH", "Where HAProxy is looked for, if Ray brings none.", "the system's"),
+    Variable("GPT_FOUNDRY_API_KEY", "`serve_app.chat`: the key, if the service requires one."),
+    Variable("NO_COLOR", "`serve_app.chat`: plain text, as with `TERM=dumb`."),
+    Variable("TERM", "The type of the terminal."),
+    Variable("XDG_STATE_HOME", "`serve_app.chat`: where the history of prompts is saved.", "`~/.local/state`"),
+    Variable("PATH", "Where to look for HAProxy if Ray does not include it.", "the system's"),
     Variable("CXX", "The C++ compiler that builds the engine's kernel.", "the first of c++, g++, clang++"),
-    Variable("PYTHON", "make: the Python that `.venv` is made with.", "`python3.11`"),
+    Variable("PYTHON", "make: the Python for `.venv`.", "`python3.11`"),
     Variable("PORT", "`make ui`, `make serve`, `make chat`: the port.", "`5000`, `8000`"),
-    Variable(
-        "MODEL", "`make serve`: the model, a folder or a name as `model` below takes it.", "`models:/gpt@champion`"
-    ),
+    Variable("MODEL", "`make serve`: the model, a folder or a name as for `model` below.", "`models:/gpt@champion`"),
 )
 THEIRS = (
     Variable(
         "MLFLOW_TRACKING_URI", "Where runs are tracked and models registered.", "the embedded database, a file at home"
     ),
-    Variable("MLFLOW_TRACKING_USERNAME", "The user, where a tracking server asks for one."),
+    Variable("MLFLOW_TRACKING_USERNAME", "The user, if the tracking server requires one."),
     Variable("MLFLOW_TRACKING_PASSWORD", "The password of that user."),
     Variable("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "`false`: MLflow opens no pickled model.", "`true`"),
     Variable(
         "RAY_ADDRESS",
-        "The Ray cluster to join: `HOST:6379`, or `local` for a Ray of this job alone.",
-        "what `ray start` began here",
+        "The Ray cluster to join: `HOST:6379`, or `local` for a separate Ray.",
+        "the one from `ray start` on this machine",
     ),
-    Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients ask for the token.", "`token` where that file is"),
-    Variable("RAY_AUTH_TOKEN", "The cluster's token itself.", "what is in the file"),
+    Variable("RAY_AUTH_MODE", "`token`: Ray's nodes and clients require the token.", "`token` if the file exists"),
+    Variable("RAY_AUTH_TOKEN", "The cluster's token itself.", "the content of the file"),
     Variable("RAY_AUTH_TOKEN_PATH", "The file with the token.", "`~/.ray/auth_token`"),
-    Variable(
-        "RAY_JOB_CONFIG_JSON_ENV_VAR", "Set by Ray in a job: commands that are printed then say on which machine."
-    ),
-    Variable("RAY_API_SERVER_ADDRESS", "`ray job`: the dashboard that takes the job.", "what runs here"),
-    Variable("RAY_JOB_STOP_WAIT_TIME_S", "Of a cluster: how long a job that is stopped may take to save.", "`3`"),
-    Variable("RAY_health_check_period_ms", "Of a cluster: how often its machines are asked.", "Ray's own"),
-    Variable("RAY_health_check_timeout_ms", "Of a cluster: how long such an answer may take.", "Ray's own"),
-    Variable("RAY_metrics_report_interval_ms", "How often Ray passes figures on to Prometheus.", "`10000`"),
-    Variable("RAY_DEDUP_LOGS_SKIP_REGEX", "Lines of Ray's that are not printed.", "what misleads"),
-    Variable("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", "How long HAProxy waits for an answer.", "for ever"),
-    Variable(SWITCH, "What is in front of the replicas: `1` HAProxy, `0` Ray's own proxy.", "`1` where HAProxy is"),
+    Variable("RAY_JOB_CONFIG_JSON_ENV_VAR", "Set by Ray in a job: printed commands then name the machine."),
+    Variable("RAY_API_SERVER_ADDRESS", "`ray job`: the dashboard that receives the job.", "the one on this machine"),
+    Variable("RAY_JOB_STOP_WAIT_TIME_S", "Of a cluster: seconds that a stopped job has to save a checkpoint.", "`3`"),
+    Variable("RAY_health_check_period_ms", "Of a cluster: how often its machines are checked.", "Ray's own"),
+    Variable("RAY_health_check_timeout_ms", "Of a cluster: the time limit of such a check.", "Ray's own"),
+    Variable("RAY_metrics_report_interval_ms", "How often Ray exports metrics to Prometheus.", "`10000`"),
+    Variable("RAY_DEDUP_LOGS_SKIP_REGEX", "Ray's lines that are not printed.", "misleading ones"),
+    Variable("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", "How long HAProxy waits for an answer.", "forever"),
+    Variable(SWITCH, "The proxy in front of the replicas: `1` HAProxy, `0` Ray's own.", "`1` if HAProxy is installed"),
     Variable("HF_HOME", "Hugging Face's folder, for `hf:` models.", "`~/.cache/huggingface`"),
     Variable("HF_HUB_CACHE", "Its cache of models.", "`$HF_HOME/hub`"),
     Variable("TIKTOKEN_CACHE_DIR", "Where tiktoken looks for GPT-2's vocabulary before it downloads it."),
     Variable("SSL_CERT_FILE", "The certificates that downloads and the chat trust.", "those of the libraries"),
 )
 SET = (
-    Variable("RAY_USAGE_STATS_ENABLED", "Ray reports nothing home.", "`0`"),
-    Variable("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1: Ray Train watches for nodes that are taken away.", "`0`"),
-    Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "Seconds between Ray Train's looks at its workers.", "`0.5`"),
+    Variable("RAY_USAGE_STATS_ENABLED", "Ray sends no usage statistics.", "`0`"),
+    Variable(
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1: Ray Train watches for nodes that are about to be removed.", "`0`"
+    ),
+    Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "Seconds between Ray Train's checks of its workers.", "`0.5`"),
     Variable(
         "RAY_SERVE_*",
-        "How the front of a service starts and answers, its own files and ports; `python -m serve_app.front.haproxy`.",
+        "How the service's front starts and answers; `python -m serve_app.front.haproxy` prints them.",
     ),
-    Variable("MLFLOW_CONFIGURE_LOGGING", "MLflow's INFO lines, which would stand between ours.", "`false`"),
+    Variable("MLFLOW_CONFIGURE_LOGGING", "MLflow's INFO lines, which would appear between ours.", "`false`"),
     Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "Its progress bar.", "`false`"),
-    Variable("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "It prints addresses with their passwords.", "`true`"),
-    *(Variable(n, "How patient a service is with the registry.", f"`{v}`") for n, v in HTTP_PATIENCE.items()),
-    Variable("RAY_AIR_NEW_OUTPUT", "Sweeps: Ray Tune's own tables.", "`0`"),
-    Variable("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "Sweeps: what they write is in our own files.", "`1`"),
-    Variable("RAY_worker_maximum_startup_concurrency", "Sweeps: a trial is several processes.", "`8`"),
-    *(Variable(n, "Of a worker that trains on a CPU: it keeps its memory.", f"`{v}`") for n, v in WORKER_ENV.items()),
+    Variable("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "MLflow would print addresses with their passwords.", "`true`"),
     *(
-        Variable(n, f"Of a Ray that is started for one run{' or service' * (n in FRONT)}.", f"`{v}`")
+        Variable(n, "Timeouts and retries of a service's requests to the registry.", f"`{v}`")
+        for n, v in HTTP_PATIENCE.items()
+    ),
+    Variable("RAY_AIR_NEW_OUTPUT", "Sweeps: Ray Tune's own tables.", "`0`"),
+    Variable("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "Sweeps: our own files have what they would write.", "`1`"),
+    Variable("RAY_worker_maximum_startup_concurrency", "Sweeps: each trial has several processes.", "`8`"),
+    *(
+        Variable(n, "For a worker that trains on a CPU: it keeps its memory between steps.", f"`{v}`")
+        for n, v in WORKER_ENV.items()
+    ),
+    *(
+        Variable(n, f"For a Ray that is started for one run{' or service' * (n in FRONT)}.", f"`{v}`")
         for n, v in LOCAL_RAY.items()
     ),
     Variable("PYTHONUNBUFFERED", "`make demo`: the service's lines appear as they are written.", "`1`"),
@@ -115,8 +118,8 @@ SET = (
 INTRODUCTION = f"""\
 # Every setting
 
-Made by `{COMMAND}` from the code; a test keeps it current. What the settings are for is in
-[training.md](training.md) and in [serving.md](serving.md).
+`{COMMAND}` writes this page from the code; a test keeps it up to date. [training.md](training.md) and
+[serving.md](serving.md) explain how to use the settings.
 
 - [Training](#training): flags of `python train_job/run.py`, and names in its YAML
 - [Presets](#presets): named shapes with their recipes
@@ -127,27 +130,27 @@ TRAINING = """\
 ## Training
 
 A setting is `--batch-size 16` on the command line and `batch_size: 16` in the YAML file of `--config`; a switch is
-`--compile` or `--no-compile` here and `compile: true` there. Flags win over the YAML, which wins over the preset, which
-wins over the default below; the preset is `quick` unless one is named. `none` empties a setting whose default is
-empty. *Resume* says what may change when a run resumes (`--resume NAME`); the rest decides what a step is."""
+`--compile` or `--no-compile` here and `compile: true` there. Flags override the YAML, which overrides the preset,
+which overrides the default below. The default preset is `quick`. `none` empties a setting whose default is empty.
+*Resume* marks the settings that may change when a run is resumed (`--resume NAME`); the others decide a step's result."""
 
 THE_PRESETS = """\
 ## Presets
 
-`--preset NAME` is a shape with the recipe that goes with it. What a column does not say is a default from above."""
+`--preset NAME` selects a shape and a recipe. Other settings have the defaults from above."""
 
 THE_SERVICE = """\
 ## The service
 
-From the environment, or as `key=value` behind `serve_app:build_app`, which wins. `python -m serve_app.settings` prints
-this table, too."""
+Set them in the environment, or as `key=value` after `serve_app:build_app`, which wins. `python -m serve_app.settings`
+prints this table, too."""
 
 ENVIRONMENT = """\
 ## Environment variables
 
 Ours:"""
-ENVIRONMENT_THEIRS = "Of the libraries, and read or spoken of here too:"
-ENVIRONMENT_SET = "Set for the libraries, unless they are set already:"
+ENVIRONMENT_THEIRS = "Of the libraries, and read or mentioned here:"
+ENVIRONMENT_SET = "Set for the libraries, unless already set:"
 
 
 def markdown() -> str:
@@ -156,7 +159,7 @@ def markdown() -> str:
     for title, group in groups():
         parts += [f"### {title}", training_table(group)]
     parts += [THE_PRESETS, preset_table(), THE_SERVICE, service.markdown()]
-    parts += [ENVIRONMENT, variable_table(OURS, "Otherwise"), ENVIRONMENT_THEIRS, variable_table(THEIRS, "Otherwise")]
+    parts += [ENVIRONMENT, variable_table(OURS, "Default"), ENVIRONMENT_THEIRS, variable_table(THEIRS, "Default")]
     parts += [ENVIRONMENT_SET, variable_table(SET, "Value")]
     return "\n\n".join(parts) + "\n"
 
@@ -170,11 +173,11 @@ def training_table(group: Iterable[Field[Any]]) -> str:
         shown = f"`{flag}`, `--no-{flag[2:]}`" if hints[f.name] is bool else f"`{flag}`"
         resumes = f.name in RESUMABLE - NAMES_THE_RUN
         rows.append([shown, _kind(f, hints[f.name]), _default(f), _help(f), "yes" if resumes else ""])
-    return table(["Flag", "Type", "Default", "What it says", "Resume"], rows)
+    return table(["Flag", "Type", "Default", "Meaning", "Resume"], rows)
 
 
 def preset_table() -> str:
-    """One row per preset: the shape with its size, and the recipe as far as it differs from the defaults."""
+    """One row per preset: the shape with its size, and the recipe where it differs from the defaults."""
     titles = ["Preset", "Family", "Layers", "Heads", "Width", "Context", "Parameters"]
     titles += ["Tokenizer", "Optimizer", "Batch", "Ends after", "And"]
     units = {f.name: f.metadata["unit"] for f in fields(TrainConfig) if f.name in LIMITS}
@@ -198,7 +201,7 @@ def preset_table() -> str:
 def variable_table(variables: Iterable[Variable], default: str) -> str:
     """One row per environment variable."""
     rows = [[f"`{v.name.replace('*', '…')}`", v.help, v.default] for v in variables]
-    return table(["Variable", "What it says", default], rows)
+    return table(["Variable", "Meaning", default], rows)
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -226,7 +229,7 @@ def _default(f: Field[Any]) -> str:
 
 
 def _spelt(value: Any) -> str:
-    """A value as a person would write it."""
+    """A value as a user would write it."""
     if isinstance(value, tuple):
         return " ".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,9 +1,9 @@
-"""`docs/tour.ipynb`, run from its first cell to its last and stored with what came out.
+"""Runs `docs/tour.ipynb` from its first cell to its last and stores it with its outputs.
 
     python -m docs.tour
 
-In: the notebook. Out: the same notebook with the outputs of this run. It runs in a folder of its own, and what belongs
-to a machine or a moment is left out, so that two runs differ in their figures alone.
+In: the notebook. Out: the same notebook with the outputs of this run. It runs in its own folder, and everything
+that depends on the machine or the time is left out, so that two runs only differ in their figures.
 """
 
 import os
@@ -23,7 +23,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def executed(notebook: NotebookNode) -> NotebookNode:
-    """The notebook after a run. Raises CellExecutionError, with the cell and its traceback, where one fails."""
+    """Runs the notebook and returns it. Raises CellExecutionError, with the cell and its traceback, if a cell fails."""
     with tempfile.TemporaryDirectory() as folder:
         place = {"metadata": {"path": folder}}
         kernel = AsyncKernelManager(kernel_name=KERNEL["name"], transport="ipc", ip=f"{folder}/kernel")  # no ports
@@ -37,7 +37,7 @@ def executed(notebook: NotebookNode) -> NotebookNode:
 
 
 def settled(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """A cell's outputs as they look at the end: text that came in pieces is one, a picture has no text beside it."""
+    """A cell's final outputs: pieces of text are joined, and a picture has no text version."""
     kept: list[NotebookNode] = []
     for output in outputs:
         if kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name:

@@ -1,4 +1,4 @@
-"""`docs/images/temperature_effect.png` and `docs/images/decoding_strategies.png`: the odds of the demo's own model.
+"""`docs/images/temperature_effect.png` and `docs/images/decoding_strategies.png`: what the demo's model predicts.
 
 python -m docs.pictures.decoding
 """
@@ -8,7 +8,7 @@ from train_job.figures import main as draw
 
 
 def main() -> None:
-    """Draws what every run draws of its own model, from a run that `make demo` would have made."""
+    """Draws the pictures that every run draws of its own model, from the run of `make demo`."""
     package = trained_run("demo", "train_job/run.py", "--name", "demo") / "package"
     draw([str(package), "--prompt", "The", "--out", str(IMAGES)])
 

@@ -1,4 +1,4 @@
-"""`docs/images/loss_curve.png`: what a run leaves as `figures/loss_curve.png`, with a title that says which run.
+"""`docs/images/loss_curve.png`: the `figures/loss_curve.png` of a run, with a title that names the run.
 
 python -m docs.pictures.loss_curve
 """

@@ -1,4 +1,4 @@
-"""`docs/images/mlflow-compare.png`: MLflow's page that compares the trials of the sweep that comes along.
+"""`docs/images/mlflow-compare.png`: MLflow's page that compares the trials of the included sweep.
 
     python -m docs.pictures.mlflow
 
@@ -25,12 +25,12 @@ SWEEP = "rates"
 METRIC = "val/bits_per_byte"
 SECONDS_TO_START = 120
 SETTLING_MS = 2000
-"""How long the plot takes to move its lines into their places."""
+"""Time that the plot takes to move its lines into place."""
 
 
 @contextlib.contextmanager
 def ui(uri: str) -> Iterator[str]:
-    """The address of an MLflow UI that runs meanwhile."""
+    """Runs an MLflow UI until the block ends. Yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,19 +57,19 @@ def compare_url(base: str, uri: str, sweep: str) -> str:
     runs = client.search_runs(experiments, f"tags.sweep = '{sweep}'", order_by=["attributes.start_time ASC"])
     trials = [run.info for run in runs if "mlflow.parentRunId" in run.data.tags]
     if not trials:
-        raise SystemExit(f"MLflow at {uri} knows no trials of a sweep {sweep!r}")
+        raise SystemExit(f"MLflow at {uri} has no trials of a sweep {sweep!r}")
     ids, places = [trial.run_id for trial in trials], sorted({trial.experiment_id for trial in trials})
     return f"{base}/#/compare-runs?runs={quote(json.dumps(ids))}&experiments={quote(json.dumps(places))}"
 
 
 def screenshot(page: Page) -> bytes:
-    """The picture, once the plot shows bits per byte of the validation text."""
+    """A screenshot, once the plot shows bits per byte of the validation text."""
     expect(page.get_by_text("Parallel Coordinates Plot")).to_be_visible()
-    with contextlib.suppress(Exception):  # a panel that some versions open by themselves
+    with contextlib.suppress(Exception):  # a panel that some versions open automatically
         page.get_by_role("button", name="Close").first.click(timeout=3000)
     chosen = page.get_by_role("combobox").nth(1)
     chosen.click()
-    page.keyboard.press("Backspace")  # the metric that the page begins with
+    page.keyboard.press("Backspace")  # the metric that the page starts with
     page.keyboard.type(METRIC)
     page.keyboard.press("Enter")
     page.keyboard.press("Escape")
@@ -80,7 +80,7 @@ def screenshot(page: Page) -> bytes:
 
 
 def main() -> None:
-    """Runs the sweep if that has not been done, and takes the picture."""
+    """Runs the sweep if it has not been run, and takes the picture."""
     run = trained_run(SWEEP, "train_job/sweep.py", "train_job/sweeps/quick.yaml", "--name", SWEEP)
     uri = f"sqlite:///{run.parents[1] / 'mlflow' / 'mlflow.db'}"
     with ui(uri) as base, chromium() as browser:

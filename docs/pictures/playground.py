@@ -1,4 +1,4 @@
-"""`docs/images/playground.png`: the playground after one answer of the pictures' model, one token's card open.
+"""`docs/images/playground.png`: the playground after one answer of the pictures' model, with one token's card open.
 
     python -m docs.pictures.playground
 
@@ -28,12 +28,12 @@ SETUP = {"temperature": "0.8", "max_new_tokens": "120", "seed": "7"}
 
 @contextmanager
 def service() -> Iterator[str]:
-    """The address of a service that has the pictures' model as its champion, until the block ends."""
+    """Runs a service with the pictures' model as its champion until the block ends. Yields its address."""
     trained_run()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     env = environment() | {"GPT_PORT": str(port)}
-    os.environ.clear()  # this script's own, which the service inherits
+    os.environ.clear()  # this process's environment, which the service inherits
     os.environ.update(env)
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as output, running(output) as process:
@@ -44,7 +44,7 @@ def service() -> Iterator[str]:
 
 
 def screenshot(url: str, prompt: str, setup: dict[str, str], size: tuple[int, int], dark: bool) -> bytes:
-    """A PNG of the playground after one run, two pixels to each of CSS's, the card of one token open."""
+    """A PNG of the playground after one run, at double resolution, with the card of one token open."""
     with chromium() as browser:
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]},
@@ -57,21 +57,21 @@ def screenshot(url: str, prompt: str, setup: dict[str, str], size: tuple[int, in
         page.get_by_label("Tint by probability").check()
         run(page)
         readable = page.locator(".pane .token", has_text=re.compile(r"\w")).all()
-        max(readable, key=right_edge).hover()  # there its card hides the least
+        max(readable, key=right_edge).hover()  # its card hides the least there
         return page.screenshot()
 
 
 def right_edge(token: Locator) -> float:
-    """Where a token ends, in CSS pixels."""
+    """The right edge of a token, in CSS pixels."""
     box = token.bounding_box()
     return box["x"] + box["width"] if box else 0
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: what is asked, and how it is looked at."""
+    """Parses the command line and takes the picture."""
     parser = argparse.ArgumentParser(description="Take a picture of the playground.")
-    parser.add_argument("--url", help="a service that runs; otherwise one is started")
-    parser.add_argument("--name", default="playground", help="of the file in docs/images")
+    parser.add_argument("--url", help="a running service; by default one is started")
+    parser.add_argument("--name", default="playground", help="name of the file in docs/images")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, model or compare")
     parser.add_argument("--width", type=int, default=1280)
