@@ -1,12 +1,12 @@
 # Start with `make demo` and `make test`. `make help` lists the rest.
 PYTHON ?= python3.11 python3.12 python3.13 python3
-# The first of these that exists and is new enough makes the environment.
+# .venv is made with the first of these that exists and is new enough.
 FITS := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
-# Tests on a cluster wait half of their time, so two at once keep two cores busy; more make their time limits run out.
+# Tests on a cluster wait half of the time, so two at once keep two cores busy; with more, their time limits run out.
 WORKERS ?= 2
-# Strings hash alike in every run, so sets have one order in all of them. One thread of torch in each process: two would
-# wait for each other's core.
+# A fixed hash seed gives sets the same order in every run. torch gets one thread in each process, because two threads
+# would wait for each other's core.
 PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -16,13 +16,13 @@ export RAY_USAGE_STATS_ENABLED := 0
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: .venv/installed ## train a first model, promote it and ask it over HTTP (minutes)
+demo: .venv/installed ## train a first model, promote it and send it a prompt over HTTP (minutes)
 	@$(BIN)/python -m train_job.demo && $(BIN)/python -m serve_app.demo
 
 test: .venv/installed-dev ## the fast tests
 	@$(PYTEST) -m "not slow"
 
-test-slow: .venv/installed-clients ## the tests that take minutes each
+test-slow: .venv/installed-clients ## the slow tests, which take minutes each
 	@$(PYTEST) -m slow
 
 fuzz: .venv/installed-dev ## property tests, thousands of random examples; SEED=N repeats a run
@@ -56,7 +56,7 @@ ui: .venv/installed ## MLflow's UI on loopback: PORT=5000
 	@$(BIN)/python -m train_job.tracking pages --ui http://127.0.0.1:$${PORT:-5000}
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"
 
-constraints: .venv/installed-dev ## write constraints.txt from what is installed
+constraints: .venv/installed-dev ## write constraints.txt from the installed packages
 	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,clients,dev,gcs,gpu,hub,notebook,s3]'
 	@$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' > constraints.txt
 

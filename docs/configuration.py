@@ -132,7 +132,7 @@ TRAINING = """\
 A setting is `--batch-size 16` on the command line and `batch_size: 16` in the YAML file of `--config`; a switch is
 `--compile` or `--no-compile` here and `compile: true` there. Flags override the YAML, which overrides the preset,
 which overrides the default below. The default preset is `quick`. `none` empties a setting whose default is empty.
-*Resume* marks the settings that may change when a run is resumed (`--resume NAME`); the others decide a step's result."""
+*Resume* marks settings that may change when a run is resumed (`--resume NAME`); the others decide a step's result."""
 
 THE_PRESETS = """\
 ## Presets

@@ -11,7 +11,7 @@ FUZZ_TIMES = 20
 settings.register_profile(
     "same",
     max_examples=EXAMPLES,
-    derandomize=True,  # what is tried follows from the test's own code
+    derandomize=True,  # the examples follow from the test's own code
     database=None,  # nor from what failed here before
     deadline=None,
     print_blob=True,

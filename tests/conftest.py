@@ -16,12 +16,12 @@ settings.load_profile("same")
 forget_the_project()
 
 for name in [name for name in os.environ if name.startswith(("GPT_", "HF_", "MLFLOW_", "RAY_"))]:
-    del os.environ[name]  # what somebody has set for the work at hand is not what the tests are about
+    del os.environ[name]  # the developer's own settings must not change the tests
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_AUTH_MODE"] = "disabled"  # whoever has a token in ~/.ray keeps it; what wants one here brings its own
+os.environ["RAY_AUTH_MODE"] = "disabled"  # a token in ~/.ray is not used; tests that need one bring their own
 for name in ("no_proxy", "NO_PROXY"):  # our own servers are not reached through a proxy
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; what tests start would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a background job; child processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

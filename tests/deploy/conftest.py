@@ -205,7 +205,7 @@ def gcs() -> Iterator[dict[str, str]]:
     # gcsfs asks by gRPC what kind of bucket it is, which the emulator does not speak, and tries for a minute. Whether
     # it does that is decided when it is imported.
     env = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-    env["NO_GCE_CHECK"] = "true"  # this is no machine of Google's: seconds pass until nobody has answered
+    env["NO_GCE_CHECK"] = "true"  # this is not a Google machine, and the check would wait for seconds
     with pytest.MonkeyPatch.context() as patched:
         for name, value in env.items():
             patched.setenv(name, value)
@@ -257,7 +257,7 @@ def team(dotenv: dict[str, str], postgres: int, s3: Store, tmp_path_factory: pyt
         for word in service["command"]
         for flag in [word.partition("=")[0]]
     ]
-    mounted = dict(volume.split(":")[1::-1] for volume in service["volumes"])  # in the container: beside compose.yaml
+    mounted = dict(volume.split(":")[1::-1] for volume in service["volumes"])  # by path in the container
     env = dict(service["environment"]) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     env |= {"PGHOST": "127.0.0.1", "PGPORT": str(postgres), "MLFLOW_S3_ENDPOINT_URL": s3.url}
     env["MLFLOW_AUTH_CONFIG_PATH"] = str(COMPOSE.parent / mounted[env["MLFLOW_AUTH_CONFIG_PATH"]])

@@ -37,7 +37,7 @@ def test_an_old_python_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "version_info", (3, 9, 18, "final", 0))
     assert interpreter.problem(()) == "is Python 3.9.18, and this needs 3.11 or newer"
     with pytest.raises(ImportError, match=r"is Python 3\.9\.18, and this needs 3\.11 or newer; use"):
-        interpreter.check()  # as a library: pytest is no command of ours
+        interpreter.check()  # as a library, because pytest is not one of our commands
 
 
 def test_a_job_submitted_with_another_python_says_how_to_submit_it(monkeypatch: pytest.MonkeyPatch, tmp_path):

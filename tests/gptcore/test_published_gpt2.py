@@ -215,7 +215,7 @@ def test_a_model_is_fetched_from_the_hub_once(tmp_path: Path) -> None:
     assert first.stdout.startswith("Once")
     assert {"model.safetensors", "config.json", "vocab.json", "merges.txt"} <= {*fetched}
     assert not {"pytorch_model.bin", "tf_model.h5", "onnx/config.json"} & {*fetched}
-    again = generated(address, tmp_path / "hf")  # nobody is there any more
+    again = generated(address, tmp_path / "hf")  # the hub is gone now
     assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
     assert (tmp_path / "hf/hub/models--openai-community--gpt2/snapshots" / COMMIT / "model.safetensors").is_symlink()
 

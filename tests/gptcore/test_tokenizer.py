@@ -31,7 +31,7 @@ TEXT = """ROMEO:  O, she doth teach the torches to burn bright!\r\n\tIt's 1597; 
 مرحبا — Здравствуй — 你好，世界 — नमस्ते — 🜁🧑🏽‍🚀 e\u0301\u200d\ufeff <|endoftext|> \x00\x1f \u3000\u00a0x  \n\n y
 """
 
-# Two regex engines split the text, and each knows the characters of its own Unicode version: keep to old ones.
+# Two regex engines with different Unicode versions split the text, so it only has old characters.
 characters = st.characters(exclude_categories=("Cs", "Cn", "Co"))
 any_text = st.text(characters) | st.text(st.sampled_from(" \n\t\r\u00a0\u2028'stmdlre019aZé中!?<|>endoftext"))
 
@@ -182,7 +182,7 @@ def test_a_text_without_word_breaks_is_learned_and_encoded_in_linear_time(name: 
     tokenizer = load_tokenizer("bpe:264", lambda: iter([text]))
     assert tokenizer.decode(tokenizer.encode(text)) == text
     save_tokenizer(tokenizer, tmp_path)
-    part = text[-50_000:]  # longer than what was learned from at once
+    part = text[-50_000:]  # longer than one batch of learning
     assert AutoTokenizer.from_pretrained(tmp_path).encode(part) == tokenizer.encode(part)
 
 

@@ -55,10 +55,10 @@ def started(home: Path, **env: str) -> Iterator[Cluster]:
                 "--node-ip-address=127.0.0.1",
                 "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={dashboard}",
-                f"--dashboard-agent-listen-port={agent}",  # one of its own: submitted jobs are run by the agent
+                f"--dashboard-agent-listen-port={agent}",  # its own, because the agent runs submitted jobs
                 f"--temp-dir={scratch}",
                 f"--ray-client-server-port={client}",
-                "--object-store-memory=500000000",  # by default a third of what is free, for each cluster
+                "--object-store-memory=500000000",  # the default is a third of the free memory for each cluster
                 "--disable-usage-stats",
             ],
             cwd=ROOT,

@@ -29,7 +29,7 @@ def under_way(cluster: Cluster, text_file: Path) -> Iterator[Job]:
 
 
 def test_a_run_can_be_watched_through_rays_exporter(under_way: Job, cluster: Cluster) -> None:
-    known = set(FIGURES) - {"gpt_training_mfu_ratio"}  # nobody knows a CPU's peak
+    known = set(FIGURES) - {"gpt_training_mfu_ratio"}  # a CPU's peak is unknown
     await_figures(cluster, [f"{name}{{" for name in known])
 
 

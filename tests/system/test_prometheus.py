@@ -175,7 +175,7 @@ def test_prometheus_scrapes_all_of_rays_targets_and_accepts_all_rules(
         SECONDS,
     )
     # At the first look nothing has moved yet.
-    eventually(lambda: "TrainingStalled" not in prometheus.alerts("pending"), "a run that goes on is seen to", SECONDS)
+    eventually(lambda: "TrainingStalled" not in prometheus.alerts("pending"), "no alert is pending", SECONDS)
     assert not prometheus.alerts("firing")
 
 

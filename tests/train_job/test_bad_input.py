@@ -114,7 +114,7 @@ def test_a_corpus_too_small_for_its_vocabulary_is_named(refused: Refused, tmp_pa
 def test_a_tracking_server_that_is_down_at_the_start_is_named(
     refused: Refused, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as taken:  # bound but not listening: nobody answers there
+    with socket.socket() as taken:  # bound but not listening, so nothing answers
         taken.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

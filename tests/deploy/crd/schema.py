@@ -60,7 +60,7 @@ def templates(resource: dict[str, Any]) -> list[dict[str, Any]]:
 def structural(definition: dict[str, Any], version: str = "v1") -> dict[str, Any]:
     """The schema in a CustomResourceDefinition, made strict: unknown fields are errors."""
     (found,) = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == version]
-    fields = found["properties"] | {"metadata": {"type": "object"}}  # which the API server checks by itself
+    fields = found["properties"] | {"metadata": {"type": "object"}}  # the API server checks it itself
     schema: dict[str, Any] = _closed(found | {"properties": fields})
     return schema
 

@@ -64,7 +64,7 @@ SERVICE_MISTAKES: dict[str, Mistake] = {
 
 @pytest.mark.parametrize("mistake", SERVICE_MISTAKES)
 def test_kuberay_refuses_a_bad_file(mistake: str):
-    resource = json.loads(json.dumps(read(SERVICE)))  # what YAML's anchors share is no longer shared
+    resource = json.loads(json.dumps(read(SERVICE)))  # a copy, in which YAML's anchors are not shared
     SERVICE_MISTAKES[mistake](resource)
     with pytest.raises(jsonschema.ValidationError):
         check(resource)

@@ -59,7 +59,7 @@ def test_a_freed_slot_is_reused_in_place_by_a_prompt_with_the_same_beginning() -
     prompt = text((1, 30))
     slot = occupy(cache, "a", prompt)
     leave(cache, "a", slot, prompt, generated=(5, 6, 7))
-    longer = np.array([*prompt, 5, 6, 9, 9], dtype=np.int32)  # what was generated counts too, up to the last one run
+    longer = np.array([*prompt, 5, 6, 9, 9], dtype=np.int32)  # generated tokens count, up to the last one run
     match = cache.find(longer)
     assert match == Match(slot, 32, 32)
     place = cache.take("b", longer, match)
@@ -107,7 +107,7 @@ def test_a_slot_taken_for_another_prompt_forgets_the_old_one() -> None:
     leave(cache, "a", occupy(cache, "a", old), old)
     leave(cache, "b", occupy(cache, "b", new), new, generated=(2, 2))
     assert cache.find(old).length == 20
-    assert cache.find(text((1, 20), (2, 11), (1, 20))).length == 31  # behind it the old 1s lie still
+    assert cache.find(text((1, 20), (2, 11), (1, 20))).length == 31  # the old 1s are still behind it
     leave(cache, "c", occupy(cache, "c", text((3, 20))), text((3, 20)))
     assert cache.find(old).length == 0
 

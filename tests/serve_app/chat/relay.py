@@ -34,7 +34,7 @@ class Relay:
     def cut(self) -> None:
         """Resets every connection, and refuses new ones."""
         assert self._listener
-        # A thread that waits in accept keeps the port open, whatever close says; a shutdown wakes it.
+        # A thread that waits in accept keeps the port open even after close; a shutdown wakes it.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.drop()

@@ -283,7 +283,7 @@ def test_the_arrow_key_recalls_prompts_and_the_history_is_private(
     later.see("Ctrl-D leaves")
     later.process.send("\x1b[A\x1b[A")
     later.see("Once upon a time")
-    later.process.send("\x15\x1b[200~Once\nupon\x1b[201~\r")  # a terminal that marks what is pasted: one prompt
+    later.process.send("\x15\x1b[200~Once\nupon\x1b[201~\r")  # a terminal that marks pasted text: one prompt
     later.see("length reached")
     later.process.sendline("/history")
     later.see("> Once\r\nupon\r\n")
@@ -334,7 +334,7 @@ def test_models_can_be_listed_and_changed(chat: Terminal, service: Running) -> N
     assert "short version" in chat.ask("The")
 
 
-# --- with a service in a process of its own ---
+# --- with a service in its own process ---
 
 
 SERVER = """

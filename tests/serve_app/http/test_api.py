@@ -365,7 +365,7 @@ def test_other_origins_are_refused_by_default(client: httpx2.Client) -> None:
     asked = {"origin": "https://pages.example", "access-control-request-method": "POST"}
     assert client.options("/generate", headers=asked).status_code == 403
     reply = client.post("/generate", json=BODY, headers={"origin": "https://pages.example"})
-    assert error_of(reply, 403)["code"] == "origin_not_allowed"  # computed nothing, whatever the page may read
+    assert error_of(reply, 403)["code"] == "origin_not_allowed"  # nothing was computed
     assert not [name for name in reply.headers if name.startswith("access-control")]
     own = str(client.base_url).rstrip("/")
     assert client.post("/generate", json=BODY, headers={"origin": own}).status_code == 200

@@ -77,7 +77,7 @@ def test_defaults_are_the_same_on_the_command_line_in_each_route_and_in_the_chat
     assert on_the_command_line == SamplingParams() == GenerateRequest(prompt="").params()
     assert {name: default(name) for name in SHAPES} == Parameters().model_dump()
     assert Values().body() == {}
-    # These two have lengths of their own, as their clients know them.
+    # These two have their own default lengths, which their clients expect.
     lengths = {"max_new_tokens": SamplingParams().max_new_tokens}
     for body in (CompletionRequest(model="tiny"), PromptRequest(prompt="")):
         assert replace(body.params(), **lengths) == SamplingParams()

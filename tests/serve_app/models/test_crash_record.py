@@ -76,7 +76,7 @@ async def test_a_replica_does_not_first_try_a_version_that_killed_another(
     registry: TestRegistry, journal_home: Path
 ) -> None:
     source, told = "models:/deadly@champion", settings(registry.uri, model="models:/deadly@champion")
-    good = registry.publish("deadly", seed=1, promote="never")  # not promoted by a gate: only what was served is known
+    good = registry.publish("deadly", seed=1, promote="never")  # no gate: only the served version is known
     registry.point("deadly", good)
     async with running(told):
         pass
@@ -141,7 +141,7 @@ async def test_a_load_is_visible_and_has_a_time_limit(registry: TestRegistry, mo
         assert (known.version, known.loading) == (first, None)
         assert "the load took longer than load_seconds (1)" in known.refused[second]
         models._models["endless"].refused.clear()
-        await models.poll()  # not beside the one that hangs
+        await models.poll()  # does not start beside the load that hangs
         assert engines == 2
         let_go.set()
         monkeypatch.setattr(models._models["endless"], "_settings", told)

@@ -141,7 +141,7 @@ async def test_models_marked_eager_are_loaded_at_the_start(make_package: MakePac
 async def test_a_model_that_cannot_load_says_why_and_the_others_answer(make_package: MakePackage, tmp_path: Path):
     said = f"good={make_package().path},bad={tmp_path / 'missing'}"
     async with running(settings(models=said)) as models:
-        for _ in range(2):  # the second answer comes from what is remembered
+        for _ in range(2):  # the second answer is cached
             with pytest.raises(ApiError, match="'bad' is not ready: there is no model") as caught:
                 await ask(models, "bad")
             assert (caught.value.status, caught.value.code) == (503, "model_not_ready")

@@ -105,7 +105,7 @@ def test_a_url_is_downloaded_again_only_if_it_has_changed(web, tmp_path, caplog)
     (folder / "story.txt").write_text("Twice")
     os.utime(folder / "story.txt", (2e9, 2e9))
     assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path, refresh=False)) == "Once upon a time"
-    assert server.answers == [200, 304], "a run that goes on does not ask"
+    assert server.answers == [200, 304], "a resumed run sends no request"
     assert text_of(open_corpus(f"{address}/story.txt", cache_dir=tmp_path)) == "Twice"
     assert f"{address}/story.txt has changed" in caplog.messages[-1]
 

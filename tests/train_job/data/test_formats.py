@@ -258,7 +258,7 @@ def test_a_column_that_is_not_text_is_refused(tmp_path: Path, values: list) -> N
         opened(tmp_path / "a.parquet")
 
 
-# --- What is no text ------------------------------------------------------------------------------------------------
+# --- Not text -------------------------------------------------------------------------------------------------------
 
 
 def zipped(*names: str) -> bytes:

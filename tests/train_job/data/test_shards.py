@@ -235,7 +235,7 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing_half_written(many, tmp_
     with pytest.raises(TrainingError, match=rf"disk that holds {tmp_path}/cache/shards is full"):
         prepare(corpus, bytes_tokenizer, tmp_path / "cache")
     left = sorted((tmp_path / "cache" / "shards").iterdir())
-    assert left  # what was whole by then stays
+    assert left  # files that were complete by then stay
     assert {path.with_suffix(".json") in left for path in left if path.suffix == ".bin"} == {True}
     assert {path.suffix for path in left} == {".bin", ".json"}
 
