@@ -16,7 +16,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: .venv/installed ## train a first model, promote it and send it a prompt over HTTP (minutes)
+demo: .venv/installed ## train, promote and serve a first model, send it a prompt (minutes)
 	@$(BIN)/python -m train_job.demo && $(BIN)/python -m serve_app.demo
 
 test: .venv/installed-dev ## the fast tests

@@ -78,8 +78,9 @@ def test_a_server_that_is_down_is_reported_within_seconds() -> None:
 
 @pytest.fixture
 def registry(tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A real MLflow on sqlite, with the package as version 1 of `gpt` and its champion; returns the run's id."""
+    """A real MLflow on sqlite, with the package as version 1 of `gpt` and its champion. Returns the run's id."""
     mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(None)  # a test before this one may have set another
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     experiment = mlflow.create_experiment("gpt", artifact_location=(tmp_path / "artifacts").as_uri())
     with mlflow.start_run(experiment_id=experiment) as run:
