@@ -41,19 +41,6 @@ Bodies are read as JSON, whatever the content-type. If API keys are set, every r
 <key>`, except the probes, the metrics and the web pages.
 """
 
-EVENT_STREAM = "text/event-stream"
-EVENT = {
-    "type": "object",
-    "properties": {
-        "data": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "description": "Part of the reply as JSON, an error, or [DONE] at the end.",
-        }
-    },
-    "required": ["data"],
-}
-
 
 def create_api(
     settings: ServeSettings, models: Models, metrics: Metrics | None = None, tag_replies: bool = True
@@ -107,16 +94,13 @@ def _answering_head(routes: APIRouter) -> APIRouter:
 def _describe(app: FastAPI) -> None:
     """Build the OpenAPI document, which FastAPI caches, and correct it.
 
-    Validation errors are 400 instead of 422, streams have events, and any field may be null, even an unknown one:
+    Validation errors are 400 instead of 422, and any field may be null, even an unknown one:
     clients send null for fields that only their own API has.
     """
     document = app.openapi()
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
     for responses in (operation["responses"] for operation in operations):
         responses.pop("422", None)
-        content = responses["200"].get("content", {})
-        if EVENT_STREAM in content:
-            content[EVENT_STREAM] = {"itemSchema": EVENT}
     schemas = document["components"]["schemas"]
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)

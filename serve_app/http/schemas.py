@@ -287,6 +287,24 @@ class CompletedSentence(BaseModel):
     completed_sentence: str = Field(description="The text and its continuation.")
 
 
+EVENT_STREAM = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "data": {
+                    "type": "string",
+                    "contentMediaType": "application/json",
+                    "description": "Part of the reply as JSON, an error, or [DONE] at the end.",
+                }
+            },
+            "required": ["data"],
+        }
+    }
+}
+"""The `content` of a streamed reply in the OpenAPI document."""
+
+
 class CompletionLogprobs(BaseModel):
     """OpenAI's legacy form: four lists with one entry per token, including the token that ended the text.
 

@@ -266,9 +266,9 @@ def test_an_unexpected_fault_is_500_with_the_traceback_in_the_log_alone(
 def test_a_fault_in_midstream_ends_the_stream_with_an_error_event(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serve_app.http.routes.native import NativeEvents
+    from serve_app.generation.replies import Events
 
-    monkeypatch.setattr(NativeEvents, "last", lambda self: 1 / 0)
+    monkeypatch.setattr(Events, "last", lambda self: 1 / 0)
     with logged() as lines:
         reply = client.post("/generate", json={**BODY, "stream": True})
         eventually(lambda: len(lines) == 2, "the fault and the request are logged")
