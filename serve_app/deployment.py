@@ -24,10 +24,11 @@ from ray.serve import metrics as ray_metrics
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from gptcore.engine.native import available_cores
 from gptcore.errors import ConfigError
 from gptcore.home import home
-from serve_app.errors import RETRY_AFTER_SECONDS
 from serve_app.front import haproxy
+from serve_app.front.unavailable import RETRY_AFTER_SECONDS
 from serve_app.http.app import create_api
 from serve_app.metrics import METRICS, Metric, Metrics
 from serve_app.models.catalog import Models
@@ -158,8 +159,7 @@ def build(settings: ServeSettings) -> serve.Application:
 
 def threads_of(settings: ServeSettings) -> int:
     """The CPUs that Ray reserves for a replica; if none, an equal share of this machine's."""
-    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(settings.num_cpus) or present // settings.max_replicas)
+    return max(1, int(settings.num_cpus) or available_cores() // settings.max_replicas)
 
 
 def _check_address(settings: ServeSettings, ray_address: str | None) -> None:

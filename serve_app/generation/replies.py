@@ -171,7 +171,7 @@ def as_events(form: Form) -> Write:
 
 
 def _start(generation: Generation, content_type: bytes, length: int | None = None) -> dict[str, Any]:
-    headers = [(b"content-type", content_type), (b"x-model-version", generation.model_version.encode("latin-1"))]
+    headers = [(b"content-type", content_type), (b"x-model-version", generation.served.name_version.encode("latin-1"))]
     if length is None:
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]  # so that proxies do not buffer it
     else:

@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from serve_app.errors import add_handlers, error_responses
+from serve_app.http.hosts import is_loopback
 from serve_app.http.logs import configure_logging
 from serve_app.http.middleware import (
     AllowedHosts,
@@ -24,7 +25,6 @@ from serve_app.http.middleware import (
     Deadline,
     ErrorReplies,
     RequestLog,
-    is_loopback,
 )
 from serve_app.http.routes import compat, native, openai, ops, playground, tokens
 from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading

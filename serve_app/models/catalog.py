@@ -146,6 +146,12 @@ class Models:
             for loaded in model.loaded_versions
         ]
 
+    def status(self, name: str) -> ModelStatus:
+        """The status of one model. Raises ApiError 404 for an unknown name."""
+        if name not in self._models:
+            raise self._unknown(name)
+        return self._status(name, self._models[name])
+
     def describe(self) -> list[ModelStatus]:
         """The status of each model, the default model first."""
         return [self._status(name, model) for name, model in self._models.items()]
@@ -176,11 +182,14 @@ class Models:
     def _wanted(self, model: Model) -> bool:
         return model.current is not None or model in self._eager
 
+    def _unknown(self, name: str) -> ApiError:
+        near = did_you_mean(name[:64], self._models)
+        message = f"there is no model {name[:64]!r}; there are {', '.join(self._models)}.{near}"
+        return ApiError(404, message, param="model", code="model_not_found")
+
     def _choose(self, name: str | None, request_id: str) -> str:
         if name is not None and name not in self._models:
-            near = did_you_mean(name[:64], self._models)
-            message = f"there is no model {name[:64]!r}; there are {', '.join(self._models)}.{near}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+            raise self._unknown(name)
         if self._canary is None or (name or self.default) != self.default:
             return name or self.default
         ready = self._models[self._canary_name].state == "ready"

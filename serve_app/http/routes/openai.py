@@ -12,8 +12,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from gptcore.engine import TokenLogprob
-from gptcore.errors import did_you_mean
-from serve_app.errors import ApiError
 from serve_app.generation.order import Order
 from serve_app.generation.replies import Form, GenerationResponse, as_choices, as_events
 from serve_app.generation.stream import Generation, generating
@@ -57,11 +55,7 @@ def router(state: AppState) -> APIRouter:
 
     @routes.get("/models/{model:path}", summary="One model")
     async def model(model: str) -> ModelCard:
-        known = {status.name: status for status in state.models.describe()}
-        if model not in known:
-            message = f"there is no model {model!r}.{did_you_mean(model, known)}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return _card(known[model])
+        return _card(state.models.status(model))
 
     return routes
 
@@ -118,5 +112,5 @@ def _head(generation: Generation) -> dict[str, Any]:
         "object": "text_completion",
         "created": int(time.time()),
         "model": generation.served.name,
-        "system_fingerprint": generation.model_version,
+        "system_fingerprint": generation.served.name_version,
     }
