@@ -72,24 +72,28 @@ class Models:
         self.default = settings.default_model
         self._canary = settings.canary_share
         self._canary_name = settings.canary_name
-        sources = settings.sources
-        listed = set(sources.values())
+        listed = settings.sources
+        sources = dict(listed)
         if self._canary:
             sources.setdefault(self._canary_name, self._canary.source)
         registry = registry or Registry(settings.tracking_uri or default_tracking_uri())
         by_source: dict[str, Model] = {}
         for name, source in sources.items():
             if source not in by_source:
-                by_source[source] = Model(name, source, settings, registry, make_engine)
+                by_source[source] = Model(
+                    name,
+                    source,
+                    settings,
+                    registry,
+                    make_engine,
+                    essential=source == listed[self.default],
+                    optional=source not in listed.values(),
+                )
         self._models = {name: by_source[source] for name, source in sources.items()}
         self._sources = list(by_source.values())
-        self._models[self.default].essential = True
         named_eager = sources if ALL in settings.eager else settings.eager
         eager = [self.default, *named_eager, *([self._canary_name] if self._canary else [])]
         self._eager = [model for model in self._sources if model in [self._models[name] for name in eager]]
-        if self._canary:
-            canary = self._models[self._canary_name]
-            canary.optional = canary.source not in listed
         self._watching: list[asyncio.Task[None]] = []
 
     @property
