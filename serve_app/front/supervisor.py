@@ -38,10 +38,10 @@ class Supervisor:
         parser = argparse.ArgumentParser(allow_abbrev=False)
         parser.add_argument("-f", type=Path)
         parser.add_argument("-sf", type=int, nargs="*", default=[])
-        known, _ = parser.parse_known_args(arguments)
-        self.config: Path = known.f
+        given, _ = parser.parse_known_args(arguments)
+        self.config: Path = given.f
         self.flags = [flag for flag in arguments if flag in ("-db", "-dR")]
-        self.rays: list[int] = known.sf
+        self.rays: list[int] = given.sf
         text = self.config.read_text()
         self.socket = haproxy.command_socket(text)
         self.own_socket = self._of(os.getpid(), "s")
