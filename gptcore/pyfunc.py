@@ -26,7 +26,8 @@ class TextModel:
         """
         for name in params or {}:
             if name not in SAMPLING:
-                raise ConfigError(f"{name!r} is none of {', '.join(SAMPLING)}.{did_you_mean(name, SAMPLING)}")
+                known = ", ".join(SAMPLING)
+                raise ConfigError(f"there is no parameter {name!r}; there are {known}.{did_you_mean(name, SAMPLING)}")
         sampling = SamplingParams(**{name: value for name, value in (params or {}).items() if value is not None})
         return [generate_text(self.model, self.package.tokenizer, p, sampling) for p in prompts_of(model_input)]
 

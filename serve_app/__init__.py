@@ -1,7 +1,7 @@
 """Serves model packages over HTTP with Ray Serve.
 
 `app` and `build_app` are for `serve run serve_app:app` and `serve run serve_app:build_app key=value ...`. Only
-`deployment.py` imports Ray, and only these two import it.
+`deployment.py` and `ray_private.py` import Ray, and only these two functions import them.
 """
 
 from typing import Any

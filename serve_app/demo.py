@@ -12,11 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+import httpx2
 
 from gptcore.errors import FoundryError
 from serve_app.settings import load_settings
@@ -97,27 +97,28 @@ def await_ready(url: str, process: subprocess.Popen[bytes], seconds: float = STA
 def is_ready(url: str) -> bool:
     """Whether our service answers at that address and its model is ready."""
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:
-            return "json" in answer.headers.get("content-type", "")
-    except OSError:
+        answer = httpx2.get(f"{url}/ready", timeout=5, trust_env=False)
+    except httpx2.HTTPError:
         return False
+    return answer.is_success and "json" in answer.headers.get("content-type", "")
 
 
 def ask(url: str) -> None:
     """Stream one reply to the terminal, and print which model gave it."""
-    request = urllib.request.Request(f"{url}/generate", json.dumps(REQUEST).encode())
     begun, tokens = time.monotonic(), 0
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        version = answer.headers["x-model-version"]
+    with (
+        httpx2.Client(base_url=url, timeout=60, trust_env=False) as client,
+        client.sse("/generate", method="POST", json=REQUEST) as events,
+    ):
+        version = events.response.raise_for_status().headers["x-model-version"]
         print(f"answer    POST {url}/generate, from {version}\n\n{PROMPT}", end="", flush=True)
-        for line in answer:
-            data = line.removeprefix(b"data: ").strip()
-            if not data or data == b"[DONE]":
-                continue
-            event = json.loads(data)
-            for choice in event.get("choices", []):
+        for event in events:
+            if event.data == "[DONE]":
+                break
+            reply = json.loads(event.data)
+            for choice in reply.get("choices", []):
                 print(choice["text"], end="", flush=True)
-            tokens = event.get("usage", {}).get("completion_tokens", tokens)
+            tokens = reply.get("usage", {}).get("completion_tokens", tokens)
     print(f"\n\n          {tokens} tokens in {1000 * (time.monotonic() - begun):.0f} ms")
 
 

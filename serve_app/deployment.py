@@ -7,33 +7,32 @@ which model version answers.
 
 import asyncio
 import errno
-import http.client
 import logging
 import os
+import re
 import socket
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import click
+import httpx2
 import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import metrics as ray_metrics
-from ray.serve._private import api, client
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
-from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
+from gptcore.engine.native import available_cores
 from gptcore.errors import ConfigError
 from gptcore.home import home
-from serve_app import quiet
-from serve_app.errors import RETRY_AFTER_SECONDS
 from serve_app.front import haproxy
+from serve_app.front.unavailable import RETRY_AFTER_SECONDS
 from serve_app.http.app import create_api
 from serve_app.metrics import METRICS, Metric, Metrics
 from serve_app.models.catalog import Models
+from serve_app.ray_private import hide_lines, listening_host, wait_for_proxies
 from serve_app.settings import ServeSettings, load_settings
 
 log = logging.getLogger(__name__)
@@ -47,22 +46,29 @@ HEALTH_SECONDS = 1.0
 SURGE_PERCENT = 25
 """Extra replicas during a rolling update, rounded up, so that none stops before its successor is ready."""
 START_SECONDS = 600
-"""How long `serve run` waits for a proxy on a busy machine; Ray has no setting for its limit of 60 s."""
+"""How long `serve run` waits for a proxy on a busy machine."""
 LOOK_BACK_S = 15.0
 """The autoscaler's time window. Replicas report every 10 s, and the window must contain at least one report."""
+SERVE_LOGGING = LoggingConfig(log_level="WARNING")
+"""For Serve's controller and proxies. Replicas use the service's own logging. Ray's log folder has everything."""
+MISLEADING = re.compile(
+    r"Task ServeController\.graceful_shutdown failed"  # the controller stopped as it was asked to
+    r"|won't accept connections from HAProxy on other nodes"  # intended on loopback
+)
+"""Warnings that `serve run` does not print."""
 
 
 class Service:
     """A replica: the models and the HTTP app."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        settings = replace(settings, threads=settings.threads or threads_of(settings), host=_host())
+        settings = replace(settings, threads=settings.threads or threads_of(settings), host=listening_host())
         self.models = Models(settings)
         self.metrics = Metrics(RaySink())
         self.api = create_api(settings, self.models, self.metrics, tag_replies=False)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Ray; requests are accepted once this returns, after the eager models have been tried."""
+        """Called by Ray, as `serve.ingress` documents; requests are accepted once the eager models have been tried."""
         await self.models.start()
         self._gauges = asyncio.create_task(self._push_gauges())
         return self.api
@@ -153,8 +159,7 @@ def build(settings: ServeSettings) -> serve.Application:
 
 def threads_of(settings: ServeSettings) -> int:
     """The CPUs that Ray reserves for a replica; if none, an equal share of this machine's."""
-    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(settings.num_cpus) or present // settings.max_replicas)
+    return max(1, int(settings.num_cpus) or available_cores() // settings.max_replicas)
 
 
 def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
@@ -177,15 +182,14 @@ def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
 def _is_serve(address: str) -> bool:
     """Whether Ray Serve listens on that address."""
     try:
-        with urllib.request.urlopen(f"http://{address}/-/healthz", timeout=5) as answer:
-            return bool(answer.read(100) == b"success")
-    except (OSError, http.client.HTTPException):
+        return httpx2.get(f"http://{address}/-/healthz", timeout=5, trust_env=False).content == b"success"
+    except httpx2.HTTPError:
         return False
 
 
 def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> None:
     """Start Serve on the configured address, with little output. `flags` are those of `serve run`."""
-    quiet.hide_misleading_warnings()
+    hide_lines(MISLEADING)
     if ray.is_initialized():
         return
     wanted = HTTPOptions(host=settings.host, port=settings.port)
@@ -195,17 +199,9 @@ def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> None:
         raise click.ClickException(
             "host and port cannot be combined with a runtime environment; put both into a config like deploy/serve.yaml"
         )
-    for module in (api, client):
-        vars(module)["HTTP_PROXY_TIMEOUT"] = START_SECONDS
+    wait_for_proxies(START_SECONDS)
     ray.init(address=flags.get("address"), namespace="serve")
-    serve.start(http_options=wanted, logging_config=quiet.SERVE_LOGGING)
-
-
-def _host() -> str:
-    """The host that Serve listens on, which may differ from the settings if a config sets it."""
-    connected = _get_global_client()
-    assert connected is not None  # it raises where there is no Serve
-    return str(connected.http_config.host)
+    serve.start(http_options=wanted, logging_config=SERVE_LOGGING)
 
 
 def _ray_metric(metric: Metric) -> Any:

@@ -19,10 +19,12 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from gptcore.errors import ConfigError, EngineError, QueueFull, did_you_mean
+from serve_app.front.unavailable import RETRY_AFTER_SECONDS
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_SECONDS = 1
+RETRY_LATER = {"retry-after": str(RETRY_AFTER_SECONDS)}
+"""The header of a 503 that may be gone soon."""
 SHOWN_VALUE = 60
 """Characters of an invalid value or name that a reply repeats, so that it never repeats a megabyte of prompt."""
 SHOWN_PATH = 200
@@ -117,12 +119,10 @@ def to_api_error(exc: BaseException) -> ApiError:
         case ConfigError():
             return ApiError(400, str(exc), param=exc.param, code="invalid_value")
         case QueueFull():
-            retry = {"retry-after": str(RETRY_AFTER_SECONDS)}
-            return ApiError(503, str(exc), code="queue_full", headers=retry)
+            return ApiError(503, str(exc), code="queue_full", headers=RETRY_LATER)
         case EngineError():
             log.error("the engine failed", exc_info=exc)
-            retry = {"retry-after": str(RETRY_AFTER_SECONDS)}
-            return ApiError(503, "the model's engine is not running", code="engine_unavailable", headers=retry)
+            return ApiError(503, "the model's engine is not running", code="engine_unavailable", headers=RETRY_LATER)
         case RequestValidationError():
             return _from_validation(exc.errors())
         case HTTPException():
@@ -145,10 +145,8 @@ def add_handlers(app: FastAPI) -> None:
         assert isinstance(exc, RequestValidationError)
         return error_response(_from_validation(exc.errors(), _known_fields(request)), request.scope)
 
-    app.add_exception_handler(ApiError, answer)
-    app.add_exception_handler(ConfigError, answer)
-    app.add_exception_handler(QueueFull, answer)
-    app.add_exception_handler(EngineError, answer)
+    for kind in (ApiError, ConfigError, QueueFull, EngineError):
+        app.add_exception_handler(kind, answer)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, no_route)
 

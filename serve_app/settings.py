@@ -227,10 +227,8 @@ class ServeSettings:
         return EngineSettings(**{f.name: getattr(self, f.name) for f in fields(EngineSettings)})
 
 
-# The least value of a number, where it is not 0; and numbers that must be greater than 0.
-LEAST = dict.fromkeys(
-    ("max_new_tokens", "max_sequences", "max_body_bytes", "max_queue", "prefill_tokens", "max_replicas"), 1
-)
+# The least value of a number, where it is not 0; and numbers that must be greater than 0. EngineSettings has its own.
+LEAST = dict.fromkeys(("max_new_tokens", "max_sequences", "max_body_bytes", "max_replicas"), 1)
 POSITIVE = ("load_seconds", "poll_seconds", "body_timeout_s", "request_timeout_s", "target_ongoing_requests")
 
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(ServeSettings)}

@@ -14,7 +14,8 @@ from typing import NoReturn
 
 from gptcore.cli import Parser
 from gptcore.errors import ConfigError
-from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, Unreachable, encodable
+from serve_app.chat.asking import is_temporary
+from serve_app.chat.client import KEY_VARIABLE, Service, ServiceError, encodable
 from serve_app.chat.commands import Chat, ExitChat
 from serve_app.chat.terminal import Keyboard, Screen, echo_off
 from serve_app.chat.values import SHAPES, Values, about, default, expected, read_all, written
@@ -123,9 +124,8 @@ def answer_each(chat: Chat, lines: Iterable[str]) -> int:
         if answer.end == "stopped":
             return 130
         well = well and answer.problem is None
-        if isinstance(answer.problem, Unreachable):
-            return 1
-        if isinstance(answer.problem, ServiceError) and (answer.problem.temporary or answer.problem.status in (0, 401)):
+        lost = isinstance(answer.problem, ServiceError) and answer.problem.status in (0, 401)
+        if lost or is_temporary(answer.problem):
             return 1
     return 0 if well else 1
 

@@ -121,7 +121,7 @@ def ask(
         return answer
 
 
-def is_temporary(error: FoundryError) -> bool:
+def is_temporary(error: FoundryError | None) -> bool:
     """Whether a retry may help."""
     return isinstance(error, Unreachable) or (isinstance(error, ServiceError) and error.temporary)
 

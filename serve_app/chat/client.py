@@ -5,7 +5,6 @@ service (or another server at its address) refused; `BrokenOff`, a stream ended 
 its connection, so the service frees the slot.
 """
 
-import ipaddress
 import json
 import os
 import ssl
@@ -18,6 +17,7 @@ import httpx2
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from gptcore.errors import ConfigError, FoundryError
+from serve_app.http.hosts import is_loopback
 
 KEY_VARIABLE = "GPT_FOUNDRY_API_KEY"
 CONNECT_SECONDS = 5.0
@@ -243,14 +243,6 @@ def checked_url(text: str) -> httpx2.URL:
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
         raise ConfigError(f"--url is {text!r}; {expected}", param="url")
     return url if url.path.endswith("/") else url.copy_with(path=f"{url.path}/")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the name or address is loopback."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _message(body: Any) -> str:

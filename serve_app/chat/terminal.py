@@ -113,9 +113,8 @@ class Keyboard:
         readline.set_completer(self._complete)
         readline.parse_and_bind("tab: complete")
         if os.environ.get("TERM") != "dumb":
-            readline.parse_and_bind(
-                "set enable-bracketed-paste on"
-            )  # so that a paste is one prompt; Python turns it off
+            # So that a paste is one prompt; Python turns it off.
+            readline.parse_and_bind("set enable-bracketed-paste on")
         for line in remembered(self._file) if self._file else ():
             readline.add_history(line)
 

@@ -56,7 +56,7 @@ class Values:
 
     def value(self, name: str) -> Any:
         """The current value."""
-        return self.body().get(name, default(name))
+        return self._set.get(name, default(name))
 
     def is_set(self, name: str) -> bool:
         """Whether a value was set."""

@@ -6,6 +6,7 @@ so the supervisor owns that socket and reports its own id. A new supervisor take
 A supervisor outlives a killed manager, until there is a new one or Ray ends.
 """
 
+import argparse
 import asyncio
 import ctypes
 import os
@@ -34,9 +35,13 @@ class Supervisor:
     """One of Ray's HAProxy configurations, and the HAProxy process that runs it."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self.config = Path(_after(arguments, "-f"))
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("-f", type=Path)
+        parser.add_argument("-sf", type=int, nargs="*", default=[])
+        given, _ = parser.parse_known_args(arguments)
+        self.config: Path = given.f
         self.flags = [flag for flag in arguments if flag in ("-db", "-dR")]
-        self.rays = [int(argument) for argument in _after_all(arguments, "-sf")]
+        self.rays: list[int] = given.sf
         text = self.config.read_text()
         self.socket = haproxy.command_socket(text)
         self.own_socket = self._of(os.getpid(), "s")
@@ -185,18 +190,6 @@ def _signal(pid: int, number: int, config: Path) -> None:
 def _parent(pid: int) -> int:
     """The parent of a process, from /proc."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def _after(arguments: list[str], flag: str) -> str:
-    return arguments[arguments.index(flag) + 1]
-
-
-def _after_all(arguments: list[str], flag: str) -> list[str]:
-    """The numbers that follow `flag`."""
-    if flag not in arguments:
-        return []
-    behind = arguments[arguments.index(flag) + 1 :]
-    return behind[: next((i for i, argument in enumerate(behind) if not argument.isdigit()), len(behind))]
 
 
 def main() -> int:

@@ -2,10 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -26,6 +26,20 @@ class SequenceResult:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a route writes replies with choices."""
+
+    head: Callable[[Generation], dict[str, Any]]
+    """The fields before the choices."""
+    logprobs: Callable[[], Callable[[Sequence[TokenLogprob]], Any]]
+    """Called once per choice; returns the function that converts its tokens, in one call or one per event."""
+    last_usage: bool = True
+    """Whether the last event of a stream has the usage. A reply that is not streamed always has it."""
+    null_usage: bool = False
+    """Whether the other events have a usage of null."""
 
 
 class GenerationResponse(Response):
@@ -90,19 +104,59 @@ def as_json(render: Callable[[Generation, list[SequenceResult]], dict[str, Any]]
     return write
 
 
-class Events(Protocol):
-    """How a route encodes its stream: JSON for each update ("" to skip it), and the last event."""
+def as_choices(form: Form) -> Write:
+    """Send one JSON reply with all choices and the usage."""
 
-    def update(self, index: int, update: Update) -> str: ...
+    def render(generation: Generation, choices: list[SequenceResult]) -> dict[str, Any]:
+        asked = generation.order.params.logprobs is not None
+        return {
+            **form.head(generation),
+            "choices": [
+                {
+                    "index": index,
+                    "text": choice.text,
+                    "logprobs": form.logprobs()(choice.logprobs) if asked else None,
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(choices)
+            ],
+            "usage": generation.usage(),
+        }
 
-    def last(self) -> str: ...
+    return as_json(render)
 
 
-def as_events(events_of: Callable[[Generation], Events]) -> Write:
+class Events:
+    """The JSON of a stream's events. The part that all of them share is encoded once."""
+
+    def __init__(self, form: Form, generation: Generation) -> None:
+        self._form = form
+        self._generation = generation
+        self._head = to_json({**form.head(generation), "choices": []})[:-2]
+        self._tail = '],"usage":null}' if form.null_usage else "]}"
+        asked = generation.order.params.logprobs is not None
+        self._logprobs = [form.logprobs() for _ in range(generation.order.size)] if asked else None
+
+    def update(self, index: int, update: Update) -> str:
+        """The event for one update; "" if it has nothing new."""
+        tokens = update.prompt_logprobs + update.logprobs
+        if not (update.text or tokens or update.finish_reason):
+            return ""
+        logprobs = to_json(self._logprobs[index](tokens)) if self._logprobs else "null"
+        reason = f'"{update.finish_reason}"' if update.finish_reason else "null"
+        choice = f'{{"index":{index},"text":{to_json(update.text)},"logprobs":{logprobs},"finish_reason":{reason}}}'
+        return f"{self._head}{choice}{self._tail}"
+
+    def last(self) -> str:
+        """The event with the usage; "" if the form has none."""
+        return f'{self._head}],"usage":{to_json(self._generation.usage())}}}' if self._form.last_usage else ""
+
+
+def as_events(form: Form) -> Write:
     """Send server-sent events as updates come, then `[DONE]`. The headers wait for the first update."""
 
     async def write(generation: Generation, send: Send) -> None:
-        events, started = events_of(generation), False
+        events, started = Events(form, generation), False
         async for index, update in generation:
             if not started:
                 await send(_start(generation, b"text/event-stream; charset=utf-8"))
@@ -117,7 +171,7 @@ def as_events(events_of: Callable[[Generation], Events]) -> Write:
 
 
 def _start(generation: Generation, content_type: bytes, length: int | None = None) -> dict[str, Any]:
-    headers = [(b"content-type", content_type), (b"x-model-version", generation.model_version.encode("latin-1"))]
+    headers = [(b"content-type", content_type), (b"x-model-version", generation.served.name_version.encode("latin-1"))]
     if length is None:
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]  # so that proxies do not buffer it
     else:

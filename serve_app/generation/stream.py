@@ -43,11 +43,6 @@ class Generation:
         self._timers: list[SequenceTimer] = []
         self._latest: list[Update | None] = [None] * order.size
 
-    @property
-    def model_version(self) -> str:
-        """The model's name and version, for the x-model-version header."""
-        return f"{self.served.name}/{self.served.version}"
-
     def submit(self, state: AppState, since: float) -> None:
         """Submit all sequences to the engine; `since` (perf_counter) is when the request came.
 

@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from serve_app.errors import add_handlers, error_responses
+from serve_app.http.hosts import is_loopback
 from serve_app.http.logs import configure_logging
 from serve_app.http.middleware import (
     AllowedHosts,
@@ -24,7 +25,6 @@ from serve_app.http.middleware import (
     Deadline,
     ErrorReplies,
     RequestLog,
-    is_loopback,
 )
 from serve_app.http.routes import compat, native, openai, ops, playground, tokens
 from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading
@@ -40,19 +40,6 @@ Every reply has the header `x-request-id` (the request's own, if it is short and
 Bodies are read as JSON, whatever the content-type. If API keys are set, every route needs `Authorization: Bearer
 <key>`, except the probes, the metrics and the web pages.
 """
-
-EVENT_STREAM = "text/event-stream"
-EVENT = {
-    "type": "object",
-    "properties": {
-        "data": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "description": "Part of the reply as JSON, an error, or [DONE] at the end.",
-        }
-    },
-    "required": ["data"],
-}
 
 
 def create_api(
@@ -107,16 +94,13 @@ def _answering_head(routes: APIRouter) -> APIRouter:
 def _describe(app: FastAPI) -> None:
     """Build the OpenAPI document, which FastAPI caches, and correct it.
 
-    Validation errors are 400 instead of 422, streams have events, and any field may be null, even an unknown one:
+    Validation errors are 400 instead of 422, and any field may be null, even an unknown one:
     clients send null for fields that only their own API has.
     """
     document = app.openapi()
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
     for responses in (operation["responses"] for operation in operations):
         responses.pop("422", None)
-        content = responses["200"].get("content", {})
-        if EVENT_STREAM in content:
-            content[EVENT_STREAM] = {"itemSchema": EVENT}
     schemas = document["components"]["schemas"]
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)

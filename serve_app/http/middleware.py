@@ -8,7 +8,6 @@ Each layer is plain ASGI and passes messages on as they come, so streams are not
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import ApiError, error_body, error_response, to_api_error
+from serve_app.http.hosts import host_of, is_loopback
 from serve_app.http.logs import REQUEST_ID
 from serve_app.metrics import Metrics
 
@@ -160,22 +160,6 @@ class AllowedHosts:
                         code="host_not_allowed",
                     )
         await self.app(scope, receive, send)
-
-
-def host_of(header: str) -> str:
-    """The name or address in a Host header, in lower case, without port, brackets and trailing dot."""
-    name = header.strip().lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] or name
-    return name.removesuffix(".")
-
-
-def is_loopback(name: str) -> bool:
-    """Whether a name or address always refers to this machine."""
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return name == "localhost"
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 class AllowedOrigins:

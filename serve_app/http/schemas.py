@@ -59,6 +59,8 @@ Prompt = Annotated[
     | Annotated[list[TokenIds], Field(fail_fast=True), Tag("lists of ids")],
     Discriminator(_kind),
 ]
+PromptText = Annotated[str, Field(description="The text to continue; if empty, the model begins a document.")]
+ModelName = Annotated[str | None, Field(description="A model from GET /models; none: the default model.")]
 Choices = Annotated[
     int,
     Field(
@@ -100,8 +102,8 @@ class Sampling(Parameters):
 class GenerateRequest(Sampling):
     """Body of `POST /generate`."""
 
-    prompt: str = Field(description="The text to continue; if empty, the model begins a document.")
-    model: str | None = Field(None, description="A model from GET /models; none: the default model.")
+    prompt: PromptText
+    model: ModelName = None
     max_new_tokens: int = sampling_field(
         "max_new_tokens",
         ge=0,
@@ -121,14 +123,14 @@ class GenerateRequest(Sampling):
 class PromptRequest(Sampling):
     """Body of `POST /generate/{model}`."""
 
-    prompt: str = Field(description="The text to continue; if empty, the model begins a document.")
+    prompt: PromptText
     max_new_tokens: int = sampling_field("max_new_tokens", default=50)
 
 
 class SentenceRequest(Sampling):
     """Body of `POST /complete-sentence`."""
 
-    text: str = Field(description="The text to continue; if empty, the model begins a document.")
+    text: PromptText
     max_new_tokens: int = sampling_field("max_new_tokens", default=50)
 
 
@@ -287,6 +289,24 @@ class CompletedSentence(BaseModel):
     completed_sentence: str = Field(description="The text and its continuation.")
 
 
+EVENT_STREAM = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "data": {
+                    "type": "string",
+                    "contentMediaType": "application/json",
+                    "description": "Part of the reply as JSON, an error, or [DONE] at the end.",
+                }
+            },
+            "required": ["data"],
+        }
+    }
+}
+"""The `content` of a streamed reply in the OpenAPI document."""
+
+
 class CompletionLogprobs(BaseModel):
     """OpenAI's legacy form: four lists with one entry per token, including the token that ended the text.
 
@@ -343,7 +363,7 @@ class TokenizeRequest(Body):
     """Body of `POST /tokenize`, in vLLM's form."""
 
     prompt: str = Field(description="The text.")
-    model: str | None = Field(None, description="A model from GET /models; none: the default model.")
+    model: ModelName = None
     add_special_tokens: bool = Field(True, description="No effect: these tokenizers add no special tokens.")
     return_token_strs: bool = Field(False, description="Also return the tokens as spelled in the vocabulary.")
 
@@ -361,7 +381,7 @@ class DetokenizeRequest(Body):
     """Body of `POST /detokenize`, in vLLM's form."""
 
     tokens: TokenIds = Field(description="Token ids of the model's tokenizer.")
-    model: str | None = Field(None, description="A model from GET /models; none: the default model.")
+    model: ModelName = None
 
 
 class Detokenized(BaseModel):

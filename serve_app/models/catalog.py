@@ -72,24 +72,28 @@ class Models:
         self.default = settings.default_model
         self._canary = settings.canary_share
         self._canary_name = settings.canary_name
-        sources = settings.sources
-        listed = set(sources.values())
+        listed = settings.sources
+        sources = dict(listed)
         if self._canary:
             sources.setdefault(self._canary_name, self._canary.source)
         registry = registry or Registry(settings.tracking_uri or default_tracking_uri())
         by_source: dict[str, Model] = {}
         for name, source in sources.items():
             if source not in by_source:
-                by_source[source] = Model(name, source, settings, registry, make_engine)
+                by_source[source] = Model(
+                    name,
+                    source,
+                    settings,
+                    registry,
+                    make_engine,
+                    essential=source == listed[self.default],
+                    optional=source not in listed.values(),
+                )
         self._models = {name: by_source[source] for name, source in sources.items()}
         self._sources = list(by_source.values())
-        self._models[self.default].essential = True
         named_eager = sources if ALL in settings.eager else settings.eager
         eager = [self.default, *named_eager, *([self._canary_name] if self._canary else [])]
         self._eager = [model for model in self._sources if model in [self._models[name] for name in eager]]
-        if self._canary:
-            canary = self._models[self._canary_name]
-            canary.optional = canary.source not in listed
         self._watching: list[asyncio.Task[None]] = []
 
     @property
@@ -146,6 +150,12 @@ class Models:
             for loaded in model.loaded_versions
         ]
 
+    def status(self, name: str) -> ModelStatus:
+        """The status of one model. Raises ApiError 404 for an unknown name."""
+        if name not in self._models:
+            raise self._unknown(name)
+        return self._status(name, self._models[name])
+
     def describe(self) -> list[ModelStatus]:
         """The status of each model, the default model first."""
         return [self._status(name, model) for name, model in self._models.items()]
@@ -176,11 +186,14 @@ class Models:
     def _wanted(self, model: Model) -> bool:
         return model.current is not None or model in self._eager
 
+    def _unknown(self, name: str) -> ApiError:
+        near = did_you_mean(name[:64], self._models)
+        message = f"there is no model {name[:64]!r}; there are {', '.join(self._models)}.{near}"
+        return ApiError(404, message, param="model", code="model_not_found")
+
     def _choose(self, name: str | None, request_id: str) -> str:
         if name is not None and name not in self._models:
-            near = did_you_mean(name[:64], self._models)
-            message = f"there is no model {name[:64]!r}; there are {', '.join(self._models)}.{near}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+            raise self._unknown(name)
         if self._canary is None or (name or self.default) != self.default:
             return name or self.default
         ready = self._models[self._canary_name].state == "ready"

@@ -79,18 +79,25 @@ def reason_of(error: BaseException) -> str:
 
 
 class Model:
-    """One source and its loaded versions. Belongs to one event loop; blocking calls run in threads."""
+    """One source and its loaded versions. Belongs to one event loop; blocking calls run in threads.
+
+    `essential`: the service needs it, so a version that crashed a replica is retried soon. `optional`: it is unloaded
+    when its alias is removed.
+    """
 
     def __init__(
-        self, name: str, source: str, settings: ServeSettings, registry: Registry, make_engine: MakeEngine
+        self,
+        name: str,
+        source: str,
+        settings: ServeSettings,
+        registry: Registry,
+        make_engine: MakeEngine,
+        essential: bool,
+        optional: bool,
     ) -> None:
         self.name = name
         self.source = source
         self.alias = alias_of(source)
-        self.optional = False
-        """Whether to unload it when its alias is removed."""
-        self.essential = False
-        """Whether the service needs it: then a version that crashed a replica is retried soon."""
         self.loading: str | None = None
         """What is being loaded, and since when."""
         self.on_reload: OnReload = lambda name, succeeded: None
@@ -102,6 +109,8 @@ class Model:
         self._settings = settings
         self._registry = registry
         self._make_engine = make_engine
+        self._essential = essential
+        self._optional = optional
         self._crash_record = CrashRecord(source, registry.tracking_uri)
         self._stuck: dict[str, AsyncEngine] = {}
         self._refreshing: asyncio.Task[None] | None = None
@@ -179,14 +188,14 @@ class Model:
         try:
             if self.alias is None:
                 if self.current is None:
-                    await self._take_first([PINNED], alone=self.essential)
+                    await self._take_first([PINNED], alone=self._essential)
                     self._report(self._reason(PINNED))
                 return
             version = await asyncio.to_thread(self._registry.version, *self.alias)
             self.registry_away = False
             if version is None:
                 self._report("no version of the registered model {!r} has the alias {!r}".format(*self.alias))
-                if self.optional:
+                if self._optional:
                     self._replace_current(None)
             elif self.current is None:
                 await self._take_first([version])
@@ -195,7 +204,7 @@ class Model:
                 if self.current is None:
                     earlier = await asyncio.to_thread(self._registry.earlier_champions, self.alias[0], version)
                     await self._take_first(earlier)
-                if self.current is None and self.essential:
+                if self.current is None and self._essential:
                     await self._take_first([version], alone=True)
                 self._report(self._reason(version))
             elif version != self.current.served.version:

@@ -50,6 +50,11 @@ class ServedModel:
         return self.engine.package
 
     @property
+    def name_version(self) -> str:
+        """Name and version, for the x-model-version header."""
+        return f"{self.name}/{self.version}"
+
+    @property
     def label(self) -> str:
         """The name for people, such as `gpt@champion v7`."""
         name = f"{self.name}@{self.alias}" if self.alias and "@" not in self.name else self.name
@@ -99,9 +104,8 @@ async def load(
     found: list[Opened] = []
 
     def make() -> Engine:
-        with TemporaryDirectory(
-            prefix="gpt-foundry-", ignore_cleanup_errors=True
-        ) as downloads:  # kept until it is memory-mapped
+        # Downloads are kept until they are memory-mapped.
+        with TemporaryDirectory(prefix="gpt-foundry-", ignore_cleanup_errors=True) as downloads:
             found.append(_open(pinned, version, registry, Path(downloads)))
             return make_engine(found[0].package, settings)
 

@@ -1,10 +1,10 @@
-// The service's HTTP routes as the page uses them: the models there are, and a generation as a stream of events.
+// A client for the service's HTTP routes: lists the models, and streams a generation's events.
 //
-// Addresses are relative to the page, so that it also works behind a proxy that serves it under a path.
+// URLs are relative to the page, so that it also works behind a proxy that serves it under a path.
 
-const KEY = "api-key"; // in sessionStorage alone: gone with the tab, and never in a link
+const KEY = "api-key"; // in sessionStorage only: it is deleted with the tab and never part of a link
 
-// An answer that was an error. `param` names the field that was refused, if one was.
+// An error reply. `param` names the invalid field, if there is one.
 export class ServiceError extends Error {
   constructor(status, error = {}) {
     super(error.message ?? `The service answered with status ${status}.`);
@@ -22,7 +22,7 @@ export function hasKey() {
   return sessionStorage.getItem(KEY) !== null;
 }
 
-// Calls a route; the response has a status below 400, anything else is a ServiceError.
+// Calls a route. Throws a ServiceError unless the response is successful.
 async function call(path, options = {}) {
   const headers = { "content-type": "application/json" };
   if (hasKey()) headers.authorization = `Bearer ${sessionStorage.getItem(KEY)}`;
@@ -43,8 +43,8 @@ export async function fetchModels() {
   return (await (await call("models")).json()).models;
 }
 
-// Posts to /generate and yields each event's data as it comes. Ends when the service says so, throws a ServiceError
-// for an error in midstream or a stream that is cut off, and an AbortError when `signal` is aborted.
+// Posts to /generate and yields each event's data as it arrives, until [DONE]. Throws a ServiceError if the stream
+// contains an error or breaks off, and an AbortError when `signal` is aborted.
 export async function* generate(body, signal) {
   const response = await call("generate", { method: "POST", body: JSON.stringify({ ...body, stream: true }), signal });
   for await (const data of events(response.body)) {
@@ -56,7 +56,7 @@ export async function* generate(body, signal) {
   throw new ServiceError(0, { message: "The connection was lost before the text was complete." });
 }
 
-// The data of server-sent events, one string each.
+// Yields the data of each server-sent event as a string.
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -72,7 +72,7 @@ async function* events(stream) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // whoever stops listening frees the sequence's slot
+    reader.cancel().catch(() => {}); // closes the connection, so that the service frees the slot
   }
 }
 

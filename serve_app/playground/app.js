@@ -1,5 +1,5 @@
-// The page as a whole: prompt, settings and one or two panes, kept in step with the address so that a setup can be
-// shared as a link. The key is never part of it.
+// The page: prompt, settings and one or two panes. The URL always contains the current setup, so that it can be shared
+// as a link. The API key is never part of it.
 
 import { fetchModels, hasKey, rememberKey } from "./api.js";
 import { Pane } from "./pane.js";
@@ -9,7 +9,7 @@ import { Card } from "./tokens.js";
 const find = (id) => document.getElementById(id);
 const card = new Card(find("card"));
 const settings = new Settings(find("controls"), remember);
-const roomy = matchMedia("(min-width: 60rem)").matches; // else settings are folded
+const roomy = matchMedia("(min-width: 60rem)").matches; // on smaller screens the settings start folded
 let models = []; // the entries of GET /models
 let remembering = 0; // the timer of `remember`
 const hooks = { models: () => models, changed, said, copy, further, kept, refused, stale: load };
@@ -19,9 +19,9 @@ function shown() {
   return find("compare").checked ? panes : panes.slice(0, 1);
 }
 
-// --- what can be shared ---
+// --- the setup in the URL ---
 
-// Not at every move of a slider: browsers limit how often a page may change its address.
+// Waits a moment, since a slider moves often and browsers limit how often a page may change its URL.
 function remember() {
   clearTimeout(remembering);
   remembering = setTimeout(writeAddress, 200);
@@ -49,15 +49,15 @@ function restore() {
 
 // --- models ---
 
-// Asked for when the page opens, when it is looked at again, and when a version answers that it does not know. Not by
-// the clock: an open page would then keep a service from scaling to zero.
+// Called when the page opens, when it becomes visible again, and when an unknown version answers. There is no timer,
+// because an open page would then keep a service from scaling to zero.
 async function load() {
   try {
     models = await fetchModels();
     problem(null);
     find("unlock").hidden = true;
   } catch (error) {
-    problem(error.status === 401 && !hasKey() ? null : error); // the form that asks for a key says it better
+    problem(error.status === 401 && !hasKey() ? null : error); // then the form that asks for a key is enough
     refused(error);
   }
   for (const pane of panes) pane.list();
@@ -67,9 +67,9 @@ async function load() {
 }
 
 function arrange() {
-  find("examples").hidden = find("prompt").value !== ""; // nothing that was typed is written over
+  find("examples").hidden = find("prompt").value !== ""; // so that an example never replaces typed text
   const two = find("compare").checked;
-  if (two && !panes[1].element.isConnected) find("panes").append(panes[1].element); // again would take the focus away
+  if (two && !panes[1].element.isConnected) find("panes").append(panes[1].element); // again would lose the focus
   if (!two) {
     panes[1].stop();
     panes[1].element.remove();
@@ -120,7 +120,7 @@ async function copy(text) {
   said("Copied.");
 }
 
-// Browsers have no clipboard for pages that came over plain HTTP from another machine, only this old command.
+// On pages loaded over plain HTTP from another machine, browsers offer only this deprecated command.
 function copyByHand(text) {
   const area = document.body.appendChild(document.createElement("textarea"));
   area.value = text;
@@ -129,14 +129,14 @@ function copyByHand(text) {
   area.remove();
 }
 
-// --- what went wrong, and what is read out ---
+// --- errors and announcements ---
 
 function problem(error) {
   find("problem").textContent = error?.message ?? "";
   find("problem").hidden = !error;
 }
 
-// Asks for a key where one is missing or wrong, and marks the setting that an error names.
+// Asks for a key if it is missing or wrong, and marks the setting that the error names.
 function refused(error) {
   settings.refuse(error.param);
   if (error.param === "prompt") find("prompt").focus();
@@ -149,7 +149,7 @@ function said(text) {
   find("said").textContent = text;
 }
 
-// --- what people do ---
+// --- event listeners ---
 
 find("ask").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -1,8 +1,8 @@
-// From an answer back to what made it: an entry of GET /models as short facts and as a list with links.
+// Shows an entry of GET /models: as short facts, and as a list of where the model comes from.
 
 const STATES = { unloaded: "loads on first use", loading: "loading", failed: "cannot be used" };
 
-// The few facts that stand beside the chooser.
+// The facts beside the model's name.
 export function facts(entry) {
   const known = [
     STATES[entry.state],
@@ -14,7 +14,7 @@ export function facts(entry) {
   return known.filter(Boolean);
 }
 
-// What a <dl> holds: a group for each thing that is known.
+// The content of a <dl>: one group for each known value.
 export function lineage(entry) {
   const rows = [
     ["Source", entry.source],
@@ -43,18 +43,18 @@ function cell(kind, ...content) {
   return element;
 }
 
-// A path or address may be broken in two behind a slash, so that no word in it has to be.
+// Lets long paths and URLs wrap after a slash.
 function breakable(value) {
   if (typeof value !== "string") return [value];
   return value.split(/(?<=\/)/).flatMap((part) => [part, document.createElement("wbr")]);
 }
 
-// The beginning of a long hexadecimal name; the whole of it where one points at it.
+// The first digits of a long hexadecimal id, with the whole id as tooltip.
 function short(id) {
   return id && Object.assign(document.createElement("span"), { title: id, textContent: id.slice(0, 12) });
 }
 
-// Only an http address becomes a link: a tag in the registry is text that somebody wrote.
+// Only an http URL becomes a link, since tags in the registry may contain any text.
 function link(content, address) {
   if (!content || !/^https?:\/\//.test(address ?? "")) return content;
   const anchor = Object.assign(document.createElement("a"), { href: address, target: "_blank", rel: "noopener" });

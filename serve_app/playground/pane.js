@@ -1,18 +1,18 @@
-// One model answering: which one, its text as it comes, how fast it came, and where the model comes from.
+// A pane for one model: the choice of model, its text as it arrives, its speed, and where the model comes from.
 
 import { generate } from "./api.js";
 import { facts, lineage } from "./lineage.js";
 import { TokenText } from "./tokens.js";
 
-const CONTEXT = 400; // characters of the prompt that are shown before the text
+const CONTEXT = 400; // how many characters of the prompt are shown before the text
 const NAMES = [{ model: "Model", answer: "Answer" }, { model: "Second model", answer: "Second answer" }];
 const ENDS = { stop: "end of text", length: "length reached", abort: "stopped", error: "failed" };
 
 export class Pane {
-  // `place`, 0 or 1, says which of the models is chosen while none is wanted. `on` is the page: models() are the
-  // entries of GET /models, changed() follows another choice of model, said(text) reads out, copy(text) copies,
-  // further(text) puts the text behind the prompt, kept(seed) makes it a setting, refused(error) shows which setting
-  // was wrong, stale() fetches the entries anew: a version answered that they do not have.
+  // `place`, 0 or 1, is the position of the default choice in the list of models. `on` has the page's functions:
+  // models() returns the entries of GET /models, changed() is called when another model is chosen, said(text) announces
+  // a text to screen readers, copy(text) copies it, further(text) appends it to the prompt, kept(seed) makes the seed a
+  // setting, refused(error) marks the invalid setting, stale() reloads the entries after an unknown version answered.
   constructor(place, card, on) {
     this.element = document.getElementById("pane").content.cloneNode(true).firstElementChild;
     this.element.setAttribute("aria-label", NAMES[place].answer);
@@ -21,8 +21,8 @@ export class Pane {
     this.place = place;
     this.on = on;
     this.wanted = ""; // the model to choose once it is listed
-    this.answerer = null; // {model, version} of the last answer; a canary's are not those that were asked for
-    this.aborter = null; // of the request that runs
+    this.answerer = null; // {model, version} of the last answer; a canary's differ from those requested
+    this.aborter = null; // aborts the running request
     this.text = new TokenText(this.find(".text"), card);
     this.find(".model").addEventListener("change", () => {
       this.wanted = this.model;
@@ -45,7 +45,7 @@ export class Pane {
     return this.find(".model").value;
   }
 
-  // The listing's entry of what answered last, or else of what is chosen.
+  // The entry of the model that answered last; before the first answer, of the chosen one.
   get entry() {
     return this.on.models().find((entry) => entry.name === (this.answerer?.model ?? this.model));
   }
@@ -58,13 +58,13 @@ export class Pane {
     return this.aborter !== null;
   }
 
-  // Chooses a model, now or as soon as it is listed.
+  // Chooses a model, now or when it is listed.
   choose(name) {
     this.wanted = name;
     this.list();
   }
 
-  // Fills the chooser anew. What is wanted but not listed stays wanted, and another is chosen until it is.
+  // Updates the list of models. If the wanted one is not listed, another is chosen until it is.
   list() {
     const names = this.on.models().map((entry) => entry.name);
     const chosen = names.includes(this.wanted) ? this.wanted : (names[this.place] ?? names[0]);
@@ -73,7 +73,7 @@ export class Pane {
     this.describe();
   }
 
-  // Writes what is known of the model.
+  // Shows what is known about the model.
   describe() {
     const entry = this.entry;
     this.find(".facts").textContent = entry ? facts(entry).join(" · ") : "";
@@ -81,7 +81,7 @@ export class Pane {
     this.find(".lineage").hidden = !entry;
   }
 
-  // Shows a request's text as it comes; resolves when it ended, however it ended. Ends the one before.
+  // Stops the running request, sends a new one, and shows its text as it arrives. Resolves when it has ended or failed.
   async run(prompt, settings) {
     this.stop();
     const aborter = (this.aborter = new AbortController());
@@ -99,7 +99,7 @@ export class Pane {
       if (this.aborter === aborter && error.name !== "AbortError") this.#fail(error, clock);
     }
     await clock.listed;
-    if (this.aborter !== aborter) return; // another run has begun in this pane
+    if (this.aborter !== aborter) return; // another request has started in this pane
     this.aborter = null;
     this.#finish(clock);
   }
@@ -164,7 +164,7 @@ export class Pane {
   }
 }
 
-// How it went, as elements of a <dl>. Speed counts from the first token, so that waiting for it is not part of it.
+// The figures of a request as elements of a <dl>. The speed does not include the time until the first token.
 function figures({ started, first, last, atFirst, tokens, end, seed, by, loads, stops }) {
   const rows = [];
   if (loads && !first && !end) rows.push(["waiting", "the model is being loaded"]);

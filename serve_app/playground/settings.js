@@ -1,11 +1,11 @@
-// The sampling controls: one table says what there is, and form, request and shared link are all made from it.
+// The sampling settings: one table, from which the form, the request and the shared link are made.
 //
-// In come the form's container and, from a shared link, values as text; out go a request's fields.
+// Takes the form's container and, from a shared link, values as text; returns a request's fields.
 
 export const CONTROLS = [
   {
     name: "max_new_tokens", label: "Max new tokens", group: "Length",
-    min: 1, max: 512, step: 1, value: 128, help: "How many tokens may be added to the prompt.",
+    min: 1, max: 512, step: 1, value: 128, help: "At most this many tokens are generated.",
   },
   {
     name: "stop", label: "Stop strings", group: "Length", kind: "lines", value: "",
@@ -30,7 +30,8 @@ export const CONTROLS = [
   },
   {
     name: "min_p", label: "Min-p", group: "Sampling",
-    min: 0, max: 1, step: 0.01, value: 0, help: "Leave out what is less likely than this share of the likeliest token.",
+    min: 0, max: 1, step: 0.01, value: 0,
+    help: "Leave out tokens less likely than this share of the likeliest token's probability.",
   },
   {
     name: "seed", label: "Seed", group: "Sampling", kind: "seed", value: "",
@@ -38,19 +39,19 @@ export const CONTROLS = [
   },
   {
     name: "repetition_penalty", label: "Repetition penalty", group: "Penalties",
-    min: 1, max: 2, step: 0.01, value: 1, help: "Above 1, tokens of prompt and text become less likely again.",
+    min: 1, max: 2, step: 0.01, value: 1, help: "Above 1: tokens that are already in the text become less likely.",
   },
   {
     name: "presence_penalty", label: "Presence penalty", group: "Penalties",
-    min: -2, max: 2, step: 0.05, value: 0, help: "Held against a token once it was generated at all.",
+    min: -2, max: 2, step: 0.05, value: 0, help: "Lowers the score of each token that was generated before.",
   },
   {
     name: "frequency_penalty", label: "Frequency penalty", group: "Penalties",
-    min: -2, max: 2, step: 0.05, value: 0, help: "Held against a token each time it was generated.",
+    min: -2, max: 2, step: 0.05, value: 0, help: "Lowers a token's score for each time it was generated.",
   },
   {
     name: "logprobs", label: "Alternatives shown", group: "Report",
-    min: 0, max: 20, step: 1, value: 5, help: "How many likely tokens to name beside the one that was chosen.",
+    min: 0, max: 20, step: 1, value: 5, help: "How many of the likeliest tokens to show for each token.",
   },
 ];
 
@@ -65,7 +66,7 @@ export class Settings {
     }
   }
 
-  // A request's fields. A seed is drawn here where none is given, so that it can be shown, shared and used again.
+  // A request's fields. An empty seed is chosen here, so that it can be shown, shared and used again.
   request() {
     const body = {};
     for (const [name, field] of this.fields) body[name] = field.read();
@@ -73,14 +74,14 @@ export class Settings {
     return body;
   }
 
-  // [name, text] of each setting that differs from its default, as a link carries it.
+  // [name, text] of each setting that differs from its default, for a link.
   differing() {
     return CONTROLS.map(({ name, value }) => [name, this.fields.get(name).text(), String(value)])
       .filter(([, text, usual]) => text !== usual)
       .map(([name, text]) => [name, text]);
   }
 
-  // Takes what a link carries; what it does not name, or names wrongly, gets its default.
+  // Applies a link's values. Missing and invalid values get the default.
   restore(params) {
     for (const { name, value } of CONTROLS) this.fields.get(name).write(params.get(name) ?? String(value));
   }
@@ -89,12 +90,12 @@ export class Settings {
     this.fields.get(name).write(String(text));
   }
 
-  // The model's context bounds how many tokens there can be.
+  // Limits the number of tokens to the model's context.
   limit(context) {
     this.fields.get("max_new_tokens").limit(context);
   }
 
-  // Marks the control that the service refused, if the error names one, and brings it into view.
+  // Marks the setting that the service refused, if the error names one, and scrolls to it.
   refuse(name) {
     for (const [known, field] of this.fields) field.mark(known === name);
   }
@@ -134,7 +135,7 @@ function addField(group, control, changed) {
   return { limit() {}, mark, ...field };
 }
 
-// Each kind of control makes its inputs in a row and says how it is read for a request, and read and written as text.
+// For each kind of control: adds its inputs to a row; returns how to read it for a request, and as text.
 const KINDS = {
   number(row, { min, max, step, value }) {
     const input = element("input", { type: "number", min, max, step, value, inputMode: "decimal" });
@@ -188,7 +189,7 @@ const KINDS = {
   seed(row) {
     const input = element("input", { type: "text", inputMode: "numeric", placeholder: "random", autocomplete: "off" });
     row.append(input);
-    const text = () => input.value.replace(/\D/g, "").slice(0, 15); // beyond 2^53 a script's numbers are not exact
+    const text = () => input.value.replace(/\D/g, "").slice(0, 15); // JavaScript's numbers are not exact above 2^53
     return {
       input,
       text,

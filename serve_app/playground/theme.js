@@ -1,4 +1,4 @@
-// Light, dark, or as the system is. Loaded before the page is painted, so that a chosen theme never flashes.
+// Light theme, dark theme, or the system's. Loaded before the first paint, so that the other theme does not flash.
 
 const THEMES = ["auto", "light", "dark"];
 const NAMES = { auto: "as the system", light: "light", dark: "dark" };
@@ -11,7 +11,7 @@ function stored() {
 function apply(theme) {
   document.documentElement.dataset.theme = theme;
   const button = document.getElementById("theme");
-  if (!button) return; // the first call is made before there is a body
+  if (!button) return; // at the first call there is no body yet
   button.querySelector("span").textContent = `Theme: ${NAMES[theme]}`;
   button.title = `Theme: ${NAMES[theme]}`;
 }

@@ -1,14 +1,14 @@
-// Generated text as tokens that can be looked at: each knows its probability and what else was likely.
+// Shows generated text as tokens, each with its probability and its alternatives.
 //
-// In come the released text and the tokens' bytes and logprobs, which do not arrive in step: a token may be part of a
-// character, and text that might begin a stop string is held back. Out come spans in the page. All text becomes text
-// nodes, never markup.
+// Takes the released text and the tokens' bytes and logprobs, and makes spans. Text and tokens do not arrive together:
+// a token may be part of a character, and the service holds text back that may be the start of a stop string. All text
+// becomes text nodes, never markup.
 
-// Bits of surprise (-log2 of the probability) from which a token is shown one step warmer.
+// Thresholds in bits of surprise (-log2 of the probability); above each, a token's colour is one step warmer.
 const HEAT = [1, 2, 4, 6, 9];
 
 export class TokenText {
-  // Writes into `element`; `card` explains the token that is pointed at, touched or focused.
+  // Writes into `element`; `card` shows the token under the pointer or with the focus.
   constructor(element, card) {
     this.element = element;
     this.card = card;
@@ -24,16 +24,16 @@ export class TokenText {
   clear() {
     this.card.hide();
     this.element.replaceChildren();
-    this.released = ""; // what the service has released: all that may be shown
-    this.length = 0; // how much of it is in the page
-    this.pieces = []; // {length, tokens}, not in the page yet: the characters that one or more tokens make
-    this.pending = []; // tokens that have not made a whole character yet
+    this.released = ""; // the text from the service so far
+    this.length = 0; // how many characters of it are in the page
+    this.pieces = []; // {length, tokens} not in the page yet: characters, and the tokens that encode them
+    this.pending = []; // tokens of an incomplete character
     this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     this.tokens = new WeakMap(); // span -> its tokens
-    this.entrance = null; // the one span that the Tab key stops at; arrow keys go on from there
+    this.entrance = null; // the only span that the Tab key reaches; arrow keys move from there
   }
 
-  // `text` was released; `tokens` were generated. What belongs to what is found by counting characters.
+  // Adds released text and generated tokens, which are matched by counting characters.
   add(text, tokens) {
     this.released += text;
     for (const token of tokens) {
@@ -43,7 +43,7 @@ export class TokenText {
     this.#paint((piece, left) => piece.length <= left);
   }
 
-  // No more will come: a token is cut where the released text ends, and what belongs to no token is shown as it is.
+  // Ends the text: the last token is cut where the released text ends, and text without a token is shown unchanged.
   end() {
     this.#piece(this.decoder.decode());
     this.#paint((piece, left) => left > 0);
@@ -91,7 +91,7 @@ export class TokenText {
   }
 }
 
-// The card beside a token: the probability of what was chosen, and the likeliest alternatives.
+// The card beside a token: its probability, and the likeliest alternatives.
 export class Card {
   constructor(element) {
     this.element = element;
@@ -115,9 +115,9 @@ export class Card {
     this.element.hidden = true;
   }
 
-  // Below the token, or above it where there is no room; never beyond the window's edges.
+  // Below the token, or above it if there is no room; never beyond the window's edges.
   #place() {
-    const rect = this.owner.getClientRects()[0]; // of its first line, where a token is broken in two
+    const rect = this.owner.getClientRects()[0]; // the first line of a token that wraps
     const { offsetWidth: width, offsetHeight: height, style } = this.element;
     const below = rect.bottom + 8 + height < innerHeight || rect.top < height + 8;
     style.top = `${below ? rect.bottom + 6 : rect.top - height - 6}px`;
@@ -125,7 +125,7 @@ export class Card {
   }
 }
 
-// One token's row in the card for each alternative, the chosen one marked, the likeliest first.
+// A list with one row per alternative, the likeliest first; the chosen one is marked.
 function table(token) {
   const alternatives = token.top.some((other) => other.token_id === token.token_id) ? token.top : [...token.top, token];
   const list = document.createElement("ol");
@@ -157,7 +157,7 @@ function percent(share) {
 
 const MARKS = { " ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍" };
 
-// A token's text with white space made visible, or its bytes in hexadecimal where they are no whole characters.
+// A token's text with visible white space, or its bytes in hexadecimal if they are not whole characters.
 function visible(token) {
   try {
     const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(token.bytes));

@@ -3,27 +3,27 @@
 Every reply contains the seed and the model's version, which reproduce the text.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from gptcore.engine import TokenLogprob, Update
+from gptcore.engine import TokenLogprob
 from serve_app.generation.order import Order
-from serve_app.generation.replies import GenerationResponse, SequenceResult, as_events, as_json, to_json
+from serve_app.generation.replies import Form, GenerationResponse, as_choices, as_events
 from serve_app.generation.stream import Generation, generating
-from serve_app.http.schemas import GenerateReply, GenerateRequest
+from serve_app.http.schemas import EVENT_STREAM, GenerateReply, GenerateRequest
 from serve_app.state import AppState
 
 
 def router(state: AppState) -> APIRouter:
     """The route `/generate`."""
     routes = APIRouter(tags=["native"])
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
 
     @routes.post(
         "/generate",
         response_model=None,
-        responses={200: {"model": GenerateReply, "content": events}},
+        responses={200: {"model": GenerateReply, "content": EVENT_STREAM}},
         summary="Continue a text",
     )
     async def generate(request: Request, body: GenerateRequest) -> Response:
@@ -37,19 +37,10 @@ def router(state: AppState) -> APIRouter:
             default_length="max_new_tokens" not in body.model_fields_set,
             stream=body.stream,
         )
-        write = as_events(NativeEvents) if body.stream else as_json(_reply)
+        write = as_events(FORM) if body.stream else as_choices(FORM)
         return GenerationResponse(generating(state, request.state.request_id, order), write)
 
     return routes
-
-
-def token_json(token: TokenLogprob) -> dict[str, Any]:
-    """A token and its alternatives in the native form."""
-    return {**_alternative(token), "top": [_alternative(other) for other in token.top]}
-
-
-def _alternative(token: TokenLogprob) -> dict[str, Any]:
-    return {"token_id": token.token_id, "text": token.text, "bytes": token.bytes, "logprob": token.logprob}
 
 
 def _head(generation: Generation) -> dict[str, Any]:
@@ -62,41 +53,13 @@ def _head(generation: Generation) -> dict[str, Any]:
     }
 
 
-def _reply(generation: Generation, choices: list[SequenceResult]) -> dict[str, Any]:
-    asked = generation.order.params.logprobs is not None
-    return {
-        **_head(generation),
-        "choices": [
-            {
-                "index": index,
-                "text": choice.text,
-                "finish_reason": choice.finish_reason,
-                "logprobs": [token_json(token) for token in choice.logprobs] if asked else None,
-            }
-            for index, choice in enumerate(choices)
-        ],
-        "usage": generation.usage(),
-    }
+def _logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """The tokens and their alternatives."""
+    return [{**_alternative(token), "top": [_alternative(other) for other in token.top]} for token in tokens]
 
 
-class NativeEvents:
-    """The events of a stream. The part that all events share is encoded once."""
+def _alternative(token: TokenLogprob) -> dict[str, Any]:
+    return {"token_id": token.token_id, "text": token.text, "bytes": token.bytes, "logprob": token.logprob}
 
-    def __init__(self, generation: Generation) -> None:
-        self._generation = generation
-        self._asked = generation.order.params.logprobs is not None
-        self._head = to_json({**_head(generation), "choices": []})[:-2]
 
-    def update(self, index: int, update: Update) -> str:
-        """The event for one update; "" if it has nothing new."""
-        tokens = update.prompt_logprobs + update.logprobs
-        if not (update.text or tokens or update.finish_reason):
-            return ""
-        logprobs = to_json([token_json(token) for token in tokens]) if self._asked else "null"
-        reason = f'"{update.finish_reason}"' if update.finish_reason else "null"
-        text = to_json(update.text)
-        return f'{self._head}{{"index":{index},"text":{text},"finish_reason":{reason},"logprobs":{logprobs}}}]}}'
-
-    def last(self) -> str:
-        """The event with the usage."""
-        return f'{self._head}],"usage":{to_json(self._generation.usage())}}}'
+FORM = Form(_head, lambda: _logprobs)

@@ -11,13 +11,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from gptcore.engine import TokenLogprob, Update
-from gptcore.errors import did_you_mean
-from serve_app.errors import ApiError
+from gptcore.engine import TokenLogprob
 from serve_app.generation.order import Order
-from serve_app.generation.replies import GenerationResponse, SequenceResult, as_events, as_json, to_json
+from serve_app.generation.replies import Form, GenerationResponse, as_choices, as_events
 from serve_app.generation.stream import Generation, generating
-from serve_app.http.schemas import Completion, CompletionRequest, ModelCard, ModelList
+from serve_app.http.schemas import EVENT_STREAM, Completion, CompletionRequest, ModelCard, ModelList
 from serve_app.models.catalog import ModelStatus
 from serve_app.state import AppState
 
@@ -27,12 +25,11 @@ OWNER = "gpt-foundry"
 def router(state: AppState) -> APIRouter:
     """The routes `/v1/completions`, `/v1/models` and `/v1/models/{model}`."""
     routes = APIRouter(prefix="/v1", tags=["OpenAI"])
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
 
     @routes.post(
         "/completions",
         response_model=None,
-        responses={200: {"model": Completion, "content": events}},
+        responses={200: {"model": Completion, "content": EVENT_STREAM}},
         summary="Continue one or more texts",
     )
     async def completions(request: Request, body: CompletionRequest) -> Response:
@@ -48,7 +45,8 @@ def router(state: AppState) -> APIRouter:
             stream=body.stream,
         )
         usage = body.stream_options is not None and body.stream_options.include_usage
-        write = as_events(lambda generation: CompletionEvents(generation, usage)) if body.stream else as_json(_reply)
+        form = Form(_head, lambda: LegacyLogprobs().convert, last_usage=usage, null_usage=usage)
+        write = as_events(form) if body.stream else as_choices(form)
         return GenerationResponse(generating(state, request.state.request_id, order), write)
 
     @routes.get("/models", summary="List the models")
@@ -57,11 +55,7 @@ def router(state: AppState) -> APIRouter:
 
     @routes.get("/models/{model:path}", summary="One model")
     async def model(model: str) -> ModelCard:
-        known = {status.name: status for status in state.models.describe()}
-        if model not in known:
-            message = f"there is no model {model!r}.{did_you_mean(model, known)}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return _card(known[model])
+        return _card(state.models.status(model))
 
     return routes
 
@@ -79,7 +73,7 @@ class LegacyLogprobs:
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def form(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+    def convert(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
         """The four lists."""
         offsets = [self._follow(bytes(token.bytes)) for token in tokens]
         return {
@@ -118,50 +112,5 @@ def _head(generation: Generation) -> dict[str, Any]:
         "object": "text_completion",
         "created": int(time.time()),
         "model": generation.served.name,
-        "system_fingerprint": generation.model_version,
+        "system_fingerprint": generation.served.name_version,
     }
-
-
-def _reply(generation: Generation, choices: list[SequenceResult]) -> dict[str, Any]:
-    asked = generation.order.params.logprobs is not None
-    return {
-        **_head(generation),
-        "choices": [
-            {
-                "index": index,
-                "text": choice.text,
-                "logprobs": LegacyLogprobs().form(choice.logprobs) if asked else None,
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(choices)
-        ],
-        "usage": generation.usage(),
-    }
-
-
-class CompletionEvents:
-    """The events of a stream. The part that all events share is encoded once."""
-
-    def __init__(self, generation: Generation, with_usage: bool) -> None:
-        self._generation = generation
-        self._with_usage = with_usage
-        self._head = to_json({**_head(generation), "choices": []})[:-2]
-        self._tail = '],"usage":null}' if with_usage else "]}"
-        asked = generation.order.params.logprobs is not None
-        self._logprobs = [LegacyLogprobs() for _ in range(generation.order.size)] if asked else None
-
-    def update(self, index: int, update: Update) -> str:
-        """The event for one update; "" if it has nothing new."""
-        tokens = update.prompt_logprobs + update.logprobs
-        if not (update.text or tokens or update.finish_reason):
-            return ""
-        logprobs = to_json(self._logprobs[index].form(tokens)) if self._logprobs else "null"
-        reason = f'"{update.finish_reason}"' if update.finish_reason else "null"
-        text = to_json(update.text)
-        return (
-            f'{self._head}{{"index":{index},"text":{text},"logprobs":{logprobs},"finish_reason":{reason}}}{self._tail}'
-        )
-
-    def last(self) -> str:
-        """The event with the usage, if requested."""
-        return f'{self._head}],"usage":{to_json(self._generation.usage())}}}' if self._with_usage else ""

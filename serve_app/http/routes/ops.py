@@ -13,7 +13,7 @@ from fastapi.params import Depends
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from serve_app.errors import ApiError, error_responses
+from serve_app.errors import RETRY_LATER, ApiError, error_responses
 from serve_app.metrics import CONTENT_TYPE
 from serve_app.models.catalog import ModelStatus
 from serve_app.state import AppState
@@ -58,7 +58,7 @@ def router(state: AppState, guarded: Sequence[Depends] = ()) -> APIRouter:
             # The reason may name folders and hosts, so only /models shows it, which may need a key.
             doing = default.loading or default.state
             message = f"the model {default.name!r} is not ready: it is {doing}; see GET /models"
-            raise ApiError(503, message, code="model_not_ready", headers={"retry-after": "1"})
+            raise ApiError(503, message, code="model_not_ready", headers=RETRY_LATER)
         return Ready(model=default.name, version=default.version)
 
     @routes.get(

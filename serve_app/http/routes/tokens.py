@@ -65,5 +65,4 @@ async def _answer(served: ServedModel, reply: Callable[[], dict[str, Any]], size
         return to_json(reply()).encode()
 
     body = written() if size < LONG_TEXT else await asyncio.to_thread(written)
-    headers = {"x-model-version": f"{served.name}/{served.version}"}
-    return Response(body, media_type="application/json", headers=headers)
+    return Response(body, media_type="application/json", headers={"x-model-version": served.name_version})

@@ -17,12 +17,12 @@ from typing import Any
 
 import psutil
 import pytest
+import ray.serve._private.haproxy as rays
 
 from serve_app.front import haproxy
 from serve_app.front.haproxy import SUPERVISOR
 from tests.waiting import eventually
 
-rays = pytest.importorskip("ray.serve._private.haproxy")
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.skipif(sys.platform != "linux", reason="Ray brings HAProxy on Linux alone"),

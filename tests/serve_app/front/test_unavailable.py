@@ -98,7 +98,8 @@ async def test_a_probe_waits_for_a_replica_no_longer_than_necessary(monkeypatch:
 
 
 def test_the_middleware_has_the_interface_that_ray_expects():
-    http_util = pytest.importorskip("ray.serve._private.http_util")
+    from ray.serve._private import http_util
+
     (one,) = http_util.validate_http_proxy_callback_return(unavailable.middleware())
     assert one.cls is Unavailable
     assert json.loads(unavailable.BODY)["error"]["code"] == "unavailable"

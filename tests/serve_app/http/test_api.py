@@ -267,9 +267,9 @@ def test_an_unexpected_error_is_500_and_only_the_log_has_the_traceback(
 def test_an_error_during_a_stream_ends_it_with_an_error_event(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serve_app.http.routes.native import NativeEvents
+    from serve_app.generation.replies import Events
 
-    monkeypatch.setattr(NativeEvents, "last", lambda self: 1 / 0)
+    monkeypatch.setattr(Events, "last", lambda self: 1 / 0)
     with logged() as lines:
         reply = client.post("/generate", json={**BODY, "stream": True})
         eventually(lambda: len(lines) == 2, "the fault and the request are logged")

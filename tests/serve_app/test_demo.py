@@ -1,0 +1,26 @@
+"""Claims about the second half of `make demo`, with a service that runs already."""
+
+import pytest
+
+from serve_app import demo
+from serve_app.settings import ServeSettings
+from tests.ports import free_port
+from tests.serve_app.conftest import MakePackage
+from tests.serve_app.running import running
+
+
+def test_a_reply_is_streamed_with_its_model_and_the_number_of_its_tokens(
+    make_package: MakePackage, capsys: pytest.CaptureFixture[str]
+):
+    with running(ServeSettings(models=(f"tiny={make_package().path}",), log_level="warning")) as service:
+        assert demo.is_ready(service.url)
+        demo.ask(service.url)
+    said = capsys.readouterr().out
+    assert said.startswith(f"answer    POST {service.url}/generate, from tiny/")
+    assert "\n\nThe" in said
+    assert " tokens in " in said
+    assert "\n          0 tokens" not in said
+
+
+def test_without_a_service_it_is_not_ready():
+    assert not demo.is_ready(f"http://127.0.0.1:{free_port()}")
