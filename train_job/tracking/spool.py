@@ -90,7 +90,7 @@ def deliver_batch(folder: Path, run_id: str, client: Any) -> bool:
 
     progress = _Progress.read(folder)
     if progress is None:  # recorded before anything is sent, so that it excludes our own points
-        held = client.get_run(run_id).data._metric_objs  # the public .metrics lacks the steps
+        held = client.get_run(run_id).data.to_proto().metrics  # `data.metrics` lacks the steps
         progress = _Progress(floor={metric.key: metric.step for metric in held})
         progress.write(folder)
     lines: list[dict[str, Any]] = []
