@@ -29,7 +29,7 @@ from train_job.fields import (
     convert,
     setting,
 )
-from train_job.files import written_whole
+from train_job.files import one_line, written_whole
 
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "linear", "cosine")
@@ -319,7 +319,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _loader())  # a subclass of SafeLoader
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an invalid date
-        raise ConfigError(f"cannot read the config file {path}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"cannot read the config file {path}: {one_line(error)}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"the config file {path} holds no settings; expected lines such as `batch_size: 16`")
     return loaded

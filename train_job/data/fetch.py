@@ -26,7 +26,7 @@ from gptcore.errors import CorpusError, FoundryError, RecordError, did_you_mean
 from gptcore.fetch import file_system
 from gptcore.progress import at, doing
 from train_job.data.formats import bare, unpacked
-from train_job.files import LONGEST_NAME, locked, read_json, written_whole
+from train_job.files import LONGEST_NAME, locked, one_line, read_json, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -213,10 +213,6 @@ def store_errors(url: str) -> Iterator[None]:
     except FoundryError:
         raise
     except FileNotFoundError as error:
-        raise CorpusError(f"there is nothing at {url!r}: {_reason(error)}") from error
+        raise CorpusError(f"there is nothing at {url!r}: {one_line(error)}") from error
     except Exception as error:  # each client has its own types for no network, no key, no permission
-        raise CorpusError(f"the text at {url!r} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise CorpusError(f"the text at {url!r} cannot be read: {one_line(error)}") from error
