@@ -210,10 +210,13 @@ class TrainConfig:
         """Names of the limits that can be converted to steps before the run starts."""
         return [name for name in ("max_steps", "max_epochs", "max_tokens") if getattr(self, name) is not None]
 
-    def planned_steps(self, steps_per_epoch: float) -> tuple[int, str]:
-        """Steps until the first limit that can be counted in steps, and its name; UNBOUNDED if there is none."""
+    def planned_steps(self, steps_per_epoch: float | None = None) -> tuple[int, str]:
+        """Steps until the first limit that can be counted in steps, and its name; UNBOUNDED if there is none.
+
+        Without `steps_per_epoch`, which depends on the text, epochs do not count.
+        """
         limits = {"max_steps": self.max_steps}
-        if self.max_epochs is not None:
+        if self.max_epochs is not None and steps_per_epoch is not None:
             limits["max_epochs"] = math.ceil(self.max_epochs * steps_per_epoch)
         if self.max_tokens is not None:
             limits["max_tokens"] = math.ceil(self.max_tokens / (self.batch_size * self.context))
@@ -325,12 +328,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     return loaded
 
 
-def write_yaml(config: TrainConfig, path: Path) -> None:
-    """Writes every setting of the config, in the form that `--config` reads."""
+def write_yaml(settings: Mapping[str, Any], path: Path) -> None:
+    """Writes settings in the form that `read_yaml` reads."""
     import yaml
 
     with written_whole(path) as file:
-        file.write(yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True).encode())
+        file.write(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
 
 
 def resume_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:

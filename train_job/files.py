@@ -55,6 +55,12 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file as `written_whole` does."""
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """Opens a binary file that appears at `path` only if the block succeeds; creates its folder.

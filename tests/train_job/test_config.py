@@ -35,7 +35,7 @@ def test_flags_win_over_the_config_file_which_wins_over_the_preset(tmp_path: Pat
 
 def test_a_written_config_is_read_back_the_same(tmp_path: Path) -> None:
     config = build_config({"preset": "mini", "sample_prompts": ["a", "b"], "max_minutes": 2.5})
-    write_yaml(config, tmp_path / "config.yaml")
+    write_yaml(config.flat(), tmp_path / "config.yaml")
     assert build_config(parse_settings(["--config", str(tmp_path / "config.yaml")])) == config
 
 

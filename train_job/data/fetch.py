@@ -9,7 +9,6 @@ copy fetches it when it reads it.
 import glob
 import hashlib
 import http.client
-import json
 import logging
 import re
 import threading
@@ -26,7 +25,7 @@ from gptcore.errors import CorpusError, FoundryError, RecordError, did_you_mean
 from gptcore.fetch import file_system
 from gptcore.progress import at, doing
 from train_job.data.formats import bare, unpacked
-from train_job.files import LONGEST_NAME, locked, one_line, read_json, written_whole
+from train_job.files import LONGEST_NAME, locked, one_line, read_json, write_json, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +82,7 @@ def download(url: str, path: Path, refresh: bool = False) -> Path:
                 if file.tell() != expected:
                     raise OSError(f"{file.tell()} of {expected} bytes arrived")
             conditions = {"If-None-Match": answer.headers["ETag"], "If-Modified-Since": answer.headers["Last-Modified"]}
-        with written_whole(headers) as file:
-            file.write(json.dumps({name: value for name, value in conditions.items() if value}).encode())
+        write_json(headers, {name: value for name, value in conditions.items() if value})
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code == http.client.NOT_MODIFIED:
             return path

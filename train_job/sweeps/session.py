@@ -13,13 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from gptcore.errors import TrainingError
 from gptcore.home import home
 from train_job.cluster.prepare import prepare_on_cluster
-from train_job.config import build_config
-from train_job.files import written_whole
+from train_job.config import build_config, write_yaml
 from train_job.session.begin import absolute
 from train_job.session.console import Console
 from train_job.session.record import RUN, origins_of, read_record, write_record
@@ -113,8 +110,7 @@ def open_sweep(
         experiment_id = ""
         with contextlib.suppress(TrainingError):  # it is only needed for a link
             experiment_id = tracking.experiment_of(uri, run_id)
-        with written_whole(run_dir / PLAN) as file:
-            file.write(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True).encode())
+        write_yaml(asdict(config), run_dir / PLAN)
     except BaseException:
         with contextlib.suppress(TrainingError):
             tracking.finish_run(uri, run_id, "FAILED")
