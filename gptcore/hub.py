@@ -16,12 +16,12 @@ from typing import Any
 
 from gptcore.documents import read_text
 from gptcore.errors import HubError, did_you_mean
-from gptcore.fetch import file_system
 from gptcore.files import whole_folder
 from gptcore.home import default_tracking_uri, expanded, home
 from gptcore.package import PICKLE, PICKLES, missing_files
 from gptcore.progress import doing
 from gptcore.redact import reason, without_password
+from gptcore.stores import file_system
 from gptcore.weights import WEIGHTS, is_plain
 
 KINDS = (

@@ -22,8 +22,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptcore.errors import CorpusError, FoundryError, RecordError, did_you_mean
-from gptcore.fetch import file_system
 from gptcore.progress import at, doing
+from gptcore.stores import file_system
 from train_job.data.formats import bare, unpacked
 from train_job.files import LONGEST_NAME, locked, one_line, read_json, write_json, written_whole
 
@@ -169,7 +169,7 @@ def fetch(origin: Origin, path: Path, digest: str = "", given_up: threading.Even
         if path.exists():
             return
         hasher = hashlib.sha256()
-        with _opened(origin) as source, written_whole(path) as file:
+        with _raw(origin) as raw, unpacked(raw, origin.url) as source, written_whole(path) as file:
             while block := source.read(BLOCK_BYTES):
                 if given_up and given_up.is_set():
                     raise CorpusError(f"stopped fetching {origin.url}")
@@ -177,13 +177,6 @@ def fetch(origin: Origin, path: Path, digest: str = "", given_up: threading.Even
                 file.write(block)
             if digest and hasher.hexdigest() != digest:
                 raise _changed(origin)
-
-
-@contextmanager
-def _opened(origin: Origin) -> Iterator[Any]:
-    """Opens the object's content, decompressed."""
-    with _raw(origin) as raw, unpacked(raw, origin.url) as content:
-        yield content
 
 
 def _raw(origin: Origin) -> Any:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from gptcore.errors import CorpusError, FoundryError
-from gptcore.fetch import file_system
 from gptcore.progress import at, doing
+from gptcore.stores import file_system
 from gptcore.tokenizer import Tokenizer
 from train_job.data.corpus import Corpus, Piece
 from train_job.files import write_json, written_whole
