@@ -172,7 +172,7 @@ class TrainConfig:
             raise ConfigError("sample_prompts is empty; give one, or turn samples off with sample_tokens 0")
         if not self.val_data and not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction is {self.val_fraction}; expected between 0 and 1, or give val_data")
-        if self.planned_limits() == [] and self.max_minutes is None:
+        if all(getattr(self, limit) is None for limit in LIMITS):
             raise ConfigError("the run has no limit; expected max_steps, max_epochs, max_tokens or max_minutes")
         if self.batch_size * self.context > MOST_TOKENS:
             raise ConfigError(
@@ -205,10 +205,6 @@ class TrainConfig:
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The shape of the model, with `vocab_size` rows of embedding."""
         return ModelConfig(vocab_size=vocab_size, **self.model)
-
-    def planned_limits(self) -> list[str]:
-        """Names of the limits that can be converted to steps before the run starts."""
-        return [name for name in ("max_steps", "max_epochs", "max_tokens") if getattr(self, name) is not None]
 
     def planned_steps(self, steps_per_epoch: float | None = None) -> tuple[int, str]:
         """Steps until the first limit that can be counted in steps, and its name; UNBOUNDED if there is none.
