@@ -71,19 +71,19 @@ class SweepJob:
                 config = with_pinned_parent(self._config, uri)
                 prepared = prepare_trials(config, self._run_dir, cluster)
             check_user(uri)
-            left = [trial for trial, _ in prepared.values() if not trial.ending()]
+            left = sum(not trial.ending() for trial, _ in prepared.values())
             if left:
                 ray, alone = cluster()
                 from train_job.sweeps.tuning import Tuning, share  # Ray's libraries read the environment set for them
 
-                shares = share(prepared[1][0].config, config.concurrency, ray.nodes(), len(left), alone)
+                shares = share(prepared[1][0].config, config.concurrency, ray.nodes(), left, alone)
             self._console = stack.enter_context(contextlib.closing(Console(self._run_dir)))
             stack.enter_context(self._stops)
             try:
                 with doing("opening the sweep in MLflow"):
                     self._sweep = open_sweep(config, self._run_dir, prepared, uri, self._console, self._stops)
                 if left:
-                    self._tuning = Tuning(self._sweep, left, *shares)
+                    self._tuning = Tuning(self._sweep, *shares)
                     self._tuning.introduce(ray.nodes())
                     self._tuning.run(ray)
                 self._stops.check()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 from gptcore.errors import ConfigError
@@ -22,15 +21,15 @@ from train_job.sweeps.finish import end_run
 from train_job.sweeps.progress import SweepProgress
 from train_job.sweeps.session import Sweep
 from train_job.sweeps.space import described
-from train_job.sweeps.trials import Ending, Trial
+from train_job.sweeps.trials import Ending
 from train_job.sweeps.tune import TrialContext, tuner
 
 
 class Tuning:
-    """The trials of one sweep that are `left`, `at_once` at a time, each worker with these `resources`."""
+    """The trials of one sweep that have not ended, `at_once` at a time, each worker with these `resources`."""
 
-    def __init__(self, sweep: Sweep, left: Sequence[Trial], at_once: int, resources: dict[str, float]) -> None:
-        self._sweep, self._left, self._at_once, self._resources = sweep, left, at_once, resources
+    def __init__(self, sweep: Sweep, at_once: int, resources: dict[str, float]) -> None:
+        self._sweep, self._at_once, self._resources = sweep, at_once, resources
         self._channel: Any = None
         self._began = False
 
@@ -79,16 +78,17 @@ class Tuning:
         tags = {"mlflow.parentRunId": s.run_id, "sweep": s.name}
         context = TrialContext(s.trials, self._resources, tags, s.uri, channel)
         judge = (s.grace_steps, s.config.reduction) if s.config.asha else None
+        left = [trial for trial in s.trials if not trial.ending()]
         ended: list[Any] = []
 
         def fit() -> None:
             try:
                 with tempfile.TemporaryDirectory() as folder:  # Tune's own state; ours is in the trials' folders
-                    ended.append(tuner(context, self._left, judge, self._at_once, folder).fit())
+                    ended.append(tuner(context, left, judge, self._at_once, folder).fit())
             except Exception as error:
                 ended.append(error)
 
-        progress = SweepProgress(s.trials, self._left, s.config.keep, s.console)
+        progress = SweepProgress(s.trials, s.config.keep, s.console)
 
         def show() -> None:
             for line in ray.get(channel.read.remote()):
