@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from bench.peers.task import DecodeTask
 from bench.turns import Unsupported
 from gptcore.config import ModelConfig
+from gptcore.engine.torch_runner import packed_linear
 from gptcore.package import open_package
 
 STEPS = 20
@@ -76,8 +78,7 @@ def _product(batch: int, out: int, width: int, dtype: torch.dtype, device: torch
         return lambda: torch.nn.functional.linear(x, weight)
     if not torch.backends.mkldnn.is_available():
         raise Unsupported("this torch has no oneDNN")
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch)
-    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return partial(packed_linear(weight, rows=batch), x)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

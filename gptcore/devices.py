@@ -28,7 +28,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto": bf16 if the device has instructions for it, else fp32."""
+    """The dtype called `name`; "auto": bf16 if the device has instructions for it, else fp32.
+
+    Asks a CPU with a private function of torch, tried with 2.13; tests/gptcore/engine/test_runner.py fails when it
+    changes.
+    """
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":

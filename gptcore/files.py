@@ -1,15 +1,24 @@
 """Files and folders that appear whole or not at all, and file hashes.
 
-Both are written beside their place under a hidden name and renamed, so a reader never sees a part of them and a killed
-writer leaves only a hidden entry behind.
+Both are written to a draft beside their place, flushed to the disk and renamed, so a reader never sees a part of them,
+not even after a power failure. A block that fails, such as on a full disk, leaves nothing. A killed writer leaves a
+draft: the lock on it is then free, so `remove_drafts` can tell it from one in use.
 """
 
+import fcntl
 import hashlib
+import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+DRAFT = ".draft-"
+SETTLED_SECONDS = 60.0
+"""A draft changed within this time is never removed: its writer may be about to lock or rename it."""
 
 
 def sha256(file: Path) -> str:
@@ -20,39 +29,84 @@ def sha256(file: Path) -> str:
 
 def write_file(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write `content` to `path` at once, replacing an earlier file. Raises OSError."""
-    beside = _beside(path)
-    beside.touch(mode)
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(path, mode) as file:
+        file.write(content)
 
 
 @contextmanager
-def new_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
+def whole_file(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """A binary file to fill, renamed to `path` if the block ends without an error, else deleted.
+
+    Replaces an earlier file. Raises OSError.
+    """
+    draft = _draft(path)
+    try:
+        with open(draft, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            _lock(file.fileno())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path, replace: bool = True, flush: bool = True) -> Iterator[Path]:
     """An empty folder to fill, renamed to `folder` if the block ends without an error, else deleted.
 
-    An existing `folder` is replaced, or kept if `replace` is false: another process was faster. Raises OSError.
+    An existing `folder` is replaced, or kept if `replace` is false: another process was faster. Without `flush`, its
+    files may be damaged after a power failure. Removes the drafts beside it that killed writers left. Raises OSError.
     """
-    beside = _beside(folder)
-    beside.mkdir(parents=True)
+    draft = _draft(folder)
+    draft.mkdir(parents=True)
+    lock = os.open(draft, os.O_RDONLY)
     try:
-        yield beside
+        _lock(lock)
+        remove_drafts(folder.parent)
+        yield draft
+        if flush:
+            _flush(draft)
         if replace and folder.exists():
-            old = beside.with_name(f"{beside.name}.old")
+            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
             folder.rename(old)
-            beside.rename(folder)
+            draft.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
             return
         try:
-            beside.rename(folder)
+            draft.rename(folder)
         except OSError:
             if replace or not folder.is_dir():
                 raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        os.close(lock)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+def remove_drafts(folder: Path) -> None:
+    """Remove the drafts in `folder` whose writers have died; those that may be in use stay."""
+    for draft in folder.glob(f"{DRAFT}*"):
+        with suppress(OSError):  # locked, already removed, or another user's
+            lock = os.open(draft, os.O_RDONLY if draft.is_dir() else os.O_RDWR)
+            try:
+                if time.time() - os.fstat(lock).st_mtime > SETTLED_SECONDS:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+            finally:
+                os.close(lock)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f"{DRAFT}{uuid.uuid4().hex}")
+
+
+def _lock(descriptor: int) -> None:
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())

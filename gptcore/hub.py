@@ -16,11 +16,12 @@ from typing import Any
 
 from gptcore.documents import read_text
 from gptcore.errors import HubError, did_you_mean
-from gptcore.fetch import fetch_files, file_system
+from gptcore.files import whole_folder
 from gptcore.home import default_tracking_uri, expanded, home
 from gptcore.package import PICKLE, PICKLES, missing_files
 from gptcore.progress import doing
 from gptcore.redact import reason, without_password
+from gptcore.stores import file_system
 from gptcore.weights import WEIGHTS, is_plain
 
 KINDS = (
@@ -157,7 +158,9 @@ def _fetch(url: str, into: Path) -> Path:
             raise FileNotFoundError
         folder = into / hashlib.sha256(repr((url, listed)).encode()).hexdigest()[:32]
         if not folder.is_dir():
-            fetch_files(fs, [f"{path}/{name}" for name in wanted], folder)
+            with whole_folder(folder, replace=False) as partial:
+                for name in wanted:
+                    fs.get_file(f"{path}/{name}", str(partial / name))
         return folder
     except FileNotFoundError as error:
         raise HubError(

@@ -234,10 +234,9 @@ class GPT(nn.Module):
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
-    def num_parameters(self, embedding: bool = True) -> int:
-        """Parameters, tied ones counted once; without the input embeddings if `embedding` is false."""
-        skipped = 0 if embedding else sum(p.numel() for n, p in self.named_parameters() if n.startswith("embed"))
-        return sum(p.numel() for p in self.parameters()) - skipped
+    def num_parameters(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of one training step per token, forward and backward, in sequences of `length`.

@@ -21,7 +21,7 @@ from torch import Tensor
 from gptcore.config import ModelConfig
 from gptcore.documents import read_json, require_regular
 from gptcore.errors import PackageError, TokenizerError, excerpt
-from gptcore.files import new_folder, sha256
+from gptcore.files import sha256, whole_folder
 from gptcore.hf_format import (
     count_parameters,
     empty_model,
@@ -114,7 +114,7 @@ def save_package(
         raise PackageError(f"{folder} exists and is not a model package; choose another folder")
     tensors = to_published(empty_model(config), state)
     try:
-        with new_folder(folder) as partial:
+        with whole_folder(folder) as partial:
             save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
             save_tokenizer(tokenizer, partial)
             dtype = str(tensors[next(iter(tensors))].dtype).removeprefix("torch.")

@@ -66,8 +66,8 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of pattern, ranks and special tokens; equal exactly if two tokenizers encode alike."""
-        digest = hashlib.sha256(self.encoding._pat_str.encode())
-        for token, rank in sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        digest = hashlib.sha256(PATTERN.encode())
+        for token, rank in _ranks(self.encoding).items():
             digest.update(f"\n{rank} {token.hex()}".encode())
         digest.update(f"\n{self.eot} {EOT}".encode())
         return digest.hexdigest()
@@ -136,12 +136,12 @@ def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`, for AutoTokenizer and `read_tokenizer`."""
-    ranks, shown = tokenizer.encoding._mergeable_ranks, _byte_characters()
+    ranks, shown = _ranks(tokenizer.encoding), _byte_characters()
 
     def spell(token: bytes) -> str:
         return "".join(shown[b] for b in token)
 
-    merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    merges = [_last_merge(token, ranks) for token in ranks if len(token) > 1]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content: dict[str, Any] = {
@@ -257,6 +257,11 @@ def _build(ranks: Ranks, name: str) -> Tokenizer:
     return Tokenizer(name, encoding, eot)
 
 
+def _ranks(encoding: tiktoken.Encoding) -> Ranks:
+    """The ids of all tokens but <|endoftext|>, which is the last, in ascending order."""
+    return {token: rank for rank, token in enumerate(encoding.decode_tokens_bytes(range(encoding.eot_token)))}
+
+
 def _gpt2_ranks() -> Ranks:
     """GPT-2's published vocabulary, from tiktoken's cache or the network."""
     answer: list[tiktoken.Encoding | Exception] = []
@@ -272,7 +277,7 @@ def _gpt2_ranks() -> Ranks:
     thread.start()
     thread.join(DOWNLOAD_SECONDS)
     if answer and isinstance(answer[0], tiktoken.Encoding):
-        return answer[0]._mergeable_ranks
+        return _ranks(answer[0])
     reason = type(answer[0]).__name__ if answer else f"no answer within {DOWNLOAD_SECONDS} s"
     raise TokenizerError(
         f"GPT-2's vocabulary could not be downloaded ({reason}). Offline, set TIKTOKEN_CACHE_DIR to a folder where "

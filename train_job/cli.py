@@ -20,7 +20,7 @@ from gptcore.errors import ConfigError, did_you_mean
 from train_job.config import HINTS, TrainConfig, read_yaml
 from train_job.fields import bare
 
-MODEL_GROUP = "Shape of the model"
+PRESET_GROUP, MODEL_GROUP = "Preset", "Shape of the model"
 WIDEST = 110
 """The most columns that help takes."""
 COMMAND = "python train_job/run.py"
@@ -47,7 +47,7 @@ def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
     return given_settings(parser, argv)
 
 
-def settings_parser(prog: str, description: str, examples: dict[str, str]) -> argparse.ArgumentParser:
+def settings_parser(prog: str, description: str, examples: dict[str, str]) -> Parser:
     """A parser with a flag for every setting; `examples` maps arguments to what they do."""
     from train_job.planning.presets import notes
 
@@ -65,7 +65,7 @@ def settings_parser(prog: str, description: str, examples: dict[str, str]) -> ar
     first.add_argument("--presets", action=ShowPresets, help="show what each preset needs on this machine, and exit")
     for title, group in groups():
         place = parser.add_argument_group(title)
-        if not any(action.dest == "config" for action in parser._actions):
+        if title == PRESET_GROUP:
             place.add_argument(
                 "--config", metavar="FILE.yaml", help="YAML file of settings; names as here, with _ for -"
             )
@@ -90,7 +90,7 @@ def format_examples(prog: str, examples: dict[str, str]) -> str:
 def groups() -> list[tuple[str, list[Any]]]:
     """The settings by group; the groups' titles are the comments in TrainConfig's source."""
     by_name = {f.name: f for f in fields(TrainConfig)}
-    found: list[tuple[str, list[Any]]] = [("Preset", [])]
+    found: list[tuple[str, list[Any]]] = [(PRESET_GROUP, [])]
     for line in inspect.getsource(TrainConfig).splitlines():
         if heading := re.fullmatch(r" {4}# (.+)", line):
             found.append((heading[1], []))
@@ -112,12 +112,11 @@ def add_flag(parser: argparse._ActionsContainer, f: Any, hint: Any) -> None:
         parser.add_argument(flag, help=text, metavar=metavar(f, hint), nargs=nargs)
 
 
-def given_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+def given_settings(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
     """The settings of the --config file and the flags; flags win. Raises ConfigError for an unknown flag."""
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigError(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], known)}")
+        raise ConfigError(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], parser.flags)}")
     flags = {k: v for k, v in vars(namespace).items() if v is not None and k != "config"}
     return ({} if namespace.config is None else read_yaml(namespace.config)) | flags
 

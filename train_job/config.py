@@ -29,7 +29,7 @@ from train_job.fields import (
     convert,
     setting,
 )
-from train_job.files import written_whole
+from train_job.files import one_line, written_whole
 
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "linear", "cosine")
@@ -172,7 +172,7 @@ class TrainConfig:
             raise ConfigError("sample_prompts is empty; give one, or turn samples off with sample_tokens 0")
         if not self.val_data and not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction is {self.val_fraction}; expected between 0 and 1, or give val_data")
-        if self.planned_limits() == [] and self.max_minutes is None:
+        if all(getattr(self, limit) is None for limit in LIMITS):
             raise ConfigError("the run has no limit; expected max_steps, max_epochs, max_tokens or max_minutes")
         if self.batch_size * self.context > MOST_TOKENS:
             raise ConfigError(
@@ -206,14 +206,13 @@ class TrainConfig:
         """The shape of the model, with `vocab_size` rows of embedding."""
         return ModelConfig(vocab_size=vocab_size, **self.model)
 
-    def planned_limits(self) -> list[str]:
-        """Names of the limits that can be converted to steps before the run starts."""
-        return [name for name in ("max_steps", "max_epochs", "max_tokens") if getattr(self, name) is not None]
+    def planned_steps(self, steps_per_epoch: float | None = None) -> tuple[int, str]:
+        """Steps until the first limit that can be counted in steps, and its name; UNBOUNDED if there is none.
 
-    def planned_steps(self, steps_per_epoch: float) -> tuple[int, str]:
-        """Steps until the first limit that can be counted in steps, and its name; UNBOUNDED if there is none."""
+        Without `steps_per_epoch`, which depends on the text, epochs do not count.
+        """
         limits = {"max_steps": self.max_steps}
-        if self.max_epochs is not None:
+        if self.max_epochs is not None and steps_per_epoch is not None:
             limits["max_epochs"] = math.ceil(self.max_epochs * steps_per_epoch)
         if self.max_tokens is not None:
             limits["max_tokens"] = math.ceil(self.max_tokens / (self.batch_size * self.context))
@@ -319,18 +318,18 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _loader())  # a subclass of SafeLoader
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an invalid date
-        raise ConfigError(f"cannot read the config file {path}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"cannot read the config file {path}: {one_line(error)}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"the config file {path} holds no settings; expected lines such as `batch_size: 16`")
     return loaded
 
 
-def write_yaml(config: TrainConfig, path: Path) -> None:
-    """Writes every setting of the config, in the form that `--config` reads."""
+def write_yaml(settings: Mapping[str, Any], path: Path) -> None:
+    """Writes settings in the form that `read_yaml` reads."""
     import yaml
 
     with written_whole(path) as file:
-        file.write(yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True).encode())
+        file.write(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
 
 
 def resume_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:

@@ -1,30 +1,20 @@
-"""Atomic file writes and locks, with one message for a full disk.
-
-A file is written to a draft in the same folder and then renamed. Its writer locks the draft, so drafts that a killed
-process left behind can be recognised and removed.
-"""
+"""Files that are written whole, JSON that is read, and locks, with one message for a full disk."""
 
 import errno
 import fcntl
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-from uuid import uuid4
 
 from gptcore.errors import RecordError, StorageFull, TrainingError
+from gptcore.files import whole_file
 
 LONGEST_NAME = 200
 """Bytes in a name that comes from the user; file systems allow 255, and our prefixes and suffixes need some."""
-DRAFT = ".draft-"
-SETTLED_SECONDS = 60.0
-"""A draft changed within this time is never removed: its writer may be about to lock or rename it."""
-
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 
@@ -44,6 +34,11 @@ def storage_problem(error: BaseException, place: object) -> TrainingError | None
     return None
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its type if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Reads an object from a JSON file. Raises RecordError, with the remedy, if it has none."""
     try:
@@ -60,39 +55,36 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file as `written_whole` does."""
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a binary file for an atomic write: it appears at `path` only if the block succeeds.
+    """Opens a binary file that appears at `path` only if the block succeeds; creates its folder.
 
-    Creates the folder. Raises TrainingError, naming the folder, if it is full or not writable.
+    Raises TrainingError, naming the folder, if it is full or not writable.
     """
-    draft = path.with_name(f"{DRAFT}{uuid4().hex}")
-    try:
+    with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as file:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with whole_file(path) as file:
             yield file
-        os.replace(draft, path)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns an OSError of writing to `folder` within the block into a TrainingError that names the folder."""
+    try:
+        yield
     except OSError as error:
-        problem = storage_problem(error, path.parent)
+        problem = storage_problem(error, folder)
         if isinstance(problem, StorageFull):
             raise problem from error
         if error.filename is None:  # raised by something the block was reading
             raise
-        raise problem or TrainingError(f"cannot write to {path.parent}: {error.strerror}") from error
-    finally:
-        if draft.is_file():
-            draft.unlink()
-
-
-def sweep(folder: Path) -> None:
-    """Removes drafts below `folder` whose writers have died; drafts that may be in use stay."""
-    for draft in folder.rglob(f"{DRAFT}*"):
-        with suppress(OSError), open(draft, "r+b") as file:  # locked, already removed, or another user's
-            if time.time() - os.fstat(file.fileno()).st_mtime > SETTLED_SECONDS:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                draft.unlink()
+        raise problem or TrainingError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 @contextmanager

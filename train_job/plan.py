@@ -18,7 +18,7 @@ from gptcore.errors import ConfigError, FoundryError
 from gptcore.progress import doing
 from gptcore.units import count
 from train_job.cli import Help, Parser, format_examples, parse_settings
-from train_job.config import TrainConfig, build_config
+from train_job.config import UNBOUNDED, TrainConfig, build_config
 from train_job.planning.costs import (
     Memory,
     Serving,
@@ -180,7 +180,7 @@ def make_plan(config: TrainConfig, work: Workload, device: Device, rates: Rates,
     step = training_step(config, work, device, rates, workers)
     per_step = config.batch_size * work.length
     rate = per_step / step.seconds
-    steps = planned_steps(config, per_step)
+    steps = planned_steps(config)
     hours = steps * step.seconds / 3600
     peak = device.flops * workers if device.per_machine > 1 else None
     return TrainingPlan(
@@ -195,13 +195,12 @@ def make_plan(config: TrainConfig, work: Workload, device: Device, rates: Rates,
     )
 
 
-def planned_steps(config: TrainConfig, tokens_per_step: int) -> int:
+def planned_steps(config: TrainConfig) -> int:
     """Steps until the first limit that does not depend on the text. Raises ConfigError."""
-    limits = [config.max_steps, math.ceil(config.max_tokens / tokens_per_step) if config.max_tokens else None]
-    known = [limit for limit in limits if limit]
-    if not known:
+    steps, _ = config.planned_steps()
+    if steps == UNBOUNDED:
         raise ConfigError("the length of this run depends on its text; give --max-tokens or --max-steps")
-    return min(known)
+    return steps
 
 
 def serve_plan(options: PlanOptions, work: Workload, device: Device, rates: Rates) -> Serving:

@@ -4,8 +4,9 @@ Shapes: N slots, T tokens of each, C = hidden_size, H heads, K key/value heads o
 S = context_length, W positions that attention looks at, V = vocab_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -169,7 +170,7 @@ class _Network:
         self.rotary = None if gpt2 else (model.cos, model.sin)
         self.layers = [_Layer(block, config, packed) for block in model.layers if isinstance(block, Block)]
         self.norm = model.norm
-        self.head = _Linear([model.lm_head], packed)
+        self.head = _linear([model.lm_head], packed)
 
     def hidden(self, inputs: Tensor, keys: Tensor, values: Tensor, width: int) -> Tensor:
         """The residual stream (N, T, C) after the last layer; writes into keys and values (L, N, K, S+1, D).
@@ -208,10 +209,10 @@ class _Layer:
         self.norm1, self.norm2 = block.input_layernorm, block.post_attention_layernorm
         if config.family == "qwen3":
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.qkv = _Linear([attention.q_proj, attention.k_proj, attention.v_proj], packed)
-        self.out = _Linear([attention.o_proj], packed)
-        self.up = _Linear([mlp.gate_proj, mlp.up_proj] if mlp.gated else [mlp.up_proj], packed)
-        self.down = _Linear([mlp.down_proj], packed)
+        self.qkv = _linear([attention.q_proj, attention.k_proj, attention.v_proj], packed)
+        self.out = _linear([attention.o_proj], packed)
+        self.up = _linear([mlp.gate_proj, mlp.up_proj] if mlp.gated else [mlp.up_proj], packed)
+        self.down = _linear([mlp.down_proj], packed)
 
     def __call__(
         self,
@@ -242,17 +243,18 @@ class _Layer:
         return x + self.down(F.gelu(hidden, approximate="tanh"))
 
 
-class _Linear:
-    """Linear layers with the same input, fused; on a CPU the weights are reordered for oneDNN, which is faster."""
+def _linear(parts: Sequence[nn.Module], packed: bool) -> Callable[[Tensor], Tensor]:
+    """Linear layers with the same input, fused, and `packed_linear` if `packed`."""
+    weights, biases = zip(*((part.weight, part.bias) for part in parts), strict=True)
+    weight: Tensor = torch.cat(weights) if len(parts) > 1 else weights[0].detach()
+    bias = None if biases[0] is None else torch.cat(biases)
+    return packed_linear(weight, bias) if packed else partial(F.linear, weight=weight, bias=bias)
 
-    def __init__(self, parts: Sequence[nn.Module], packed: bool) -> None:
-        weights, biases = zip(*((part.weight, part.bias) for part in parts), strict=True)
-        weight: Tensor = torch.cat(weights) if len(parts) > 1 else weights[0].detach()
-        self.bias = None if biases[0] is None else torch.cat(biases)
-        self.packed = packed
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if packed else weight
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+def packed_linear(weight: Tensor, bias: Tensor | None = None, rows: int | None = None) -> Callable[[Tensor], Tensor]:
+    """A linear layer for a CPU with its weight reordered for oneDNN, which is faster; best for `rows` rows of input.
+
+    Uses private operators of torch, tried with 2.13; tests/gptcore/engine/test_runner.py fails when they change.
+    """
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")

@@ -1,14 +1,19 @@
 """A folder or file appears whole or not at all."""
 
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from gptcore.files import new_folder, write_file
+from gptcore import files
+from gptcore.files import remove_drafts, whole_folder, write_file
 
 
 def fill(folder: Path, text: str, replace: bool = True) -> None:
-    with new_folder(folder, replace) as partial:
+    with whole_folder(folder, replace) as partial:
         assert not folder.exists() or (folder / "text").read_text() != text
         (partial / "text").write_text(text)
 
@@ -34,3 +39,47 @@ def test_a_file_is_replaced_with_the_mode_asked_for(tmp_path: Path) -> None:
         write_file(tmp_path / "file", content, mode=0o600)
     assert ((tmp_path / "file").read_bytes(), (tmp_path / "file").stat().st_mode & 0o777) == (b"b", 0o600)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_keeps_the_earlier_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_file(tmp_path / "file", b"a")
+    fill(tmp_path / "folder", "a")
+    monkeypatch.setattr(files.os, "fsync", full)  # some file systems find out that late
+    with pytest.raises(OSError, match="No space left"):
+        write_file(tmp_path / "file", b"b")
+    with pytest.raises(OSError, match="No space left"):
+        fill(tmp_path / "folder", "b")
+    assert ((tmp_path / "file").read_bytes(), (tmp_path / "folder" / "text").read_text()) == (b"a", "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from gptcore.files import whole_file, whole_folder
+with whole_folder(Path(sys.argv[1]) / "folder") as draft, whole_file(Path(sys.argv[1]) / "file") as file:
+    (draft / "text").write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdin=-1, stdout=-1)
+    assert writer.stdout
+    try:
+        assert writer.stdout.readline() == b"writing\n"
+        drafts = list(tmp_path.iterdir())
+        for draft in drafts:
+            os.utime(draft, (0, 0))  # written to long ago, as far as anyone can tell
+        remove_drafts(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted(drafts)
+        assert len(drafts) == 2
+    finally:
+        writer.kill()
+        writer.communicate()
+    fill(tmp_path / "other", "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]

@@ -5,11 +5,9 @@ that takes a second.
 """
 
 import contextlib
-import functools
 import logging
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +19,7 @@ from gptcore.hf_format import count_parameters
 from gptcore.memory import free_memory, require_memory
 from gptcore.progress import doing
 from train_job.cluster.discovery import OWN, cluster_address
+from train_job.cluster.internals import drop_raylet_reports, use_own_process_groups
 from train_job.config import TrainConfig
 from train_job.session.console import without_log_lines
 from train_job.training.hardware import WORKER_ENV
@@ -48,7 +47,7 @@ def ray_cluster() -> Iterator[tuple[Any, bool]]:
     if alone:
         for name, value in LOCAL_RAY.items():
             os.environ.setdefault(name, value)
-        _use_own_process_groups()
+        use_own_process_groups()
         with doing("starting a Ray of this job's own"):
             _connect(ray, address="local", include_dashboard=False, **quiet)
     else:
@@ -83,22 +82,10 @@ def training_first() -> None:
                 os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _use_own_process_groups() -> None:
-    """Makes Ray start its servers in process groups of their own.
-
-    A stop often goes to the whole group: from `timeout`, or a terminal that closes. Ray's servers would end at once,
-    and the job could not ask its workers for a last checkpoint. They still end with the job: the kernel kills them
-    when their parent dies. Tried with Ray 2.60; tests/system/test_job_ends.py says when it no longer works.
-    """
-    from ray._private import services
-
-    services.ConsolePopen = functools.partial(subprocess.Popen, process_group=0)  # type: ignore[assignment,misc]
-
-
 def _connect(ray: Any, **options: Any) -> None:
     """Calls ray.init and then restores the handler of SIGTERM, which Ray replaces by one that exits."""
     before = signal.getsignal(signal.SIGTERM)
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # raylets' reports; `failures` explains them
+    drop_raylet_reports()  # `failures` explains them
     try:
         with without_log_lines():
             ray.init(**options)

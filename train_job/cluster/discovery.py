@@ -5,17 +5,16 @@ started for itself, such as another run or `serve run`, is not joined: it ends w
 writes a certain file into Ray's temporary folder, which tells the two apart.
 """
 
-import json
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from gptcore.errors import ConfigError
 from gptcore.progress import doing
+from train_job.cluster.internals import cluster_versions, versions_match
 
 LOOK_SECONDS = 10.0
 """How long an address may take to answer."""
@@ -89,27 +88,14 @@ def running_here() -> list[Local]:
 
 
 def unanswered(address: str, seconds: float = LOOK_SECONDS) -> str:
-    """Why the Ray cluster at this address does not answer; empty if it does.
-
-    Uses private modules of Ray, tried with 2.60; tests/train_job/test_discovery.py says when they change.
-    """
+    """Why the Ray cluster at this address does not answer; empty if it does."""
     import grpc
     import ray
-    from ray._common.usage import usage_constants
-    from ray._private import ray_constants
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray._private.utils import check_version_info
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
     from ray.exceptions import AuthenticationError
 
-    channel = init_grpc_channel(address)
-    rpc: Any = gcs_service_pb2
-    wanted = rpc.InternalKVGetRequest(
-        key=usage_constants.CLUSTER_METADATA_KEY, namespace=ray_constants.KV_NAMESPACE_CLUSTER
-    )
     try:
         with doing(f"asking the Ray cluster at {address}"):
-            answer = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel).InternalKVGet(wanted, timeout=seconds)
+            cluster = cluster_versions(address, seconds)
     except AuthenticationError:
         return TOKEN
     except grpc.RpcError as error:
@@ -118,13 +104,7 @@ def unanswered(address: str, seconds: float = LOOK_SECONDS) -> str:
             grpc.StatusCode.UNAUTHENTICATED: TOKEN,
             grpc.StatusCode.UNAVAILABLE: "no Ray listens there",
         }.get(error.code(), error.code().name.lower())
-    finally:
-        channel.close()
-    cluster = json.loads(answer.value or b"{}")
-    try:
-        if cluster:
-            check_version_info(cluster, "this machine")
-    except RuntimeError:
+    if cluster and not versions_match(cluster):
         there = f"it runs Ray {cluster['ray_version']} on Python {cluster['python_version']}"
         return f"{there}, and this is Ray {ray.__version__} on Python {platform.python_version()}"
     return ""

@@ -5,7 +5,6 @@ Rank 0 speaks; the other ranks only train. Ray restarts this function after a fa
 checkpoint.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from train_job.config import TrainConfig
 from train_job.data.corpus import Corpus
 from train_job.data.inputs import build_model, cache_dir, shard_store
 from train_job.data.shards import prepare
-from train_job.files import read_json, storage_problem, written_whole
+from train_job.files import read_json, storage_problem, write_json
 from train_job.tracking.runs import PEAK, SystemMetrics
 from train_job.tracking.spool import Spool
 from train_job.training.checkpoint import Identity, load_checkpoint, save_checkpoint, save_problem
@@ -256,8 +255,7 @@ class Reporter:
             [step, prompt, continue_text(model, self.spec.tokenizer, prompt, params)]
             for prompt in config.sample_prompts
         ]
-        with written_whole(self.samples) as file:
-            file.write(json.dumps({"columns": ["step", "prompt", "continuation"], "data": rows}).encode())
+        write_json(self.samples, {"columns": ["step", "prompt", "continuation"], "data": rows})
         self.spool.artifact(self.samples, table=True)
 
     def _samples(self) -> list[Any]:

@@ -25,7 +25,7 @@ from train_job.data.fetch import Origin, copy_name, download, fetch_all, in_stor
 from train_job.data.folders import LeftOut, files_below, files_matching, summarize
 from train_job.data.formats import HEAD_BYTES, NotText
 from train_job.data.pieces import PIECE_BYTES, Piece, Scan, builtin_piece, cut_piece, scan
-from train_job.files import written_whole
+from train_job.files import write_json, written_whole
 
 MEMO_BYTES = 8 * 2**20
 """The scan of a file of this size or more is cached; scanning a smaller one is as fast as reading the cache."""
@@ -246,8 +246,7 @@ def remembered_scan(path: Path, kind: str, column: str, separator: str, label: s
         return Scan(**json.loads(memo.read_text()))
     found = scan(path, kind, column, separator, label)
     if big:
-        with written_whole(memo) as file:
-            file.write(json.dumps(asdict(found)).encode())
+        write_json(memo, asdict(found))
     return found
 
 

@@ -9,7 +9,6 @@ copy fetches it when it reads it.
 import glob
 import hashlib
 import http.client
-import json
 import logging
 import re
 import threading
@@ -23,10 +22,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptcore.errors import CorpusError, FoundryError, RecordError, did_you_mean
-from gptcore.fetch import file_system
 from gptcore.progress import at, doing
+from gptcore.stores import file_system
 from train_job.data.formats import bare, unpacked
-from train_job.files import LONGEST_NAME, locked, read_json, written_whole
+from train_job.files import LONGEST_NAME, locked, one_line, read_json, write_json, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +82,7 @@ def download(url: str, path: Path, refresh: bool = False) -> Path:
                 if file.tell() != expected:
                     raise OSError(f"{file.tell()} of {expected} bytes arrived")
             conditions = {"If-None-Match": answer.headers["ETag"], "If-Modified-Since": answer.headers["Last-Modified"]}
-        with written_whole(headers) as file:
-            file.write(json.dumps({name: value for name, value in conditions.items() if value}).encode())
+        write_json(headers, {name: value for name, value in conditions.items() if value})
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code == http.client.NOT_MODIFIED:
             return path
@@ -171,7 +169,7 @@ def fetch(origin: Origin, path: Path, digest: str = "", given_up: threading.Even
         if path.exists():
             return
         hasher = hashlib.sha256()
-        with _opened(origin) as source, written_whole(path) as file:
+        with _raw(origin) as raw, unpacked(raw, origin.url) as source, written_whole(path) as file:
             while block := source.read(BLOCK_BYTES):
                 if given_up and given_up.is_set():
                     raise CorpusError(f"stopped fetching {origin.url}")
@@ -179,13 +177,6 @@ def fetch(origin: Origin, path: Path, digest: str = "", given_up: threading.Even
                 file.write(block)
             if digest and hasher.hexdigest() != digest:
                 raise _changed(origin)
-
-
-@contextmanager
-def _opened(origin: Origin) -> Iterator[Any]:
-    """Opens the object's content, decompressed."""
-    with _raw(origin) as raw, unpacked(raw, origin.url) as content:
-        yield content
 
 
 def _raw(origin: Origin) -> Any:
@@ -213,10 +204,6 @@ def store_errors(url: str) -> Iterator[None]:
     except FoundryError:
         raise
     except FileNotFoundError as error:
-        raise CorpusError(f"there is nothing at {url!r}: {_reason(error)}") from error
+        raise CorpusError(f"there is nothing at {url!r}: {one_line(error)}") from error
     except Exception as error:  # each client has its own types for no network, no key, no permission
-        raise CorpusError(f"the text at {url!r} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise CorpusError(f"the text at {url!r} cannot be read: {one_line(error)}") from error

@@ -5,7 +5,6 @@ pinned, so a worker on another machine, or a resumed run, gets the same.
 """
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from gptcore.config import ModelConfig
 from gptcore.devices import pick_device
 from gptcore.errors import ConfigError, CorpusError
+from gptcore.files import remove_drafts, whole_folder
 from gptcore.home import expanded, home
 from gptcore.hub import resolve
 from gptcore.model import GPT
@@ -35,7 +35,7 @@ from train_job.data.corpus import Corpus, open_corpus, split
 from train_job.data.fetch import Origin
 from train_job.data.folders import summarize
 from train_job.data.shards import TokenSet, prepare
-from train_job.files import sweep, written_whole
+from train_job.files import writing
 
 VOCAB_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this for fast matrix products; the extra ids are never sampled."""
@@ -90,7 +90,7 @@ def prepare_inputs(
                 f"{config.num_workers} workers would share one {device} device; add --use-gpu or --device cpu"
             )
     for kind in CACHED:
-        sweep(cache / kind)
+        remove_drafts(cache / kind)
 
     def opened(data: str) -> Corpus:
         origins = (begun or {}).get(data, ())
@@ -186,11 +186,8 @@ def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
     if not (folder / "tokenizer.json").exists():
         with doing(f"learning the tokenizer {config.tokenizer}"):
             learned = load_tokenizer(config.tokenizer, train.documents)
-        with tempfile.TemporaryDirectory() as scratch:
-            save_tokenizer(learned, Path(scratch))
-            for file in Path(scratch).iterdir():  # atomically: another run may be learning the same one
-                with written_whole(folder / file.name) as copy:
-                    copy.write(file.read_bytes())
+        with writing(folder.parent), whole_folder(folder, replace=False) as draft:  # another run may learn the same
+            save_tokenizer(learned, draft)
     return replace(read_tokenizer(folder), name=config.tokenizer)
 
 

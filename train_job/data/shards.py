@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from gptcore.errors import CorpusError, FoundryError
-from gptcore.fetch import file_system
 from gptcore.progress import at, doing
+from gptcore.stores import file_system
 from gptcore.tokenizer import Tokenizer
 from train_job.data.corpus import Corpus, Piece
-from train_job.files import written_whole
+from train_job.files import write_json, written_whole
 
 SHARD_FORMAT = 1
 SHARD_BYTES = 4 * 2**20
@@ -197,8 +197,7 @@ def write_shard(task: ShardTask, tokenizer: Tokenizer, folder: Path, store: str 
         size = file.tell()
     shard = Shard(str(path), size // np.dtype(dtype).itemsize, num_bytes, num_documents)
     meta = {name: value for name, value in asdict(shard).items() if name != "path"} | {"file_size": size}
-    with written_whole(path.with_suffix(".json")) as file:
-        file.write(json.dumps(meta).encode())
+    write_json(path.with_suffix(".json"), meta)
     if store:
         with store_used(store) as (fs, there):
             for part in (path, path.with_suffix(".json")):

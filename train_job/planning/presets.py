@@ -4,13 +4,11 @@ In: the presets, and this machine's rates, measured for some seconds. Out: lines
 them.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from gptcore.errors import ConfigError
 from gptcore.units import count, duration
-from train_job.config import PRESETS, build_config
+from train_job.config import PRESETS, UNBOUNDED, build_config
 
 NOTES = {
     "quick": "4.3M parameters; the default: minutes on two CPU cores",
@@ -34,10 +32,10 @@ def notes() -> list[str]:
 
 def show() -> None:
     """Measures this machine and prints the table."""
-    from train_job.planning.rates import measure_training_only
+    from train_job.planning.rates import measure_in_subprocess
 
     print("measuring this machine for a few seconds; train_job.plan estimates other GPUs", flush=True)
-    device, rates = measure_training_only(MEASURED)
+    device, rates = measure_in_subprocess(MEASURED, serving=False)
     for line in table(device, rates):
         print(line)
     print("\nA run stops at its first limit; change it with --max-steps, --max-epochs, --max-tokens or --max-minutes.")
@@ -68,12 +66,9 @@ def table(device: Any, rates: Any) -> list[str]:
 
 def _whole(config: Any, step_seconds: float) -> str:
     """The length of the run, as far as it is known without the text."""
-    limits = [config.max_steps]
-    if config.max_tokens:
-        limits.append(math.ceil(config.max_tokens / (config.batch_size * config.context)))
-    steps = min((limit for limit in limits if limit), default=None)
+    steps, _ = config.planned_steps()
     epochs = f"{config.max_epochs:g} epochs" if config.max_epochs else ""
-    if steps is None:
+    if steps == UNBOUNDED:
         return epochs
     took = steps * step_seconds
     time = duration(took) if took < 86400 else f"{took / 86400:,.0f} days"
@@ -81,12 +76,10 @@ def _whole(config: Any, step_seconds: float) -> str:
 
 
 def _work(name: str) -> tuple[Any, Any]:
-    """The preset's config and its workload. Raises ConfigError for an unknown name."""
+    """The preset's config and its workload."""
     from gptcore.tokenizer import parse_tokenizer
     from train_job.data.inputs import padded
     from train_job.planning.costs import workload
 
-    if name not in PRESETS:
-        raise ConfigError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
     config = build_config({"preset": name})
     return config, workload(config.model_config(padded(parse_tokenizer(config.tokenizer))), config.context)

@@ -47,26 +47,18 @@ BATCHES = (1, 8)
 PROMPT, NEW = 128, 64  # tokens
 
 
-def measure_in_subprocess(family: str) -> tuple[Device, Rates]:
+def measure_in_subprocess(family: str, serving: bool = True) -> tuple[Device, Rates]:
     """This machine's device and rates, measured in a process that is set up like a training worker.
 
-    Raises ConfigError if it cannot be measured.
+    Without `serving`, decoding is not measured, and the rest less often. Raises ConfigError if it cannot be measured.
     """
-    command = [sys.executable, "-m", "train_job.planning.rates", family]
+    command = [sys.executable, "-m", "train_job.planning.rates", family, *([] if serving else ["training"])]
     measured = subprocess.run(command, env=os.environ | WORKER_ENV, capture_output=True, text=True)
     if measured.returncode != 0:
         why = (measured.stderr.splitlines() or [f"exit code {measured.returncode}"])[-1]
         raise ConfigError(f"this machine cannot be measured: {why}")
     device, rates = json.loads(measured.stdout.splitlines()[-1])
     return Device(**device), Rates(**rates)
-
-
-def measure_training_only(family: str) -> tuple[Device, Rates]:
-    """This machine's device and training rates, without decoding, with fewer repeats.
-
-    Raises ConfigError if it cannot be measured.
-    """
-    return measure_in_subprocess(f"{family}:training")
 
 
 def measure(family: str, serving: bool = True) -> tuple[Device, Rates]:
@@ -173,5 +165,4 @@ def decode_times(package: Package, batch: int, prompt_tokens: int, new_tokens: i
 
 
 if __name__ == "__main__":
-    family, _, only = sys.argv[1].partition(":")
-    print(json.dumps([asdict(part) for part in measure(family, serving=not only)]))
+    print(json.dumps([asdict(part) for part in measure(sys.argv[1], serving="training" not in sys.argv)]))

@@ -5,7 +5,6 @@ In: a `Session` and how its training ended. Out: files in the run's folder and i
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from gptcore.redact import without_password
 from train_job import figures
 from train_job.config import TrainConfig
 from train_job.data.inputs import cache_dir
-from train_job.files import read_json, written_whole
+from train_job.files import read_json, write_json
 from train_job.session.record import CONFIG
 from train_job.session.report import show, target_metrics, targets, what_now
 from train_job.session.session import Session, Trained, resume_command
@@ -101,8 +100,7 @@ def register(session: Session, trained: Trained, package: Package, tell_what_now
         what_now(session, record)
     session.stops.check(last=True)
     close(session, trained, "FINISHED", [*pictures, session.run_dir / CONFIG, session.console.path])
-    with written_whole(session.run_dir / OUTCOME) as file:  # last: a run that has it is finished in every respect
-        file.write(json.dumps(record, indent=1).encode())
+    write_json(session.run_dir / OUTCOME, record)  # last: a run that has it is finished in every respect
     return 0
 
 

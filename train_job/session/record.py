@@ -6,7 +6,6 @@ them is an error that names the file: guessing would make it another run.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gptcore.errors import RecordError
 from gptcore.redact import without_password
 from train_job.config import build_config, read_yaml
-from train_job.files import read_json, written_whole
+from train_job.files import read_json, write_json
 
 if TYPE_CHECKING:
     from train_job.data.fetch import Origin
@@ -78,8 +77,7 @@ def tracked_at(record: Record | None) -> str:
 def write_record(path: Path, run_id: str, uri: str, inputs: Inputs) -> None:
     """Writes run.json."""
     text = {name: [astuple(origin) for origin in origins] for name, origins in origins_of(inputs).items()}
-    with written_whole(path) as file:
-        file.write(json.dumps({"run_id": run_id, "tracking_uri": without_password(uri), "text": text}).encode())
+    write_json(path, {"run_id": run_id, "tracking_uri": without_password(uri), "text": text})
 
 
 def origins_of(inputs: Inputs) -> Begun:

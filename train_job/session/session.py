@@ -84,7 +84,7 @@ def open_session(
             tracking.resume_run(uri, run_id)
             points = tracking.losses(uri, run_id)
             history.recall(points, config.batch_size * config.context, inputs.steps_per_epoch)
-        write_yaml(config, run_dir / CONFIG)  # before run.json: a run with this file alone can be resumed
+        write_yaml(config.flat(), run_dir / CONFIG)  # before run.json: a run with this file alone can be resumed
         if not record:
             write_record(run_dir / RUN, run_id, uri, inputs)
         experiment_id = ""

@@ -1,7 +1,7 @@
 """What a sweep prints while its trials run, and which weights it drops."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from gptcore.units import duration
 from train_job.session.console import Console
@@ -14,13 +14,12 @@ from train_job.training.storage import drop
 class SweepProgress:
     """Prints each trial once it has ended, with a live line for the others; keeps the weights of the best `keep`.
 
-    `left` are the trials that are still to run; the others were printed by an earlier run of the sweep.
+    Trials that have ended already were printed by an earlier run of the sweep.
     """
 
-    def __init__(self, trials: Sequence[Trial], left: Iterable[Trial], keep: int, console: Console) -> None:
+    def __init__(self, trials: Sequence[Trial], keep: int, console: Console) -> None:
         self._trials, self._keep, self._console = trials, keep, console
-        running = {trial.number for trial in left}
-        self._printed = {trial.number for trial in trials if trial.number not in running}
+        self._printed = {trial.number for trial in trials if trial.ending()}
         self._dropped: set[int] = set()
 
     def show(self) -> None:

@@ -5,7 +5,6 @@ it ended. Out: rows, best first.
 """
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 
 from gptcore.errors import RecordError
 from train_job.config import TrainConfig
-from train_job.files import read_json, written_whole
+from train_job.files import read_json, write_json
 from train_job.session.history import read_history
 from train_job.sweeps.space import shown
 
@@ -78,8 +77,7 @@ class Trial:
 
     def end(self, ending: Ending) -> None:
         """Writes trial.json, so that the trial is not run again."""
-        with written_whole(self.folder / ENDING) as file:
-            file.write(json.dumps(asdict(ending), indent=1).encode())
+        write_json(self.folder / ENDING, asdict(ending))
 
 
 def ranked(trials: Iterable[Trial]) -> list[tuple[Trial, Ending]]:
@@ -102,8 +100,7 @@ def table(trials: Sequence[Trial]) -> dict[str, list[Any]]:
 
 def write_table(rows: dict[str, list[Any]], folder: Path) -> list[Path]:
     """Writes `trials.json` and `trials.csv` into the folder; returns their paths."""
-    with written_whole(folder / "trials.json") as file:
-        file.write(json.dumps(rows).encode())
+    write_json(folder / "trials.json", rows)
     with (folder / "trials.csv").open("w", newline="") as text:
         csv.writer(text).writerows([rows["columns"], *rows["data"]])
     return [folder / "trials.json", folder / "trials.csv"]

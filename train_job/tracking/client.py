@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from gptcore.errors import FoundryError, TrainingError
 from gptcore.home import home
 from gptcore.redact import without_password
+from train_job.files import one_line
 
 _environment = threading.Lock()
 
@@ -98,7 +99,7 @@ def _check_database(uri: str, timeout_s: float) -> None:
             create_engine(uri, poolclass=pool.NullPool).connect().close()
             results.append("")
         except (SQLAlchemyError, ImportError) as error:
-            results.append(" ".join(str(getattr(error, "orig", None) or error).split()))
+            results.append(one_line(getattr(error, "orig", None) or error))
 
     thread = threading.Thread(target=connect, daemon=True)  # drivers name their time limits differently
     thread.start()

@@ -64,7 +64,6 @@ def start_run(
     with connected(uri) as client:
         from mlflow.entities import Param
 
-        client = mlflow_client(uri)
         all_tags = source_tags() | hardware_tags() | dict(tags or {})
         run = client.create_run(_experiment_id(client, uri, experiment), run_name=name, tags=all_tags)
         run_id: str = run.info.run_id

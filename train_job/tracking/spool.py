@@ -18,7 +18,7 @@ from typing import Any
 from gptcore.errors import RecordError, TrainingError
 from gptcore.home import default_tracking_uri
 from gptcore.redact import without_password
-from train_job.files import read_json, storage_problem, written_whole
+from train_job.files import read_json, storage_problem, write_json
 from train_job.tracking.client import check_server, connected, mlflow_client, request_limits
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,7 @@ class _Progress:
             return None
 
     def write(self, folder: Path) -> None:
-        with written_whole(folder / "delivered.json") as file:
-            file.write(json.dumps(asdict(self)).encode())
+        write_json(folder / "delivered.json", asdict(self))
 
 
 def _read_lines(folder: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
@@ -90,7 +89,7 @@ def deliver_batch(folder: Path, run_id: str, client: Any) -> bool:
 
     progress = _Progress.read(folder)
     if progress is None:  # recorded before anything is sent, so that it excludes our own points
-        held = client.get_run(run_id).data._metric_objs  # the public .metrics lacks the steps
+        held = client.get_run(run_id).data.to_proto().metrics  # `data.metrics` lacks the steps
         progress = _Progress(floor={metric.key: metric.step for metric in held})
         progress.write(folder)
     lines: list[dict[str, Any]] = []
@@ -163,8 +162,7 @@ class Spool:
 
     def __init__(self, folder: Path, run_id: str, tracking_uri: str) -> None:
         self.folder, self.run_id, self.tracking_uri = Path(folder).absolute(), run_id, tracking_uri
-        with written_whole(self.folder / "spool.json") as file:
-            file.write(json.dumps({"run_id": run_id, "tracking_uri": without_password(tracking_uri)}).encode())
+        write_json(self.folder / "spool.json", {"run_id": run_id, "tracking_uri": without_password(tracking_uri)})
         self._last_step: dict[str, int] = {}
         whole = 0
         for line, end in _read_lines(self.folder):

@@ -7,8 +7,6 @@ batch of a step are functions of (seed, step), so the step number restores them.
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptcore.errors import CheckpointError, DamagedCheckpoint, StorageFull, TrainingError
-from gptcore.files import sha256
+from gptcore.files import sha256, whole_folder
 from train_job.files import storage_problem
 
 FORMAT = 1
@@ -74,21 +72,16 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, state: TrainState, identity: Identity, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
 ) -> None:
-    """Writes to a temporary folder, then renames it. Raises TrainingError, and leaves nothing, if that fails."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Writes a folder that appears whole, or raises TrainingError and keeps the earlier one."""
     try:
-        partial.mkdir(parents=True)
-        files = {}
-        for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial / name)
-            files[name] = sha256(partial / name)
-        record = {"format": FORMAT, "state": asdict(state), "identity": asdict(identity), "files": files}
-        (partial / STATE).write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        with whole_folder(folder, flush=False) as draft:  # the hashes tell of a power failure
+            files = {}
+            for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
+                save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, draft / name)
+                files[name] = sha256(draft / name)
+            record = {"format": FORMAT, "state": asdict(state), "identity": asdict(identity), "files": files}
+            (draft / STATE).write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise (save_problem(error, folder.parent) or error) from None
 
 

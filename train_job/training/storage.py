@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from gptcore.errors import ConfigError, DamagedCheckpoint
 from train_job.config import TrainConfig
-from train_job.files import written_whole
+from train_job.files import one_line, written_whole
 from train_job.training.checkpoint import FILES, STATE, TrainState, parse_state, verified
 
 RECORD = ("run.json", "config.yaml")
@@ -100,7 +100,7 @@ def _read(fs: Any, path: str) -> StoredCheckpoint:
     except FileNotFoundError:
         return StoredCheckpoint(fs, path, None, f"{where} is missing")
     except OSError as error:  # a folder, or a broken link
-        return StoredCheckpoint(fs, path, None, f"{where} cannot be read: {' '.join(str(error).split())}")
+        return StoredCheckpoint(fs, path, None, f"{where} cannot be read: {one_line(error)}")
     except DamagedCheckpoint as error:
         return StoredCheckpoint(fs, path, None, str(error))
 
@@ -154,7 +154,7 @@ def _unless_away(config: TrainConfig, say: Say) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        say(f"warning: unneeded checkpoints of {config.name} could not be removed: {' '.join(str(error).split())}")
+        say(f"warning: unneeded checkpoints of {config.name} could not be removed: {one_line(error)}")
 
 
 def newest(found: Iterable[StoredCheckpoint], count: int, known: Collection[str] = ()) -> list[StoredCheckpoint]:
@@ -213,7 +213,7 @@ def check_storage(url: str) -> None:
             "or gs://BUCKET/FOLDER; for any other scheme of fsspec, use fsspec+SCHEME://FOLDER"
         ) from None
     except OSError as error:
-        raise ConfigError(f"storage_path {url!r} cannot be reached: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"storage_path {url!r} cannot be reached: {one_line(error)}") from None
 
 
 def fetch_record(url: str, run_dir: Path) -> None:
@@ -228,7 +228,7 @@ def fetch_record(url: str, run_dir: Path) -> None:
                 with fs.open_input_stream(stored) as source, written_whole(run_dir / name) as copy:
                     copy.write(source.read())
     except OSError as error:
-        raise ConfigError(f"storage_path {url!r} cannot be read: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"storage_path {url!r} cannot be read: {one_line(error)}") from None
 
 
 def keep_record(url: str, run_dir: Path) -> None:
@@ -242,4 +242,4 @@ def keep_record(url: str, run_dir: Path) -> None:
             with fs.open_output_stream(f"{path}/{run_dir.name}/{name}") as copy:
                 copy.write((run_dir / name).read_bytes())
     except OSError as error:
-        raise ConfigError(f"storage_path {url!r} cannot be written: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"storage_path {url!r} cannot be written: {one_line(error)}") from None

@@ -20,7 +20,7 @@ from gptcore.engine.engine import Engine
 from gptcore.engine.interface import Chunk, Request
 from gptcore.engine.runners import make_runner
 from gptcore.engine.settings import EngineSettings
-from gptcore.engine.torch_runner import TorchRunner
+from gptcore.engine.torch_runner import TorchRunner, packed_linear
 from gptcore.errors import ConfigError, FoundryError
 from gptcore.model import GPT
 from gptcore.package import Package
@@ -91,6 +91,16 @@ def test_logits_are_the_models_in_any_mix_of_slots_chunks_and_copies(model: GPT)
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         compared += len(logits)
     assert compared > 200
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_a_packed_layer_is_the_linear_layer() -> None:
+    x, weight, bias = torch.randn(3, 48), torch.randn(80, 48), torch.randn(80)
+    try:
+        packed = packed_linear(weight, bias)(x), packed_linear(weight, rows=3)(x)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        pytest.fail(f"torch {torch.__version__} has changed its packed layers: change packed_linear ({error})")
+    torch.testing.assert_close(packed, (x @ weight.T + bias, x @ weight.T), atol=1e-4, rtol=0)
 
 
 def follow(runner: TorchRunner, slot: int, tokens: Sequence[int], prompt: int, beside: Sequence[Chunk] = ()) -> Tensor:
@@ -288,6 +298,8 @@ def test_a_missing_device_is_refused(name: str, message: str) -> None:
 
 
 def test_half_precision_is_chosen_if_the_processor_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = f"torch {torch.__version__} has no such function: change gptcore.devices.pick_dtype"
+    assert hasattr(torch.cpu, "_is_avx512_bf16_supported"), changed
     assert devices.pick_device("cpu") == CPU
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)

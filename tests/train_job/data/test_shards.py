@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptcore import files
 from gptcore.errors import CorpusError, TrainingError
 from gptcore.tokenizer import Tokenizer, load_tokenizer
-from train_job import files
 from train_job.data import pieces, shards
 from train_job.data.batches import validation_batches
 from train_job.data.corpus import open_corpus, split

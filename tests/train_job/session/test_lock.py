@@ -36,9 +36,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def begin_run(folder: Path, **settings: Any) -> Path:
     """Creates the files of a run that has begun."""
     folder.mkdir(parents=True)
-    write_yaml(
-        build_config({"name": folder.name, "storage_path": str(folder.parent)}, settings), folder / "config.yaml"
-    )
+    config = build_config({"name": folder.name, "storage_path": str(folder.parent)}, settings)
+    write_yaml(config.flat(), folder / "config.yaml")
     return folder
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from train_job.config import build_config
+from train_job.sweeps.session import prepare_trials
+from train_job.sweeps.space import build_sweep
 from train_job.sweeps.trials import Ending, Trial, ranked, table, table_text, write_table
+from train_job.sweeps.tuning import share
 
 
 @pytest.fixture
@@ -59,3 +62,31 @@ def test_the_columns_of_the_table_are_aligned(trials: list[Trial]):
         lines[0].index("end")
     }
     assert "nan at step 3" not in "".join(lines)
+
+
+def test_every_trial_is_evaluated_as_often_as_the_first(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("a few words of text, one line after the other\n" * 200)
+    shape = {"tokenizer": "bytes", "num_layers": 1, "num_heads": 1, "hidden_size": 16, "context_length": 16}
+    base = shape | {"name": "s", "storage_path": str(tmp_path), "cache_dir": str(tmp_path / "cache"), "batch_size": 2}
+    config = build_sweep(
+        {"search": {"max_steps": [20, 2000]}, "grid": True, "base": base | {"data": str(tmp_path / "text.txt")}}
+    )
+
+    def no_cluster() -> None:
+        raise AssertionError("Ray was started for a small text")
+
+    prepared = prepare_trials(config, tmp_path / "s", no_cluster)
+    assert [trial.config.max_steps for trial, _ in prepared.values()] == [20, 2000]
+    assert {(i.config.log_interval, i.config.eval_interval) for _, i in prepared.values()} == {(4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("workers", "concurrency", "left", "at_once", "cpus"),
+    [("1", None, 9, 8, 1), ("1", None, 3, 3, 2), ("2", None, 9, 4, 1), ("1", 2, 9, 2, 4)],
+)
+def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(
+    workers: str, concurrency: int | None, left: int, at_once: int, cpus: int
+):
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"CPU": 8.0}}]
+    config = build_config({"num_workers": workers})
+    assert share(config, concurrency, nodes, left, fixed=True) == (at_once, {"CPU": cpus})

@@ -1,11 +1,8 @@
-"""Files from any URL that fsspec can open, such as S3 or Google Cloud Storage. fsspec is imported when needed."""
+"""Stores that fsspec can open by URL, such as S3 or Google Cloud Storage. fsspec is imported when needed."""
 
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gptcore.errors import HubError
-from gptcore.files import new_folder
 from gptcore.redact import reason, without_password
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -23,10 +20,3 @@ def file_system(url: str) -> tuple[Any, str]:
         advice = f" Install the extra {extra}: pip install -e '.[{extra}]'" if extra else ""
         raise HubError(f"{without_password(url)!r} cannot be opened: {reason(error)}{advice}") from error
     return fs, str(path).rstrip("/")
-
-
-def fetch_files(fs: Any, files: Sequence[str], folder: Path) -> None:
-    """Download the files into `folder`, which appears once all of them are there. Raises what the client raises."""
-    with new_folder(folder, replace=False) as partial:
-        for file in files:
-            fs.get_file(file, str(partial / PurePosixPath(file).name))

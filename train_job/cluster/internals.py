@@ -1,0 +1,63 @@
+"""Ray's private modules: all that this project uses of them in training, a function for each use.
+
+Tried with Ray 2.60. tests/train_job/test_internals.py fails, naming the function, when an upgrade changes one. Ray is
+imported inside functions, since that takes a second.
+"""
+
+import functools
+import json
+import subprocess
+from typing import Any
+
+
+def use_own_process_groups() -> None:
+    """Makes Ray start its servers in process groups of their own.
+
+    A stop often goes to the whole group: from `timeout`, or a terminal that closes. Ray's servers would end at once,
+    and the job could not ask its workers for a last checkpoint. They still end with the job: the kernel kills them
+    when their parent dies.
+    """
+    from ray._private import services
+
+    services.ConsolePopen = functools.partial(subprocess.Popen, process_group=0)  # type: ignore[assignment,misc]
+
+
+def drop_raylet_reports() -> None:
+    """Keeps what Ray's servers report off the terminal; `log_to_driver=False` covers the workers alone."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda *_, **__: None
+
+
+def cluster_versions(address: str, seconds: float) -> dict[str, Any]:
+    """The `ray_version` and `python_version` of the cluster at this address; {} if it has not written them yet.
+
+    Raises grpc.RpcError, or Ray's AuthenticationError, if it does not answer within `seconds`.
+    """
+    from ray._common.usage import usage_constants
+    from ray._private import ray_constants
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    rpc: Any = gcs_service_pb2
+    wanted = rpc.InternalKVGetRequest(
+        key=usage_constants.CLUSTER_METADATA_KEY, namespace=ray_constants.KV_NAMESPACE_CLUSTER
+    )
+    channel = init_grpc_channel(address)
+    try:
+        answer = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel).InternalKVGet(wanted, timeout=seconds)
+    finally:
+        channel.close()
+    found: dict[str, Any] = json.loads(answer.value or b"{}")
+    return found
+
+
+def versions_match(cluster: dict[str, Any]) -> bool:
+    """Whether Ray lets this process join a cluster of these versions."""
+    from ray._private.utils import check_version_info
+
+    try:
+        check_version_info(cluster, "this machine")
+    except RuntimeError:
+        return False
+    return True
