@@ -55,7 +55,7 @@ class Trainer:
         self.model = model.to(device)
         self.optimizers = Optimizers(self.model, config)
         if config.compile:
-            self.model.compile()
+            self.model.compile_parts()
         self.runner: Any = wrap(self.model)
         self.dtype = pick_dtype(config.precision, device)
         self.total_steps, self.limit = config.planned_steps(self.batches.steps_per_epoch)
