@@ -233,12 +233,6 @@ class GPT(nn.Module):
             return self.lm_head(x)  # (B, T, V)
         return head_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.softmax_loss)
 
-    def compile_parts(self) -> None:
-        """Compile the blocks and the loss with torch.compile. All blocks share one compilation, as in torchtitan."""
-        for layer in self.layers:
-            layer.compile()
-        self.softmax_loss = torch.compile(softmax_loss)
-
     def num_parameters(self, embedding: bool = True) -> int:
         """Parameters, tied ones counted once; without the input embeddings if `embedding` is false."""
         skipped = 0 if embedding else sum(p.numel() for n, p in self.named_parameters() if n.startswith("embed"))
