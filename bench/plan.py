@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_train import RandomTokens
+from bench.gpu.shapes import RandomTokens
 from bench.weights import random_package
 from gptcore.config import FAMILIES
 from gptcore.devices import pick_device

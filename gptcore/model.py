@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore.config import ModelConfig
-
-IGNORE = -100
-"""A target with this value adds nothing to the loss."""
+from gptcore.loss import head_cross_entropy, softmax_loss
 
 
 class KVCache:
@@ -162,6 +160,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.softmax_loss = softmax_loss
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.family == "gpt2":
             self.embed_positions = nn.Embedding(config.context_length, config.hidden_size)
@@ -229,10 +228,10 @@ class GPT(nn.Module):
             x = layer(x, rotary, cache)
         if cache is not None:
             cache.length += T
-        logits = self.lm_head(self.norm(x))  # (B, T, V)
+        x = self.norm(x)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            return self.lm_head(x)  # (B, T, V)
+        return head_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.softmax_loss)
 
     def num_parameters(self) -> int:
         """Parameters, tied ones counted once."""

@@ -144,6 +144,11 @@ class TrainConfig:
         "auto", "bf16 (autocast), fp32, or auto: bf16 where the hardware supports it.", choices=PRECISIONS
     )
     compile: bool = setting(False, "Compile the model with torch.compile.", resumable=True)
+    checkpoint_activations: bool = setting(
+        False,
+        "Keep only the blocks' inputs for the backward pass and recompute the rest: less memory, a third more time.",
+        resumable=True,
+    )
     # Ray Train
     num_workers: str = setting("1", "Workers: N, or MIN:MAX for elastic training.", "workers", resumable=True)
     use_gpu: bool = setting(False, "Give each worker a GPU.", resumable=True)

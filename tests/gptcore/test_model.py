@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from gptcore.config import ModelConfig
-from gptcore.model import GPT, IGNORE, KVCache
+from gptcore.loss import IGNORE
+from gptcore.model import GPT, KVCache
 from gptcore.package import open_package, save_package
 from gptcore.tokenizer import Tokenizer, save_tokenizer
 

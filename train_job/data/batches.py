@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptcore.errors import ConfigError, CorpusError
-from gptcore.model import IGNORE
+from gptcore.loss import IGNORE
 from train_job.data.shards import TokenSet
 
 ROUNDS = 8

@@ -4,14 +4,16 @@ In: shapes, a `Device`, `Rates`, a number of GPUs. Out: estimates, from formulas
 compare them with real steps: bytes with what autograd saves, seconds with runs.
 """
 
+import bisect
 import math
 from dataclasses import dataclass
 
 import torch
 
 from gptcore.config import ModelConfig
+from gptcore.loss import chunk_rows
 from gptcore.model import GPT
-from train_job.config import TrainConfig
+from train_job.config import MOST_TOKENS, TrainConfig
 from train_job.training.devices import Device, Rates
 
 FEATURE_BYTES = {"qwen3": 850, "gpt2": 225}
@@ -23,11 +25,11 @@ LOGIT_BYTES = 46
 """The same for the loss, per token and row of the vocabulary."""
 COMPILED_FEATURE_BYTES, COMPILED_LOGIT_BYTES = 120, 12
 """The same after fusion; assumed."""
-SAVED_BYTES = {"qwen3": (50, 8, 12, 8, 10), "gpt2": (24, 4, 4, 16, 6)}
+SAVED_BYTES = {"qwen3": (50, 8, 12, 8, 8), "gpt2": (24, 4, 4, 16, 4)}
 """Bytes that autograd saves for backward, per token. In a block: per feature, per MLP feature, per head, and constant.
 Outside the blocks: per feature."""
 LOSS_BYTES = 10
-"""Peak bytes of the loss, per token and row of the vocabulary: logits twice, their softmax, their gradient."""
+"""Peak bytes of the loss, per token of a chunk and row of the vocabulary: logits in bf16 and fp32, their softmax."""
 GPU_RESERVE = 1.5e9
 """Bytes: CUDA's context, NCCL's buffers, libraries' workspaces."""
 FRAGMENTATION = 1.1
@@ -111,27 +113,37 @@ class Memory:
         return sum(vars(self).values())
 
 
-def training_memory(config: TrainConfig, work: Workload, workers: int) -> Memory:
-    """Memory of a worker; an upper bound if the model is compiled or has fewer key/value heads than heads."""
-    micro = micro_batch(config, workers) * work.length  # tokens
+def training_memory(config: TrainConfig, work: Workload, workers: int, sequences: int | None = None) -> Memory:
+    """Memory of a worker that processes `sequences` at once, by default the config's micro-batch.
+
+    An upper bound if the model is compiled or has fewer key/value heads than heads.
+    """
+    micro = (sequences or micro_batch(config, workers)) * work.length  # tokens
     muon = sum(a * b for a, b in work.matrices) if config.optimizer == "muon" else 0
     casts = 2 * work.read_weights  # autocast's bf16 weights
+    vocabulary, width = work.model.vocab_size, work.model.hidden_size
+    logits = min(micro, chunk_rows(width)) * LOSS_BYTES * vocabulary
+    if config.checkpoint_activations:  # no block is recomputed while there are logits
+        inputs = micro * work.model.num_layers * 4 * width
+        logits = max(0, logits - micro * saved_bytes(work.model, True) + inputs)
     return Memory(
         weights=4 * work.parameters,
         gradients=4 * work.parameters,
         buckets=4 * work.parameters if workers > 1 else 0,
         optimizer=4 * muon + 8 * (work.parameters - muon),
-        activations=FRAGMENTATION * (micro * saved_bytes(work.model) + casts),
-        loss=FRAGMENTATION * micro * LOSS_BYTES * work.model.vocab_size,
+        activations=FRAGMENTATION * (micro * saved_bytes(work.model, config.checkpoint_activations) + casts),
+        # Between forward and backward, the loss also holds the gradients of its input and of the head.
+        loss=FRAGMENTATION * (logits + 4 * micro * width + 6 * vocabulary * width),
         reserve=GPU_RESERVE,
     )
 
 
-def saved_bytes(model: ModelConfig) -> int:
-    """Bytes that autograd saves per token, without the loss."""
+def saved_bytes(model: ModelConfig, checkpointed: bool = False) -> int:
+    """Bytes that autograd saves per token, without the loss; with activation checkpointing, at the peak of backward."""
     feature, inner, head, fixed, outside = SAVED_BYTES[model.family]
     block = feature * model.hidden_size + inner * (model.intermediate_size or 0) + head * model.num_heads + fixed
-    return model.num_layers * block + outside * model.hidden_size
+    blocks = block + model.num_layers * 4 * model.hidden_size if checkpointed else model.num_layers * block
+    return blocks + outside * model.hidden_size
 
 
 def micro_batch(config: TrainConfig, workers: int) -> int:
@@ -142,10 +154,11 @@ def micro_batch(config: TrainConfig, workers: int) -> int:
 
 def largest_micro_batch(config: TrainConfig, work: Workload, workers: int, device: Device) -> int:
     """The most sequences that fit the memory at once; 0 if not even one fits."""
-    memory = training_memory(config, work, workers)
-    per_sequence = FRAGMENTATION * work.length * (saved_bytes(work.model) + LOSS_BYTES * work.model.vocab_size)
-    fixed = memory.total - per_sequence * micro_batch(config, workers)
-    return max(0, int((device.memory - fixed) // per_sequence))
+
+    def too_large(sequences: int) -> bool:
+        return training_memory(config, work, workers, sequences).total > device.memory
+
+    return bisect.bisect_left(range(1, MOST_TOKENS // work.length), True, key=too_large)
 
 
 @dataclass(frozen=True)
@@ -173,8 +186,11 @@ def training_step(config: TrainConfig, work: Workload, device: Device, rates: Ra
     model, fused = work.model, config.compile and device.name != "cpu"
     rows = math.ceil(config.batch_size / workers)
     tokens = rows * work.length
-    products = tokens * work.flops_per_token / rates.products
-    elementwise = tokens * model.num_layers * block_bytes(model, work.length, device.name, fused) / rates.elementwise
+    passed = 4 / 3 if config.checkpoint_activations else 1.0  # blocks go forward twice
+    head = 6 * model.vocab_size * model.hidden_size
+    products = tokens * (head + passed * (work.flops_per_token - head)) / rates.products
+    moved = model.num_layers * block_bytes(model, work.length, device.name, fused)
+    elementwise = tokens * passed * moved / rates.elementwise
     softmax = tokens * model.vocab_size * (COMPILED_LOGIT_BYTES if fused else LOGIT_BYTES) / rates.softmax
     passes = math.ceil(rows / micro_batch(config, workers))
     launched = passes * model.num_layers * KERNELS[model.family] * LAUNCH_SECONDS / (4 if fused else 1)

@@ -31,6 +31,7 @@ from train_job.training.evaluate import validation_nats
 from train_job.training.events import CheckpointDue, Evaluation, Event, Finished, Progress, Started
 from train_job.training.hardware import peak_flops
 from train_job.training.optimizer import Optimizers, learning_rate_factor
+from train_job.training.parallel import prepare_model
 from train_job.training.targets import TargetStatus, target_statuses
 
 
@@ -54,8 +55,7 @@ class Trainer:
         self.train, self.validation = train, validation
         self.model = model.to(device)
         self.optimizers = Optimizers(self.model, config)
-        if config.compile:
-            self.model.compile()
+        prepare_model(self.model, config)
         self.runner: Any = wrap(self.model)
         self.dtype = pick_dtype(config.precision, device)
         self.total_steps, self.limit = config.planned_steps(self.batches.steps_per_epoch)

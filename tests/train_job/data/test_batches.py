@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptcore.errors import ConfigError, CorpusError
-from gptcore.model import IGNORE
+from gptcore.loss import IGNORE
 from train_job.data.batches import Batches, permute, validation_batches
 from train_job.data.shards import Shard, TokenSet
 

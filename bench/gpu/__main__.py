@@ -1,0 +1,92 @@
+"""Measures and checks this project on one GPU: `python -m bench.gpu`, in at most eight minutes.
+
+Needs torch, numpy, safetensors, tiktoken, tokenizers, pyyaml, psutil and fsspec; no Ray, no MLflow. Each part runs in a
+process of its own, so that one that fails leaves the others. Prints Markdown tables, and one JSON line last; exit code
+1 if a check fails or a plan is off by more than a quarter. `--tiny` runs the same code in small shapes, also on a CPU.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from bench.gpu.report import failures, markdown
+from bench.gpu.shapes import FULL, TINY
+from gptcore.devices import pick_device
+from gptcore.errors import ConfigError
+from train_job.training.hardware import WORKER_ENV
+
+PARTS = {"correctness": 90.0, "training": 200.0, "decoding": 110.0, "planned": 80.0}
+"""The parts, and how many seconds each may take."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the parts that were asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="run only these parts")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu with --tiny; default: cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the benchmark itself")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    try:
+        device = pick_device(arguments.device)
+    except ConfigError as error:
+        print(json.dumps({"bench": "gpu", "skipped": str(error)}))
+        return 0
+    if arguments.in_process:
+        print(json.dumps(run(arguments.only[0], device, arguments.tiny)))
+        return 0
+    report: dict[str, Any] = {"bench": "gpu", "machine": machine(device)}
+    for part in arguments.only:
+        began = time.perf_counter()
+        print(f"{part} …", file=sys.stderr, flush=True)
+        report |= in_process(part, arguments)
+        report.setdefault("seconds", {})[part] = round(time.perf_counter() - began, 1)
+    print(markdown(report))
+    report["failed"] = failures(report)
+    print(json.dumps(report))
+    return int(bool(report["failed"]))
+
+
+def run(part: str, device: torch.device, tiny: bool) -> dict[str, Any]:
+    """Measures one part in this process."""
+    measured: dict[str, Any] = importlib.import_module(f"bench.gpu.{part}").measure(device, TINY if tiny else FULL)
+    return measured
+
+
+def in_process(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures one part in a process that is set up like a training worker, within its time."""
+    command = [sys.executable, "-m", "bench.gpu", "--in-process", "--only", part, "--device", arguments.device]
+    command += ["--tiny"] * arguments.tiny
+    # torch's deterministic kernels ask cuBLAS for this; the other checks are not affected.
+    environment = os.environ | WORKER_ENV | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PARTS[part])
+    except subprocess.TimeoutExpired:
+        return {"errors": {part: f"it took longer than {PARTS[part]:.0f} s"}}
+    if done.returncode != 0:
+        return {"errors": {part: " ".join((done.stderr.splitlines() or ["no output"])[-1].split())[:300]}}
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the figures were taken on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""Claims about how blocks are run: recomputing their activations saves memory and changes no bit."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptcore.config import ModelConfig
+from gptcore.model import GPT
+from tests.memory import allocated
+from train_job.config import build_config
+from train_job.training.parallel import prepare_model
+
+LENGTH, SEQUENCES = 640, 2
+
+
+def shape(family: str, **changes: Any) -> ModelConfig:
+    small = dict(vocab_size=512, context_length=LENGTH, hidden_size=128, num_layers=8, num_heads=2)
+    return ModelConfig(**{**small, "family": family, **changes})
+
+
+def trained(config: ModelConfig, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> tuple[Tensor, list[Tensor]]:
+    """(loss, gradients) of one batch."""
+    torch.manual_seed(3)
+    model = GPT(config)
+    prepare_model(model, build_config(dict(max_steps=1), settings))
+    tokens = torch.randint(0, config.vocab_size, (SEQUENCES, LENGTH))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = model(tokens, tokens)
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_loss_and_gradients_are_the_same_bits(family: str, dtype: torch.dtype, dropout: float):
+    config = shape(family, num_layers=2, dropout=dropout)
+    loss, gradients = trained(config, dtype)
+    again, recomputed = trained(config, dtype, checkpoint_activations=True)
+    assert torch.equal(loss, again)
+    assert len(gradients) == len(recomputed) > 0
+    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_activations_take_less_than_a_third(family: str):
+    def kept(**settings: Any) -> int:
+        """Bytes that remain allocated after the forward pass, without the gradients that the loss holds."""
+        model = GPT(shape(family))
+        prepare_model(model, build_config(dict(max_steps=1), settings))
+        tokens = torch.zeros(SEQUENCES, LENGTH, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16):
+            return allocated(lambda: model(tokens, tokens))[1] - 4 * 128 * (512 + SEQUENCES * LENGTH)
+
+    assert kept(checkpoint_activations=True) < kept() / 3
