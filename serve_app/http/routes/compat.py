@@ -12,7 +12,8 @@ from fastapi import APIRouter, Request, Response
 from serve_app.generation.order import Order
 from serve_app.generation.replies import GenerationResponse, SequenceResult, Write, as_json
 from serve_app.generation.stream import Generation, generating
-from serve_app.http.schemas import CompletedSentence, GeneratedText, PromptRequest, Sampling, SentenceRequest
+from serve_app.http.reply_schemas import CompletedSentence, GeneratedText
+from serve_app.http.schemas import PromptRequest, Sampling, SentenceRequest
 from serve_app.state import AppState
 
 CUSTOM = "custom"

@@ -12,7 +12,8 @@ from gptcore.engine import TokenLogprob
 from serve_app.generation.order import Order
 from serve_app.generation.replies import Form, GenerationResponse, as_choices, as_events
 from serve_app.generation.stream import Generation, generating
-from serve_app.http.schemas import EVENT_STREAM, GenerateReply, GenerateRequest
+from serve_app.http.reply_schemas import EVENT_STREAM, GenerateReply
+from serve_app.http.schemas import GenerateRequest
 from serve_app.state import AppState
 
 

@@ -15,7 +15,8 @@ from gptcore.engine import TokenLogprob
 from serve_app.generation.order import Order
 from serve_app.generation.replies import Form, GenerationResponse, as_choices, as_events
 from serve_app.generation.stream import Generation, generating
-from serve_app.http.schemas import EVENT_STREAM, Completion, CompletionRequest, ModelCard, ModelList
+from serve_app.http.reply_schemas import EVENT_STREAM, Completion, ModelCard, ModelList
+from serve_app.http.schemas import CompletionRequest
 from serve_app.models.catalog import ModelStatus
 from serve_app.state import AppState
 

@@ -15,7 +15,8 @@ from gptcore.errors import ConfigError
 from gptcore.tokenizer import EOT
 from serve_app.generation.order import LONG_TEXT, encode
 from serve_app.generation.replies import to_json
-from serve_app.http.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
+from serve_app.http.reply_schemas import Detokenized, Tokenized, TokenizerInfo
+from serve_app.http.schemas import DetokenizeRequest, TokenizeRequest
 from serve_app.models.load import ServedModel
 from serve_app.state import AppState
 
