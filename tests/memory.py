@@ -1,5 +1,6 @@
 """Bytes that torch allocates on a CPU, from its allocator's own record."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ def allocated(work: Callable[[], object]) -> tuple[int, int]:
     """(peak, end): bytes that are allocated at most, and that remain, while `work` runs, beyond those of before."""
     from torch._C._profiler import _EventType
 
+    gc.collect()  # what is freed meanwhile would count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     found, waiting = [], list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
