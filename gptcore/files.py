@@ -5,9 +5,10 @@ not even after a power failure. A block that fails, such as on a full disk, leav
 draft: the lock on it is then free, so `remove_drafts` can tell it from one in use.
 """
 
-import fcntl
+import errno
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -16,7 +17,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+try:
+    import fcntl
+except ImportError:  # Windows: packages can be read there, and drafts of killed writers stay
+    fcntl = None  # type: ignore[assignment]
+
 DRAFT = ".draft-"
+OURS = re.compile(r"\.draft-[0-9a-f]{32}")
+WITHOUT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What a file system answers that cannot flush a file, such as some network mounts."""
 SETTLED_SECONDS = 60.0
 """A draft changed within this time is never removed: its writer may be about to lock or rename it."""
 
@@ -45,8 +54,8 @@ def whole_file(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
             _lock(file.fileno())
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+            _sync(file)
+            draft.replace(path)  # while it is locked
     finally:
         draft.unlink(missing_ok=True)
 
@@ -70,7 +79,11 @@ def whole_folder(folder: Path, replace: bool = True, flush: bool = True) -> Iter
         if replace and folder.exists():
             old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
             folder.rename(old)
-            draft.rename(folder)
+            try:
+                draft.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
             shutil.rmtree(old, ignore_errors=True)
             return
         try:
@@ -85,11 +98,14 @@ def whole_folder(folder: Path, replace: bool = True, flush: bool = True) -> Iter
 
 def remove_drafts(folder: Path) -> None:
     """Remove the drafts in `folder` whose writers have died; those that may be in use stay."""
-    for draft in folder.glob(f"{DRAFT}*"):
+    for draft in folder.glob(f"{DRAFT}*") if fcntl else ():
+        if not OURS.fullmatch(draft.name):
+            continue
         with suppress(OSError):  # locked, already removed, or another user's
             lock = os.open(draft, os.O_RDONLY if draft.is_dir() else os.O_RDWR)
             try:
-                if time.time() - os.fstat(lock).st_mtime > SETTLED_SECONDS:
+                # Another machine's lock on a folder is not always visible, but what it writes is.
+                if time.time() - max(part.stat().st_mtime for part in (draft, *draft.rglob("*"))) > SETTLED_SECONDS:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             finally:
@@ -101,7 +117,7 @@ def _draft(path: Path) -> Path:
 
 
 def _lock(descriptor: int) -> None:
-    with suppress(OSError):  # a file system without locks
+    with suppress(OSError, AttributeError):  # a file system, or a system, without locks
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -109,4 +125,12 @@ def _flush(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+                _sync(stream)
+
+
+def _sync(file: IO[bytes]) -> None:
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in WITHOUT_SYNC:
+            raise

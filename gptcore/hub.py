@@ -158,7 +158,7 @@ def _fetch(url: str, into: Path) -> Path:
             raise FileNotFoundError
         folder = into / hashlib.sha256(repr((url, listed)).encode()).hexdigest()[:32]
         if not folder.is_dir():
-            with whole_folder(folder, replace=False) as partial:
+            with whole_folder(folder, replace=False, flush=False) as partial:  # hashes tell
                 for name in wanted:
                     fs.get_file(f"{path}/{name}", str(partial / name))
         return folder

@@ -122,6 +122,8 @@ class SweepJob:
             raise error
         if self._sweep:
             what_now(self._sweep)
+        elif problem and (self._run_dir / RUN).exists():
+            say(f"go on with: {resume_command(self._run_dir)}")
         if stopped:
             return 128 + self._stops.number
         assert problem

@@ -56,6 +56,62 @@ def test_a_full_disk_keeps_the_earlier_file_and_leaves_nothing(tmp_path: Path, m
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 
 
+def test_a_file_system_that_cannot_flush_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    write_file(tmp_path / "file", b"a")
+    fill(tmp_path / "folder", "a")
+    assert ((tmp_path / "file").read_bytes(), (tmp_path / "folder" / "text").read_text()) == (b"a", "a")
+
+
+def test_the_earlier_folder_comes_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "folder", "a")
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name.startswith(files.DRAFT):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        fill(tmp_path / "folder", "b")
+    assert (tmp_path / "folder" / "text").read_text() == "a"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def age(folder: Path) -> None:
+    """Makes everything in the folder look as if it was last written long ago."""
+    for path in folder.rglob("*"):
+        os.utime(path, (0, 0))
+
+
+def test_a_draft_that_still_grows_stays_where_its_lock_cannot_be_seen(tmp_path: Path) -> None:
+    draft = tmp_path / f"{files.DRAFT}{'0' * 32}"  # nobody here has a lock on it
+    draft.mkdir()
+    (draft / "model.safetensors").write_text("half")
+    os.utime(draft, (0, 0))  # a folder's time does not change while a file in it grows
+    remove_drafts(tmp_path)
+    assert draft.is_dir()
+    age(tmp_path)
+    remove_drafts(tmp_path)
+    assert not draft.exists()
+
+
+def test_files_that_only_look_like_drafts_stay(tmp_path: Path) -> None:
+    (tmp_path / ".draft-posts").mkdir()
+    (tmp_path / ".draft-note.md").write_text("mine")
+    age(tmp_path)
+    remove_drafts(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -73,13 +129,13 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
     try:
         assert writer.stdout.readline() == b"writing\n"
         drafts = list(tmp_path.iterdir())
-        for draft in drafts:
-            os.utime(draft, (0, 0))  # written to long ago, as far as anyone can tell
+        age(tmp_path)
         remove_drafts(tmp_path)
         assert sorted(tmp_path.iterdir()) == sorted(drafts)
         assert len(drafts) == 2
     finally:
         writer.kill()
         writer.communicate()
+    age(tmp_path)
     fill(tmp_path / "other", "a")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]

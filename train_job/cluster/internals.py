@@ -1,6 +1,6 @@
 """Ray's private modules: all that this project uses of them in training, a function for each use.
 
-Tried with Ray 2.60. tests/train_job/test_internals.py fails, naming the function, when an upgrade changes one. Ray is
+Tried with Ray 2.60. If an upgrade changes one, tests/train_job/cluster/test_internals.py fails and names it. Ray is
 imported inside functions, since that takes a second.
 """
 

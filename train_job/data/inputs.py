@@ -5,6 +5,7 @@ pinned, so a worker on another machine, or a resumed run, gets the same.
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,6 +187,7 @@ def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
     if not (folder / "tokenizer.json").exists():
         with doing(f"learning the tokenizer {config.tokenizer}"):
             learned = load_tokenizer(config.tokenizer, train.documents)
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier version could leave a part of one
         with writing(folder.parent), whole_folder(folder, replace=False) as draft:  # another run may learn the same
             save_tokenizer(learned, draft)
     return replace(read_tokenizer(folder), name=config.tokenizer)

@@ -57,9 +57,9 @@ def finish(sweep: Sweep) -> int:
 def what_now(sweep: Sweep, best: Trial | None = None, version: Mapping[str, Any] | None = None) -> None:
     """Prints how to go on: with the best trial's model if there is one, and with the sweep if it is not over."""
     there = None
-    if best:
-        config, run_id = sweep.inputs[best.number].config, _record(best).run_id
-        there = ended(config, best.folder, sweep.uri, run_id, sweep.experiment_id, version)
+    if best and (record := read_record(best.folder / RUN)):  # else it failed before its run was opened
+        config = sweep.inputs[best.number].config
+        there = ended(config, best.folder, sweep.uri, record.run_id, sweep.experiment_id, version)
     own = Ended(sweep.uri, sweep.experiment_id, sweep.run_id, resume=resume_command(sweep.run_dir))
     if there and version:
         more = 2 * len(sweep.trials)

@@ -53,8 +53,8 @@ class Sweep:
 
     @property
     def name(self) -> str:
-        """The name of the sweep and of its folder."""
-        return self.run_dir.name
+        """The name of the sweep; its folder may have been renamed."""
+        return str(self.config.base["name"])
 
     @property
     def grace_steps(self) -> int:
@@ -71,13 +71,14 @@ def with_pinned_parent(config: SweepConfig, uri: str) -> SweepConfig:
 def prepare_trials(config: SweepConfig, run_dir: Path, cluster: Callable[[], Any]) -> dict[int, tuple[Trial, Inputs]]:
     """Every trial with its inputs, by its number. Shards are made here, before the first trial starts."""
     storage = str(config.base["storage_path"])
-    storage = f"{storage.rstrip('/')}/{run_dir.name}" if "://" in storage else str(run_dir)
+    sweep = str(config.base["name"])
+    storage = f"{storage.rstrip('/')}/{sweep}" if "://" in storage else str(run_dir)
     record = read_record(run_dir / RUN)
     begun = record.text if record else None
     every: dict[str, int | None] = {}
     prepared: dict[int, tuple[Trial, Inputs]] = {}
     for number, values in enumerate(config.values(), start=1):
-        name = f"{run_dir.name}-{number:02}"
+        name = f"{sweep}-{number:02}"
         run = absolute(build_config(config.base, values, {"name": name}), storage, run_dir)
         trial = Trial(number, values, replace(run, **every), run_dir / name)  # type: ignore[arg-type]
         inputs = prepare_on_cluster(trial.config, cluster, begun)
@@ -105,12 +106,12 @@ def open_sweep(
     try:
         if record:
             tracking.resume_run(uri, run_id)
-        else:
+        write_yaml(asdict(config), run_dir / PLAN)
+        if not record:
             write_record(run_dir / RUN, run_id, uri, first)
         experiment_id = ""
         with contextlib.suppress(TrainingError):  # it is only needed for a link
             experiment_id = tracking.experiment_of(uri, run_id)
-        write_yaml(asdict(config), run_dir / PLAN)
     except BaseException:
         with contextlib.suppress(TrainingError):
             tracking.finish_run(uri, run_id, "FAILED")

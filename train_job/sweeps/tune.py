@@ -206,7 +206,7 @@ def scheduler(trials: Sequence[Trial], grace_steps: int, reduction: float) -> AS
     """ASHA with the results of the trials that have ended already.
 
     Tells it of them as Tune does, without a controller and with a stand-in for Tune's trial, which Ray does not
-    promise to accept. Tried with Ray 2.60; tests/train_job/test_internals.py fails when that changes.
+    promise to accept. Tried with Ray 2.60; tests/train_job/cluster/test_internals.py fails when that changes.
     """
     asha = ASHAScheduler(
         time_attr="step",
