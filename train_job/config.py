@@ -55,7 +55,7 @@ class TrainConfig:
     val_fraction: float = setting(0.1, "Share of the corpus, taken from its end, used for validation.", "0..1", SHARE)
     text_column: str = setting("text", "Column that holds the text in json, jsonl, csv, tsv and parquet files.")
     document_separator: str | None = setting(
-        None, "String between documents, such as <|endoftext|>; it is not part of the text. Default: none."
+        None, "String between documents, such as <|endoftext|>; it is not part of the text. Default: none.", added=True
     )
     tokenizer: str = setting("bpe:2048", "gpt2, bpe:N (N tokens, learned from the training split) or bytes.")
     cache_dir: str | None = setting(
@@ -148,6 +148,7 @@ class TrainConfig:
         False,
         "Keep only the blocks' inputs for the backward pass and recompute the rest: less memory, a third more time.",
         resumable=True,
+        added=True,
     )
     # Ray Train
     num_workers: str = setting("1", "Workers: N, or MIN:MAX for elastic training.", "workers", resumable=True)
@@ -245,6 +246,8 @@ class TrainConfig:
 LIMITS = frozenset({"max_steps", "max_epochs", "max_tokens", "max_minutes"})
 RESUMABLE = frozenset(f.name for f in fields(TrainConfig) if f.metadata.get("resumable"))
 """Settings that a resumed run may change; the others define its steps."""
+ADDED = frozenset(f.name for f in fields(TrainConfig) if f.metadata.get("added"))
+"""Settings that earlier versions did not have; runs without them started with the default."""
 
 _GPT2_ADAMW = dict(optimizer="adamw", tokenizer="gpt2", beta1=0.9, schedule="cosine", min_lr_fraction=0.1)
 

@@ -38,10 +38,14 @@ def setting(
     bounds: Bounds | None = None,
     choices: tuple[str, ...] = (),
     resumable: bool = False,
+    added: bool = False,
 ) -> Any:
-    """A dataclass field with its documentation, its bounds, and whether a resumed run may change it."""
-    metadata = {"help": help, "unit": unit, "bounds": bounds, "choices": choices, "resumable": resumable}
-    return field(default=default, metadata=metadata)
+    """A dataclass field with its documentation, its bounds, and whether a resumed run may change it.
+
+    `added`: earlier versions did not have it, so the settings of their runs lack it.
+    """
+    said = {"help": help, "unit": unit, "bounds": bounds, "choices": choices, "resumable": resumable, "added": added}
+    return field(default=default, metadata=said)
 
 
 def check(f: Field[Any], value: Any) -> None:

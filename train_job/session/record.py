@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import RecordError
 from gptcore.redact import without_password
-from train_job.config import build_config, read_yaml
+from train_job.config import ADDED, build_config, read_yaml
 from train_job.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ CONFIG = "config.yaml"
 """In a run's folder: every setting that it was begun with."""
 RUN = "run.json"
 """In a run's folder: its run in MLflow, and the objects that its text was read from."""
-LATER = frozenset({"document_separator"})
-"""Settings that earlier versions did not have; runs without them started with the default."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def saved_settings(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise RecordError(f"{path} is missing; put a copy back, or begin a new run")
     saved = read_yaml(str(path))
-    if lacking := [name for name in build_config(saved).flat() if name not in saved.keys() | LATER]:
+    if lacking := [name for name in build_config(saved).flat() if name not in saved.keys() | ADDED]:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise RecordError(
             f"{path} lacks {lacking[0]!r}{more}: it was cut short or altered. Put a copy back, or write "
