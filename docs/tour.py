@@ -1,9 +1,9 @@
-"""Runs `docs/tour.ipynb` from its first cell to its last and stores it with its outputs.
+"""Runs every cell of `docs/tour.ipynb` and saves the notebook with its outputs.
 
     python -m docs.tour
 
-In: the notebook. Out: the same notebook with the outputs of this run. It runs in its own folder, and everything
-that depends on the machine or the time is left out, so that two runs only differ in their figures.
+In: the notebook. Out: the same notebook with the outputs of this run. It runs in a temporary folder. Everything that
+depends on the machine or the time is left out, so two runs differ only in their figures.
 """
 
 import os
@@ -37,7 +37,7 @@ def executed(notebook: NotebookNode) -> NotebookNode:
 
 
 def settled(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """A cell's final outputs: pieces of text are joined, and a picture has no text version."""
+    """Returns a cell's final outputs: joins pieces of text, and drops the text version of a picture."""
     kept: list[NotebookNode] = []
     for output in outputs:
         if kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name:
