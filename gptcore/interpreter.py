@@ -9,7 +9,10 @@ import sys
 OLDEST = (3, 11)
 NEEDED = ("fastapi", "mlflow", "numpy", "ray", "safetensors", "tiktoken", "torch")
 """Packages that distinguish this project's environment from others."""
-LIGHT = {"bench.gpu": ("numpy", "safetensors", "tiktoken", "tokenizers", "torch"), "serve_app.chat": ("httpx2",)}
+LIGHT = {
+    "bench.gpu": ("fsspec", "numpy", "psutil", "safetensors", "tiktoken", "tokenizers", "torch", "yaml"),
+    "serve_app.chat": ("httpx2",),
+}
 """Commands that need less."""
 OURS = ("bench", "docs", "gptcore", "serve_app", "train_job")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

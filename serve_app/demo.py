@@ -37,7 +37,7 @@ def demo() -> int:
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    url = f"http://{'127.0.0.1' if settings.host == '0.0.0.0' else settings.host}:{settings.port}"
+    url = address(settings.host, settings.port)
     with contextlib.ExitStack() as stack:
         process = None
         if not is_ready(url):
@@ -92,6 +92,12 @@ def await_ready(url: str, process: subprocess.Popen[bytes], seconds: float = STA
             return f"the service was not ready after {seconds:g} seconds; its output is above"
         time.sleep(0.2)
     return None
+
+
+def address(host: str, port: int) -> str:
+    """The URL at which this machine reaches a service that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def is_ready(url: str) -> bool:

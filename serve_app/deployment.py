@@ -182,8 +182,9 @@ def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
 def _is_serve(address: str) -> bool:
     """Whether Ray Serve listens on that address."""
     try:
-        return httpx2.get(f"http://{address}/-/healthz", timeout=5, trust_env=False).content == b"success"
-    except httpx2.HTTPError:
+        with httpx2.stream("GET", f"http://{address}/-/healthz", timeout=5, trust_env=False) as answer:
+            return next(answer.iter_bytes(), b"") == b"success"  # another server's answer may never end
+    except (httpx2.HTTPError, httpx2.InvalidURL):
         return False
 
 

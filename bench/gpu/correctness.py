@@ -30,9 +30,10 @@ Check = tuple[bool | None, str]
 """Whether it holds, None if it cannot be asked on this device; and what was measured."""
 
 
-def measure(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+def measure(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Each check's name with `ok` and `measured`. A check that raises is one that fails."""
-    return {"checks": {name: result(check) for name, check in checks(device, sizes)}}
+    for name, check in checks(device, sizes):
+        yield {"checks": {name: result(check)}}
 
 
 def checks(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Callable[[], Check]]]:
@@ -84,9 +85,9 @@ def same_network(shape: ModelConfig, device: torch.device) -> Check:
 
 
 def small_trainer(shape: ModelConfig, device: torch.device) -> Trainer:
-    """A run of six steps of four sequences in bf16, with a checkpoint after three."""
+    """A run of six steps of sixteen sequences in bf16, with a checkpoint after three."""
     model = {f.name: getattr(shape, f.name) for f in MODEL_FIELDS}
-    config = config_of(dict(preset="quick", batch_size=4, micro_batch_size=2, checkpoint_interval=3) | model, 6)
+    config = config_of(dict(preset="quick", batch_size=16, micro_batch_size=8, checkpoint_interval=3) | model, 6)
     torch.manual_seed(config.seed)
     train, validation = (RandomTokens(shape.vocab_size, count) for count in (100 * config.context, 1000))
     return Trainer(config, GPT(shape), train, validation, device)  # type: ignore[arg-type]
@@ -107,7 +108,10 @@ def resumes(shape: ModelConfig, device: torch.device) -> Check:
     for _ in second.run():
         pass
     other = [name for name, tensor in whole.tensors().items() if not torch.equal(tensor, second.tensors()[name])]
-    return not other, f"{len(other)} of {len(whole.tensors())} parameters differ {', '.join(other[:2])}".strip()
+    # Some attention kernels of a GPU add up in changing order, so there only resumes_exactly decides.
+    undecided = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    ok = not other or (None if undecided else False)
+    return ok, f"{len(other)} of {len(whole.tensors())} parameters differ {', '.join(other[:2])}".strip()
 
 
 def resumes_exactly(shape: ModelConfig, device: torch.device) -> Check:

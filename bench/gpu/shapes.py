@@ -25,6 +25,8 @@ class Sizes:
     runs: tuple[TrainingRun, ...]
     peer_batch: tuple[int, int]
     """Sequences of 1,024 tokens per forward pass of the peer's loop, and passes per step."""
+    peer_sequences: tuple[int, ...]
+    """How many sequences transformers decodes together."""
     planned: tuple[str, ...]
     """Names of the runs whose step the plan predicts."""
     preset: str
@@ -75,7 +77,8 @@ FULL = Sizes(
         ),
     ),
     peer_batch=(32, 2),
-    planned=("gpt2-124m", "foundry-124m"),
+    peer_sequences=(1, 16),
+    planned=("gpt2-124m", "foundry-124m", "foundry-124m, not compiled"),
     preset="foundry-124m",
     vocab_size=50257,
     batches=(1, 4, 16, 64, 256),
@@ -92,6 +95,7 @@ TINY = Sizes(
         _run("foundry-124m, activation checkpointing", 2, 2, compile=False, checkpoint_activations=True, **_SMALL),
     ),
     peer_batch=(1, 1),
+    peer_sequences=(2,),
     planned=("foundry-124m",),
     preset="quick",
     vocab_size=2048,

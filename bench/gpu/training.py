@@ -1,48 +1,55 @@
-"""Training speed: tokens/s, share of the chip's peak (MFU) and peak memory of the real loop, beside nanoGPT's loop."""
+"""Training speed: tokens/s, share of the chip's peak (MFU) and peak memory of the real loop."""
 
+import gc
 import math
 import resource
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters  # tried with torch 2.13
 
 from bench.gpu.shapes import RandomTokens, Sizes, TrainingRun, config_of
-from bench.peers import nanogpt
 from gptcore.model import GPT
 from train_job.training.events import Progress
 from train_job.training.hardware import peak_flops
 from train_job.training.loop import Trainer
 
 
-def measure(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+def measure(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Each run's name with its row."""
-    rows = {run.name: attempt(run, sizes.steps, device) for run in sizes.runs}
-    peer = nanogpt.measure(*sizes.peer_batch, steps=sizes.steps, device=device, small=sizes.steps < 6)
-    rows["nanoGPT's loop, GPT-2 124M"] = finished(peer, device)
-    return {"training": rows}
+    for run in sizes.runs:
+        yield {"training": {run.name: attempt(partial(train, run, sizes.steps, device), device)}}
 
 
-def attempt(run: TrainingRun, steps: int, device: torch.device) -> dict[str, Any]:
-    """The row of a run; one with an `error` if it does not fit or fails, so that the others are still measured."""
+def attempt(row: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """A row; one with an `error` if it does not fit or fails, so that the others are still measured."""
     try:
-        return train(run, steps, device)
+        return row()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        torch.compiler.reset()
+        clean(device)
+
+
+def clean(device: torch.device) -> None:
+    """Frees what earlier rows left; compiled blocks and their wrappers are cycles."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def train(run: TrainingRun, steps: int, device: torch.device) -> dict[str, Any]:
     """Median tokens/s over the logs after a third of the steps, in which torch.compile works."""
     config = config_of(run.settings, steps)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(config.seed)
-    model = GPT(config.model_config(run.vocab_size))
+    with device:
+        model = GPT(config.model_config(run.vocab_size))
     tokens = RandomTokens(run.vocab_size, 100 * config.context + config.batch_size * config.context)
     validation = RandomTokens(run.vocab_size, 4 * config.context + 1)
     trainer = Trainer(config, model, tokens, validation, device)  # type: ignore[arg-type]
@@ -52,6 +59,8 @@ def train(run: TrainingRun, steps: int, device: torch.device) -> dict[str, Any]:
             rates.append(event.tokens_per_second)
             if not math.isfinite(event.loss):
                 raise ArithmeticError(f"the loss of step {event.step} is {event.loss}")
+    if config.compile and not counters["stats"]["unique_graphs"]:
+        raise RuntimeError("torch.compile compiled nothing")
     measured = {
         "tokens_per_second": statistics.median(rates[len(rates) // 3 :]),
         "flops_per_token": model.flops_per_token(config.context),

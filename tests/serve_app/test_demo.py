@@ -24,3 +24,17 @@ def test_a_reply_is_streamed_with_its_model_and_the_number_of_its_tokens(
 
 def test_without_a_service_it_is_not_ready():
     assert not demo.is_ready(f"http://127.0.0.1:{free_port()}")
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("::", "http://[::1]:8000"),
+    ],
+)
+def test_a_service_is_asked_where_this_machine_reaches_it(host: str, url: str):
+    assert demo.address(host, 8000) == url
+    assert not demo.is_ready(demo.address(host, free_port()))

@@ -124,8 +124,7 @@ def training_memory(config: TrainConfig, work: Workload, workers: int, sequences
     vocabulary, width = work.model.vocab_size, work.model.hidden_size
     logits = min(micro, chunk_rows(width)) * LOSS_BYTES * vocabulary
     if config.checkpoint_activations:  # no block is recomputed while there are logits
-        inputs = micro * work.model.num_layers * 4 * width
-        logits = max(0, logits - micro * saved_bytes(work.model, True) + inputs)
+        logits = max(0, logits - micro * block_saved_bytes(work.model))
     return Memory(
         weights=4 * work.parameters,
         gradients=4 * work.parameters,
@@ -140,10 +139,16 @@ def training_memory(config: TrainConfig, work: Workload, workers: int, sequences
 
 def saved_bytes(model: ModelConfig, checkpointed: bool = False) -> int:
     """Bytes that autograd saves per token, without the loss; with activation checkpointing, at the peak of backward."""
-    feature, inner, head, fixed, outside = SAVED_BYTES[model.family]
-    block = feature * model.hidden_size + inner * (model.intermediate_size or 0) + head * model.num_heads + fixed
-    blocks = block + model.num_layers * 4 * model.hidden_size if checkpointed else model.num_layers * block
-    return blocks + outside * model.hidden_size
+    blocks = model.num_layers * block_saved_bytes(model)
+    if checkpointed:
+        blocks = model.num_layers * 4 * model.hidden_size + block_saved_bytes(model)
+    return blocks + SAVED_BYTES[model.family][-1] * model.hidden_size
+
+
+def block_saved_bytes(model: ModelConfig) -> int:
+    """Bytes that autograd saves per token of one block."""
+    feature, inner, head, fixed, _ = SAVED_BYTES[model.family]
+    return feature * model.hidden_size + inner * (model.intermediate_size or 0) + head * model.num_heads + fixed
 
 
 def micro_batch(config: TrainConfig, workers: int) -> int:

@@ -79,7 +79,6 @@ def measure_training(device: torch.device, family: str, repeats: int = REPEATS) 
     shape = of_family(TRAINED["cuda" if device.type == "cuda" else "cpu"], family)
     dtype = pick_dtype("auto", device)
     C, T, V, tokens = shape.hidden_size, shape.context_length, shape.vocab_size, SEQUENCES * shape.context_length
-    x = torch.randn(SEQUENCES, T, C, device=device, dtype=dtype, requires_grad=True)
     ids = torch.zeros(SEQUENCES, T, dtype=torch.long, device=device)
 
     def seconds(module: nn.Module, loss: Callable[[], torch.Tensor]) -> float:
@@ -90,10 +89,9 @@ def measure_training(device: torch.device, family: str, repeats: int = REPEATS) 
 
         return _median_seconds(once, device, repeats)
 
-    linear = nn.Linear(C, 4 * C, bias=False).to(device)
     few, many = (GPT(replace(shape, num_layers=layers)).to(device) for layers in LAYERS)
     shallow, deep = seconds(few, lambda: few(ids, ids)), seconds(many, lambda: many(ids, ids))
-    products = 6 * tokens * 4 * C * C / seconds(linear, lambda: linear(x).sum())
+    products = 6 * tokens * 4 * C * C / _product_seconds(tokens, C, device, dtype, repeats)
     block = (deep - shallow) / (LAYERS[1] - LAYERS[0])
     flops = workload(shape, T).flops_per_token - 6 * V * C  # of one block
     rest = block - tokens * flops / products
@@ -105,14 +103,36 @@ def measure_training(device: torch.device, family: str, repeats: int = REPEATS) 
     )
 
 
+def _product_seconds(tokens: int, width: int, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
+    """Seconds of a linear layer from `width` to four times as many features, forward and backward."""
+    linear = nn.Linear(width, 4 * width, bias=False).to(device)
+    x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+
+    def layer() -> None:
+        linear.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            linear(x).sum().backward()
+
+    weight, of_y = linear.weight.detach().to(dtype), torch.randn(tokens, 4 * width, device=device, dtype=dtype)
+    rows = x.detach()
+
+    def products() -> None:
+        rows @ weight.T, of_y @ weight, of_y.T @ rows
+
+    # On a GPU the products of so small a layer take less time than what autograd does around them.
+    return _median_seconds(layer if device.type == "cpu" else products, device, repeats)
+
+
 def _median_seconds(once: Callable[[], None], device: torch.device, repeats: int) -> float:
+    calls = 1 if device.type == "cpu" else 10  # a GPU works while Python prepares the next call
     times = []
     for _ in range(repeats + 2):  # two to warm up
         start = time.perf_counter()
-        once()
+        for _ in range(calls):
+            once()
         if device.type != "cpu":
             torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / calls)
     return statistics.median(times[2:])
 
 
@@ -139,11 +159,15 @@ def measure_decoding(family: str) -> tuple[float, float, float]:
     return bandwidth, work.decode_flops / max(each - cache, 0.2 * each), PROMPT * work.decode_flops / prompts
 
 
-def decode_times(package: Package, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+def decode_times(
+    package: Package, batch: int, prompt_tokens: int, new_tokens: int, device: str = "auto"
+) -> tuple[float, float]:
     """Medians of five: seconds until all `batch` prompts are processed, and seconds per step after that."""
     engine = Engine(
         package,
-        EngineSettings(slots=batch, prefill_tokens=batch * prompt_tokens, max_queue=batch, prefix_cache=False),
+        EngineSettings(
+            slots=batch, prefill_tokens=batch * prompt_tokens, max_queue=batch, prefix_cache=False, device=device
+        ),
     )
     engine.warm_up()
     params = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)

@@ -173,6 +173,8 @@ class Trainer:
     def _step(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns this rank's part of the mean loss, and the gradient norm."""
         x, y = self.batches.batch(step, self.rank, self.world_size)  # (b, T) each
+        if self.device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()  # so that copying them does not wait for the device
         if self.model.config.dropout:
             torch.manual_seed(((self.config.seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
         size = self.config.micro_batch_size or len(x)

@@ -15,12 +15,13 @@ from train_job.config import TrainConfig
 def prepare_model(model: GPT, config: TrainConfig) -> None:
     """Sets up activation checkpointing (Chen et al. 2016) and torch.compile, each a block at a time.
 
-    All blocks share one compilation, so it takes as long as that of one block.
+    All blocks share one compilation, so it takes as long as that of one block. The batches of a run have few shapes,
+    and fixed ones make faster kernels; the loss's chunks differ more.
     """
-    if config.checkpoint_activations:
-        for layer in model.layers:
+    for layer in model.layers:
+        if config.checkpoint_activations:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if config.compile:  # around checkpoint, which does not let itself be compiled from outside
+            layer.forward = torch.compile(layer.forward, dynamic=False)
     if config.compile:
-        for layer in model.layers:
-            layer.compile()
-        model.softmax_loss = torch.compile(model.softmax_loss)
+        model.softmax_loss = torch.compile(model.softmax_loss, dynamic=True)

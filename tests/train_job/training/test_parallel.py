@@ -1,5 +1,6 @@
 """Claims about how blocks are run: recomputing their activations saves memory and changes no bit."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -44,6 +45,28 @@ def test_loss_and_gradients_are_the_same_bits(family: str, dtype: torch.dtype, d
     assert torch.equal(loss, again)
     assert len(gradients) == len(recomputed) > 0
     assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_all_blocks_share_one_compilation_with_fixed_shapes(
+    family: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+):
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    loss, gradients = trained(shape(family, num_layers=4), compile=True, checkpoint_activations=checkpointed)
+    assert len(graphs) == 2  # a block, and the loss
+    monkeypatch.undo()
+    eager, expected = trained(shape(family, num_layers=4), checkpoint_activations=checkpointed)
+    torch.testing.assert_close(loss, eager)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
