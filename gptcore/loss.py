@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 """A target with this value adds nothing to the loss."""
-FEWEST_ROWS = 256
-"""Fewer tokens in a chunk leave a CPU's products small."""
+FEWEST_ROWS, SOFTMAX_ROWS = 1024, 256
+"""The fewest tokens of a chunk, and those whose softmax is computed in fp32 at a time."""
 
 
 def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,15 +68,21 @@ def _chunks(
     for start in range(0, len(x), rows := chunk_rows(x.size(1))):
         part = slice(start, start + rows)
         counts = targets[part] != IGNORE  # (R,)
-        losses, of_logits = softmax(x[part] @ weight.T, targets[part].clamp(min=0)[:, None])  # (R,), (R, V)
-        total += torch.where(counts, losses, 0.0).sum()
+        of_logits = x[part] @ weight.T  # (R, V), at first the logits
+        for few, wanted, counted in zip(
+            *(t.split(SOFTMAX_ROWS) for t in (of_logits, targets[part].clamp(min=0), counts)), strict=True
+        ):
+            losses, gradient = softmax(few, wanted[:, None])
+            total += torch.where(counted, losses, 0.0).sum()
+            if gradients is not None:
+                few.copy_(gradient)
         if gradients is None:
             continue
         of_x, of_weight = gradients
         of_x[part] = (of_logits @ weight) * counts[:, None]  # (R, C)
-        counted = x[part] * counts[:, None]  # (R, C)
+        rows_that_count = x[part] * counts[:, None]  # (R, C)
         if x.dtype == of_weight.dtype:
-            of_weight.addmm_(of_logits.T, counted)  # (V, C)
+            of_weight.addmm_(of_logits.T, rows_that_count)  # (V, C)
         else:
-            of_weight.add_(of_logits.T @ counted)
+            of_weight.add_(of_logits.T @ rows_that_count)
     return total

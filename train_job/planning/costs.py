@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gptcore.config import ModelConfig
-from gptcore.loss import chunk_rows
+from gptcore.loss import SOFTMAX_ROWS, chunk_rows
 from gptcore.model import GPT
 from train_job.config import MOST_TOKENS, TrainConfig
 from train_job.training.devices import Device, Rates
@@ -29,7 +29,7 @@ SAVED_BYTES = {"qwen3": (50, 8, 12, 8, 8), "gpt2": (24, 4, 4, 16, 4)}
 """Bytes that autograd saves for backward, per token. In a block: per feature, per MLP feature, per head, and constant.
 Outside the blocks: per feature."""
 LOSS_BYTES = 10
-"""Peak bytes of the loss, per token of a chunk and row of the vocabulary: logits in bf16 and fp32, their softmax."""
+"""Peak bytes of a softmax, per token and row of the vocabulary: logits in fp32, their softmax, its gradient in bf16."""
 GPU_RESERVE = 1.5e9
 """Bytes: CUDA's context, NCCL's buffers, libraries' workspaces."""
 FRAGMENTATION = 1.1
@@ -122,7 +122,7 @@ def training_memory(config: TrainConfig, work: Workload, workers: int, sequences
     muon = sum(a * b for a, b in work.matrices) if config.optimizer == "muon" else 0
     casts = 2 * work.read_weights  # autocast's bf16 weights
     vocabulary, width = work.model.vocab_size, work.model.hidden_size
-    logits = min(micro, chunk_rows(width)) * LOSS_BYTES * vocabulary
+    logits = (2 * min(micro, chunk_rows(width)) + LOSS_BYTES * min(micro, SOFTMAX_ROWS)) * vocabulary
     if config.checkpoint_activations:  # no block is recomputed while there are logits
         logits = max(0, logits - micro * block_saved_bytes(work.model))
     return Memory(
