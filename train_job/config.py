@@ -146,7 +146,7 @@ class TrainConfig:
     compile: bool = setting(False, "Compile the model with torch.compile.", resumable=True)
     checkpoint_activations: bool = setting(
         False,
-        "Keep only the blocks' inputs for the backward pass and recompute the rest: less memory, a third more time.",
+        "Keep only the blocks' inputs and recompute the rest in the backward pass: less memory, a third more work.",
         resumable=True,
         added=True,
     )
