@@ -35,6 +35,8 @@ OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "linear", "cosine")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "bf16", "fp32")
+PARALLEL = ("ddp", "fsdp")
+REDUCE_PRECISIONS = ("fp32", "bf16")
 PROMOTIONS = ("if-better", "always", "never")
 LOG_INTERVAL, EVAL_INTERVAL = 10, 100
 """Steps, where neither the user nor the preset sets them and the run is long enough."""
@@ -147,6 +149,21 @@ class TrainConfig:
     checkpoint_activations: bool = setting(
         False,
         "Keep only the blocks' inputs and recompute the rest in the backward pass: less memory, a third more work.",
+        resumable=True,
+        added=True,
+    )
+    # Several workers
+    parallel: str = setting(
+        "ddp",
+        "ddp: each worker has the whole model. fsdp: weights, gradients and optimizer state are divided among them.",
+        choices=PARALLEL,
+        resumable=True,
+        added=True,
+    )
+    reduce_precision: str = setting(
+        "fp32",
+        "Precision in which workers add up their gradients; bf16 sends half the bytes.",
+        choices=REDUCE_PRECISIONS,
         resumable=True,
         added=True,
     )
