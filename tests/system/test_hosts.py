@@ -66,7 +66,8 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 
 def test_training_survives_the_loss_of_a_host_and_ends_as_one_run_with_a_version(machines: Machines, text_file: Path):
     head = machines.hosts[0]
-    flags = ["--name=three-hosts", "--num-workers=2:3", "--cpus-per-worker=2", f"--data={text_file}", "--max-steps=200"]
+    flags = ["--name=three-hosts", "--parallel=fsdp", "--num-workers=2:3", "--cpus-per-worker=2", "--max-steps=200"]
+    flags.append(f"--data={text_file}")
     command = [BIN / "ray", "job", "submit", f"--address={machines.cluster.dashboard}", "--"]
     process = head.popen(*command, "python", "train_job/run.py", *SMALL, *flags)
     job = Job(process, head.home / "runs" / "three-hosts", machines.tracking.uri)

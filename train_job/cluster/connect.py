@@ -123,9 +123,9 @@ def resources_per_worker(
     return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
 
 
-def require_room(shape: ModelConfig, workers: int) -> None:
-    """Raises NoMemory if the workers' weights, gradients and moments in fp32 need more memory than is free here."""
-    needed = workers * 4 * count_parameters(shape)
+def require_room(shape: ModelConfig, models: int) -> None:
+    """Raises NoMemory if weights, gradients and moments of `models` models in fp32 do not fit free memory."""
+    needed = models * 4 * count_parameters(shape)
     what = {"weights": needed, "gradients": needed, "at least one moment of each": needed}
     require_memory("training this model", what, free_memory(torch.device("cpu")))
 

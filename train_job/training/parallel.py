@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -62,8 +61,15 @@ def replicate(model: GPT, config: TrainConfig, device: torch.device) -> nn.Modul
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
     if config.reduce_precision == "bf16":
-        replica.register_comm_hook(None, bf16_compress_hook)
+        replica.register_comm_hook(None, _average_in_bf16)
     return replica
+
+
+def _average_in_bf16(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A hook of DDP for a bucket of gradients; torch's own is refused without NCCL."""
+    sums = bucket.buffer().bfloat16().div_(world_size())
+    future: Any = dist.all_reduce(sums, async_op=True).get_future()
+    return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def shard(model: GPT, config: TrainConfig, device: torch.device) -> None:

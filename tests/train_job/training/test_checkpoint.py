@@ -7,29 +7,49 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from gptcore.errors import CheckpointError, TrainingError
+from gptcore.files import sha256
 from train_job.training import checkpoint
-from train_job.training.checkpoint import Identity, TrainState, load_checkpoint, load_model, save_checkpoint
+from train_job.training.checkpoint import (
+    Identity,
+    TrainState,
+    check_checkpoint,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+)
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 IDENTITY = Identity(model="m" * 64, tokenizer="t" * 64, data="d" * 64)
 STATE = TrainState(step=7, elapsed=1.5, best_loss=2.25, best_step=5, since_best=1)
 
 
+TENSORS = {"w": torch.arange(6.0).view(3, 2), "b": torch.ones(3), "0.0.step": torch.tensor(7.0), "0.1.m": torch.ones(2)}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_checkpoint(tmp_path / "c", STATE, IDENTITY, {"w": torch.ones(3)}, {"0.0.exp_avg": torch.arange(4)})
+    save_checkpoint(tmp_path / "c", STATE, IDENTITY, TENSORS)
     return tmp_path / "c"
 
 
-def test_a_loaded_checkpoint_equals_the_saved_one(folder: Path) -> None:
-    loaded = load_checkpoint(folder, IDENTITY)
-    assert loaded.state == STATE
-    assert torch.equal(loaded.model["w"], torch.ones(3))
-    assert torch.equal(loaded.optimizer["0.0.exp_avg"], torch.arange(4))
+def test_a_checkpoint_read_back_equals_the_saved_one(folder: Path) -> None:
+    check_checkpoint(folder, IDENTITY)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    assert read_checkpoint(folder, tensors) == STATE
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    model = load_model(folder)
+    assert model.keys() == {"w", "b"}, "without the optimizers' state"
+    assert all(torch.equal(model[name], TENSORS[name]) for name in model)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_nothing_in_a_checkpoint_is_pickled(folder: Path) -> None:
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".safetensors"]
+
+
+@pytest.mark.parametrize("name", [SHARD, "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "altered", "missing"])
 def test_a_damaged_file_is_named(folder: Path, name: str, damage: str) -> None:
     file = folder / name
@@ -39,33 +59,47 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: str) -> None:
     else:
         file.write_bytes(content[:-9] if damage == "cut" else content[:-2] + b"\x07" + content[-1:])
     with pytest.raises(CheckpointError, match=name):
-        load_checkpoint(folder, IDENTITY)
+        check_checkpoint(folder, IDENTITY)
     with pytest.raises(CheckpointError, match=name):
         load_model(folder)
+
+
+def test_a_checkpoint_of_the_earlier_format_is_read(folder: Path) -> None:
+    """Format 1 had all tensors of the model in one file, and those of the optimizers in another."""
+    model = {name: tensor for name, tensor in TENSORS.items() if not name[0].isdigit()}
+    save_file(model, folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in TENSORS.items() if name not in model}, folder / "optimizer.safetensors")
+    (folder / SHARD).unlink()
+    record = json.loads((folder / "state.json").read_text())
+    del record["sha256"]
+    files = {file.name: sha256(file) for file in folder.glob("*.safetensors")}
+    (folder / "state.json").write_text(json.dumps(record | {"format": 1, "files": files}))
+    test_a_checkpoint_read_back_equals_the_saved_one(folder)
 
 
 @pytest.mark.parametrize("what", ["model", "tokenizer", "data"])
 def test_a_checkpoint_of_another_run_is_refused(folder: Path, what: str) -> None:
     other = Identity(**{**IDENTITY.__dict__, what: "x" * 64})
     with pytest.raises(CheckpointError, match=f"with another {what}"):
-        load_checkpoint(folder, other)
+        check_checkpoint(folder, other)
 
 
 def test_an_unknown_format_is_refused(folder: Path) -> None:
     record = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(record | {"format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
-        load_checkpoint(folder, IDENTITY)
+        check_checkpoint(folder, IDENTITY)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_intact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "sha256", full)
     with pytest.raises(TrainingError, match="disk is full"):
-        save_checkpoint(folder, TrainState(step=8), IDENTITY, {"w": torch.zeros(3)}, {})
-    assert load_checkpoint(folder, IDENTITY).state == STATE
+        save_checkpoint(folder.with_name("d"), TrainState(step=8), IDENTITY, {"w": torch.zeros(3)})
+    monkeypatch.undo()
+    check_checkpoint(folder, IDENTITY)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 

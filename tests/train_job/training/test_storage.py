@@ -10,7 +10,7 @@ import torch
 
 from gptcore.errors import CheckpointError, DamagedCheckpoint
 from train_job.config import TrainConfig, build_config
-from train_job.training.checkpoint import Identity, TrainState, load_checkpoint, save_checkpoint
+from train_job.training.checkpoint import Identity, TrainState, check_checkpoint, load_model, save_checkpoint
 from train_job.training.storage import (
     RAYS_RECORD,
     StoredCheckpoint,
@@ -23,6 +23,7 @@ from train_job.training.storage import (
     superseded,
 )
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 IDENTITY = Identity(model="m" * 64, tokenizer="t" * 64, data="d" * 64)
 
 
@@ -37,7 +38,7 @@ def save(folder: Path, step: int, loss: float | None) -> Path:
     """A checkpoint of this step. Without a loss, it was not evaluated."""
     state = TrainState(step=step, last_evaluated=step if loss else 0, last_loss=loss or float("inf"))
     path = folder / "one" / f"checkpoint_2026-01-01_{step:06}"
-    save_checkpoint(path, state, IDENTITY, {"w": torch.full((3,), float(step))}, {"m": torch.ones(2)})
+    save_checkpoint(path, state, IDENTITY, {"w": torch.full((3,), float(step)), "0.0.m": torch.ones(2)})
     return path
 
 
@@ -50,11 +51,15 @@ def saved(tmp_path: Path) -> list[Path]:
 def gone_on_from(config: TrainConfig) -> tuple[int, float, list[str]]:
     """(step of the checkpoint that a run resumes from, its weight, the warnings about skipped ones)."""
     said: list[str] = []
-    choice = first_whole(checkpoints(config), lambda folder: load_checkpoint(folder, IDENTITY), said.append)
+
+    def load(folder: Path) -> float:
+        check_checkpoint(folder, IDENTITY)
+        return float(load_model(folder)["w"][0])
+
+    choice = first_whole(checkpoints(config), load, said.append)
     assert choice
-    kept, loaded = choice
-    assert kept.step == loaded.state.step
-    return kept.step, float(loaded.model["w"][0]), said
+    kept, weight = choice
+    return kept.step, weight, said
 
 
 def cut(path: Path) -> None:
@@ -67,7 +72,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", [SHARD, "state.json"])
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink, lambda path: path.write_bytes(b"")])
 def test_a_run_resumes_from_the_newest_intact_checkpoint_and_reports_the_skipped_ones(
     config: TrainConfig, saved: list[Path], name: str, damage: Callable[[Path], None]
@@ -93,7 +98,7 @@ def test_missing_empty_and_incomplete_folders_are_skipped(config: TrainConfig, s
     shutil.rmtree(saved[-1])
     assert gone_on_from(config)[0] == 60
     (saved[0].parent / "checkpoint_2027-01-01").mkdir()
-    (saved[2] / "model.safetensors").unlink()
+    (saved[2] / SHARD).unlink()
     step, _, said = gone_on_from(config)
     assert step == 40
     assert len(said) == 2
@@ -101,9 +106,9 @@ def test_missing_empty_and_incomplete_folders_are_skipped(config: TrainConfig, s
 
 def test_without_an_intact_checkpoint_the_newest_ones_damage_is_named(config: TrainConfig, saved: list[Path]) -> None:
     for path in saved:
-        cut(path / "model.safetensors")
+        cut(path / SHARD)
     with pytest.raises(
-        DamagedCheckpoint, match=r"all checkpoints of this run are damaged: .*000080/model\.safetensors"
+        DamagedCheckpoint, match=r"all checkpoints of this run are damaged: .*000080/shard-00001-.*\.safetensors"
     ):
         gone_on_from(config)
 
@@ -115,7 +120,7 @@ def test_a_run_without_checkpoints_starts_from_the_beginning(config: TrainConfig
 def test_a_checkpoint_of_another_run_is_not_reported_as_damaged(config: TrainConfig, saved: list[Path]) -> None:
     other = Identity(model="x" * 64, tokenizer="t" * 64, data="d" * 64)
     with pytest.raises(CheckpointError, match="with another model") as caught:
-        first_whole(checkpoints(config), lambda folder: load_checkpoint(folder, other))
+        first_whole(checkpoints(config), lambda folder: check_checkpoint(folder, other))
     assert not isinstance(caught.value, DamagedCheckpoint)
 
 
@@ -150,7 +155,7 @@ def test_the_last_checkpoint_of_a_repeated_step_is_the_newest(
 def test_at_the_end_the_chosen_and_the_two_newest_intact_checkpoints_stay(
     config: TrainConfig, saved: list[Path], tmp_path: Path
 ) -> None:
-    flip(saved[2] / "model.safetensors")
+    flip(saved[2] / SHARD)
     save(tmp_path, 10, 1.0)
     found = checkpoints(config)
     drop_all_but(found[-1], found, config, print)

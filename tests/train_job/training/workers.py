@@ -6,14 +6,15 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 120
 
 
 class Workers:
@@ -28,20 +29,23 @@ class Workers:
         meeting = f"file://{self._scratch}/{self._calls}"
         for rank, pipe in enumerate(self._pipes[:count]):
             pipe.send((rank, count, meeting, function, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes[:count]):
-            assert pipe.poll(PATIENCE_SECONDS), f"worker {rank} does not answer"
-            answers.append(pipe.recv())
-        for rank, (failure, _) in enumerate(answers):
-            assert not failure, f"worker {rank}: {failure}"
-        return [answer for _, answer in answers]
+        answers: dict[int, Any] = {}
+        while len(answers) < count:
+            waiting = {self._pipes[rank]: rank for rank in range(count) if rank not in answers}
+            ready = wait([*waiting], PATIENCE_SECONDS)
+            assert ready, f"workers {sorted(waiting.values())} do not answer"
+            for pipe in ready:
+                failure, answers[waiting[pipe]] = pipe.recv()  # type: ignore[index, union-attr]
+                assert not failure, f"worker {waiting[pipe]}: {failure}"  # type: ignore[index]
+        return [answers[rank] for rank in range(count)]
 
 
 @contextmanager
 def workers(count: int) -> Iterator[Workers]:
     """`count` idle workers, of which a call uses as many as it needs."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))  # what torch frees, the process no longer has
         pipes, processes = [], []
         for _ in range(count):
             ours, theirs = context.Pipe()
