@@ -81,13 +81,12 @@ def _exchanged(matrices: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
 
 def _of_replicas(updates: list[Tensor]) -> list[Tensor]:
     """Every worker has all updates; each sends its result to all."""
-    rank, most = dist.get_rank(), max(update.numel() for update in updates)
-    mine = updates[0].new_zeros(most)
+    rank = dist.get_rank()
     if rank < len(updates):
-        mine[: updates[rank].numel()] = orthogonalise(updates[rank]).flatten()
-    results = mine.new_empty(world_size() * most)
-    dist.all_gather_into_tensor(results, mine)
-    return [result[: u.numel()].view_as(u) for result, u in zip(results.split(most), updates, strict=False)]
+        updates[rank] = orthogonalise(updates[rank]).contiguous()
+    for sent in [dist.broadcast(update, src=owner, async_op=True) for owner, update in enumerate(updates)]:
+        sent.wait()
+    return updates
 
 
 def _of_shards(matrices: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
