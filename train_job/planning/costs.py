@@ -21,15 +21,15 @@ FEATURE_BYTES = {"qwen3": 850, "gpt2": 225}
 bf16 under autocast, not compiled."""
 SCORE_BYTES = 20
 """The same per head and attended position, for unfused attention: on a CPU, up to 512 tokens."""
-LOGIT_BYTES = 46
+LOGIT_BYTES = 45
 """The same for the loss, per token and row of the vocabulary."""
 COMPILED_FEATURE_BYTES, COMPILED_LOGIT_BYTES = 120, 12
 """The same after fusion; assumed."""
 SAVED_BYTES = {"qwen3": (50, 8, 12, 8, 8), "gpt2": (24, 4, 4, 16, 4)}
 """Bytes that autograd saves for backward, per token. In a block: per feature, per MLP feature, per head, and constant.
 Outside the blocks: per feature."""
-LOSS_BYTES = 10
-"""Peak bytes of a softmax, per token and row of the vocabulary: logits in fp32, their softmax, its gradient in bf16."""
+LOSS_BYTES = 8
+"""Peak bytes of a softmax, per token and row of the vocabulary: logits in fp32, and their softmax."""
 GPU_RESERVE = 1.5e9
 """Bytes: CUDA's context, NCCL's buffers, libraries' workspaces."""
 FRAGMENTATION = 1.1
