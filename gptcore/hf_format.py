@@ -184,29 +184,30 @@ def _groups(model: GPT) -> dict[str, list[str]]:
     return groups
 
 
-def to_published(model: GPT, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors in Hugging Face's layout, on the CPU."""
+def to_published(model: GPT, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors in Hugging Face's names and layout, on the CPU, one at a time. Raises PackageError for another shape.
+
+    Each is asked of `state` when it is due, so a state that reads them from files never has all in memory.
+    """
     shapes = _shapes(model)
-    for name, shape in shapes.items():
+    for name in shapes:
         if name not in state:
             raise PackageError(f"the weights lack {name}.{did_you_mean(name, state)}")
-        if state[name].shape != shape:
-            raise PackageError(f"{name} has shape {tuple(state[name].shape)}; the config says {tuple(shape)}")
-    tensors = {}
     for published, names in _groups(model).items():
-        whole = torch.cat([state[name].detach().cpu() for name in names])
-        tensors[published] = (whole.t() if _is_transposed(published) else whole).contiguous()
-    return tensors
+        parts = [state[name].detach().cpu() for name in names]
+        for name, part in zip(names, parts, strict=True):
+            if part.shape != shapes[name]:
+                raise PackageError(f"{name} has shape {tuple(part.shape)}; the config says {tuple(shapes[name])}")
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        yield published, (whole.t() if _is_transposed(published) else whole).contiguous()
 
 
-def from_published(model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def from_published(model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensors, which must match the config, in our names and shapes, contiguous."""
     groups = _groups(model)
-    state: dict[str, Tensor] = {}
     for published, tensor in tensors:
         whole, names = tensor.t() if _is_transposed(published) else tensor, groups[published]
-        state.update(zip(names, (part.contiguous() for part in whole.chunk(len(names))), strict=True))
-    return state
+        yield from zip(names, (part.contiguous() for part in whole.chunk(len(names))), strict=True)
 
 
 def _is_transposed(published: str) -> bool:

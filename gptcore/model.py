@@ -6,11 +6,13 @@ Shapes: B sequences, T positions, C = hidden_size, H heads, K key/value heads, D
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gptcore.config import ModelConfig
 from gptcore.loss import head_cross_entropy, softmax_loss
@@ -180,9 +182,14 @@ class GPT(nn.Module):
                 if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
                     p.requires_grad_(False)
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise every parameter from torch's global generator.
+        """Initialise every parameter from torch's global generator."""
+        for name, p in self.named_parameters():
+            self.init_weight(name, p)
+
+    @torch.no_grad()
+    def init_weight(self, name: str, p: Tensor) -> Tensor:
+        """Initialise `p`, which has the shape of the parameter `name`, and return it.
 
         | parameter                   | gpt2 (Radford et al. 2019)   | qwen3                         |
         |-----------------------------|------------------------------|-------------------------------|
@@ -194,20 +201,18 @@ class GPT(nn.Module):
         """
         gpt2, C = self.config.family == "gpt2", self.config.hidden_size
         residual = 0.02 / math.sqrt(2 * self.config.num_layers) if gpt2 else 0.0
-        for name, p in self.named_parameters():
-            if name.startswith("embed"):
-                p.normal_(std=1.0 if not gpt2 and not self.config.tie_embeddings else 0.02)
-            elif "norm" in name or name.endswith("bias"):
-                p.fill_(float(name.endswith("weight")))
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                p.normal_(std=residual) if residual else p.zero_()
-            elif gpt2:
-                p.normal_(std=0.02)
-            elif name == "lm_head.weight":
-                p.zero_()
-            else:
-                s = math.sqrt(3 / C)
-                p.uniform_(-s, s)
+        if name.startswith("embed"):
+            return p.normal_(std=1.0 if not gpt2 and not self.config.tie_embeddings else 0.02)
+        if "norm" in name or name.endswith("bias"):
+            return p.fill_(float(name.endswith("weight")))
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            return p.normal_(std=residual) if residual else p.zero_()
+        if gpt2:
+            return p.normal_(std=0.02)
+        if name == "lm_head.weight":
+            return p.zero_()
+        s = math.sqrt(3 / C)
+        return p.uniform_(-s, s)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); with targets (B, T), the summed cross-entropy in nats instead.
@@ -248,3 +253,23 @@ class GPT(nn.Module):
         if c.tie_embeddings:
             matrices += self.embed_tokens.weight.numel()
         return 6 * matrices + 12 * c.num_layers * c.num_heads * c.head_size * length
+
+
+def initial_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter of `GPT(config)`, tied ones once; the whole model never exists."""
+    with torch.device("meta"), _Drawing():
+        model = GPT(config)
+    for name, p in model.named_parameters():
+        yield name, model.init_weight(name, torch.empty(p.shape))
+
+
+class _Drawing(TorchFunctionMode):
+    """Draws what torch.nn.init draws for each tensor, though it is on the meta device, and discards it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) != "torch.nn.init":
+            return func(*args, **kwargs)
+        tensor = args[0] if args else kwargs.pop("tensor")
+        func(torch.empty(tensor.shape, device="cpu"), *args[1:], **kwargs)
+        return tensor

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptcore.config import ModelConfig
@@ -28,6 +26,7 @@ from gptcore.hf_format import (
     from_published,
     parse_config,
     published_config,
+    tensor_shapes,
     to_published,
 )
 from gptcore.memory import free_memory, require_memory
@@ -43,6 +42,7 @@ from gptcore.weights import (
     read_tensors,
     require_finite,
     weight_files,
+    write_tensors,
 )
 
 FORMAT_VERSION = 1
@@ -78,7 +78,7 @@ class Package:
         """
         require_memory(f"the model in {self.path}", self.memory(dtype), free_memory(torch.device(device)))
         model = empty_model(self.config)
-        state = from_published(model, self._tensors(device, dtype))
+        state = dict(self.parameters(device, dtype))
         if self.config.tie_embeddings:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
@@ -87,6 +87,15 @@ class Package:
         if self.config.family == "qwen3":  # positions stay in fp32, whatever the weights' dtype
             model.cos, model.sin = (table.to(device) for table in rotary_tables(self.config))
         return model.eval()
+
+    def parameters(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each of the network's parameters, tied ones once, read one at a time.
+
+        Raises PackageError if the weights are unreadable, of another shape or not finite.
+        """
+        return from_published(empty_model(self.config), self._tensors(device, dtype))
 
     def _tensors(self, device: str | torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         places = match_config(self.config, read_headers(self.path, self.config.family))
@@ -115,9 +124,9 @@ def save_package(
     tensors = to_published(empty_model(config), state)
     try:
         with whole_folder(folder) as partial:
-            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+            write_tensors(partial / WEIGHTS, tensor_shapes(config), tensors)
             save_tokenizer(tokenizer, partial)
-            dtype = str(tensors[next(iter(tensors))].dtype).removeprefix("torch.")
+            dtype = str(state["embed_tokens.weight"].dtype).removeprefix("torch.")
             _write_json(partial / CONFIG, {**published_config(config), "torch_dtype": dtype, **_special_ids(tokenizer)})
             _write_json(partial / "generation_config.json", _generation_config(config, tokenizer))
             info: dict[str, Any] = {
@@ -128,7 +137,7 @@ def save_package(
             (partial / "README.md").write_text(_model_card(Package(folder, config, tokenizer, info)), encoding="utf-8")
             files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
             _write_json(partial / MANIFEST, {**info, "files": files})
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise PackageError(f"the package {folder} cannot be written: {error}") from error
     return open_package(folder, verify=False)
 

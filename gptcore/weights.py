@@ -1,15 +1,16 @@
-"""Reads the weights of a package folder: finds the files, checks their headers against the config, loads tensors.
+"""Reads and writes the weights of a package folder: finds the files, checks headers against the config, loads tensors.
 
 Headers are checked before anything is allocated, so a config that promises more than the files contain costs nothing.
 safetensors itself checks that a header matches its file.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ INDEX = f"{WEIGHTS}.index.json"
 INDEX_BYTES = 1 << 26
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Supported dtypes of stored weights, by safetensors' names."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNUSED = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
 """Causal masks, which the published GPT-2 files contain."""
 HEAD = "lm_head.weight"
@@ -164,6 +166,30 @@ def read_tensors(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tens
             if tuple(tensor.shape) != stored.shape:
                 raise PackageError(f"{stored.file} has changed while it was read")
             yield name, tensor
+
+
+def write_tensors(
+    file: Path, shapes: Iterable[tuple[str, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Writes a safetensors file a tensor at a time; safetensors itself needs all of them in memory.
+
+    `shapes` has the name and shape of each of `tensors`. All are stored in the dtype of the first. Raises OSError.
+    """
+    waiting = iter(tensors)
+    first = next(waiting)
+    dtype = first[1].dtype
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in chain([first], waiting):
+            target.seek(8 + len(text) + header[name]["data_offsets"][0])
+            target.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

@@ -54,7 +54,7 @@ def publish_gpt2(
         for name, value in model.state_dict().items()
     }
     state["lm_head.weight"] = state["embed_tokens.weight"]
-    tensors = {layout.prefix + n.removeprefix("transformer."): t for n, t in to_published(model, state).items()}
+    tensors = {layout.prefix + n.removeprefix("transformer."): t for n, t in to_published(model, state)}
     if layout.head != "left out":
         tensors["lm_head.weight"] = state["lm_head.weight"].clone()
     if layout.head == "instead":

@@ -51,7 +51,7 @@ def change_json(file: Path, **changes: Any) -> None:
 
 
 def test_the_shapes_compared_with_a_header_are_the_published_ones(config: ModelConfig) -> None:
-    published = to_published(empty_model(config), GPT(config).state_dict())
+    published = dict(to_published(empty_model(config), GPT(config).state_dict()))
     assert dict(tensor_shapes(config)) == {name: tuple(tensor.shape) for name, tensor in published.items()}
     assert count_parameters(config) == empty_model(config).num_parameters()
 

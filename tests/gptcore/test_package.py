@@ -233,7 +233,7 @@ def test_a_full_disk_keeps_the_earlier_package_and_names_the_folder(
         raise OSError(28, "No space left on device")
 
     state = package.load_model().state_dict()
-    monkeypatch.setattr("gptcore.package.save_file", full)
+    monkeypatch.setattr("gptcore.package.write_tensors", full)
     with pytest.raises(PackageError, match=rf"{package.path} cannot be written: .*No space left"):
         save_package(package.path, package.config, state, package.tokenizer, {})
     assert open_package(package.path).info["training"] == {"steps": 3}

@@ -131,8 +131,8 @@ def require_room(shape: ModelConfig, workers: int) -> None:
 
 
 def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float]) -> Any:
-    """Ray Train's trainer for a `WorkerSpec`: workers, storage, checkpoints to keep, retries."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    """Ray Train's trainer for a `WorkerSpec`: workers, storage, retries."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from train_job.cluster.failures import Restarts
@@ -152,10 +152,6 @@ def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float]) -> 
             worker_runtime_env={} if spec.config.use_gpu else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
             callbacks=[Restarts(spec.channel)],  # type: ignore[list-item]  # typed for Tune's callbacks
             failure_config=FailureConfig(max_failures=spec.config.max_failures),
-            # Ray keeps the latest beside the best two, so there is another one if one is damaged.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
-            ),
         ),
     )
 

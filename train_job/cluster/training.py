@@ -107,7 +107,7 @@ class Training:
             tokenizer=inputs.tokenizer,
             train=inputs.train_corpus,
             validation=inputs.validation_corpus,
-            initial=ray.put(inputs.parent.load_model().state_dict()) if inputs.parent else None,
+            initial={name: ray.put(tensor) for name, tensor in inputs.parent.parameters()} if inputs.parent else {},
             run_id=s.run_id,
             tracking_uri=s.uri,
             run_dir=s.run_dir,

@@ -1,15 +1,15 @@
-"""The loop inside a Ray Train worker: checkpoints through Ray, figures through the spool, news to the driver.
+"""The loop inside a Ray Train worker: checkpoints to the storage, figures through the spool, news to the driver.
 
 In: a `WorkerSpec` from the driver. Out: checkpoints in the run's storage, metrics in MLflow, events on the `Channel`.
 Rank 0 speaks; the other ranks only train. Ray restarts this function after a failure, and it goes on from the last
 checkpoint.
 """
 
-import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch.distributed as dist
 from gptcore import progress
 from gptcore.config import ModelConfig
 from gptcore.devices import pick_device
-from gptcore.errors import FoundryError, RecordError, StorageFull, TrainingError
+from gptcore.errors import FoundryError, RecordError, StorageFull
+from gptcore.hf_format import empty_model
 from gptcore.model import GPT
 from gptcore.progress import doing
 from gptcore.sampling import SamplingParams, generate_text
@@ -30,20 +31,20 @@ from gptcore.tokenizer import Tokenizer
 from train_job.cluster.exporter import Exporter
 from train_job.config import TrainConfig
 from train_job.data.corpus import Corpus
-from train_job.data.inputs import build_model, cache_dir, shard_store
+from train_job.data.inputs import build_model, cache_dir, seeded_weights, shard_store
 from train_job.data.shards import prepare
 from train_job.files import read_json, storage_problem, write_json
 from train_job.tracking.runs import PEAK, SystemMetrics
 from train_job.tracking.spool import Spool
-from train_job.training.checkpoint import Identity, load_checkpoint, save_checkpoint, save_problem
+from train_job.training.checkpoint import Identity, check_checkpoint
 from train_job.training.events import CheckpointDue, Evaluation, Event, Progress
 from train_job.training.hardware import peak_memory_mb
 from train_job.training.loop import Trainer
-from train_job.training.storage import StoredCheckpoint, checkpoints, first_whole, superseded
+from train_job.training.parallel import is_sharded, unused_after
+from train_job.training.storage import checkpoints, first_whole
+from train_job.training.writer import CheckpointWriter
 
 STOP_LOOK_SECONDS = 0.1
-UNJUDGED = 1e30
-"""The validation loss under which Ray ranks a checkpoint that was not evaluated."""
 SPOOL_PATIENCE_SECONDS = 30.0
 
 
@@ -56,8 +57,8 @@ class WorkerSpec:
     tokenizer: Tokenizer
     train: Corpus
     validation: Corpus
-    initial: Any
-    """ObjectRef of the parent's state dict, or None."""
+    initial: dict[str, Any]
+    """ObjectRefs of the parent's parameters; none for a model from scratch."""
     run_id: str
     tracking_uri: str = field(repr=False)  # it may have a password, and Ray's dashboard shows a run's config
     run_dir: Path
@@ -100,23 +101,15 @@ def train_worker(settings: dict[str, WorkerSpec]) -> dict[str, float]:
 def _train(spec: WorkerSpec) -> dict[str, float]:
     config, rank = spec.config, ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device() if config.use_gpu else pick_device(config.device)
-    initial = ray.get(spec.initial) if spec.initial is not None else None
     with doing("preparing the worker: model and text"):
-        model = build_model(config, spec.model, initial)
+        model, weights = _model(spec)
         train = prepare(spec.train, spec.tokenizer, cache_dir(config), store=shard_store(config))
         validation = prepare(spec.validation, spec.tokenizer, cache_dir(config), store=shard_store(config))
-    trainer = Trainer(
-        config,
-        model,
-        train,
-        validation,
-        device,
-        wrap=lambda model: ray.train.torch.prepare_model(
-            model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False}
-        ),
-        stop_asked=StopFlag(spec.channel) if rank == 0 else lambda: False,
-    )
+        stop_asked = StopFlag(spec.channel) if rank == 0 else lambda: False
+        trainer = Trainer(config, model, train, validation, device, stop_asked, weights)
     identity = trainer.identity(spec.tokenizer.fingerprint)
+    session = _from_rank_0(f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
+    writer = CheckpointWriter(config, identity, session, lambda text: spec.channel.post.remote(text))
     _restore(spec, trainer, identity)
     reporter = Reporter(spec, trainer) if rank == 0 else None
     with doing(lambda: f"training: {trainer.state.step} steps are done"):
@@ -124,27 +117,28 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
             progress.reset_silence()
             if reporter:
                 reporter.report(event)
+            if isinstance(event, Evaluation) and (reporter or trainer.sharded):  # sharded, it takes all of them
+                samples = _samples(trainer, spec.tokenizer)
+                if reporter:
+                    reporter.keep_samples(event.step, samples)
+            writer.check()
             if isinstance(event, CheckpointDue):
-                with doing(f"saving a checkpoint of step {event.step}"):
-                    _save(trainer, identity, event, config)
+                writer.save(trainer)
+    writer.wait()
     memory = _gather(peak_memory_mb(device))
     if reporter:
         reporter.close(memory)
     return memory
 
 
-def _save(trainer: Trainer, identity: Identity, event: CheckpointDue, config: TrainConfig) -> None:
-    """Writes a checkpoint on rank 0 and reports it to Ray; raises rank 0's problem on every rank."""
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
-        folder = Path(scratch) / "checkpoint"
-        problem = None
-        if trainer.rank == 0:
-            try:
-                save_checkpoint(folder, trainer.state, identity, trainer.tensors(), trainer.optimizers.tensors())
-            except TrainingError as error:
-                problem = error
-        _raise_together(problem)
-        _report(event, folder if trainer.rank == 0 else None, config)
+def _model(spec: WorkerSpec) -> tuple[GPT, Iterable[tuple[str, torch.Tensor]]]:
+    """The model with weights from the seed or the parent; a sharded one without memory, and its weights one by one."""
+    config, parent = spec.config, spec.initial
+    if not is_sharded(config):
+        return build_model(config, spec.model, {name: ray.get(ref) for name, ref in parent.items()}), ()
+    if parent:
+        return empty_model(spec.model), ((name, ray.get(ref)) for name, ref in parent.items())
+    return empty_model(spec.model), seeded_weights(config, spec.model)
 
 
 def _gather(figures: dict[str, float]) -> dict[str, float]:
@@ -165,38 +159,14 @@ def _restore(spec: WorkerSpec, trainer: Trainer, identity: Identity) -> None:
             ray.get(spec.channel.post.remote(text))
 
         try:
-            found = checkpoints(spec.config)
-            if choice := first_whole(found, lambda folder: load_checkpoint(folder, identity), say):
-                used, checkpoint = choice
-                trainer.restore(checkpoint)
-                if not ray.train.get_checkpoint():  # Ray removes those that it knows itself
-                    _remove(superseded(found, used), say)
+            if choice := first_whole(checkpoints(spec.config), lambda folder: check_checkpoint(folder, identity), say):
+                used, _ = choice
         except FoundryError as error:
             problem = error
     _raise_together(problem)
-    used = _from_rank_0(used)
-    if used and trainer.rank > 0:
+    if used := _from_rank_0(used):
         with used.files() as folder:
-            trainer.restore(load_checkpoint(folder, identity))
-
-
-def _remove(checkpoints: list[StoredCheckpoint], say: Callable[[str], None]) -> None:
-    """Removes checkpoints of an earlier worker, which this Ray Train does not know."""
-    for kept in checkpoints:
-        try:
-            kept.fs.delete_dir(kept.path)
-        except OSError as error:
-            say(f"warning: {kept.path} is not needed, and cannot be removed: {error}")
-
-
-def _report(event: CheckpointDue, folder: Path | None, config: TrainConfig) -> None:
-    """Reports the checkpoint to Ray, which uploads it; a barrier for all ranks."""
-    checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
-    try:
-        # Ray stores metrics as JSON, which has no infinity.
-        ray.train.report({"val_loss": min(event.loss, UNJUDGED), "step": event.step}, checkpoint=checkpoint)
-    except OSError as error:
-        raise (save_problem(error, config.storage_path) or error) from None
+            trainer.restore(folder)
 
 
 def _from_rank_0(value: Any) -> Any:
@@ -242,19 +212,13 @@ class Reporter:
             self.spool.metrics(event.step, figures | ({"mfu": event.mfu} if event.mfu is not None else {}))
         elif isinstance(event, Evaluation):
             self.spool.metrics(event.step, {"val/loss": event.loss, "val/bits_per_byte": event.bits_per_byte})
-            self._sample(event.step)
 
-    def _sample(self, step: int) -> None:
+    def keep_samples(self, step: int, samples: dict[str, str]) -> None:
         """Adds the model's continuation of every prompt to a table that MLflow's UI shows."""
-        config, model = self.spec.config, self.trainer.model
-        if not config.sample_tokens:
+        if not samples:
             return
         rows = [row for row in self._samples() if row[0] < step]
-        params = SamplingParams(max_new_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
-        rows += [
-            [step, prompt, continue_text(model, self.spec.tokenizer, prompt, params)]
-            for prompt in config.sample_prompts
-        ]
+        rows += [[step, prompt, text] for prompt, text in samples.items()]
         write_json(self.samples, {"columns": ["step", "prompt", "continuation"], "data": rows})
         self.spool.artifact(self.samples, table=True)
 
@@ -281,11 +245,19 @@ class Reporter:
             )
 
 
-def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> str:
-    """The model's continuation of a prompt, in evaluation mode."""
+def _samples(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, str]:
+    """The model's continuation of every prompt, in evaluation mode."""
+    config, model = trainer.config, trainer.model
+    if not config.sample_tokens:
+        return {}
+    params = SamplingParams(max_new_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # its many lengths would be compiled, and training again
-            return generate_text(model, tokenizer, prompt, params)
+        with (
+            torch.compiler.set_stance("force_eager"),  # its many lengths would be compiled, and training again
+            trainer.autocast() if trainer.sharded else nullcontext(),  # sharded weights are fetched in its dtype
+        ):
+            return {prompt: generate_text(model, tokenizer, prompt, params) for prompt in config.sample_prompts}
     finally:
+        unused_after(model)
         model.train()

@@ -111,14 +111,16 @@ def validation_batches(
     """The rank's share of the whole stream as (x, y), int64 (b, T) each, b <= batch_size.
 
     Windows do not overlap: over all ranks every token except the first is a target exactly once. The last
-    window is padded, its spare targets are IGNORE.
+    window is padded, its spare targets are IGNORE. Every rank gets as many batches; an additional one has no targets.
     """
     T, targets = context_length, tokens.num_tokens - 1
-    first, last = share(-(-targets // T), rank, world_size)
-    for window in range(first, last, batch_size):
-        rows = min(batch_size, last - window)
-        count = min(rows * T, targets - window * T)  # targets in this batch
-        stream = tokens.read(window * T, count + 1)
+    windows = math.ceil(targets / T)
+    first, last = share(windows, rank, world_size)
+    batches = math.ceil(math.ceil(windows / world_size) / batch_size)
+    for window in range(first, first + batches * batch_size, batch_size):
+        rows = max(1, min(batch_size, last - window))
+        count = min(rows * T, targets - window * T) if window < last else 0  # targets in this batch
+        stream = tokens.read(window * T if count else 0, count + 1)
         x, y = np.zeros(rows * T, dtype=np.int64), np.full(rows * T, IGNORE, dtype=np.int64)
         x[:count], y[:count] = stream[:-1], stream[1:]
         yield torch.from_numpy(x).view(rows, T), torch.from_numpy(y).view(rows, T)

@@ -19,7 +19,7 @@ from gptcore.errors import ConfigError, CorpusError
 from gptcore.files import remove_drafts, whole_folder
 from gptcore.home import expanded, home
 from gptcore.hub import resolve
-from gptcore.model import GPT
+from gptcore.model import GPT, initial_weights
 from gptcore.package import Package, open_package
 from gptcore.progress import doing
 from gptcore.tokenizer import (
@@ -168,13 +168,21 @@ def check_context(config: TrainConfig, shape: ModelConfig) -> None:
         )
 
 
-def build_model(config: TrainConfig, shape: ModelConfig, initial: dict[str, torch.Tensor] | None = None) -> GPT:
-    """A GPT with weights from the seed, or with the parent's."""
+def build_model(config: TrainConfig, shape: ModelConfig, parent: Mapping[str, torch.Tensor] | None = None) -> GPT:
+    """A GPT with weights from the seed, or with the parent's parameters, tied ones once."""
     torch.manual_seed(config.seed)
     model = GPT(shape)
-    if initial is not None:
-        model.load_state_dict(initial)
+    if parent:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(parent[name])
     return model
+
+
+def seeded_weights(config: TrainConfig, shape: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that `build_model` gives a GPT, by name, one tensor at a time."""
+    torch.manual_seed(config.seed)
+    yield from initial_weights(shape)
 
 
 def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:

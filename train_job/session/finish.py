@@ -25,7 +25,7 @@ from train_job.session.session import Session, Trained, resume_command
 from train_job.tracking import registry
 from train_job.tracking import runs as tracking
 from train_job.tracking.spool import Spool
-from train_job.training.checkpoint import load_model
+from train_job.training.checkpoint import StoredModel, load_model
 from train_job.training.evaluate import bits_per_byte
 from train_job.training.hardware import peak_memory_mb
 from train_job.training.storage import StoredCheckpoint, checkpoints, drop_all_but, first_whole
@@ -139,7 +139,7 @@ def build(session: Session, trained: Trained) -> Package:
     return package
 
 
-def _package(session: Session, state: dict[str, Any], step: int, loss: float) -> Package:
+def _package(session: Session, state: StoredModel, step: int, loss: float) -> Package:
     config, inputs = session.config, session.inputs
     bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
     training = {

@@ -1,28 +1,37 @@
 """Checkpoints: training state in a folder that is either complete or absent.
 
-In: tensors and a small record. Out: `model.safetensors`, `optimizer.safetensors` and `state.json`, which has the sha256
-of both and of itself. Nothing is pickled. No RNG state or data position is saved: initial weights, dropout and the
-batch of a step are functions of (seed, step), so the step number restores them.
+In: tensors, whole or sharded, and a small record. Out: a safetensors file from each worker, with its share of the
+tensors, and `state.json`, which has the sha256 of each file and of itself, and is written last. Nothing is pickled. Any
+number of workers reads it, each only the rows that it needs. No RNG state or data position is saved: initial weights,
+dropout and the batch of a step are functions of (seed, step), so the step number restores them.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from gptcore.errors import CheckpointError, DamagedCheckpoint, StorageFull, TrainingError
-from gptcore.files import sha256, whole_folder
+from gptcore.files import sha256, write_file
 from train_job.files import storage_problem
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 had all tensors in two files, which format 2's reader takes for a checkpoint of one worker."""
 STATE = "state.json"
-FILES = (STATE, "model.safetensors", "optimizer.safetensors")
+# Each worker reads by itself, which torch supposes is a mistake.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass
@@ -60,29 +69,97 @@ class Identity:
     data: str
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint in memory."""
-
-    state: TrainState
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-
-
 def save_checkpoint(
-    folder: Path, state: TrainState, identity: Identity, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+    folder: Path,
+    state: TrainState,
+    identity: Identity,
+    tensors: Mapping[str, Tensor],
+    group: dist.ProcessGroup | None = None,
+    upload: Callable[[Path], object] | None = None,
 ) -> None:
-    """Writes a folder that appears whole, or raises TrainingError and keeps the earlier one."""
+    """Writes a new folder. It is whole once it has a state.json; a failed one is removed.
+
+    With a `group`, every worker must call it, in a thread of its own if it likes: each writes its shards, and its share
+    of what all have. Each file is passed to `upload` when it is complete, state.json last. Raises TrainingError, on all
+    workers, if one cannot write.
+    """
+    rank = dist.get_rank(group) if group else 0
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        with whole_folder(folder, flush=False) as draft:  # the hashes tell of a power failure
-            files = {}
-            for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
-                save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, draft / name)
-                files[name] = sha256(draft / name)
+        try:
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+            mine = list(folder.glob(f"shard-{rank + 1:05}-*"))  # none if there are fewer tensors than workers
+            answer: Any = {file.name: sha256(file) for file in mine}
+            if upload:
+                for file in mine:
+                    upload(file)
+        except (OSError, SafetensorError, CheckpointException) as error:
+            answer = _cause(error)
+        answers = _gather(answer, group)
+        for problem in answers:
+            if isinstance(problem, BaseException):
+                raise problem
+        if rank == 0:
+            files = {name: digest for each in answers for name, digest in each.items()}
             record = {"format": FORMAT, "state": asdict(state), "identity": asdict(identity), "files": files}
-            (draft / STATE).write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1))
-    except (OSError, SafetensorError) as error:
+            text = json.dumps(record | {"sha256": _digest(record)}, indent=1)
+            write_file(folder / STATE, text.encode())
+            if upload:
+                upload(folder / STATE)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise (save_problem(error, folder.parent) or error) from None
+
+
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every worker's value, by rank."""
+    values = [value]
+    if group:
+        values *= dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first worker's error in what torch raises for all of them."""
+    if isinstance(error, CheckpointException):
+        return next(failure for failure, _ in error.failures.values())
+    return error
+
+
+def read_checkpoint(folder: Path, tensors: Mapping[str, Tensor]) -> TrainState:
+    """Reads a verified checkpoint into `tensors`, of which a worker may have only some rows; returns its state."""
+    dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return TrainState(**parse_state((folder / STATE).read_bytes(), folder / STATE)["state"])
+
+
+class StoredModel(Mapping[str, Tensor]):
+    """A verified checkpoint's parameters, tied ones once. Each is put together from its shards when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = _Reader(str(folder))
+        stored: Any = self._reader.read_metadata().state_dict_metadata
+        self._stored = {name: kept for name, kept in stored.items() if not name[0].isdigit()}  # the optimizers'
+
+    def __getitem__(self, name: str) -> Tensor:
+        kept = self._stored[name]
+        tensor = torch.empty(kept.size, dtype=kept.properties.dtype)
+        dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Reads the headers of the shards once."""
+
+    def read_metadata(self) -> Any:
+        self._metadata = getattr(self, "_metadata", None) or super().read_metadata()
+        return self._metadata
 
 
 def save_problem(error: BaseException, place: object) -> TrainingError | None:
@@ -95,10 +172,9 @@ def save_problem(error: BaseException, place: object) -> TrainingError | None:
     return problem and TrainingError(f"{problem}; the last checkpoint is intact")
 
 
-def load_checkpoint(folder: Path, identity: Identity) -> Checkpoint:
-    """Reads and verifies a checkpoint. Raises DamagedCheckpoint, or CheckpointError if it belongs to another run."""
-    record = verified(folder)
-    for what, theirs in record["identity"].items():
+def check_checkpoint(folder: Path, identity: Identity) -> None:
+    """Verifies a checkpoint. Raises DamagedCheckpoint, or CheckpointError if it belongs to another run."""
+    for what, theirs in verified(folder)["identity"].items():
         ours = getattr(identity, what)
         if theirs != ours:
             raise CheckpointError(
@@ -106,15 +182,12 @@ def load_checkpoint(folder: Path, identity: Identity) -> Checkpoint:
                 f"(fingerprint {theirs[:12]}, expected {ours[:12]}); "
                 "resume it with the settings it was made with"
             )
-    state = TrainState(**record["state"])
-    return Checkpoint(state, load_model(folder, verify=False), load_file(folder / "optimizer.safetensors"))
 
 
-def load_model(folder: Path, verify: bool = True) -> dict[str, Tensor]:
-    """The model's parameters, tied ones once. Raises DamagedCheckpoint if the checkpoint is damaged."""
-    if verify:
-        verified(folder)
-    return load_file(folder / "model.safetensors")
+def load_model(folder: Path) -> StoredModel:
+    """The checkpoint's parameters. Raises DamagedCheckpoint if it is damaged."""
+    verified(folder)
+    return StoredModel(folder)
 
 
 def parse_state(text: bytes, where: object) -> dict[str, Any]:
@@ -122,14 +195,14 @@ def parse_state(text: bytes, where: object) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(text)
         expected, format_version = record.pop("sha256", None), record["format"]
-        if format_version == FORMAT:
+        if format_version in READABLE:
             Identity(**record["identity"]), TrainState(**record["state"]), dict(record["files"])
             if expected not in (None, _digest(record)):  # earlier versions wrote none
                 raise ValueError("it was changed")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where} is damaged ({error})") from None
-    if format_version != FORMAT:
-        raise CheckpointError(f"{where} has checkpoint format {format_version}; this version reads {FORMAT}")
+    if format_version not in READABLE:
+        raise CheckpointError(f"{where} has checkpoint format {format_version}; this version reads up to {FORMAT}")
     return record
 
 

@@ -17,7 +17,7 @@ from train_job.data.corpus import Corpus
 from train_job.data.shards import TokenSet, prepare
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what FSDP allocates here is used in training
 def validation_nats(
     model: GPT, tokens: TokenSet, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Tensor:

@@ -11,32 +11,48 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptcore.devices import pick_dtype
 from gptcore.errors import TrainingError
+from gptcore.loss import IGNORE
 from gptcore.model import GPT
 from gptcore.progress import doing
 from train_job.config import UNBOUNDED, TrainConfig
 from train_job.data.batches import Batches
 from train_job.data.shards import TokenSet
-from train_job.training.checkpoint import Checkpoint, Identity, TrainState
+from train_job.training.checkpoint import Identity, TrainState, read_checkpoint
 from train_job.training.evaluate import validation_nats
 from train_job.training.events import CheckpointDue, Evaluation, Event, Finished, Progress, Started
 from train_job.training.hardware import peak_flops
 from train_job.training.optimizer import Optimizers, learning_rate_factor
-from train_job.training.parallel import prepare_model
+from train_job.training.parallel import (
+    average_vectors,
+    clip_gradients,
+    fill,
+    is_sharded,
+    prepare_model,
+    replicate,
+    shard,
+    unused_after,
+    world_size,
+)
 from train_job.training.targets import TargetStatus, target_statuses
 
 
 class Trainer:
-    """One rank of a run. `wrap` wraps the model in DDP; `stop_asked` is polled on rank 0."""
+    """One rank of a run.
+
+    A model on the meta device, which takes no memory, gets the `weights`: names and whole tensors, one at a time.
+    `stop_asked` is polled on rank 0.
+    """
 
     def __init__(
         self,
@@ -45,18 +61,24 @@ class Trainer:
         train: TokenSet,
         validation: TokenSet,
         device: torch.device,
-        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
         stop_asked: Callable[[], bool] = lambda: False,
+        weights: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
         self.config, self.device, self.stop_asked = config, device, stop_asked
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.world_size = world_size()
         self.batches = Batches(train, config.context, config.batch_size, config.seed, config.stride)
         self.train, self.validation = train, validation
-        self.model = model.to(device)
-        self.optimizers = Optimizers(self.model, config)
-        prepare_model(self.model, config)
-        self.runner: Any = wrap(self.model)
+        self.model, self.sharded = model, is_sharded(config)
+        prepare_model(model, config)
+        if self.sharded:
+            shard(model, config, device)
+            fill(model, weights)
+        else:
+            model.to(device)
+        self.parameters = dict(model.named_parameters())  # a forward pass replaces sharded ones for a while
+        self.optimizers = Optimizers(model, config)
+        self.runner: Any = model if self.sharded else replicate(model, config, device)
         self.dtype = pick_dtype(config.precision, device)
         self.total_steps, self.limit = config.planned_steps(self.batches.steps_per_epoch)
         self.log_every, self.eval_every = config.intervals(self.total_steps)
@@ -76,16 +98,12 @@ class Trainer:
         return Identity(*(hashlib.sha256(s.encode()).hexdigest() for s in (shape, tokenizer_fingerprint, data)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's parameters, tied ones once."""
-        return dict(self.model.named_parameters())
+        """What a checkpoint holds, not copied: parameters, tied ones once, and the optimizers' state."""
+        return {name: p.detach() for name, p in self.parameters.items()} | self.optimizers.tensors()
 
-    @torch.no_grad()
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Restores weights, optimizers and state from a checkpoint."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(checkpoint.model[name])
-        self.optimizers.load_tensors(checkpoint.optimizer)
-        self.state = TrainState(**asdict(checkpoint.state))
+    def restore(self, folder: Path) -> None:
+        """Restores weights, optimizers and state from a verified checkpoint."""
+        self.state = read_checkpoint(folder, self.tensors())
 
     def run(self) -> Iterator[Event]:
         """Trains until a limit or target. Raises TrainingError, on every rank, if a loss is not finite."""
@@ -145,8 +163,9 @@ class Trainer:
         """
         state, start = self.state, time.perf_counter()
         micro = self.config.micro_batch_size or math.ceil(self.config.batch_size / self.world_size)
-        with self._autocast(), doing(f"evaluating step {state.step} on the validation text"):
+        with self.autocast(), doing(f"evaluating step {state.step} on the validation text"):
             nats = validation_nats(self.model, self.validation, self.config.context, micro, self.rank, self.world_size)
+            unused_after(self.model)
         nats = self._all_reduce(nats)
         loss = float(nats) / (self.validation.num_tokens - 1)
         if not math.isfinite(loss):
@@ -177,25 +196,31 @@ class Trainer:
             x, y = x.pin_memory(), y.pin_memory()  # so that copying them does not wait for the device
         if self.model.config.dropout:
             torch.manual_seed(((self.config.seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
-        size = self.config.micro_batch_size or len(x)
-        scale = self.world_size / self.tokens_per_step  # DDP averages over ranks, so each multiplies
+        share = math.ceil(self.config.batch_size / self.world_size)
+        size = self.config.micro_batch_size or share
+        scale = self.world_size / self.tokens_per_step  # gradients are averaged over ranks, so each multiplies
         total = torch.zeros((), device=self.device)
+        if self.sharded and len(x) <= (math.ceil(share / size) - 1) * size:  # all ranks make as many passes
+            x, y = torch.cat([x, x[:1]]), torch.cat([y, torch.full_like(y[:1], IGNORE)])
         for start in range(0, len(x), size):
             xs, ys = (t[start : start + size].to(self.device, non_blocking=True) for t in (x, y))
-            with self._sync(start + size >= len(x)), self._autocast():
+            with self._sync(start + size >= len(x)), self.autocast():
                 loss = self.runner(xs, ys) * scale
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        if self.sharded:
+            average_vectors(self.parameters.values())
+        norm = clip_gradients(self.parameters.values(), self.config.grad_clip or math.inf)
         self.optimizers.step(learning_rate_factor(self.config, step, self.total_steps))
         return total, norm
 
-    def _autocast(self):
+    def autocast(self):
+        """The context of every forward pass: bf16 products, or none in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _sync(self, last: bool):
-        """Syncs gradients between ranks on a step's last micro-batch only."""
-        return contextlib.nullcontext() if last or self.world_size == 1 else self.runner.no_sync()
+        """DDP syncs gradients on a step's last micro-batch only; FSDP always, so that no rank holds whole ones."""
+        return contextlib.nullcontext() if last or self.runner is self.model else self.runner.no_sync()
 
     # --- between steps ------------------------------------------------------------------------------------------
 

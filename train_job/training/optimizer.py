@@ -1,16 +1,16 @@
 """The optimizers and the learning-rate schedule.
 
-In: a model and a config. Out: `Optimizers`, which uses Muon (Jordan et al. 2024, as torch.optim.Muon) for the matrices
-inside the blocks and AdamW for everything else, and `learning_rate_factor`, the schedule as a pure function.
+In: a model and a config. Out: `Optimizers`, which uses Muon for the matrices inside the blocks and AdamW for everything
+else, and `learning_rate_factor`, the schedule as a pure function.
 """
 
 import math
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train_job.config import TrainConfig
+from train_job.training.muon import Muon
 
 
 def learning_rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -49,10 +49,13 @@ class Optimizers:
             torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=1e-10 if muon else 1e-8, fused=fused)
         ]
         if muon:
-            self.parts.append(
-                torch.optim.Muon(matrices, lr=config.matrix_learning_rate, momentum=config.momentum, weight_decay=decay)
-            )
+            self.parts.append(Muon(matrices, config.matrix_learning_rate, config.momentum, decay))
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        for p in [*embeddings, *vectors, *(() if muon else matrices)]:  # now, so that a checkpoint can be read into it
+            step = torch.zeros((), device=p.device if fused else "cpu")
+            self.parts[0].state[p] = {"step": step, "exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
+        for p in matrices if muon else ():
+            self.parts[1].state[p] = {"momentum_buffer": zeros(p)}
 
     def step(self, factor: float) -> None:
         """One update at `factor` times the peak learning rates; then clears the gradients."""
@@ -62,21 +65,15 @@ class Optimizers:
             part.step()
             part.zero_grad(set_to_none=True)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizers' state as flat names: `0.12.exp_avg` is part 0, parameter 12."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizers' state, not copied, under flat names: `0.12.exp_avg` is part 0, parameter 12."""
         return {
-            f"{i}.{index}.{key}": torch.as_tensor(value)
+            f"{i}.{index}.{key}": value
             for i, part in enumerate(self.parts)
-            for index, state in part.state_dict()["state"].items()
-            for key, value in state.items()
+            for index, p in enumerate(p for group in part.param_groups for p in group["params"])
+            for key, value in part.state[p].items()
         }
 
-    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restores what `tensors` returned. Raises KeyError or ValueError if the parameters differ."""
-        for i, part in enumerate(self.parts):
-            state: dict[int, dict[str, Any]] = {}
-            for name, tensor in tensors.items():
-                which, index, key = name.split(".")
-                if int(which) == i:
-                    state.setdefault(int(index), {})[key] = tensor
-            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+
+def zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, requires_grad=False)

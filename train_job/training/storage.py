@@ -1,9 +1,8 @@
 """The storage of a run's checkpoints: a folder, or a URL that pyarrow or fsspec opens.
 
 In: a run's config. Out: its checkpoints, and the newest or best one that is intact; checkpoints that are no longer
-needed are removed. The storage also has the files that another machine needs to resume the run. Ray Train writes
-checkpoints and a list of them. That list can be damaged, or lack a checkpoint written as the worker died, so this
-module reads the folders, each of which can be verified.
+needed are removed. The storage also has the files that another machine needs to resume the run. There is no list of
+checkpoints, which could be damaged or lack one: this module reads the folders, each of which can be verified.
 """
 
 import contextlib
@@ -18,11 +17,13 @@ from typing import Any, TypeVar
 from gptcore.errors import ConfigError, DamagedCheckpoint
 from train_job.config import TrainConfig
 from train_job.files import one_line, written_whole
-from train_job.training.checkpoint import FILES, STATE, TrainState, parse_state, verified
+from train_job.training.checkpoint import STATE, TrainState, parse_state, verified
 
 RECORD = ("run.json", "config.yaml")
 """The files of a run's folder that another machine needs to resume it; config.yaml, which marks a run, is last."""
 RAYS_RECORD = "checkpoint_manager_snapshot.json"
+COPIED_BYTES = 2**24
+"""Read and written at a time."""
 
 Loaded = TypeVar("Loaded")
 Say = Callable[[str], None]
@@ -55,20 +56,34 @@ class StoredCheckpoint:
     @contextlib.contextmanager
     def files(self) -> Iterator[Path]:
         """Its folder on this machine, or a temporary copy that exists within the block."""
-        from pyarrow.fs import LocalFileSystem
+        from pyarrow.fs import FileSelector
 
-        if isinstance(self.fs, LocalFileSystem):
-            yield Path(self.path)
+        if folder := local_folder(self.fs, self.path):
+            yield folder
             return
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
-            for name in FILES:
+            for info in self.fs.get_file_info(FileSelector(self.path)):
                 with (
                     contextlib.suppress(FileNotFoundError),  # verification reports it
-                    self.fs.open_input_stream(f"{self.path}/{name}") as source,
-                    open(Path(scratch) / name, "wb") as copy,
+                    self.fs.open_input_stream(info.path) as source,
+                    open(Path(scratch) / info.base_name, "wb") as copy,
                 ):
-                    shutil.copyfileobj(source, copy, 2**24)
+                    shutil.copyfileobj(source, copy, COPIED_BYTES)
             yield Path(scratch)
+
+
+def local_folder(fs: Any, path: str) -> Path | None:
+    """The folder at `path`, if the file system is this machine's."""
+    from pyarrow.fs import LocalFileSystem
+
+    return Path(path) if isinstance(fs, LocalFileSystem) else None
+
+
+def copy_file(file: Path, fs: Any, folder: str) -> None:
+    """Copies a file of this machine into a folder of the storage."""
+    fs.create_dir(folder)
+    with file.open("rb") as source, fs.open_output_stream(f"{folder}/{file.name}") as copy:
+        shutil.copyfileobj(source, copy, COPIED_BYTES)
 
 
 def run_storage(config: TrainConfig) -> tuple[Any, str]:
@@ -188,7 +203,7 @@ def superseded(found: Iterable[StoredCheckpoint], used: StoredCheckpoint) -> lis
 
 
 def forget_rays_record(config: TrainConfig) -> None:
-    """Removes Ray Train's list of checkpoints, so that it starts with an empty one."""
+    """Removes the list of checkpoints that Ray Train has of a run of version 0.1, and would read."""
     from pyarrow.fs import FileType
 
     fs, folder = run_storage(config)

@@ -14,7 +14,7 @@ from gptcore.tokenizer import load_tokenizer
 from train_job.config import UNBOUNDED, TrainConfig, build_config
 from train_job.data.corpus import open_corpus, split
 from train_job.data.inputs import build_model, prepare_inputs
-from train_job.training.checkpoint import load_checkpoint, save_checkpoint
+from train_job.training.checkpoint import save_checkpoint
 from train_job.training.evaluate import bits_per_byte, validation_nats
 from train_job.training.events import CheckpointDue, Evaluation, Event, Finished, Progress, Started
 from train_job.training.loop import Trainer
@@ -84,10 +84,10 @@ def test_a_resumed_run_ends_with_identical_weights(trainer: Make, tmp_path: Path
     identity = first.identity("tokenizer")
     for event in first.run():
         if isinstance(event, CheckpointDue):
-            save_checkpoint(tmp_path / "c", first.state, identity, first.tensors(), first.optimizers.tensors())
+            save_checkpoint(tmp_path / "c", first.state, identity, first.tensors())
             break
     second = trainer(dropout=0.1, optimizer=optimizer, seed=1337)
-    second.restore(load_checkpoint(tmp_path / "c", identity))
+    second.restore(tmp_path / "c")
     resumed = events(second)
 
     assert_same(weights(whole), weights(second))
@@ -232,9 +232,9 @@ def test_a_resumed_fine_tuning_run_does_not_evaluate_its_parent_again(child: Mak
     first = child()
     saved = next(event for event in first.run() if isinstance(event, CheckpointDue))
     identity = first.identity("tokenizer")
-    save_checkpoint(tmp_path / "c", first.state, identity, first.tensors(), first.optimizers.tensors())
+    save_checkpoint(tmp_path / "c", first.state, identity, first.tensors())
     second = child()
-    second.restore(load_checkpoint(tmp_path / "c", identity))
+    second.restore(tmp_path / "c")
     assert [e.step for e in of_kind(Evaluation, events(second))] == [12]
     assert saved.step == 6
 
@@ -252,11 +252,11 @@ def stopped_at(step: int, trainer: Make, folder: Path, **settings: Any) -> Calla
     found = events(first)
     assert found[-1] == Finished(step, "stopped")
     identity = first.identity("tokenizer")
-    save_checkpoint(folder, first.state, identity, first.tensors(), first.optimizers.tensors())
+    save_checkpoint(folder, first.state, identity, first.tensors())
 
     def resumed(**changes: Any) -> Trainer:
         second = trainer(**settings | changes)
-        second.restore(load_checkpoint(folder, identity))
+        second.restore(folder)
         return second
 
     return resumed
@@ -310,9 +310,9 @@ def test_a_resumed_run_takes_no_step_past_its_end(
     first = trainer(max_steps=6)
     assert events(first)[-1] == Finished(6, "max_steps")
     identity = first.identity("tokenizer")
-    save_checkpoint(tmp_path / "c", first.state, identity, first.tensors(), first.optimizers.tensors())
+    save_checkpoint(tmp_path / "c", first.state, identity, first.tensors())
     second = trainer(**changes)
-    second.restore(load_checkpoint(tmp_path / "c", identity))
+    second.restore(tmp_path / "c")
     assert events(second) == [Started(6), Finished(6, reason)]
 
 
