@@ -174,12 +174,12 @@ def reduced_bytes(config: TrainConfig) -> int:
 
 
 def gathered_bytes(config: TrainConfig, work: Workload) -> float:
-    """FSDP: embeddings and head in fp32; bf16 weights of the block in use and of the next; a block's gradient, twice.
+    """FSDP: embeddings and head in fp32; bf16 weights of the block in use and of the next; gradients of a block.
 
-    The second gradient is in the precision in which it is sent.
+    These are whole, and once more in the precision in which they are sent, as are those of the block before.
     """
     block = work.inside / work.model.num_layers
-    return 4 * work.outside + (2 * 2 + 2 + reduced_bytes(config)) * block
+    return 4 * work.outside + (2 * 2 + 2 + 2 * reduced_bytes(config)) * block
 
 
 def exchange_bytes(config: TrainConfig, work: Workload, workers: int) -> float:

@@ -1,5 +1,6 @@
 """The plan's memory, against two real workers of one run on this machine's CPU."""
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,17 +78,23 @@ def measured(settings: dict[str, Any]) -> tuple[int, int]:
     return held, peak
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "recomputed"])
-@pytest.mark.parametrize(("family", "optimizer"), [("qwen3", "muon"), ("gpt2", "adamw")])
-@pytest.mark.parametrize(("parallel", "reduced"), [("ddp", "fp32"), ("fsdp", "fp32"), ("fsdp", "bf16")])
-def test_a_workers_memory_is_what_the_plan_says(
-    crew: Workers, parallel: str, reduced: str, family: str, optimizer: str, checkpointed: bool
-):
-    settings = dict(parallel=parallel, reduce_precision=reduced, family=family, optimizer=optimizer)
-    settings |= dict(checkpoint_activations=checkpointed)
-    config = config_of(settings)
+RUNS: dict[str, dict[str, Any]] = {
+    "ddp": dict(),
+    "ddp, recomputed": dict(checkpoint_activations=True),
+    "fsdp": dict(parallel="fsdp"),
+    "fsdp, recomputed": dict(parallel="fsdp", checkpoint_activations=True),
+    "fsdp, bf16 sums": dict(parallel="fsdp", reduce_precision="bf16", family="gpt2", optimizer="adamw"),
+    "fsdp, gpt2, recomputed": dict(parallel="fsdp", family="gpt2", optimizer="adamw", checkpoint_activations=True),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_workers_memory_is_what_the_plan_says(crew: Workers, run: str):
+    config = config_of(RUNS[run])
     memory = training_memory(config, workload(config.model_config(VOCABULARY), LENGTH), 2)
     expected = memory.total - GPU_RESERVE - (1 - 1 / FRAGMENTATION) * (memory.activations + memory.loss)
-    for held, peak in crew.call(2, measured, settings):
+    # On a CPU, a peak depends on when the threads that send let go of their buffers: thrice, and the median.
+    found = [each for _ in range(3) for each in crew.call(2, measured, RUNS[run])]
+    for held, _ in found:
         assert held == pytest.approx(memory.weights + memory.gradients + memory.optimizer, rel=0.01)
-        assert peak == pytest.approx(expected, rel=WITHIN)
+    assert statistics.median(peak for _, peak in found) == pytest.approx(expected, rel=WITHIN)
