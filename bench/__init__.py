@@ -1,1 +1,1 @@
-"""One command for each figure in docs/benchmarks.md. Each command prints one JSON line last."""
+"""One command for each figure in docs/performance.md. Each command prints one JSON line last."""

@@ -19,16 +19,21 @@ FEWEST_ROWS, SOFTMAX_ROWS = 1024, 256
 """The fewest tokens of a chunk, and those whose softmax is computed in fp32 at a time."""
 
 
-def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits (R, V) for targets (R, 1): a fp32 vector (R,), and softmax - onehot (R, V) as logits."""
-    logprobs = logits.float().log_softmax(-1)  # (R, V)
-    picked = logprobs.gather(1, targets)  # (R, 1)
-    gradient = logprobs.exp_().to(logits.dtype)
-    return -picked[:, 0], gradient.scatter_(1, targets, picked.expm1().to(logits.dtype))
+def softmax_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of logits (R, V) for targets (R, 1): a fp32 vector (R,). Overwrites logits by softmax - onehot.
+
+    Two maxima give the logarithm of the target's probability, log p_t = (z_t - max z) + log max p: log_softmax and exp
+    would compute every exponential twice, and log p_t alone fails where p_t underflows.
+    """
+    z = logits.float()  # (R, V)
+    p = z.softmax(-1)  # (R, V)
+    logprob = z.gather(1, targets) - z.amax(-1, keepdim=True) + p.amax(-1, keepdim=True).log()  # (R, 1)
+    logits.copy_(p).scatter_(1, targets, logprob.expm1().to(logits.dtype))
+    return -logprob[:, 0]
 
 
 def head_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, softmax: Callable[..., tuple[Tensor, Tensor]] = softmax_loss
+    x: Tensor, weight: Tensor, targets: Tensor, softmax: Callable[..., Tensor] = softmax_loss
 ) -> Tensor:
     """The summed cross-entropy in nats of the logits `x @ weight.T`, a fp32 scalar.
 
@@ -49,40 +54,37 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softmax: Any, backward: bool) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        ctx.gradients = (torch.empty_like(x), torch.zeros_like(weight)) if backward else None
+        wanted = [backward and needed for needed in ctx.needs_input_grad[:2]]
         with torch.autocast(kind, enabled=False):
-            return _chunks(x.to(dtype), weight.to(dtype), targets, softmax, ctx.gradients)
+            loss, *ctx.gradients = _chunks(x, weight, dtype, targets, softmax, *wanted)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (of_x, of_weight), ctx.gradients = ctx.gradients, None
-        return of_x.mul_(grad), of_weight.mul_(grad), None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(g if g is None else g.mul_(grad) for g in gradients), None, None, None
 
 
 def _chunks(
-    x: Tensor, weight: Tensor, targets: Tensor, softmax: Any, gradients: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """The loss; writes the gradients of x and weight into `gradients`."""
-    total = torch.zeros((), device=x.device)
+    x: Tensor, weight: Tensor, dtype: torch.dtype, targets: Tensor, softmax: Any, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and the gradients of x and weight if they are wanted."""
+    inputs, matrix = x.to(dtype), weight.to(dtype)
+    loss = torch.zeros((), device=x.device)
+    of_x = torch.empty_like(x) if wants_x else None
+    of_weight = None
     for start in range(0, len(x), rows := chunk_rows(x.size(1))):
         part = slice(start, start + rows)
         counts = targets[part] != IGNORE  # (R,)
-        of_logits = x[part] @ weight.T  # (R, V), at first the logits
+        of_logits = inputs[part] @ matrix.T  # (R, V), at first the logits
         for few, wanted, counted in zip(
             *(t.split(SOFTMAX_ROWS) for t in (of_logits, targets[part].clamp(min=0), counts)), strict=True
         ):
-            losses, gradient = softmax(few, wanted[:, None])
-            total += torch.where(counted, losses, 0.0).sum()
-            if gradients is not None:
-                few.copy_(gradient)
-        if gradients is None:
-            continue
-        of_x, of_weight = gradients
-        of_x[part] = (of_logits @ weight) * counts[:, None]  # (R, C)
-        rows_that_count = x[part] * counts[:, None]  # (R, C)
-        if x.dtype == of_weight.dtype:
-            of_weight.addmm_(of_logits.T, rows_that_count)  # (V, C)
-        else:
-            of_weight.add_(of_logits.T @ rows_that_count)
-    return total
+            loss += torch.where(counted, softmax(few, wanted[:, None]), 0.0).sum()
+        if of_x is not None:
+            of_x[part] = (of_logits @ matrix) * counts[:, None]  # (R, C)
+        if wants_weight:
+            product = of_logits.T @ (inputs[part] * counts[:, None])  # (V, C)
+            of_weight = product.to(weight.dtype) if of_weight is None else of_weight.add_(product)
+    return loss, of_x, of_weight

@@ -16,3 +16,8 @@ def count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.1f}{suffix}"
     return str(round(number))
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, without the unit: 1.5e9 -> '1.4'."""
+    return f"{size / 2**30:.1f}"

@@ -16,9 +16,10 @@ from typing import Any
 from gptcore.engine.runners import MOST_SLOTS, SHARE
 from gptcore.errors import ConfigError, FoundryError
 from gptcore.progress import doing
-from gptcore.units import count
+from gptcore.units import count, gib
 from train_job.cli import Help, Parser, format_examples, parse_settings
 from train_job.config import UNBOUNDED, TrainConfig, build_config
+from train_job.planning.choice import Choice, choose, doublings
 from train_job.planning.costs import (
     Memory,
     Serving,
@@ -37,6 +38,7 @@ from train_job.training.devices import Device, Rates, assumed_rates, find_device
 EXAMPLES = {
     "--gpu here": "the preset quick on this machine, measured",
     "--preset foundry-124m --gpus 8 --gpu h200": "a full-sized model on rented GPUs",
+    "--preset foundry-124m --hidden-size 4096 --num-heads 32": "how many GPUs a larger one needs",
     "--preset foundry-124m --gpu l4 --load 200": "and the replicas that serve 200 requests per second",
 }
 FAILURE_GPU_HOURS = 50_700
@@ -78,14 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, given = parse(sys.argv[1:] if argv is None else argv)
         config, work = planned(given)
-        gpus = options.gpus if options.gpus is not None else config.workers[1]
-        if not 1 <= gpus <= config.batch_size:
+        if options.gpus is not None and not 1 <= options.gpus <= config.batch_size:
             raise ConfigError(
-                f"gpus is {gpus}; expected 1 to {config.batch_size}, since a step has batch_size "
+                f"gpus is {options.gpus}; expected 1 to {config.batch_size}, since a step has batch_size "
                 f"{config.batch_size} sequences to divide"
             )
-        device, rates = device_of(options, work, gpus)
-        plan = make_plan(config, work, device, rates, gpus)
+        device, rates = device_of(options, work, options.gpus or config.workers[1])
+        choice = choose(config, given, work, device, options.gpus)
+        config = choice.config
+        plan = make_plan(config, work, device, rates, choice.gpus)
         served = serve_plan(options, work, device, rates) if options.load is not None else None
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -95,10 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if options.as_json:
         shown = {"device": asdict(device), "rates": asdict(rates), "plan": asdict(plan)}
+        shown["plan"] |= {"parallel": config.parallel, "micro_batch": micro_batch(config, choice.gpus)}
         shown["plan"] |= {"memory_bytes": plan.memory.total, "step_seconds": plan.step.seconds}
         print(json.dumps(shown | ({"serving": asdict(served)} if served else {})))
         return 0
-    show_training(config, work, device, rates, plan)
+    show_training(choice, work, device, rates, plan)
     if served:
         show_serving(work, device, served)
     return 0
@@ -110,12 +114,18 @@ def parse(argv: Sequence[str]) -> tuple[PlanOptions, dict[str, Any]]:
     parser = Parser(
         prog=command,
         usage=f"{command} [--gpu NAME] [--gpus N] [--load N] [--SETTING VALUE ...]",
-        description="Estimates memory, speed, time and cost of a run. Accepts every setting of train_job/run.py.\n\n"
+        description="Estimates memory, speed, time and cost of a run. Accepts every setting of train_job/run.py.\n"
+        "Chooses the number of GPUs, and whether they divide the model, where these are left open.\n\n"
         + format_examples(command, EXAMPLES),
         formatter_class=Help,
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=int, metavar="INT", help="GPUs that train together [default: num_workers]")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="INT",
+        help="GPUs that train together [default: num_workers, or what fits]",
+    )
     parser.add_argument("--gpu", default="h100", help="b200, h200, h100, a100 …, or here: measured [default: h100]")
     parser.add_argument("--price", type=float, metavar="FLOAT", help="dollars per GPU-hour; default: a typical price")
     parser.add_argument("--load", type=float, metavar="FLOAT", help="also plan a service for this many requests/s")
@@ -227,11 +237,15 @@ def serve_plan(options: PlanOptions, work: Workload, device: Device, rates: Rate
 # --- printing ------------------------------------------------------------------------------------------------------
 
 
-def show_training(config: TrainConfig, work: Workload, device: Device, rates: Rates, plan: TrainingPlan) -> None:
+def show_training(choice: Choice, work: Workload, device: Device, rates: Rates, plan: TrainingPlan) -> None:
     """Prints the run on the requested GPUs, then on fewer and more."""
-    model, micro = work.model, micro_batch(config, plan.workers)
+    config, model, micro = choice.config, work.model, micro_batch(choice.config, plan.workers)
     print(f"model     {model_text(config, model, work.parameters)}")
     print(f"device    {f'{plan.workers} x ' if plan.mfu else ''}{device.name}; rates {rates.source}")
+    if choice.reasons:
+        print(f"chosen    {'; '.join(choice.reasons)}")
+    if device.per_machine > 1:
+        print(f"flags     {choice.flags}")
     share = math.ceil(config.batch_size / plan.workers)
     print(f"step      {config.batch_size} sequences of {work.length:,} tokens; {share} a worker, {micro} at a time")
     parts = ", ".join(f"{name} {gib(size)}" for name, size in vars(plan.memory).items() if size >= 2**20)
@@ -240,6 +254,9 @@ def show_training(config: TrainConfig, work: Workload, device: Device, rates: Ra
     fits = "fits" if room >= 0 else "DOES NOT FIT"
     print(f"memory    {gib(plan.memory.total)} of {gib(device.memory)} GiB: {fits}; micro-batch up to {most} would")
     print(f"          {parts}")
+    sharded = training_memory(replace(config, parallel="fsdp"), work, plan.workers).total
+    if room < 0 and config.parallel == "ddp" and sharded <= device.memory:
+        print(f"          --parallel fsdp would fit: {gib(sharded)} GiB")
     used = f", {plan.mfu:.0%} of the peak" if plan.mfu else ""
     print(f"speed     {count(plan.tokens_per_second)} tokens/s{used}; a step takes {milliseconds(plan.step.seconds)}")
     print(f"          {', '.join(f'{name} {milliseconds(s)}' for name, s in spent(plan.step).items())}")
@@ -249,15 +266,17 @@ def show_training(config: TrainConfig, work: Workload, device: Device, rates: Ra
     if device.per_machine == 1:
         return
     print(f"          {lost:.2g} interruptions expected; each loses the steps since the last checkpoint")
-    print("\n   gpus    tokens/s   of linear     hours   GPU-hours    dollars  a step waits for its gradients")
+    print("\n   gpus    tokens/s   of linear     hours   GPU-hours    dollars   GiB each  a step waits")
+    asked = "this plan" if choice.reasons else "asked for"
     alone = make_plan(config, work, device, rates, 1)
     for workers in sorted({*doublings(config.batch_size), plan.workers}):
         row = make_plan(config, work, device, rates, workers)
+        mark = f"  <- {asked}" if workers == plan.workers else ""
         print(
             f"{workers:7} {count(row.tokens_per_second):>11}"
             f" {row.tokens_per_second / alone.tokens_per_second / workers:11.0%} {row.hours:9.2f}"
             f" {row.hours * workers:11.1f} {f'{row.cost:,.0f}' if row.cost is not None else '-':>10}"
-            f" {row.step.waiting / row.step.seconds:6.0%}{'  <- asked for' if workers == plan.workers else ''}"
+            f" {gib(row.memory.total):>10} {row.step.waiting / row.step.seconds:6.0%}{mark}"
         )
     print(f"\n{verdict(config, work, device, rates)}")
 
@@ -267,10 +286,11 @@ def verdict(config: TrainConfig, work: Workload, device: Device, rates: Rates) -
     for workers in doublings(config.batch_size)[1:]:
         step = training_step(config, work, device, rates, workers)
         if step.waiting > 0.25 * step.seconds:
+            sent = "weights and gradients" if config.parallel == "fsdp" else "gradients"
             return (
-                f"Communication-bound from {workers} GPUs on: {gib(4 * work.parameters)} GiB of gradients take "
-                f"{milliseconds(step.gradients)} there, and backward hides "
-                f"{milliseconds(step.gradients - step.waiting)} of it. A larger batch_size raises that number."
+                f"Communication-bound from {workers} GPUs on: sending {sent} takes {milliseconds(step.gradients)} "
+                f"there, and computing hides {milliseconds(step.gradients - step.waiting)} of it. "
+                "A larger batch_size raises that number."
             )
     return f"Not communication-bound up to {config.batch_size} GPUs, where each has one sequence of a step."
 
@@ -298,14 +318,9 @@ def spent(step: Step) -> dict[str, float]:
         "softmax": "loss",
         "optimizer": "optimizer",
         "launching": "launching kernels",
-        "waiting": "waiting for gradients",
+        "waiting": "waiting for other GPUs",
     }
     return {words: getattr(step, n) for n, words in names.items() if getattr(step, n) > step.seconds / 1000}
-
-
-def doublings(most: int) -> list[int]:
-    """1, 2, 4 and so on up to `most`, and `most`."""
-    return sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most})
 
 
 def cost(plan: TrainingPlan) -> str:
@@ -313,10 +328,6 @@ def cost(plan: TrainingPlan) -> str:
     dollars = f", {plan.cost:,.2f} dollars" if plan.cost is not None else "; --price gives a cost"
     together = f", {plan.hours * plan.workers:,.1f} GPU-hours" if plan.mfu else ""
     return f"{hours}{together}{dollars if plan.mfu or plan.cost else ''}"
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.1f}"
 
 
 def milliseconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The report of `python -m bench.gpu`: Markdown tables for docs/benchmarks.md, and what failed."""
+"""The report of `python -m bench.gpu`: Markdown tables for docs/performance.md, and what failed."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

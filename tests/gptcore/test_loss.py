@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore.loss import IGNORE, chunk_rows, head_cross_entropy
+from tests.memory import allocated
 
 VOCABULARY, WIDTH = 700, 32
 
@@ -53,7 +54,21 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(inputs: tup
     x, weight, targets = inputs
     head_cross_entropy(x, weight.detach(), targets).backward()
     assert x.grad is not None
+    trained, frozen = (allocated(lambda w=w: head_cross_entropy(x, w, targets))[1] for w in (weight, weight.detach()))
+    assert trained - frozen == 4 * weight.numel()  # the gradient's bytes
     with torch.inference_mode():
         loss = head_cross_entropy(*inputs)
     torch.testing.assert_close(loss, whole(*inputs), rtol=1e-6, atol=0)
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("inputs", [1024], indirect=True)
+def test_a_target_of_vanishing_probability_has_a_finite_loss(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, targets = inputs
+    with torch.no_grad():
+        weight *= 200  # the softmax of most tokens underflows to 0
+    loss, expected = head_cross_entropy(x, weight, targets), whole(x, weight, targets)
+    assert expected > 100 * len(targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(gradients(loss, x, weight), gradients(expected, x, weight), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)

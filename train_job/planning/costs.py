@@ -21,15 +21,15 @@ FEATURE_BYTES = {"qwen3": 850, "gpt2": 225}
 bf16 under autocast, not compiled."""
 SCORE_BYTES = 20
 """The same per head and attended position, for unfused attention: on a CPU, up to 512 tokens."""
-LOGIT_BYTES = 46
+LOGIT_BYTES = 45
 """The same for the loss, per token and row of the vocabulary."""
 COMPILED_FEATURE_BYTES, COMPILED_LOGIT_BYTES = 120, 12
 """The same after fusion; assumed."""
 SAVED_BYTES = {"qwen3": (50, 8, 12, 8, 8), "gpt2": (24, 4, 4, 16, 4)}
 """Bytes that autograd saves for backward, per token. In a block: per feature, per MLP feature, per head, and constant.
 Outside the blocks: per feature."""
-LOSS_BYTES = 10
-"""Peak bytes of a softmax, per token and row of the vocabulary: logits in fp32, their softmax, its gradient in bf16."""
+LOSS_BYTES = 8
+"""Peak bytes of a softmax, per token and row of the vocabulary: logits in fp32, and their softmax."""
 GPU_RESERVE = 1.5e9
 """Bytes: CUDA's context, NCCL's buffers, libraries' workspaces."""
 FRAGMENTATION = 1.1
@@ -65,8 +65,20 @@ class Workload:
     parameters: int
     matrices: tuple[tuple[int, int], ...]
     """Shapes of the blocks' weight matrices, which Muon trains."""
+    outside: int
+    """Weights of the embeddings and the head."""
     flops_per_token: int
     """FLOP per token of a training step, forward and backward."""
+
+    @property
+    def inside(self) -> int:
+        """Weights of the blocks' matrices."""
+        return sum(a * b for a, b in self.matrices)
+
+    def per_worker(self, sharded_over: int) -> float:
+        """Parameters of a worker if matrices are divided among so many; vectors stay whole."""
+        matrices = self.inside + self.outside
+        return matrices / sharded_over + self.parameters - matrices
 
     @property
     def decode_flops(self) -> float:
@@ -88,8 +100,10 @@ def workload(model: ModelConfig, length: int) -> Workload:
     """Counts them on a network without weights."""
     with torch.device("meta"):
         network = GPT(model)
-    matrices = tuple((p.size(0), p.size(1)) for n, p in network.named_parameters() if p.ndim == 2 and "layers." in n)
-    return Workload(model, length, network.num_parameters(), matrices, network.flops_per_token(length))
+    shapes = {n: (p.size(0), p.size(1)) for n, p in network.named_parameters() if p.ndim == 2}
+    matrices = tuple(shape for n, shape in shapes.items() if "layers." in n)
+    outside = sum(a * b for n, (a, b) in shapes.items() if "layers." not in n)
+    return Workload(model, length, network.num_parameters(), matrices, outside, network.flops_per_token(length))
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -104,6 +118,11 @@ class Memory:
     buckets: float
     """DDP's copies of the gradients."""
     optimizer: float
+    gathered: float
+    """FSDP: whole weights that are in use, and whole gradients before they are divided."""
+    exchange: float
+    """What the end of a step takes beyond activations and loss, which are freed by then: Muon's whole matrices, or with
+    FSDP the gradients of embeddings and head."""
     activations: float
     loss: float
     reserve: float
@@ -119,22 +138,60 @@ def training_memory(config: TrainConfig, work: Workload, workers: int, sequences
     An upper bound if the model is compiled or has fewer key/value heads than heads.
     """
     micro = (sequences or micro_batch(config, workers)) * work.length  # tokens
-    muon = sum(a * b for a, b in work.matrices) if config.optimizer == "muon" else 0
-    casts = 2 * work.read_weights  # autocast's bf16 weights
+    parts = sharded_over(config, workers)
+    held = work.per_worker(parts)
+    muon = work.inside / parts if config.optimizer == "muon" else 0
     vocabulary, width = work.model.vocab_size, work.model.hidden_size
+    casts = 2 * (work.read_weights if parts == 1 else vocabulary * width)  # autocast's bf16 weights
     logits = (2 * min(micro, chunk_rows(width)) + LOSS_BYTES * min(micro, SOFTMAX_ROWS)) * vocabulary
     if config.checkpoint_activations:  # no block is recomputed while there are logits
         logits = max(0, logits - micro * block_saved_bytes(work.model))
+    activations = FRAGMENTATION * (micro * saved_bytes(work.model, config.checkpoint_activations) + casts)
+    # Between forward and backward, the loss also holds the gradients of its input and of the head.
+    loss = FRAGMENTATION * (logits + 4 * micro * width + 6 * vocabulary * width)
     return Memory(
-        weights=4 * work.parameters,
-        gradients=4 * work.parameters,
-        buckets=4 * work.parameters if workers > 1 else 0,
-        optimizer=4 * muon + 8 * (work.parameters - muon),
-        activations=FRAGMENTATION * (micro * saved_bytes(work.model, config.checkpoint_activations) + casts),
-        # Between forward and backward, the loss also holds the gradients of its input and of the head.
-        loss=FRAGMENTATION * (logits + 4 * micro * width + 6 * vocabulary * width),
+        weights=4 * held,
+        gradients=4 * held,
+        # With bf16, also copies of those on their way.
+        buckets=(6 if config.reduce_precision == "bf16" else 4) * work.parameters if workers > parts else 0,
+        optimizer=4 * muon + 8 * (held - muon),
+        gathered=gathered_bytes(config, work) if parts > 1 else 0,
+        exchange=max(0.0, exchange_bytes(config, work, workers) - activations - loss),
+        activations=activations,
+        loss=loss,
         reserve=GPU_RESERVE,
     )
+
+
+def sharded_over(config: TrainConfig, workers: int) -> int:
+    """The workers that divide the model among them; 1 if each has all of it."""
+    return workers if config.parallel == "fsdp" else 1
+
+
+def reduced_bytes(config: TrainConfig) -> int:
+    """Bytes of a gradient's element on its way between workers."""
+    return 2 if config.reduce_precision == "bf16" else 4
+
+
+def gathered_bytes(config: TrainConfig, work: Workload) -> float:
+    """FSDP: embeddings and head in fp32; bf16 weights of the block in use and of the next; gradients of a block.
+
+    These are whole, and once more in the precision in which they are sent, as are those of the block before.
+    """
+    block = work.inside / work.model.num_layers
+    return 4 * work.outside + (2 * 2 + 2 + 2 * reduced_bytes(config)) * block
+
+
+def exchange_bytes(config: TrainConfig, work: Workload, workers: int) -> float:
+    """The most that gradients of embeddings and head (FSDP), or Muon's round of one matrix a worker, take in a step."""
+    parts = sharded_over(config, workers)
+    ends = (4 + reduced_bytes(config)) * work.outside if parts > 1 else 0
+    if config.optimizer != "muon" or workers == 1:
+        return ends
+    first = sorted((a * b for a, b in work.matrices), reverse=True)[:workers]
+    # In bf16, and their results: under DDP all matrices of a round; under FSDP this worker's rows, and one matrix with
+    # its products.
+    return max(ends, 4 * sum(first) / parts + (8 * first[0] if parts > 1 else 0))
 
 
 def saved_bytes(model: ModelConfig, checkpointed: bool = False) -> int:
@@ -177,9 +234,9 @@ class Step:
     launching: float
     """Time the GPU waits for Python, if the micro-batch is too small."""
     gradients: float
-    """Time of the all-reduce, hidden or not."""
+    """Time in which gradients, and with FSDP weights, are sent, hidden or not."""
     waiting: float
-    """The part of it that backward does not hide."""
+    """The part of it that computing does not hide."""
 
     @property
     def seconds(self) -> float:
@@ -187,7 +244,7 @@ class Step:
 
 
 def training_step(config: TrainConfig, work: Workload, device: Device, rates: Rates, workers: int) -> Step:
-    """Compute time, then the part of the all-reduce that remains when the last backward ends."""
+    """Compute time, then the part of sending gradients and weights that computing does not hide."""
     model, fused = work.model, config.compile and device.name != "cpu"
     rows = math.ceil(config.batch_size / workers)
     tokens = rows * work.length
@@ -201,11 +258,15 @@ def training_step(config: TrainConfig, work: Workload, device: Device, rates: Ra
     launched = passes * model.num_layers * KERNELS[model.family] * LAUNCH_SECONDS / (4 if fused else 1)
     computing = products + elementwise + softmax
     launching = max(0.0, launched - computing) if device.name != "cpu" else 0.0
-    # Only the last micro-batch's backward, two thirds of its time, runs beside the all-reduce.
-    window = (computing + launching) / passes * 2 / 3
-    gradients, last = all_reduce_seconds(4 * work.parameters, device, workers)
-    waiting = max(gradients - window, last)
-    optimizer = optimizer_seconds(config, work, rates)
+    backward = (computing + launching) / passes * (3 / 4 if config.checkpoint_activations else 2 / 3)
+    if sharded_over(config, workers) == 1:  # only the last micro-batch's backward runs beside the all-reduce
+        whole = all_reduce_seconds(4 * work.parameters, device, workers)
+        gradients, last = (reduced_bytes(config) / 4 * seconds for seconds in whole)
+        waiting = max(gradients - backward, last)
+    else:
+        forward = (computing + launching) / passes - backward
+        gradients, waiting = (passes * t for t in sharded_seconds(config, work, device, workers, forward, backward))
+    optimizer = optimizer_seconds(config, work, rates, device, workers)
     return Step(products, elementwise, softmax, optimizer, launching, gradients, waiting)
 
 
@@ -215,23 +276,56 @@ def block_bytes(model: ModelConfig, length: int, device: str, fused: bool = Fals
     return model.hidden_size * (COMPILED_FEATURE_BYTES if fused else FEATURE_BYTES[model.family]) + scores
 
 
+def link_speed(device: Device, workers: int) -> float:
+    """Bytes/s between workers that send around a ring, over its slowest link."""
+    return LINK_SHARE * (device.link if workers <= device.per_machine else min(device.link, device.network))
+
+
 def all_reduce_seconds(size: float, device: Device, workers: int) -> tuple[float, float]:
     """Seconds of a ring all-reduce of `size` bytes, and of its last bucket, which nothing hides."""
     if workers == 1:
         return 0.0, 0.0
-    speed = LINK_SHARE * (device.link if workers <= device.per_machine else min(device.link, device.network))
-    ring = 2 * (workers - 1) / workers / speed
+    ring = 2 * (workers - 1) / workers / link_speed(device, workers)
     latency = BUCKET_LATENCY * math.log2(workers)
     return size * ring + math.ceil(size / BUCKET) * latency, min(size, BUCKET) * ring + latency
 
 
-def optimizer_seconds(config: TrainConfig, work: Workload, rates: Rates) -> float:
-    """Seconds on every rank: AdamW reads and writes 28 bytes per parameter; Muon's five rounds are products."""
+def sharded_seconds(
+    config: TrainConfig, work: Workload, device: Device, workers: int, forward: float, backward: float
+) -> tuple[float, float]:
+    """Seconds in which FSDP sends weights and gradients of one micro-batch, and those that computing does not hide.
+
+    Blocks' weights are gathered in bf16, for forward and again for backward, and their gradients scattered. Nothing
+    hides embeddings and head: they are gathered in fp32 before the first block, and scattered after the last.
+    """
+    reduced = reduced_bytes(config)
+    ring = (workers - 1) / workers / link_speed(device, workers)
+    latency = work.model.num_layers * BUCKET_LATENCY * math.log2(workers)
+    gather, scatter = 2 * work.inside * ring + latency, reduced * work.inside * ring + latency
+    ends = (4 + reduced) * work.outside * ring
+    return 2 * gather + scatter + ends, max(0.0, gather - forward) + max(0.0, gather + scatter - backward) + ends
+
+
+def optimizer_seconds(config: TrainConfig, work: Workload, rates: Rates, device: Device, workers: int) -> float:
+    """AdamW reads and writes 28 bytes per parameter of this worker, Muon 20; its products are dealt out to workers.
+
+    Matrices are sorted by their work and dealt out in rounds; a round takes as long as its largest. Then the workers
+    exchange results in bf16: DDP sends each to all, FSDP sends rows to the worker that needs the whole, and back.
+    """
+    parts = sharded_over(config, workers)
+    held, moved = work.per_worker(parts), work.inside / parts
     if config.optimizer == "adamw":
-        return 28 * work.parameters / rates.elementwise
-    rounds = sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in work.matrices)  # Newton-Schulz, FLOP
-    moved = sum(a * b for a, b in work.matrices)
-    return rounds / rates.products + (28 * (work.parameters - moved) + 20 * moved) / rates.elementwise
+        return 28 * held / rates.elementwise
+    largest = sorted(map(newton_schulz_flops, work.matrices), reverse=True)[::workers]
+    sent = 2 * work.inside * (workers - 1) / workers * (2 / workers if parts > 1 else 1)
+    exchanged = sent / link_speed(device, workers)
+    return sum(largest) / rates.products + exchanged + (28 * (held - moved) + 20 * moved) / rates.elementwise
+
+
+def newton_schulz_flops(shape: tuple[int, int]) -> int:
+    """Floating-point operations of Muon's five rounds on a matrix."""
+    short, long = sorted(shape)
+    return 5 * (4 * short**2 * long + 2 * short**3)
 
 
 # --- serving ----------------------------------------------------------------------------------------------------

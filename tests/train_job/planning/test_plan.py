@@ -28,6 +28,7 @@ from train_job.planning.costs import (
     all_reduce_seconds,
     block_bytes,
     largest_micro_batch,
+    optimizer_seconds,
     saved_bytes,
     serving,
     training_memory,
@@ -257,8 +258,84 @@ def test_the_plan_says_that_a_model_does_not_fit(capsys: pytest.CaptureFixture[s
         "--gpu",
         "h100",
     ]
-    assert main(big) == 0
+    assert main([*big, "--gpus", "1"]) == 0
     assert "DOES NOT FIT; micro-batch up to 0 would" in capsys.readouterr().out
+    assert main([*big, "--gpus", "16", "--parallel", "ddp", "--micro-batch-size", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT; micro-batch up to 0 would" in said
+    assert "--parallel fsdp would fit" in said
+
+
+EIGHT_BILLION = "--preset foundry-124m --hidden-size 4096 --num-layers 36 --num-heads 32 --num-kv-heads 8 --gpu h100"
+
+
+def chosen(capsys: pytest.CaptureFixture[str], arguments: str) -> tuple[int, str, int]:
+    """(GPUs, parallel, micro-batch) of the plan."""
+    assert main([*arguments.split(), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    return plan["workers"], plan["parallel"], plan["micro_batch"]
+
+
+def test_what_is_left_open_is_the_fewest_gpus_that_fit_and_ddp_before_fsdp(capsys: pytest.CaptureFixture[str]):
+    assert chosen(capsys, "--preset foundry-124m --gpu h100") == (1, "ddp", 16)
+    assert chosen(capsys, "--preset foundry-124m --gpu h100 --gpus 8")[:2] == (8, "ddp")
+    assert chosen(capsys, "--preset foundry-124m --gpu h100 --num-workers 4 --use-gpu")[:2] == (4, "ddp")
+    gpus, parallel, micro = chosen(capsys, EIGHT_BILLION)
+    assert (gpus, parallel) == (2, "fsdp")
+    assert 1 <= micro < 16  # the preset's does not fit
+    assert chosen(capsys, f"{EIGHT_BILLION} --gpus 8 --micro-batch-size 16")[2] == 16  # the user's stays
+    assert chosen(capsys, f"{EIGHT_BILLION} --micro-batch-size {micro + 1}")[0] > gpus
+
+
+def test_the_plan_says_what_it_chose_and_why(capsys: pytest.CaptureFixture[str]):
+    assert main(EIGHT_BILLION.split()) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"chosen    2 GPUs, the fewest that fit; fsdp, since ddp needs [0-9.]+ GiB; \d+ sequences? at", said
+    )
+    assert re.search(r"flags     --num-workers 2 --use-gpu --parallel fsdp --micro-batch-size \d+\n", said)
+    assert main([*EIGHT_BILLION.split(), "--gpus=8", "--parallel=fsdp", "--micro-batch-size=1"]) == 0
+    said = capsys.readouterr().out
+    assert "chosen" not in said
+    assert "flags     --num-workers 8 --use-gpu --parallel fsdp\n" in said
+
+
+def test_a_model_that_fits_nowhere_is_planned_for_all_gpus(capsys: pytest.CaptureFixture[str]):
+    assert main([*EIGHT_BILLION.split(), "--batch-size=2", "--gpu=l4", "--max-steps=10"]) == 0
+    said = capsys.readouterr().out
+    assert "2 GPUs, and none fits" in said
+    assert "DOES NOT FIT" in said
+
+
+def test_fsdp_divides_weights_gradients_and_optimizer_state():
+    config, work = planned("foundry-124m", parallel="fsdp")
+    few, many = (training_memory(config, work, n) for n in (2, 8))
+    whole = training_memory(planned("foundry-124m")[0], work, 2)
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(many, name) == pytest.approx(getattr(few, name) / 4, rel=0.01)
+        assert getattr(few, name) == pytest.approx(getattr(whole, name) / 2, rel=0.01)
+    assert whole.buckets > 0 == many.buckets
+    assert many.gathered > 4 * work.outside
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_bf16_gradients_take_less_time(parallel: str):
+    device = find_device("h100")
+
+    def step(**settings: Any) -> Any:
+        config, work = planned("foundry-124m", parallel=parallel, **settings)
+        return training_step(config, work, device, assumed_rates(device), 64)
+
+    full, half = step(), step(reduce_precision="bf16")
+    assert half.gradients < (0.55 if parallel == "ddp" else 0.9) * full.gradients
+    assert half.waiting < full.waiting
+
+
+def test_workers_share_muons_products():
+    config, work = planned("foundry-124m", hidden_size=2048, num_layers=24, num_heads=16)
+    device = find_device("h100")
+    alone, eight = (optimizer_seconds(config, work, assumed_rates(device), device, n) for n in (1, 8))
+    assert alone / 8 < eight < alone / 3
 
 
 def test_the_plan_has_one_gpu_per_worker(capsys: pytest.CaptureFixture[str]):
