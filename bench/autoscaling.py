@@ -154,7 +154,8 @@ class Played:
 
     @property
     def failed(self) -> list[str]:
-        return [reply.error for reply in self.replies if reply.error]
+        """When each failed request was sent, and its error."""
+        return [f"after {reply.sent:.1f} s: {reply.error}" for reply in self.replies if reply.error]
 
     @property
     def tokens(self) -> int:

@@ -294,9 +294,8 @@ def show_serving(work: Workload, device: Device, served: Serving) -> None:
         hourly = served.replicas * (device.price or 0)
         print(f"          {hourly:,.2f} dollars an hour, {served.dollars_per_million:,.2g} per million new tokens")
     # If one of two replicas fails, the other answers.
-    settings = {"min_replicas": min(2, served.replicas), "max_replicas": served.replicas, "slots": served.slots}
-    settings["target_ongoing_requests"] = served.target_ongoing_requests
-    print("          " + " ".join(f"{name}={value:g}" for name, value in settings.items()))
+    settings = f"min_replicas={min(2, served.replicas)} max_replicas={served.replicas} slots={served.slots}"
+    print(f"          {settings} target_ongoing_requests={served.target_ongoing_requests:g}")
 
 
 def spent(step: Step) -> dict[str, float]:

@@ -137,7 +137,7 @@ def command_socket(config: str) -> Path:
 
 
 def amend_config(config: str, own_socket: Path, unavailable: Path, environment: Mapping[str, str] = os.environ) -> str:
-    """Ray's configuration with our error replies in place of Ray's and HAProxy's plain text, and limits for bodies.
+    """Ray's configuration with our error replies in place of Ray's and HAProxy's plain text, limits and retries.
 
     `own_socket` accepts commands; `unavailable` is the file with the full 503 reply. A rule is left out if its place is
     missing, as with another version of Ray.
@@ -159,6 +159,8 @@ def amend_config(config: str, own_socket: Path, unavailable: Path, environment: 
             config = re.sub(rf"(?m)^{heading}\n(?:[ \t]+.*\n|\n)*", "", config)
     config = re.sub(r"(?m)^( *stats socket )\S+ mode \d+", rf"\g<1>{own_socket} mode 600", config)
     config = re.sub(r"(?m)^ *errorfile .*\n", "", config)
+    # A replica that stops drops connections that it has accepted but not read. A text can be computed again elsewhere.
+    config = re.sub(r"(?m)^( *retry-on conn-failure) *$", r"\1 empty-response", config)
     config = re.sub(r"(?m)^defaults\n", lambda found: found[0] + _lines(errors), config)
     config = re.sub(r"(?m)^frontend http_frontend\n.*\n", lambda found: found[0] + _lines(front), config)
     return re.sub(r"(?m)^(backend default_backend\n *http-request return ).*", lambda found: found[1] + reply, config)

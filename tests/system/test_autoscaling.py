@@ -24,9 +24,9 @@ pytestmark = pytest.mark.slow
 
 STEP_MS = 10
 FEWEST, MOST = 2, 4
-STREAMS, STREAM_TOKENS = 5, 6000
-"""One replica more than `FEWEST` could carry these streams. Each takes a minute: longer than it takes until extra
-replicas are stopped, so those have streams to finish then."""
+STREAMS, STREAM_TOKENS = 4, 6000
+"""`FEWEST` replicas carry these streams. Each takes a minute, which is longer than it takes until the other
+replicas stop, so those have streams to finish then."""
 STATES = """
 from ray import serve
 states = serve.status().applications["default"].deployments["gpt"].replica_states
