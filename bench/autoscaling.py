@@ -40,6 +40,8 @@ PRESET, VOCABULARY = "tiny", 12_000
 REPLICA = "ray::ServeReplica"
 """The title of a replica's process begins like this."""
 START_SECONDS = 120
+MOST_ERRORS = 30
+"""Errors in the report, at most."""
 POSITIVE = ("minutes", "peak", "price", "step_ms", "slots", "max_replicas", "new_tokens", "prompt_tokens", "seconds")
 
 
@@ -283,7 +285,7 @@ def summary(arguments: argparse.Namespace, played: Played) -> dict[str, Any]:
         "step_ms": arguments.step_ms,
         "requests": len(played.replies),
         "failed": len(played.failed),
-        **({"first_error": played.failed[0]} if played.failed else {}),
+        **({"errors": played.failed[:MOST_ERRORS]} if played.failed else {}),
         "tokens": played.tokens,
         **latencies(played),
         "replica_changes": sum(a != b for a, b in itertools.pairwise(counts)),

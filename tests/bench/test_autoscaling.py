@@ -87,7 +87,7 @@ def test_the_report_has_load_and_replicas_by_the_hour_and_the_cost_of_the_day() 
     busiest = next(i for i, hour in enumerate(hours) if hour.rate == 10.0)
     assert hour_row(arguments, hours, busiest, 20.0, 5.0, played)["planned_replicas"] == 2
     whole = summary(arguments, played)
-    assert (whole["requests"], whole["failed"], whole["first_error"]) == (3, 1, "after 21.0 s: status 500")
+    assert (whole["requests"], whole["failed"], whole["errors"]) == (3, 1, ["after 21.0 s: status 500"])
     assert (whole["tokens"], whole["replica_seconds"], whole["replica_changes"]) == (400, 25 + 2 * 455, 1)
     assert whole["saved"] == round(1 - 935 / 1920, 3)
     assert whole["dollars_per_1000_tokens"] == round(935 * 0.001 / 0.4, 6)
