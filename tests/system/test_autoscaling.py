@@ -28,9 +28,8 @@ STREAMS, STREAM_TOKENS = 4, 6000
 """`FEWEST` replicas carry these streams. Each takes a minute, which is longer than it takes until the other
 replicas stop, so those have streams to finish then."""
 STATES = """
-from ray import serve
-states = serve.status().applications["default"].deployments["gpt"].replica_states
-print({state.value: count for state, count in states.items()})
+import json; from ray import serve
+print(json.dumps(serve.status().applications["default"].deployments["gpt"].replica_states))
 """
 
 
@@ -74,7 +73,7 @@ def stream(service: Service, seed: int) -> Streamed:
 
 def states(service: Service) -> dict[str, int]:
     """The number of replicas in each of Ray's states."""
-    return dict(json.loads(in_ray(service.cluster, STATES.strip().replace("\n", "; ")).replace("'", '"')))
+    return dict(json.loads(in_ray(service.cluster, STATES)))
 
 
 def test_two_replicas_become_four_under_load_and_two_after_it_and_no_request_fails(service: Service):
