@@ -6,12 +6,12 @@ answer is complete.
 """
 
 import asyncio
-import functools
 import json
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,30 +79,38 @@ async def drive(load: Load, turn: int, ask: Ask) -> list[Reply]:
 
 def open_service(load: Load, precision: str, name: str) -> tuple[RunTurn, str]:
     """Opens a client of the service at `load.urls[name]`. `precision` is the one that the service was started with."""
-    import aiohttp
-
     url = f"{load.urls[name]}/generate"
     runner = asyncio.Runner()
     turns = iter(range(10**9))
 
-    async def ask(session: Any, prompt: str, tokens: int) -> Reply:
-        body = {"prompt": prompt, "max_new_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-        sent, arrivals, parts = time.perf_counter(), [], []
-        try:
-            async with session.post(url, json=body) as response:
-                async for part in response.content.iter_any():
-                    arrivals.append(time.perf_counter())
-                    parts.append(part)
-        except aiohttp.ClientError as error:
-            return Reply(sent, arrivals, 0, repr(error))
-        return read_reply(sent, arrivals, parts, tokens, response.status)
-
     async def turn() -> list[Reply]:
-        patient = aiohttp.ClientTimeout(total=None, sock_read=READ_SECONDS)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=patient) as session:
-            return await drive(load, next(turns), functools.partial(ask, session))
+        async with open_client(url) as ask:
+            return await drive(load, next(turns), ask)
 
     return lambda: runner.run(turn()), url
+
+
+@asynccontextmanager
+async def open_client(url: str) -> AsyncIterator[Ask]:
+    """A client that streams texts from the route at `url`, any number at once. A failed request is a `Reply` too."""
+    import aiohttp
+
+    patient = aiohttp.ClientTimeout(total=None, sock_read=READ_SECONDS)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=patient) as session:
+
+        async def ask(prompt: str, tokens: int) -> Reply:
+            body = {"prompt": prompt, "max_new_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+            sent, arrivals, parts = time.perf_counter(), [], []
+            try:
+                async with session.post(url, json=body) as response:
+                    async for part in response.content.iter_any():
+                        arrivals.append(time.perf_counter())
+                        parts.append(part)
+            except aiohttp.ClientError as error:
+                return Reply(sent, arrivals, 0, repr(error))
+            return read_reply(sent, arrivals, parts, tokens, response.status)
+
+        yield ask
 
 
 def read_reply(sent: float, arrivals: list[float], parts: list[bytes], tokens: int, status: int) -> Reply:
@@ -163,20 +171,19 @@ def figures(turns: Sequence[Sequence[Reply]]) -> dict[str, Any]:
     return {
         "tokens_per_second": round(rate, 1),
         "requests_per_second": round(rate / tokens, 3) if tokens else 0.0,
-        "first_token_ms": _percentiles(first),
-        "between_tokens_ms": _percentiles(gaps),
+        "first_token_ms": percentiles(first),
+        "between_tokens_ms": percentiles(gaps),
         "requests": len(replies),
         "errors": len(errors),
         **({"first_error": errors[0]} if errors else {}),
     }
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and 95th percentile, in milliseconds; {} if there are no values."""
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """The median, the 95th and the 99th percentile, in milliseconds; {} if there are no values."""
     if not seconds:
         return {}
     ordered = sorted(seconds)
-    return {
-        "p50": round(statistics.median(ordered) * 1e3, 2),
-        "p95": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))] * 1e3, 2),
-    }
+    high = {f"p{percent}": ordered[len(ordered) * percent // 100] for percent in (95, 99)}
+    found = {"p50": statistics.median(ordered)} | high
+    return {name: round(value * 1e3, 2) for name, value in found.items()}

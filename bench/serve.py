@@ -158,13 +158,21 @@ def print_level(concurrency: int, found: dict[str, dict[str, Any]], compared: di
 @contextlib.contextmanager
 def service(load: Load, dtype: str, scratch: Path) -> Iterator[str]:
     """Starts the service as a user does, with its own Ray. Yields its address."""
+    settings = dict(model=load.package, dtype=dtype, device="cpu", threads=load.threads)
+    with serve_run("serve_app:build_app", scratch, **settings) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def serve_run(app: str, scratch: Path, **settings: Any) -> Iterator[tuple[str, int]]:
+    """Runs `serve run` with its own Ray and these settings. Yields the service's address and its process id."""
     port = free_port()
-    settings = dict(model=load.package, dtype=dtype, device="cpu", threads=load.threads, port=port, log_level="warning")
-    command = [str(Path(sys.executable).with_name("serve")), "run", "serve_app:build_app"]
+    settings |= dict(port=port, log_level="warning")
+    command = [str(Path(sys.executable).with_name("serve")), "run", app]
     command += [f"{name}={value}" for name, value in settings.items()]
     environment = {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "GPT_FOUNDRY_HOME": str(scratch)}
-    with running(command, environment, port, scratch / "service.txt") as url:
-        yield url
+    with running(command, environment, port, scratch / "service.txt") as started:
+        yield started
 
 
 @contextlib.contextmanager
@@ -173,13 +181,16 @@ def naive_service(load: Load, dtype: str, scratch: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "bench.peers.naive_service", load.package]
     command += ["--port", str(port), "--dtype", dtype, "--threads", str(load.threads)]
-    with running(command, {"OMP_NUM_THREADS": str(load.threads)}, port, scratch / "naive.txt") as url:
+    with running(command, {"OMP_NUM_THREADS": str(load.threads)}, port, scratch / "naive.txt") as (url, _):
         yield url
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], environment: dict[str, str], port: int, output: Path) -> Iterator[str]:
-    """Starts a server, and yields its address once it is ready. Raises SystemExit with its output if it never is."""
+def running(command: Sequence[str], environment: dict[str, str], port: int, output: Path) -> Iterator[tuple[str, int]]:
+    """Starts a server, and yields its address and process id once it is ready.
+
+    Raises SystemExit with its output if it never is.
+    """
     with output.open("w+") as file:
         process = subprocess.Popen(
             command, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, process_group=0
@@ -187,7 +198,7 @@ def running(command: Sequence[str], environment: dict[str, str], port: int, outp
         try:
             url = f"http://127.0.0.1:{port}"
             await_ready(url, process, file)
-            yield url
+            yield url, process.pid
         finally:
             process.send_signal(signal.SIGINT)
             try:

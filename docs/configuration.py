@@ -17,7 +17,7 @@ from gptcore.config import MODEL_PRESETS, ModelConfig
 from gptcore.hf_format import empty_model
 from gptcore.tokenizer import parse_tokenizer
 from serve_app import settings as service
-from serve_app.front.haproxy import FRONT, SWITCH
+from serve_app.front.haproxy import FRONT, HARD_STOP, SWITCH
 from serve_app.models.registry import HTTP_PATIENCE
 from train_job.cli import groups
 from train_job.cluster.connect import LOCAL_RAY
@@ -78,6 +78,7 @@ THEIRS = (
     Variable("RAY_metrics_report_interval_ms", "How often Ray exports metrics to Prometheus.", "`10000`"),
     Variable("RAY_DEDUP_LOGS_SKIP_REGEX", "Ray's lines that are not printed.", "misleading ones"),
     Variable("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", "How long HAProxy waits for an answer.", "forever"),
+    Variable(HARD_STOP, "Seconds that a replaced HAProxy may finish its requests.", "`request_timeout_s` and 30"),
     Variable(SWITCH, "The proxy in front of the replicas: `1` HAProxy, `0` Ray's own.", "`1` if HAProxy is installed"),
     Variable("HF_HOME", "Hugging Face's folder, for `hf:` models.", "`~/.cache/huggingface`"),
     Variable("HF_HUB_CACHE", "Its cache of models.", "`$HF_HOME/hub`"),

@@ -24,7 +24,9 @@ from ray.serve import metrics as ray_metrics
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from gptcore.engine.engine import Engine
 from gptcore.engine.native import available_cores
+from gptcore.engine.settings import target_ongoing_requests
 from gptcore.errors import ConfigError
 from gptcore.home import home
 from serve_app.front import haproxy
@@ -32,6 +34,7 @@ from serve_app.front.unavailable import RETRY_AFTER_SECONDS
 from serve_app.http.app import create_api
 from serve_app.metrics import METRICS, Metric, Metrics
 from serve_app.models.catalog import Models
+from serve_app.models.load import MakeEngine
 from serve_app.ray_private import hide_lines, listening_host, wait_for_proxies
 from serve_app.settings import ServeSettings, load_settings
 
@@ -61,15 +64,16 @@ MISLEADING = re.compile(
 class Service:
     """A replica: the models and the HTTP app."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, make_engine: MakeEngine = Engine) -> None:
         settings = replace(settings, threads=settings.threads or threads_of(settings), host=listening_host())
-        self.models = Models(settings)
+        self.models = Models(settings, make_engine=make_engine)
         self.metrics = Metrics(RaySink())
         self.api = create_api(settings, self.models, self.metrics, tag_replies=False)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray, as `serve.ingress` documents; requests are accepted once the eager models have been tried."""
         await self.models.start()
+        warn_of_few_slots(self.models)
         self._gauges = asyncio.create_task(self._push_gauges())
         return self.api
 
@@ -106,7 +110,7 @@ class RaySink:
                 kept.observe(value, labels)
 
 
-def build_app(args: Mapping[str, Any]) -> serve.Application:
+def build_app(args: Mapping[str, Any], make_engine: MakeEngine = Engine) -> serve.Application:
     """`build` from named settings, which override the environment's. Errors are those of Serve's command line.
 
     Under `serve run`, this also starts Serve on the configured host and port.
@@ -120,12 +124,12 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         address = command.params.get("address") or os.environ.get("RAY_ADDRESS")
         _check_address(settings, address)
         if address in (None, "", "auto", "local"):  # a remote Ray has its own environment
-            haproxy.use_haproxy(body_seconds=settings.body_timeout_s)
+            haproxy.use_haproxy(body_seconds=settings.body_timeout_s, request_seconds=settings.request_timeout_s)
         _listen(settings, command.params)
-    return build(settings)
+    return build(settings, make_engine)
 
 
-def build(settings: ServeSettings) -> serve.Application:
+def build(settings: ServeSettings, make_engine: MakeEngine = Engine) -> serve.Application:
     """The application, with Ray's part of the settings."""
     models = len({*settings.sources, settings.canary_name} - {""})
     deployment: Any = serve.deployment(
@@ -133,7 +137,7 @@ def build(settings: ServeSettings) -> serve.Application:
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_replicas,
             max_replicas=settings.max_replicas,
-            target_ongoing_requests=settings.target_ongoing_requests,
+            target_ongoing_requests=settings.target_ongoing,
             upscale_delay_s=settings.upscale_delay_s,
             downscale_delay_s=settings.downscale_delay_s,
             look_back_period_s=LOOK_BACK_S,
@@ -145,7 +149,7 @@ def build(settings: ServeSettings) -> serve.Application:
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_SECONDS),
         health_check_period_s=HEALTH_SECONDS,
         max_surge_percent=SURGE_PERCENT,
-        graceful_shutdown_timeout_s=settings.drain_seconds,
+        graceful_shutdown_timeout_s=settings.drain,
         graceful_shutdown_wait_loop_s=0.5,
         logging_config=LoggingConfig(enable_access_log=False),  # the middleware logs requests
         ray_actor_options={
@@ -154,7 +158,25 @@ def build(settings: ServeSettings) -> serve.Application:
             "runtime_env": {"env_vars": {"GPT_FOUNDRY_HOME": str(home())}},  # the same caches as here
         },
     )
-    return deployment(serve.ingress()(Service)).bind(settings)
+    return deployment(serve.ingress()(Service)).bind(settings, make_engine)
+
+
+def warn_of_few_slots(models: Models) -> None:
+    """Logs a warning if memory holds fewer slots than autoscaling assumes, so that requests would wait for a slot."""
+    settings = models.settings
+    if settings.target_ongoing_requests or settings.max_replicas == 1:
+        return
+    for served in models.loaded():
+        slots = served.engine.info.slots
+        if (fits := target_ongoing_requests(slots)) < settings.target_ongoing:
+            log.warning(
+                "%s has only %d slots, but autoscaling adds a replica at %g requests each; set "
+                "target_ongoing_requests=%g",
+                served.label,
+                slots,
+                settings.target_ongoing,
+                fits,
+            )
 
 
 def threads_of(settings: ServeSettings) -> int:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import setting
-from gptcore.engine.settings import CHOICES, EngineSettings
+from gptcore.engine.settings import CHOICES, MOST_SLOTS, EngineSettings, target_ongoing_requests
 from gptcore.errors import ConfigError, did_you_mean
 from gptcore.home import default_tracking_uri, expanded
-from serve_app.front.haproxy import BODY_SECONDS
+from serve_app.front.haproxy import BODY_SECONDS, REQUEST_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 """Names appear in a header."""
 NAME_FORM = "1 to 64 of A-Z a-z 0-9 . _ @ -, starting with a letter or digit"
-MOST_SLOTS = 64
-"""Most slots that an engine chooses by itself."""
 ALL = "all"
+LATE_SECONDS = 10.0
+"""How long after its stop a replica may still get requests, with some to spare."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ServeSettings:
         BODY_SECONDS, "Time limit for receiving a request's body; the reply is 408 after that.", "seconds"
     )
     request_timeout_s: float = setting(
-        300.0, "Time limit for a whole request, including queueing and streaming; 504 after that.", "seconds"
+        REQUEST_SECONDS, "Time limit for a whole request, including queueing and streaming; 504 after that.", "seconds"
     )
     stream_interval_ms: float = setting(
         40.0, "Shortest time between two events of a stream, after the first; 0: send every token at once.", "ms"
@@ -121,7 +121,10 @@ class ServeSettings:
     min_replicas: int = setting(1, "Fewest replicas; 0: scale to zero while there are no requests.", "replicas")
     max_replicas: int = setting(1, "Most replicas.", "replicas")
     target_ongoing_requests: float = setting(
-        8.0, "Requests per replica, waiting or running, that autoscaling aims for.", "requests"
+        0.0,
+        "Requests per replica, waiting or running, that autoscaling aims for; 0: 70% of its slots, with the most that "
+        "slots=0 chooses.",
+        "requests",
     )
     upscale_delay_s: float = setting(10.0, "How long load must stay high before a replica is added.", "seconds")
     downscale_delay_s: float = setting(120.0, "How long load must stay low before a replica is removed.", "seconds")
@@ -129,7 +132,9 @@ class ServeSettings:
         0.0, "CPUs that Ray reserves per replica; 0: none, so a replica also starts on a busy machine.", "CPUs"
     )
     num_gpus: float = setting(0.0, "GPUs that Ray reserves per replica.", "GPUs")
-    drain_seconds: float = setting(30.0, "How long a replica that stops may finish its requests.", "seconds")
+    drain_seconds: float = setting(
+        0.0, "How long a replica that stops may finish its requests; 0: as long as a request may take.", "seconds"
+    )
     host: str = setting(
         "127.0.0.1", "Address to listen on; 0.0.0.0 accepts other machines. Applies to the process that starts Serve."
     )
@@ -219,7 +224,23 @@ class ServeSettings:
     @property
     def places(self) -> int:
         """Slots and queue places of a model; before it is loaded, an upper bound."""
-        return (self.slots or MOST_SLOTS) + self.max_queue
+        return (self.slots or max(MOST_SLOTS.values())) + self.max_queue
+
+    @property
+    def target_ongoing(self) -> float:
+        """Requests per replica that autoscaling aims for."""
+        gpu = self.num_gpus > 0 or self.device.startswith("cuda")
+        return self.target_ongoing_requests or target_ongoing_requests(
+            self.slots or MOST_SLOTS["cuda" if gpu else "cpu"]
+        )
+
+    @property
+    def drain(self) -> float:
+        """How long a replica that stops may finish its requests, in seconds.
+
+        By default, it is as long as a request may take that arrives just before the front knows that the replica stops.
+        """
+        return self.drain_seconds or self.request_timeout_s + LATE_SECONDS
 
     @property
     def engine(self) -> EngineSettings:
@@ -229,7 +250,7 @@ class ServeSettings:
 
 # The least value of a number, where it is not 0; and numbers that must be greater than 0. EngineSettings has its own.
 LEAST = dict.fromkeys(("max_new_tokens", "max_sequences", "max_body_bytes", "max_replicas"), 1)
-POSITIVE = ("load_seconds", "poll_seconds", "body_timeout_s", "request_timeout_s", "target_ongoing_requests")
+POSITIVE = ("load_seconds", "poll_seconds", "body_timeout_s", "request_timeout_s")
 
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(ServeSettings)}
 _HINTS = typing.get_type_hints(ServeSettings)

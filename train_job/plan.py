@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gptcore.engine.runners import MOST_SLOTS, SHARE
+from gptcore.engine.runners import SHARE
+from gptcore.engine.settings import MOST_SLOTS, UTILISATION
 from gptcore.errors import ConfigError, FoundryError
 from gptcore.progress import doing
 from gptcore.units import count, gib
@@ -300,7 +301,8 @@ def show_serving(work: Workload, device: Device, served: Serving) -> None:
     each = served.slots / served.step_seconds
     tokens = f"{served.prompt_tokens} prompt and {served.new_tokens} new tokens each"
     print(f"\nserving   {served.load:g} requests/s, {tokens}")
-    print(f"          {served.replicas} replica{'s' if served.replicas != 1 else ''}, 70% busy, {served.slots} slots;")
+    replicas = f"{served.replicas} replica{'s' if served.replicas != 1 else ''}"
+    print(f"          {replicas}, {UTILISATION:.0%} busy, {served.slots} slots;")
     print(f"          one completes {served.requests_per_second:.3g} requests/s and decodes {count(each)} tokens/s")
     print(
         f"          first token after {milliseconds(served.first_token_seconds)} on an idle one, then one every "
@@ -308,6 +310,12 @@ def show_serving(work: Workload, device: Device, served: Serving) -> None:
     )
     weights, cache = 2 * work.read_weights, served.slots * work.model.context_length * work.cache_bytes
     print(f"          {gib(weights)} GiB of weights and {gib(cache)} of cache, in bf16, of {gib(device.memory)} GiB")
+    if served.dollars_per_million is not None:
+        hourly = served.replicas * (device.price or 0)
+        print(f"          {hourly:,.2f} dollars an hour, {served.dollars_per_million:,.2g} per million new tokens")
+    # If one of two replicas fails, the other answers.
+    settings = f"min_replicas={min(2, served.replicas)} max_replicas={served.replicas} slots={served.slots}"
+    print(f"          {settings} target_ongoing_requests={served.target_ongoing_requests:g}")
 
 
 def spent(step: Step) -> dict[str, float]:

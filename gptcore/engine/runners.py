@@ -6,16 +6,13 @@ from gptcore.config import ModelConfig
 from gptcore.devices import pick_device, pick_dtype
 from gptcore.engine.interface import Runner
 from gptcore.engine.native import NativeRunner, NativeUnavailable
-from gptcore.engine.settings import EngineSettings
+from gptcore.engine.settings import MOST_SLOTS, EngineSettings
 from gptcore.engine.torch_runner import TorchRunner
 from gptcore.errors import ConfigError, NoMemory
 from gptcore.hf_format import count_parameters
 from gptcore.memory import free_memory, require_memory
 from gptcore.package import Package
 
-MOST_SLOTS = {"cpu": 16, "cuda": 64, "mps": 16}
-"""With few sequences, a step takes as long as reading the weights. From about this many on, arithmetic or the cache is
-the bottleneck, and one more sequence only slows down the others."""
 SHARE = 0.5
 """Share of the free memory for slots; activations, logits and other processes need the rest."""
 PREFILL = {"cpu": 64, "cuda": 256, "mps": 64}

@@ -1,10 +1,16 @@
-"""Settings of one engine: batch size, device and precision."""
+"""Settings of one engine: batch size, device and precision; and how many requests at once keep its waits short."""
 
 from dataclasses import dataclass
 
 from gptcore.errors import ConfigError, did_you_mean
 
 CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "backend": ("auto", "native", "torch")}
+MOST_SLOTS = {"cpu": 16, "cuda": 64, "mps": 16}
+"""Most slots that an engine chooses by itself, by the kind of device. With few sequences, a step takes as long as
+reading the weights. From about this many on, arithmetic or the cache is the bottleneck, and one more sequence only
+slows down the others."""
+UTILISATION = 0.7
+"""The share of a replica's slots, on average, up to which waits for a slot stay short (bench/autoscaling.py)."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +47,12 @@ class EngineSettings:
                 raise ConfigError(
                     f"{name} is {value!r}; expected one of {', '.join(known)}.{did_you_mean(value, known)}", param=name
                 )
+
+
+def target_ongoing_requests(slots: int) -> float:
+    """Requests per replica, waiting or running, that autoscaling should aim for: `UTILISATION` of the slots.
+
+    Up to its slots, a replica completes more requests the more it has, at nearly the same speed each. The rest of the
+    slots is for chance, and for the time that another replica needs to start.
+    """
+    return round(UTILISATION * slots, 1)

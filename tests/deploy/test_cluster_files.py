@@ -306,7 +306,7 @@ def test_a_replica_fits_its_pod_and_has_time_to_finish():
     resources = autoscaling(SERVICE)["available_node_types"]["gpu"]["resources"]
     assert (settings.num_cpus, settings.num_gpus) == (resources["CPU"], resources["GPU"])
     assert (settings.min_replicas, settings.max_replicas) == (group["minReplicas"], group["maxReplicas"])
-    assert settings.drain_seconds < group["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert settings.drain < group["template"]["spec"]["terminationGracePeriodSeconds"]
     ports = {port["name"]: port["containerPort"] for port in group["template"]["spec"]["containers"][0]["ports"]}
     assert served()["http_options"] == {"host": "0.0.0.0", "port": ports["serve"]}
 

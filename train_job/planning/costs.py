@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gptcore.config import ModelConfig
+from gptcore.engine.settings import UTILISATION, target_ongoing_requests
 from gptcore.loss import SOFTMAX_ROWS, chunk_rows
 from gptcore.model import GPT
 from train_job.config import MOST_TOKENS, TrainConfig
@@ -39,8 +40,6 @@ BUCKET_LATENCY = 20e-6
 """Seconds per bucket, for each doubling of the number of GPUs."""
 LINK_SHARE = 0.8
 """Share of a link's peak that an all-reduce reaches."""
-UTILISATION = 0.7
-"""The load of a replica at which waits stay short."""
 SERVICE_SHARE = 0.95
 """Share of the engine's tokens/s that the service delivers (bench/serve.py)."""
 REQUEST_SECONDS = 1 / 620
@@ -347,6 +346,10 @@ class Serving:
     requests_per_second: float
     """The most that one replica completes."""
     replicas: int
+    target_ongoing_requests: float
+    """Requests per replica that autoscaling should aim for."""
+    dollars_per_million: float | None
+    """The price of a million new tokens at this load; None without a price."""
 
 
 def serving(
@@ -362,6 +365,8 @@ def serving(
     prompt = prompt_tokens * work.decode_flops / rates.prefill_products
     step = decode_seconds(work, device, rates, slots, prompt_tokens + new_tokens / 2)
     most = 1 / (REQUEST_SECONDS + (prompt + new_tokens * step / slots) / SERVICE_SHARE)
+    replicas = math.ceil(requests_per_second / (UTILISATION * most))
+    millions = 3600 * requests_per_second * new_tokens / 1e6  # new tokens per hour
     return Serving(
         requests_per_second,
         prompt_tokens,
@@ -370,7 +375,9 @@ def serving(
         prompt + decode_seconds(work, device, rates, 1, prompt_tokens),
         step,
         most,
-        math.ceil(requests_per_second / (UTILISATION * most)),
+        replicas,
+        target_ongoing_requests(slots),
+        replicas * device.price / millions if device.price else None,
     )
 
 

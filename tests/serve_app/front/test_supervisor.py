@@ -10,7 +10,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,24 @@ class Replica(BaseHTTPRequestHandler):
         pass
 
 
+class ClosingReplica(Replica):
+    """A replica that closes each connection on which it gets a request."""
+
+    def do_POST(self) -> None:
+        self.close_connection = True
+
+
 @pytest.fixture
 def replica() -> Iterator[int]:
     """The port of a replica."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Replica) as server:
+    with running(Replica) as port:
+        yield port
+
+
+@contextmanager
+def running(kind: type[Replica]) -> Iterator[int]:
+    """Runs a replica, and yields its port."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server.server_address[1]
@@ -222,6 +236,14 @@ async def test_no_request_fails_during_a_reload(folder: Path, replica: int):
         thread.join()
         assert set(told) == {200}
         eventually(lambda: gone(before), "the supervisor before has left")
+
+
+async def test_a_request_that_a_stopping_replica_drops_is_sent_to_another(folder: Path, replica: int):
+    """A replica that stops closes its listener, and connections that it has accepted but not read."""
+    with running(ClosingReplica) as closing_port:
+        async with managed(folder, closing_port, replica) as manager:
+            assert await manager.answer() == 200
+            assert [manager.ask("/good", b"{}")[0] for _ in range(6)] == [200] * 6
 
 
 async def test_after_ray_stops_haproxy_the_port_is_free(folder: Path, replica: int):

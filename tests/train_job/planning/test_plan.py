@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from gptcore.config import ModelConfig
 from gptcore.model import GPT
+from serve_app.settings import load_settings
 from tests.memory import allocated
 from tests.refusals import one_error
 from train_job.config import TrainConfig, build_config
@@ -243,6 +244,22 @@ def test_a_price_scales_the_cost_and_json_has_the_figures(capsys: pytest.Capture
         return float(json.loads(capsys.readouterr().out)["plan"]["cost"])
 
     assert cost("2") == pytest.approx(2 * cost("1"))
+
+
+def test_the_plan_has_the_services_settings_and_the_price_of_its_tokens(capsys: pytest.CaptureFixture[str]):
+    flags = ["--preset", "foundry-124m", "--gpu", "l4", "--load", "200", "--price", "0.5"]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert "min_replicas=2 max_replicas=5 slots=64 target_ongoing_requests=44.8\n" in said
+    assert load_settings(dict(pair.split("=") for pair in said.splitlines()[-1].split()), {}).target_ongoing == 44.8
+    assert main([*flags, "--json"]) == 0
+    served = json.loads(capsys.readouterr().out)["serving"]
+    tokens = 3600 * served["load"] * served["new_tokens"]
+    assert served["dollars_per_million"] == pytest.approx(served["replicas"] * 0.5 / tokens * 1e6)
+    assert main(["--gpu", "l4", "--load", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "per million" not in said  # the price is not known
+    assert "min_replicas=1 max_replicas=1" in said
 
 
 def test_the_plan_says_that_a_model_does_not_fit(capsys: pytest.CaptureFixture[str]):
