@@ -25,6 +25,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from gptcore.engine.native import available_cores
+from gptcore.engine.vllm_engine import require_vllm
 from gptcore.errors import ConfigError
 from gptcore.home import home
 from serve_app.front import haproxy
@@ -120,6 +121,8 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         address = command.params.get("address") or os.environ.get("RAY_ADDRESS")
         _check_address(settings, address)
         if address in (None, "", "auto", "local"):  # a remote Ray has its own environment
+            if settings.engine == "vllm":
+                _require_vllm()
             haproxy.use_haproxy(body_seconds=settings.body_timeout_s)
         _listen(settings, command.params)
     return build(settings)
@@ -150,7 +153,7 @@ def build(settings: ServeSettings) -> serve.Application:
         logging_config=LoggingConfig(enable_access_log=False),  # the middleware logs requests
         ray_actor_options={
             "num_cpus": settings.num_cpus,
-            "num_gpus": settings.num_gpus,
+            "num_gpus": settings.gpus,
             "runtime_env": {"env_vars": {"GPT_FOUNDRY_HOME": str(home())}},  # the same caches as here
         },
     )
@@ -177,6 +180,14 @@ def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
             raise click.ClickException(
                 f"cannot listen on {address}: it is in use; choose another port, such as port={settings.port + 1}"
             ) from None
+
+
+def _require_vllm() -> None:
+    """End `serve run` if vLLM is not installed; a replica could only say so in /models."""
+    try:
+        require_vllm()
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
 
 
 def _is_serve(address: str) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Self
 
-from gptcore.engine.interface import EngineInfo, EngineStats, FinishReason, Request, Stepped, Update
+from gptcore.engine.interface import EngineInfo, EngineStats, FinishReason, Request, Stepped, Update, merge
 from gptcore.errors import ConfigError, EngineError, QueueFull
 from gptcore.package import Package
 
@@ -44,19 +44,6 @@ class Close:
 
 
 Message = Submit | Abort | Close
-
-
-def merge(updates: list[Update]) -> Update:
-    """Merge consecutive updates of one request."""
-    if len(updates) == 1:
-        return updates[0]
-    return replace(
-        updates[-1],
-        text="".join(update.text for update in updates),
-        token_ids=tuple(token for update in updates for token in update.token_ids),
-        logprobs=tuple(entry for update in updates for entry in update.logprobs),
-        prompt_logprobs=tuple(entry for update in updates for entry in update.prompt_logprobs),
-    )
 
 
 class Mailbox:

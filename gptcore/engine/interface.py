@@ -5,7 +5,7 @@ several sequences at once and gets the requested logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -81,6 +81,19 @@ class Update:
     """Those of the prompt, in the first update, if requested."""
     queue_seconds: float = 0.0
     """How long the request waited for its slot."""
+
+
+def merge(updates: list[Update]) -> Update:
+    """Merge consecutive updates of one request."""
+    if len(updates) == 1:
+        return updates[0]
+    return replace(
+        updates[-1],
+        text="".join(update.text for update in updates),
+        token_ids=tuple(token for update in updates for token in update.token_ids),
+        logprobs=tuple(entry for update in updates for entry in update.logprobs),
+        prompt_logprobs=tuple(entry for update in updates for entry in update.prompt_logprobs),
+    )
 
 
 @dataclass(frozen=True)
