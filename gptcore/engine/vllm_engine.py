@@ -442,12 +442,18 @@ def engine_arguments(
             "block_size": CPU_BLOCK,
             "kv_cache_memory_bytes": blocks * CPU_BLOCK * slot_bytes(config, dtype) // config.context_length,
             "enforce_eager": not settings.compile,
+            # A prompt in parts that is sampled with a seed ends vLLM 0.32 on a CPU: it rewinds the generator, and
+            # torch's for CPUs cannot be rewound. So prompts are run whole there.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(config.context_length, settings.prefill_tokens) + slots,
         }
     else:  # vLLM compiles and captures CUDA graphs unless told otherwise, and is made to run like that
         slots = settings.slots or GPU_SLOTS
-        arguments["gpu_memory_utilization"] = settings.gpu_share
-    arguments |= {"max_num_seqs": slots, "max_num_batched_tokens": settings.prefill_tokens + slots}
-    return dtype, slots, arguments
+        arguments |= {
+            "gpu_memory_utilization": settings.gpu_share,
+            "max_num_batched_tokens": settings.prefill_tokens + slots,
+        }
+    return dtype, slots, arguments | {"max_num_seqs": slots}
 
 
 def end_with_parent() -> None:

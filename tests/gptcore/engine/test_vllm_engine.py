@@ -313,9 +313,17 @@ def test_the_cache_holds_every_slot_in_whole_blocks(plain_package: Package) -> N
     token = 2 * c.num_layers * c.kv_heads * c.head_size * 4
     assert (dtype, slots) == (torch.float32, 3)
     assert arguments["kv_cache_memory_bytes"] == (3 * CONTEXT + tested.CPU_BLOCK) * token
-    assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"]) == (3, 43)
+    assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"]) == (3, CONTEXT + 3)  # whole prompts
     assert arguments["max_model_len"] == CONTEXT
     assert "gpu_memory_utilization" not in arguments
+
+
+def test_a_gpu_gets_its_share_of_memory_and_prompts_in_parts(plain_package: Package) -> None:
+    settings = EngineSettings(engine="vllm", dtype="bfloat16", prefill_tokens=40, gpu_share=0.3, tensor_parallel=2)
+    dtype, slots, arguments = engine_arguments(plain_package, settings, torch.device("cuda"))
+    assert (dtype, slots) == (torch.bfloat16, tested.GPU_SLOTS)
+    assert arguments["gpu_memory_utilization"] == 0.3
+    assert (arguments["tensor_parallel_size"], arguments["max_num_batched_tokens"]) == (2, 40 + slots)
 
 
 def test_a_device_that_vllm_was_not_built_for_is_refused(plain_package: Package) -> None:
