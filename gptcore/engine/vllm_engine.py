@@ -205,6 +205,7 @@ class VllmEngine:
             self._run(end())
         finally:
             self._loop.close()
+            multiprocessing.active_children()  # reaps those that have ended
 
     def _run(self, work: Any) -> Any:
         return self._loop.run_until_complete(work)

@@ -3,6 +3,7 @@
 vLLM takes about a minute to start, and each test but the first two makes it start again.
 """
 
+import contextlib
 import os
 import random
 import subprocess
@@ -19,7 +20,7 @@ from gptcore.sampling import SamplingParams
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
 from tests.system.conftest import ROOT, Cluster, started
-from tests.system.serving import QUICK, Load, Service, said, served
+from tests.system.serving import QUICK, Load, Service, said, served, title
 from tests.waiting import eventually
 
 __all__ = ["make_package"]  # a fixture, used here too
@@ -68,13 +69,23 @@ def service(cluster: Cluster, registry: TestRegistry) -> Iterator[Service]:
         [replica] = running.replicas()
         processes = replica.children(recursive=True)
         assert engines(replica)
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    assert alive == []
+    await_end(processes)
 
 
 def engines(replica: psutil.Process) -> list[psutil.Process]:
     """vLLM's engines in a replica, each of which has workers."""
-    return [process for process in replica.children() if "EngineCore" in " ".join(process.cmdline())]
+    return [process for process in replica.children() if "EngineCore" in title(process) and runs(process)]
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended; its parent may not have noticed yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def await_end(processes: list[psutil.Process]) -> None:
+    eventually(lambda: not any(map(runs, processes)), "vLLM's processes have ended", 60)
 
 
 def prompts() -> list[str]:
@@ -145,8 +156,7 @@ def test_a_new_version_replaces_the_old_one_under_load_without_a_failed_request(
         eventually(lambda: load.answered(after), "the new version answers", START_SECONDS)
     assert load.failed == {}
     assert after != before
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    assert alive == []
+    await_end(processes)
 
 
 @pytest.mark.parametrize("victim", ["engine", "replica"])
@@ -155,8 +165,7 @@ def test_when_vllm_or_its_replica_is_killed_nothing_is_left_and_the_replica_is_r
     [engine] = engines(replica)
     processes = [replica, engine, *engine.children(recursive=True)]
     (engine if victim == "engine" else replica).kill()
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    assert alive == []
+    await_end(processes)
     eventually(lambda: service.replicas() not in ([], [replica]), "there is another replica", 120)
     eventually(service.is_ready, "it is ready", START_SECONDS)
     assert service.ask()[0] == 200
