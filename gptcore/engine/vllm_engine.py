@@ -11,6 +11,7 @@ vLLM's engine is asynchronous. A private event loop drives it, and runs only wit
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import math
 import multiprocessing
 import os
@@ -45,13 +46,18 @@ from gptcore.memory import free_memory, require_memory
 from gptcore.package import Package, save_package
 from gptcore.sampling import MASK, SamplingParams
 
+logger = logging.getLogger(__name__)
+
 STEP_SECONDS = 0.02
 """How long a step waits for vLLM: a long prompt gives nothing for a while, and new requests should not wait for it."""
 CPU_BLOCK = 32
 """Tokens in a block of the cache on a CPU. Only whole blocks are reused, and vLLM's kernels want multiples of 32."""
 GPU_SLOTS = 64
+HOTTEST = 2.0
+"""vLLM's highest temperature."""
 CAVEATS = (
     "seeds: a seed gives another text than with the engine foundry, and may give another text beside other requests",
+    "temperature is at most 2, and between 0 and 0.01 it is 0.01",
     "min_p is applied before top_k and top_p",
     "a prompt that fills the context cannot be scored; one token less can",
 )
@@ -94,8 +100,7 @@ class VllmEngine:
         self.settings = settings
         self._open: dict[str, OpenRequest] = {}
         self._aborted: list[str] = []
-        self._outputs: list[tuple[str, Any]] = []
-        self._error: Exception | None = None
+        self._outputs: list[tuple[OpenRequest, Any]] = []
         self._scheduled: Any = None
         self._reused = self._prompts = self._generated = self._steps = 0
         self._loop = asyncio.new_event_loop()
@@ -123,9 +128,18 @@ class VllmEngine:
         return bool(self._open)
 
     def validate(self, request: Request) -> None:
-        """Raises ConfigError for a request that this model cannot run. vLLM generates at least one token."""
-        context = self._plan.context_length
-        validate(request, context, context - 1, self.package.tokenizer.vocab_size)
+        """Raises ConfigError for a request that this model cannot run, or that vLLM refuses.
+
+        vLLM always generates a token, so no prompt may fill the context.
+        """
+        context, tokenizer = self._plan.context_length, self.package.tokenizer
+        validate(request, context, context - 1, tokenizer.vocab_size)
+        if (temperature := request.params.temperature) > HOTTEST:
+            raise ConfigError(f"temperature is {temperature:g}; with vLLM, at most {HOTTEST:g}", param="temperature")
+        try:
+            to_vllm(request, Continuation(request, tokenizer, context))
+        except Exception as error:  # of vLLM's own type
+            raise ConfigError(f"vLLM refuses the request: {error}", getattr(error, "parameter", None)) from error
 
     def add(self, request: Request) -> None:
         """Send `request` to vLLM. Raises ConfigError if it is invalid, QueueFull if the queue is full."""
@@ -217,13 +231,14 @@ class VllmEngine:
 
     async def _read(self, opened: OpenRequest) -> None:
         """Collect vLLM's outputs for one request."""
-        name, prompt = opened.request.request_id, {"type": "token", "prompt_token_ids": list(opened.request.prompt)}
+        request = opened.request
+        prompt = {"type": "token", "prompt_token_ids": list(request.prompt)}
         try:
-            async for output in self._llm.generate(prompt, to_vllm(opened.request, opened.continuation), name):
-                self._outputs.append((name, output))
+            async for output in self._llm.generate(prompt, to_vllm(request, opened.continuation), request.request_id):
+                self._outputs.append((opened, output))
                 self._arrived.set()
         except Exception as error:
-            self._error = error
+            self._outputs.append((opened, error))
             self._arrived.set()
 
     async def _step(self) -> list[Update]:
@@ -234,12 +249,14 @@ class VllmEngine:
                 await asyncio.wait_for(self._arrived.wait(), STEP_SECONDS)
             await asyncio.sleep(0)  # the other requests' outputs of the same step
         self._arrived.clear()
-        if self._error is not None:
-            raise EngineError(f"vLLM failed: {type(self._error).__name__}: {self._error}") from self._error
         outputs, self._outputs = self._outputs, []
-        for name, output in outputs:
-            if name in self._open:  # otherwise it has ended, and vLLM had already gone on
-                updates.append(await self._follow(self._open[name], output))
+        for opened, output in outputs:
+            if self._open.get(opened.request.request_id) is not opened:
+                continue  # it has ended, and vLLM had already gone on
+            if isinstance(output, Exception):
+                updates.append(await self._fail(opened, output))
+            else:
+                updates.append(await self._follow(opened, output))
         together: dict[str, list[Update]] = {}
         for update in updates:
             together.setdefault(update.request_id, []).append(update)
@@ -283,6 +300,13 @@ class VllmEngine:
         if not opened.started:
             opened.queue_seconds = time.monotonic() - opened.arrived
         return await self._update(opened, opened.continuation.flush(), (), (), FinishReason.ABORT)
+
+    async def _fail(self, opened: OpenRequest, error: Exception) -> Update:
+        """The last update of a request that vLLM failed to run. Raises EngineError if vLLM has died."""
+        if not self.alive:
+            raise EngineError(f"vLLM failed: {type(error).__name__}: {error}") from error
+        logger.error("vLLM failed to run a request", exc_info=error)
+        return await self._update(opened, opened.continuation.flush(), (), (), FinishReason.ERROR)
 
     async def _update(
         self,

@@ -134,6 +134,8 @@ def test_what_is_not_exact_is_said_in_models(service: Service):
 
 
 def test_what_vllm_cannot_do_is_refused(service: Service):
+    status, reply = service.ask(body={"prompt": "Once", "temperature": 3})
+    assert (status, reply["error"]["param"]) == (400, "temperature"), reply
     body = {"model": "large", "prompt": [5] * SHAPE["context_length"], "max_tokens": 0, "echo": True, "logprobs": 1}
     status, reply = service.ask("/v1/completions", body)
     assert status == 400

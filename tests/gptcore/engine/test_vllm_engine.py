@@ -236,6 +236,7 @@ def test_an_aborted_request_ends_at_the_next_step(make: Make) -> None:
         (Request("one", (), GREEDY), "prompt", "empty"),
         (Request("one", (1,) * CONTEXT, GREEDY, prompt_only=True), "prompt", f"at most {CONTEXT - 1} fit"),
         (Request("one", (VOCAB,), GREEDY), "prompt", f"token id {VOCAB}"),
+        (Request("one", (1,), SamplingParams(temperature=2.5)), "temperature", "is 2.5; with vLLM, at most 2"),
         (Request("one", (1,), replace(GREEDY, stop_token_ids=(999,))), "stop_token_ids", "token id 999"),
     ],
 )
@@ -280,7 +281,7 @@ def test_when_vllm_dies_readers_are_told_and_the_engine_is_closed(make: Make) ->
         await served.start()
         assert served.alive
         stream = served.generate(Request("one", (1,), replace(GREEDY, max_new_tokens=100)))
-        vllm.error = RuntimeError("killed")
+        vllm.error, vllm.errored = RuntimeError("killed"), True
         updates = [update async for update in stream]
         assert updates[-1].finish_reason is FinishReason.ERROR
         await until(lambda: not served.at_work)
@@ -290,6 +291,27 @@ def test_when_vllm_dies_readers_are_told_and_the_engine_is_closed(make: Make) ->
             served.generate(Request("two", (1,), GREEDY))
 
     asyncio.run(main())
+
+
+def test_a_request_that_vllm_cannot_run_fails_alone(make: Make) -> None:
+    vllm = FakeVllm()
+    engine = make(vllm)
+    vllm.error = RuntimeError("a bug")
+    assert run(engine, Request("one", (1,), GREEDY))["one"].reason is FinishReason.ERROR
+    vllm.error = None
+    assert run(engine, Request("two", (1,), GREEDY))["two"].text == "one, two, three"
+    engine.close()
+
+
+def test_what_vllm_refuses_is_the_callers_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("temperature is too odd")
+
+    engine = make(FakeVllm())
+    monkeypatch.setattr(tested, "to_vllm", refuse)
+    with pytest.raises(ConfigError, match="vLLM refuses the request: temperature is too odd"):
+        engine.add(Request("one", (1,), GREEDY))
+    engine.close()
 
 
 def test_an_idle_engine_whose_processes_died_is_not_alive(make: Make) -> None:
