@@ -458,6 +458,8 @@ def engine_arguments(
         "disable_log_stats": True,
         "enable_log_requests": False,
     }
+    if settings.tensor_parallel > 1:  # processes of this machine, not actors of Ray, which has reserved the GPUs
+        arguments["distributed_executor_backend"] = "mp"
     if device.type == "cpu":
         needs = {"weights": count_parameters(config) * dtype.itemsize, "one slot": slot_bytes(config, dtype)}
         require_memory(f"the model in {package.path}", needs, free_memory(device))

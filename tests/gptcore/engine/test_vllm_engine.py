@@ -44,6 +44,8 @@ class FakeVllm:
         self.holds = False
         """Whether it says nothing more for now."""
         self.error: Exception | None = None
+        self.deadly = False
+        """Whether the error is the end of its processes."""
         self.logprob = -1.0
 
     async def generate(self, prompt: dict[str, Any], params: dict[str, Any], name: str) -> AsyncIterator[Any]:
@@ -54,6 +56,7 @@ class FakeVllm:
                 while self.holds:
                     await asyncio.sleep(0.001)
                 if self.error is not None:
+                    self.errored = self.deadly
                     raise self.error
                 tokens = self.script[begin : begin + self.rows]
                 yield self.output(params, prompt["prompt_token_ids"], tokens, begin)
@@ -280,8 +283,8 @@ def test_when_vllm_dies_readers_are_told_and_the_engine_is_closed(make: Make) ->
         served = AsyncEngine(lambda: make(vllm))
         await served.start()
         assert served.alive
-        stream = served.generate(Request("one", (1,), replace(GREEDY, max_new_tokens=100)))
-        vllm.error, vllm.errored = RuntimeError("killed"), True
+        vllm.error, vllm.deadly = RuntimeError("killed"), True
+        stream = served.generate(Request("one", (1,), GREEDY))
         updates = [update async for update in stream]
         assert updates[-1].finish_reason is FinishReason.ERROR
         await until(lambda: not served.at_work)
@@ -346,6 +349,7 @@ def test_a_gpu_gets_its_share_of_memory_and_prompts_in_parts(plain_package: Pack
     assert (dtype, slots) == (torch.bfloat16, tested.GPU_SLOTS)
     assert arguments["gpu_memory_utilization"] == 0.3
     assert (arguments["tensor_parallel_size"], arguments["max_num_batched_tokens"]) == (2, 40 + slots)
+    assert arguments["distributed_executor_backend"] == "mp"
 
 
 def test_a_device_that_vllm_was_not_built_for_is_refused(plain_package: Package) -> None:
