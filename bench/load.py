@@ -135,7 +135,7 @@ def open_engine(load: Load, precision: str, settings: EngineSettings) -> tuple[R
     async def ask(prompt: str, tokens: int) -> Reply:
         params = SamplingParams(max_new_tokens=tokens, temperature=0, ignore_eos=True)
         sent, arrivals = time.perf_counter(), []
-        request = Request(str(next(names)), engine.engine.encode(prompt), params)
+        request = Request(str(next(names)), tuple(package.tokenizer.encode(prompt)), params)
         async for update in engine.generate(request):
             if update.text or update.finish_reason:
                 arrivals.append(time.perf_counter())

@@ -32,7 +32,8 @@ from gptcore.engine import EngineSettings
 from gptcore.errors import FoundryError
 from gptcore.package import describe
 
-SERVICE, ENGINE, NAIVE = "service", "engine", "naive"
+SERVICE, ENGINE, NAIVE, VLLM = "service", "engine", "naive", "vllm"
+VLLM_BIN = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin"
 START_SECONDS, STOP_SECONDS = 300, 60
 TARGETS = {"of_engine": 0.85, "first_token_added_ms": 15.0, "of_naive": 4.0}
 """At 16 streams: at least, at most and at least these values."""
@@ -66,6 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3, help="rounds that count, after one for warm-up")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of every contestant")
     parser.add_argument("--no-naive", action="store_true", help="do not measure the app around transformers")
+    parser.add_argument("--vllm", action="store_true", help="also measure the service with vLLM, from .venv-vllm")
     return parser.parse_args(argv)
 
 
@@ -87,6 +89,8 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         urls = {SERVICE: stack.enter_context(service(load, arguments.dtype, scratch))}
         if not arguments.no_naive:
             urls[NAIVE] = stack.enter_context(naive_service(load, arguments.dtype, scratch))
+        if arguments.vllm:
+            urls[VLLM] = stack.enter_context(service(load, arguments.dtype, scratch, VLLM))
         levels = {}
         for concurrency in arguments.concurrency:
             task = Load(**{**load.__dict__, "concurrency": concurrency, "urls": urls})
@@ -136,6 +140,8 @@ def compare(results: Results, labels: dict[str, str]) -> dict[str, float]:
         compared["first_token_added_ms"] = round(statistics.median(added) * 1e3, 2)
     if SERVICE in turns and NAIVE in turns:
         compared["of_naive"] = round(median_ratio(rates[SERVICE], rates[NAIVE]), 2)
+    if SERVICE in turns and VLLM in turns:
+        compared["of_vllm"] = round(median_ratio(rates[SERVICE], rates[VLLM]), 2)
     return compared
 
 
@@ -156,9 +162,9 @@ def print_level(concurrency: int, found: dict[str, dict[str, Any]], compared: di
 
 
 @contextlib.contextmanager
-def service(load: Load, dtype: str, scratch: Path) -> Iterator[str]:
+def service(load: Load, dtype: str, scratch: Path, engine: str = "foundry") -> Iterator[str]:
     """Starts the service as a user does, with its own Ray. Yields its address."""
-    settings = dict(model=load.package, dtype=dtype, device="cpu", threads=load.threads)
+    settings = dict(model=load.package, dtype=dtype, device="cpu", threads=load.threads, engine=engine)
     with serve_run("serve_app:build_app", scratch, **settings) as (url, _):
         yield url
 
@@ -168,10 +174,12 @@ def serve_run(app: str, scratch: Path, **settings: Any) -> Iterator[tuple[str, i
     """Runs `serve run` with its own Ray and these settings. Yields the service's address and its process id."""
     port = free_port()
     settings |= dict(port=port, log_level="warning")
-    command = [str(Path(sys.executable).with_name("serve")), "run", app]
+    folder = VLLM_BIN if settings.get("engine") == VLLM else Path(sys.executable).parent
+    command = [str(folder / "serve"), "run", app]
     command += [f"{name}={value}" for name, value in settings.items()]
     environment = {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "GPT_FOUNDRY_HOME": str(scratch)}
-    with running(command, environment, port, scratch / "service.txt") as started:
+    environment["PATH"] = f"{folder}:{os.environ['PATH']}"
+    with running(command, environment, port, scratch / f"service-{port}.txt") as started:
         yield started
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import MODEL_PRESETS, ModelConfig
+from gptcore.engine.vllm_engine import ENVIRONMENT as VLLM_ENV
 from gptcore.hf_format import empty_model
 from gptcore.tokenizer import parse_tokenizer
 from serve_app import settings as service
@@ -113,6 +114,8 @@ SET = (
         Variable(n, f"For a Ray that is started for one run{' or service' * (n in FRONT)}.", f"`{v}`")
         for n, v in LOCAL_RAY.items()
     ),
+    *(Variable(n, "For vLLM's processes, unless it is set.", f"`{v}`") for n, v in VLLM_ENV.items()),
+    Variable("OMP_NUM_THREADS", "For vLLM's processes on a CPU: compute threads.", "the setting `threads`"),
     Variable("PYTHONUNBUFFERED", "`make demo`: the service's lines appear as they are written.", "`1`"),
 )
 

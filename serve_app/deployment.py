@@ -24,9 +24,10 @@ from ray.serve import metrics as ray_metrics
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from gptcore.engine.engine import Engine
+from gptcore.engine.engines import make_engine
 from gptcore.engine.native import available_cores
 from gptcore.engine.settings import target_ongoing_requests
+from gptcore.engine.vllm_engine import require_vllm
 from gptcore.errors import ConfigError
 from gptcore.home import home
 from serve_app.front import haproxy
@@ -64,7 +65,7 @@ MISLEADING = re.compile(
 class Service:
     """A replica: the models and the HTTP app."""
 
-    def __init__(self, settings: ServeSettings, make_engine: MakeEngine = Engine) -> None:
+    def __init__(self, settings: ServeSettings, make_engine: MakeEngine = make_engine) -> None:
         settings = replace(settings, threads=settings.threads or threads_of(settings), host=listening_host())
         self.models = Models(settings, make_engine=make_engine)
         self.metrics = Metrics(RaySink())
@@ -110,7 +111,7 @@ class RaySink:
                 kept.observe(value, labels)
 
 
-def build_app(args: Mapping[str, Any], make_engine: MakeEngine = Engine) -> serve.Application:
+def build_app(args: Mapping[str, Any], make_engine: MakeEngine = make_engine) -> serve.Application:
     """`build` from named settings, which override the environment's. Errors are those of Serve's command line.
 
     Under `serve run`, this also starts Serve on the configured host and port.
@@ -124,12 +125,14 @@ def build_app(args: Mapping[str, Any], make_engine: MakeEngine = Engine) -> serv
         address = command.params.get("address") or os.environ.get("RAY_ADDRESS")
         _check_address(settings, address)
         if address in (None, "", "auto", "local"):  # a remote Ray has its own environment
+            if settings.engine == "vllm":
+                _require_vllm()
             haproxy.use_haproxy(body_seconds=settings.body_timeout_s, request_seconds=settings.request_timeout_s)
         _listen(settings, command.params)
     return build(settings, make_engine)
 
 
-def build(settings: ServeSettings, make_engine: MakeEngine = Engine) -> serve.Application:
+def build(settings: ServeSettings, make_engine: MakeEngine = make_engine) -> serve.Application:
     """The application, with Ray's part of the settings."""
     models = len({*settings.sources, settings.canary_name} - {""})
     deployment: Any = serve.deployment(
@@ -154,7 +157,7 @@ def build(settings: ServeSettings, make_engine: MakeEngine = Engine) -> serve.Ap
         logging_config=LoggingConfig(enable_access_log=False),  # the middleware logs requests
         ray_actor_options={
             "num_cpus": settings.num_cpus,
-            "num_gpus": settings.num_gpus,
+            "num_gpus": settings.gpus,
             "runtime_env": {"env_vars": {"GPT_FOUNDRY_HOME": str(home())}},  # the same caches as here
         },
     )
@@ -199,6 +202,14 @@ def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
             raise click.ClickException(
                 f"cannot listen on {address}: it is in use; choose another port, such as port={settings.port + 1}"
             ) from None
+
+
+def _require_vllm() -> None:
+    """End `serve run` if vLLM is not installed; a replica could only say so in /models."""
+    try:
+        require_vllm()
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
 
 
 def _is_serve(address: str) -> bool:

@@ -96,6 +96,12 @@ class ServeSettings:
         40.0, "Shortest time between two events of a stream, after the first; 0: send every token at once.", "ms"
     )
     # Engine
+    engine: str = setting(
+        "foundry",
+        "foundry: our own engine. vllm: vLLM behind the same interface; the service must run from an environment that "
+        "has it (docs/serving.md).",
+        choices=CHOICES["engine"],
+    )
     slots: int = setting(
         0,
         "Sequences that a model decodes together; 0: as many as half the free memory holds, at most 16, or 64 on CUDA.",
@@ -117,6 +123,14 @@ class ServeSettings:
     )
     compile: bool = setting(False, "Use torch.compile: slower startup, faster steps.")
     prefix_cache: bool = setting(True, "Reuse cached keys and values of prompts that start the same.")
+    tensor_parallel: int = setting(
+        1, "With vllm: GPUs among which each matrix of a model is split; Ray reserves as many per replica.", "GPUs"
+    )
+    gpu_share: float = setting(
+        0.45,
+        "With vllm: share of each GPU's memory for one version of one model; at most 0.5, so that a new version can be "
+        "loaded while the old one answers.",
+    )
     # Replicas
     min_replicas: int = setting(1, "Fewest replicas; 0: scale to zero while there are no requests.", "replicas")
     max_replicas: int = setting(1, "Most replicas.", "replicas")
@@ -131,7 +145,9 @@ class ServeSettings:
     num_cpus: float = setting(
         0.0, "CPUs that Ray reserves per replica; 0: none, so a replica also starts on a busy machine.", "CPUs"
     )
-    num_gpus: float = setting(0.0, "GPUs that Ray reserves per replica.", "GPUs")
+    num_gpus: float = setting(
+        0.0, "GPUs that Ray reserves per replica; 0: none, or tensor_parallel if that is more than 1.", "GPUs"
+    )
     drain_seconds: float = setting(
         0.0, "How long a replica that stops may finish its requests; 0: as long as a request may take.", "seconds"
     )
@@ -155,11 +171,13 @@ class ServeSettings:
                 raise _wrong(name, value, "more than 0, and finite")
         if self.min_replicas > self.max_replicas:
             raise _wrong("min_replicas", self.min_replicas, f"at most max_replicas, which is {self.max_replicas}")
+        if self.tensor_parallel > 1 and 0 < self.num_gpus < self.tensor_parallel:
+            raise _wrong("num_gpus", self.num_gpus, f"at least tensor_parallel, which is {self.tensor_parallel}, or 0")
         if self.port > 65535:
             raise _wrong("port", self.port, "at most 65535")
         if any(not key for key in self.api_keys):
             raise ConfigError("one of api_keys is empty; expected none, or keys of at least one character", "api_keys")
-        names, _, _ = self.sources, self.canary_name, self.engine  # each raises if it is invalid
+        names, _, _ = self.sources, self.canary_name, self.engine_settings  # each raises if it is invalid
         unknown = next((name for name in self.eager if name != ALL and name not in names), None)
         if unknown is not None:
             raise _wrong("eager", unknown, f"{ALL}, or a name from models.{did_you_mean(unknown, names)}")
@@ -243,9 +261,15 @@ class ServeSettings:
         return self.drain_seconds or self.request_timeout_s + LATE_SECONDS
 
     @property
-    def engine(self) -> EngineSettings:
+    def engine_settings(self) -> EngineSettings:
         """The settings of each model's engine."""
         return EngineSettings(**{f.name: getattr(self, f.name) for f in fields(EngineSettings)})
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that Ray reserves per replica."""
+        split = self.tensor_parallel > 1 and self.device != "cpu"
+        return self.num_gpus or (float(self.tensor_parallel) if split else 0.0)
 
 
 # The least value of a number, where it is not 0; and numbers that must be greater than 0. EngineSettings has its own.

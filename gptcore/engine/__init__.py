@@ -6,8 +6,8 @@ interface for asyncio.
 """
 
 from gptcore.engine.async_engine import AsyncEngine, Stream
-from gptcore.engine.engine import Engine, EngineInfo, EngineStats
-from gptcore.engine.interface import FinishReason, Request, TokenLogprob, Update
+from gptcore.engine.engine import Engine
+from gptcore.engine.interface import EngineInfo, EngineStats, FinishReason, Request, TokenLogprob, Update
 from gptcore.engine.settings import EngineSettings
 
 __all__ = [

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Self
 
-from gptcore.engine.engine import Engine, EngineInfo, EngineStats
-from gptcore.engine.interface import FinishReason, Request, Update
+from gptcore.engine.interface import EngineInfo, EngineStats, FinishReason, Request, Stepped, Update, merge
 from gptcore.errors import ConfigError, EngineError, QueueFull
 from gptcore.package import Package
 
@@ -45,19 +44,6 @@ class Close:
 
 
 Message = Submit | Abort | Close
-
-
-def merge(updates: list[Update]) -> Update:
-    """Merge consecutive updates of one request."""
-    if len(updates) == 1:
-        return updates[0]
-    return replace(
-        updates[-1],
-        text="".join(update.text for update in updates),
-        token_ids=tuple(token for update in updates for token in update.token_ids),
-        logprobs=tuple(entry for update in updates for entry in update.logprobs),
-        prompt_logprobs=tuple(entry for update in updates for entry in update.prompt_logprobs),
-    )
 
 
 class Mailbox:
@@ -139,12 +125,12 @@ class Stream:
 class AsyncEngine:
     """An asyncio interface to an engine. Everything here belongs to the event loop that called `start`."""
 
-    def __init__(self, engine_factory: Callable[[], Engine], name: str = "engine") -> None:
+    def __init__(self, engine_factory: Callable[[], Stepped], name: str = "engine") -> None:
         """`engine_factory` runs in the thread, which is called `name`."""
         self._factory = engine_factory
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._open: dict[str, Mailbox] = {}
-        self._engine: Engine | None = None
+        self._engine: Stepped | None = None
         self._error: BaseException | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
@@ -162,7 +148,8 @@ class AsyncEngine:
     @property
     def alive(self) -> bool:
         """Whether it accepts requests: it was started, is not closing, and has not died."""
-        return self._engine is not None and not self._closing and self._error is None
+        engine = self._engine
+        return engine is not None and not self._closing and self._error is None and engine.alive
 
     @property
     def at_work(self) -> bool:
@@ -170,7 +157,7 @@ class AsyncEngine:
         return self._thread.is_alive()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Stepped:
         """The engine, which other threads may only read. Raises EngineError before `start`."""
         if self._engine is None:
             raise EngineError("the engine has not been started")
@@ -198,7 +185,8 @@ class AsyncEngine:
         """
         engine = self.engine
         if not self.alive:
-            raise EngineError(f"the engine {f'died of {self._error!r}' if self._error else 'is closed'}")
+            how = f"died of {self._error!r}" if self._error else "is closed" if self._closing else "has died"
+            raise EngineError(f"the engine {how}")
         engine.validate(request)
         # Checked here, since the thread may be busy with a step and a refusal should be immediate.
         if request.request_id in self._open:
@@ -250,7 +238,7 @@ class AsyncEngine:
             self._error = error
         self._post(self._end)
 
-    def _serve(self, engine: Engine) -> None:
+    def _serve(self, engine: Stepped) -> None:
         """Run steps and handle messages until told to close."""
         closing = False
         while engine.busy or not closing:
@@ -263,7 +251,7 @@ class AsyncEngine:
             if updates and not self._post(self._deliver, updates):
                 return
 
-    def _handle(self, engine: Engine, message: Message) -> bool:
+    def _handle(self, engine: Stepped, message: Message) -> bool:
         """Handle a message; return whether to close the engine."""
         match message:
             case Submit(request):

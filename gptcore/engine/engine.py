@@ -12,60 +12,35 @@ import torch
 from torch import Tensor
 
 from gptcore.engine.cache import SlotCache
-from gptcore.engine.interface import Chunk, FinishReason, Request, Runner, TokenLogprob, Update
+from gptcore.engine.continuation import Continuation
+from gptcore.engine.interface import (
+    Chunk,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    Runner,
+    TokenLogprob,
+    Update,
+    validate,
+)
 from gptcore.engine.runners import make_runner
-from gptcore.engine.sampler import SampledToken, sample, token_logprobs
+from gptcore.engine.sampler import SampledToken, describe, sample, token_logprobs
 from gptcore.engine.scheduler import ScheduledStep, Scheduler
 from gptcore.engine.sequence import Phase, Sequence
 from gptcore.engine.settings import EngineSettings
 from gptcore.errors import ConfigError, EngineError
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams, SamplingState
-from gptcore.text import TextStream
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """How a model is run."""
-
-    runner: str
-    note: str
-    """Why it is this runner and not a faster one; empty if there is none faster."""
-    dtype: str
-    device: str
-    slots: int
-    context_length: int
-    cache_bytes: int
-    invariant: bool
-    """Whether logits are bit for bit the same however sequences are batched."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters: the first four are current values, the totals count since the start."""
-
-    running: int
-    waiting: int
-    slots: int
-    slots_used: int
-    cached_tokens_reused_total: int
-    prompt_tokens_total: int
-    """Of started prompts, including tokens found in the cache."""
-    generated_tokens_total: int
-    steps_total: int
 
 
 @dataclass
 class ActiveRequest:
-    """An open request: its sequence, sampling state and text decoder."""
+    """An open request: its sequence, its sampling state, and the text that it generates."""
 
     sequence: Sequence
     row: SamplingState
-    text: TextStream
-    ends: frozenset[int]
-    """Tokens that end the sequence."""
-    limit: int
-    """Length at which the sequence ends, in tokens including the prompt."""
+    continuation: Continuation
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Those not yet returned in an update."""
 
@@ -101,6 +76,11 @@ class Engine:
         return EngineInfo(r.name, r.note, dtype, str(r.device), r.slots, r.context_length, r.cache_bytes, r.invariant)
 
     @property
+    def alive(self) -> bool:
+        """Always true: it has no process of its own that could end."""
+        return True
+
+    @property
     def busy(self) -> bool:
         """Whether there are open requests."""
         return bool(self._active)
@@ -111,36 +91,22 @@ class Engine:
 
     def validate(self, request: Request) -> None:
         """Raises ConfigError for a request that this model cannot run. May be called from any thread."""
-        context, length = self.runner.context_length, len(request.prompt)
-        if not length:
-            raise ConfigError("the prompt is empty; expected at least one token", param="prompt")
-        if length > (most := context if request.prompt_only else context - 1):
-            raise ConfigError(
-                f"the prompt is {length} tokens long; this model's context is {context}, so at most {most} fit",
-                param="prompt",
-            )
-        for name, ids in (("prompt", request.prompt), ("stop_token_ids", request.params.stop_token_ids)):
-            wrong = [token for token in ids if not 0 <= token < self._vocab_size]
-            if wrong:
-                raise ConfigError(
-                    f"{name} has the token id {wrong[0]}; this model's go from 0 to {self._vocab_size - 1}", param=name
-                )
+        context = self.runner.context_length
+        validate(request, context, context if request.prompt_only else context - 1, self._vocab_size)
 
     def add(self, request: Request) -> None:
         """Add `request` to the queue. Raises ConfigError if it is invalid, QueueFull if the queue is full."""
         self.validate(request)
         if request.request_id in self._active:
             raise ConfigError(f"request id {request.request_id!r} is in use", param="request_id")
-        params, eot = request.params, self.package.tokenizer.eot
+        params = request.params
         sequence = Sequence(request, time.monotonic())
         self._scheduler.add(sequence)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._active[request.request_id] = ActiveRequest(
             sequence,
             SamplingState(params, seed, sequence.tokens, sequence.prompt_length),
-            TextStream(self.package.tokenizer, params.stop),
-            frozenset(params.stop_token_ids if params.ignore_eos else (eot, *params.stop_token_ids)),
-            min(sequence.prompt_length + params.max_new_tokens, self.runner.context_length),
+            Continuation(request, self.package.tokenizer, self.runner.context_length),
         )
 
     def abort(self, request_id: str) -> None:
@@ -255,17 +221,9 @@ class Engine:
         """Append a sampled token to the sequence, and end it if it is complete."""
         sequence, token = active.sequence, choice.token
         sequence.tokens.append(token)
-        reason = None
-        if token in active.ends:
-            reason, text = FinishReason.STOP, active.text.flush()
-        else:
-            text = active.text.push(token)
-            if len(sequence.tokens) >= active.limit:
-                reason = FinishReason.LENGTH
-                text += active.text.flush()
-            if active.text.stopped:
-                reason = FinishReason.STOP
-        logprobs = () if active.row.params.logprobs is None else (self._describe(choice, generated=True),)
+        text, reason = active.continuation.add(token)
+        asked = active.row.params.logprobs is not None
+        logprobs = (describe(choice, self.package.tokenizer, generated=True),) if asked else ()
         return self._update(active, text, (token,), logprobs, reason)
 
     def _update(
@@ -301,24 +259,14 @@ class Engine:
     def _abort(self, active: ActiveRequest) -> Update:
         if active.sequence.phase is Phase.WAITING:
             active.sequence.admitted = time.monotonic()  # for queue_seconds
-        return self._update(active, active.text.flush(), (), (), FinishReason.ABORT)
+        return self._update(active, active.continuation.flush(), (), (), FinishReason.ABORT)
 
     def _score_prompt(self, active: ActiveRequest, chunk: Chunk, logits: Tensor) -> None:
         """Record the logprobs of the prompt tokens that follow those of `chunk`; logits are (T, V)."""
+        tokenizer = self.package.tokenizer
         prompt, top = active.sequence.request.prompt, active.row.params.logprobs or 0
         following = prompt[chunk.start + 1 : chunk.start + 1 + len(chunk.tokens)]
         if chunk.start == 0:
-            active.prompt_logprobs.append(self._describe(SampledToken(prompt[0])))
+            active.prompt_logprobs.append(describe(SampledToken(prompt[0]), tokenizer))
         scored = token_logprobs(logits[: len(following)], following, top, self._vocab_size)
-        active.prompt_logprobs += map(self._describe, scored)
-
-    def _describe(self, choice: SampledToken, generated: bool = False) -> TokenLogprob:
-        tokenizer = self.package.tokenizer
-
-        def entry(token: int, logprob: float | None, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-            content = tokenizer.decode_bytes([token])
-            silent = generated and token == tokenizer.eot
-            text = content.decode("utf-8", errors="replace")
-            return TokenLogprob(token, text, () if silent else tuple(content), logprob, top)
-
-        return entry(choice.token, choice.logprob, tuple(entry(*other) for other in choice.top))
+        active.prompt_logprobs += [describe(choice, tokenizer) for choice in scored]

@@ -5,13 +5,16 @@ several sequences at once and gets the requested logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gptcore.engine.settings import EngineSettings
+from gptcore.errors import ConfigError
+from gptcore.package import Package
 from gptcore.sampling import SamplingParams, SamplingState
 
 
@@ -78,6 +81,131 @@ class Update:
     """Those of the prompt, in the first update, if requested."""
     queue_seconds: float = 0.0
     """How long the request waited for its slot."""
+
+
+def merge(updates: list[Update]) -> Update:
+    """Merge consecutive updates of one request."""
+    if len(updates) == 1:
+        return updates[0]
+    return replace(
+        updates[-1],
+        text="".join(update.text for update in updates),
+        token_ids=tuple(token for update in updates for token in update.token_ids),
+        logprobs=tuple(entry for update in updates for entry in update.logprobs),
+        prompt_logprobs=tuple(entry for update in updates for entry in update.prompt_logprobs),
+    )
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """How a model is run."""
+
+    runner: str
+    note: str
+    """Why it is this runner and not a faster one; empty if there is none faster."""
+    dtype: str
+    device: str
+    slots: int
+    context_length: int
+    cache_bytes: int
+    invariant: bool
+    """Whether logits are bit for bit the same however sequences are batched."""
+    caveats: tuple[str, ...] = ()
+    """What it does less exactly than our own engine, for people."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters: the first four are current values, the totals count since the start."""
+
+    running: int
+    waiting: int
+    slots: int
+    slots_used: int
+    cached_tokens_reused_total: int
+    prompt_tokens_total: int
+    """Of started prompts, including tokens found in the cache."""
+    generated_tokens_total: int
+    steps_total: int
+
+
+class Stepped(Protocol):
+    """An engine that does its work in steps, as `AsyncEngine` drives it: our own, or vLLM.
+
+    It belongs to one thread; others may read its properties, its statistics, and call `validate`.
+    """
+
+    package: Package
+    settings: EngineSettings
+
+    @property
+    def info(self) -> EngineInfo:
+        """Runner, precision, slots and memory."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still run a step; false once a process that it needs has died."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are open requests."""
+        ...
+
+    def validate(self, request: Request) -> None:
+        """Raises ConfigError for a request that this model cannot run."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Add `request` to the queue. Raises ConfigError if it is invalid, QueueFull if the queue is full."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request at the next step, which returns its last update. An unknown id is ignored."""
+        ...
+
+    def abort_all(self) -> None:
+        """End every open request at the next step."""
+        ...
+
+    def step(self) -> list[Update]:
+        """Run one step; return at most one update per request, or none after a short wait."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """The current counters."""
+        ...
+
+    def check(self) -> None:
+        """Raises EngineError if the engine's state is inconsistent. Called before it sleeps."""
+        ...
+
+    def warm_up(self) -> None:
+        """Run the model once. Raises EngineError if its output is not finite."""
+        ...
+
+    def close(self) -> None:
+        """Free the model and the cache; the engine cannot be used afterwards."""
+        ...
+
+
+def validate(request: Request, context: int, longest: int, vocab_size: int) -> None:
+    """Raises ConfigError for a prompt of more than `longest` tokens, none, or ids from `vocab_size` on."""
+    length = len(request.prompt)
+    if not length:
+        raise ConfigError("the prompt is empty; expected at least one token", param="prompt")
+    if length > longest:
+        raise ConfigError(
+            f"the prompt is {length} tokens long; this model's context is {context}, so at most {longest} fit",
+            param="prompt",
+        )
+    for name, ids in (("prompt", request.prompt), ("stop_token_ids", request.params.stop_token_ids)):
+        wrong = [token for token in ids if not 0 <= token < vocab_size]
+        if wrong:
+            raise ConfigError(
+                f"{name} has the token id {wrong[0]}; this model's go from 0 to {vocab_size - 1}", param=name
+            )
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from gptcore.engine.interface import TokenLogprob
 from gptcore.sampling import SamplingState, next_tokens, top_indices
+from gptcore.tokenizer import Tokenizer
 
-__all__ = ["SampledToken", "SamplingState", "sample", "token_logprobs"]
+__all__ = ["SampledToken", "SamplingState", "describe", "sample", "token_logprobs"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,15 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: 
         likeliest = tuple((int(i), float(values[i]) - log_sum) for i in ids)
         choices.append(SampledToken(token, float(values[token]) - log_sum, likeliest))
     return choices
+
+
+def describe(choice: SampledToken, tokenizer: Tokenizer, generated: bool = False) -> TokenLogprob:
+    """The token and its alternatives with their texts, as callers get them."""
+
+    def entry(token: int, logprob: float | None, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        content = tokenizer.decode_bytes([token])
+        silent = generated and token == tokenizer.eot
+        text = content.decode("utf-8", errors="replace")
+        return TokenLogprob(token, text, () if silent else tuple(content), logprob, top)
+
+    return entry(choice.token, choice.logprob, tuple(entry(*other) for other in choice.top))

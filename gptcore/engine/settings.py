@@ -4,7 +4,12 @@ from dataclasses import dataclass
 
 from gptcore.errors import ConfigError, did_you_mean
 
-CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "backend": ("auto", "native", "torch")}
+LEAST = {"slots": 0, "prefill_tokens": 1, "max_queue": 1, "threads": 0, "tensor_parallel": 1}
+CHOICES = {
+    "engine": ("foundry", "vllm"),
+    "dtype": ("auto", "bfloat16", "float32"),
+    "backend": ("auto", "native", "torch"),
+}
 MOST_SLOTS = {"cpu": 16, "cuda": 64, "mps": 16}
 """Most slots that an engine chooses by itself, by the kind of device. With few sequences, a step takes as long as
 reading the weights. From about this many on, arithmetic or the cache is the bottleneck, and one more sequence only
@@ -17,6 +22,8 @@ UTILISATION = 0.7
 class EngineSettings:
     """Settings of one engine. Raises ConfigError for a value out of range."""
 
+    engine: str = "foundry"
+    """foundry, or vllm: vLLM behind the same interface, where it is installed."""
     slots: int = 0
     """Sequences decoded together; 0: as many as half the free memory holds, at most 16, or 64 on an NVIDIA GPU."""
     prefill_tokens: int = 256
@@ -35,9 +42,19 @@ class EngineSettings:
     """Use torch.compile (backend torch): slower startup, faster steps."""
     prefix_cache: bool = True
     """Reuse cached keys and values of prompts that start the same."""
+    tensor_parallel: int = 1
+    """GPUs among which each matrix of the model is split (engine vllm)."""
+    gpu_share: float = 0.45
+    """Share of each GPU's memory for one version of one model (engine vllm)."""
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 0), ("prefill_tokens", 1), ("max_queue", 1), ("threads", 0)):
+        for name, least in (
+            ("slots", 0),
+            ("prefill_tokens", 1),
+            ("max_queue", 1),
+            ("threads", 0),
+            ("tensor_parallel", 1),
+        ):
             value = getattr(self, name)
             if not value >= least:
                 raise ConfigError(f"{name} is {value}; expected at least {least}", param=name)
@@ -47,6 +64,16 @@ class EngineSettings:
                 raise ConfigError(
                     f"{name} is {value!r}; expected one of {', '.join(known)}.{did_you_mean(value, known)}", param=name
                 )
+        if not 0 < self.gpu_share <= 1:
+            raise ConfigError(f"gpu_share is {self.gpu_share}; expected more than 0 and at most 1", param="gpu_share")
+        if self.engine == "vllm" and self.backend != "auto":
+            raise ConfigError(f"backend is {self.backend!r}; expected auto, since engine is 'vllm'", param="backend")
+        if self.engine != "vllm" and self.tensor_parallel > 1:
+            raise ConfigError(
+                f"tensor_parallel is {self.tensor_parallel}; expected 1, since engine is {self.engine!r}; "
+                "only vllm splits a model",
+                param="tensor_parallel",
+            )
 
 
 def target_ongoing_requests(slots: int) -> float:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from gptcore.engine.engine import Engine
+from gptcore.engine.engines import make_engine
 from gptcore.errors import EngineError, did_you_mean
 from gptcore.home import default_tracking_uri
 from gptcore.redact import without_password
@@ -53,6 +53,8 @@ class ModelStatus:
     runner: str | None = None
     dtype: str | None = None
     slots: int | None = None
+    caveats: tuple[str, ...] = ()
+    """What its engine does less exactly than our own."""
     run_id: str | None = None
     run_url: str | None = None
     bits_per_byte: float | None = None
@@ -66,7 +68,7 @@ class Models:
     """All models of a service, including the canary. Nothing is loaded before `start`."""
 
     def __init__(
-        self, settings: ServeSettings, registry: Registry | None = None, make_engine: MakeEngine = Engine
+        self, settings: ServeSettings, registry: Registry | None = None, make_engine: MakeEngine = make_engine
     ) -> None:
         self.settings = settings
         self.default = settings.default_model
@@ -226,6 +228,7 @@ class Models:
             runner=info.runner,
             dtype=info.dtype,
             slots=info.slots,
+            caveats=info.caveats,
             run_id=lineage.run_id,
             run_url=lineage.run_url,
             bits_per_byte=lineage.bits_per_byte,

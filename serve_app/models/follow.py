@@ -244,7 +244,7 @@ class Model:
                     self.name,
                     self.source,
                     version or None,
-                    self._settings.engine,
+                    self._settings.engine_settings,
                     self._registry,
                     make_engine=self._make_engine,
                     seconds=self._settings.load_seconds,

@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 
 from gptcore.engine import EngineSettings
 from gptcore.engine.async_engine import AsyncEngine
-from gptcore.engine.engine import Engine
+from gptcore.engine.engines import make_engine
+from gptcore.engine.interface import Stepped
 from gptcore.hf_format import count_parameters
 from gptcore.hub import resolve
 from gptcore.package import MANIFEST, Package, open_package
@@ -27,7 +28,7 @@ SHORT_HASH = 12
 CLOSE_SECONDS = 5.0
 """How long to wait for an abandoned load, which may hang in remote storage."""
 
-MakeEngine = Callable[[Package, EngineSettings], Engine]
+MakeEngine = Callable[[Package, EngineSettings], Stepped]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ async def load(
     version: str | None,
     settings: EngineSettings,
     registry: Registry,
-    make_engine: MakeEngine = Engine,
+    make_engine: MakeEngine = make_engine,
     seconds: float = math.inf,
 ) -> ServedModel:
     """Find, verify, load and warm up the model. `version` is the alias's version, for a source with an alias.
@@ -103,7 +104,7 @@ async def load(
     pinned = f"models:/{moving[0]}/{version}" if moving else source
     found: list[Opened] = []
 
-    def make() -> Engine:
+    def make() -> Stepped:
         # Downloads are kept until they are memory-mapped.
         with TemporaryDirectory(prefix="gpt-foundry-", ignore_cleanup_errors=True) as downloads:
             found.append(_open(pinned, version, registry, Path(downloads)))

@@ -27,7 +27,7 @@ from tests.waiting import await_server, is_up
 from train_job.data.pieces import builtin_bytes
 
 STARTERS = (
-    *(".venv/", "curl ", "ray ", "docker ", "make ", "cat ", "ls ", "echo ", "export ", "mlflow "),
+    *(".venv/", ".venv-vllm/", "curl ", "ray ", "docker ", "make ", "cat ", "ls ", "echo ", "export ", "mlflow "),
     *("aws ", "git ", "hf ", "prometheus ", "python ", "sed ", "serve ", "ssh "),
 )
 SHAPE = ["--num-layers=1", "--num-heads=2", "--hidden-size=32"]

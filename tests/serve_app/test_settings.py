@@ -38,12 +38,15 @@ def test_every_setting_can_be_set_in_the_environment_with_its_type():
     said = {"models": "a=models:/a@champion,b=hf:x/y", "eager": "b", "canary": "b:0.5", "model": "b", "api_keys": "k,l"}
     said |= {"cors_origins": "*", "tracking_uri": "http://127.0.0.1:5000", "host": "0.0.0.0", "device": "cpu"}
     said |= {"dtype": "float32", "backend": "torch", "log_level": "debug", "compile": "true", "prefix_cache": "false"}
-    said |= {name: "3" for name in FIELDS if name not in said}
-    settings = load({f"GPT_{name.upper()}": text for name, text in said.items()})
+    vllm = {"engine": "vllm", "tensor_parallel": "2", "gpu_share": "0.3"}  # they exclude some of the others
+    said |= dict.fromkeys(FIELDS.keys() - said.keys() - vllm.keys(), "3")
     defaults = ServeSettings()
-    for name in FIELDS:
-        assert type(getattr(settings, name)) is type(getattr(defaults, name)), name
-        assert getattr(settings, name) != getattr(defaults, name), name
+    for together in (said, vllm):
+        settings = load({f"GPT_{name.upper()}": text for name, text in together.items()})
+        for name in together:
+            assert type(getattr(settings, name)) is type(getattr(defaults, name)), name
+            assert getattr(settings, name) != getattr(defaults, name), name
+    assert said.keys() | vllm.keys() == FIELDS.keys()
 
 
 def test_models_are_named_the_first_is_the_default_and_paths_become_absolute(tmp_path, monkeypatch):
@@ -168,7 +171,34 @@ def test_keys_appear_neither_in_output_nor_in_errors():
 
 def test_the_service_has_all_settings_of_the_engine():
     assert {f.name for f in fields(EngineSettings)} <= FIELDS.keys()
-    assert load(slots=3, threads=2, dtype="float32").engine == EngineSettings(slots=3, threads=2, dtype="float32")
+    assert load(slots=3, threads=2, dtype="float32").engine_settings == EngineSettings(
+        slots=3, threads=2, dtype="float32"
+    )
+
+
+def test_a_split_model_gets_a_gpu_for_each_part():
+    assert load(engine="vllm", tensor_parallel=4).gpus == 4
+    assert load(engine="vllm", tensor_parallel=4, num_gpus=4).gpus == 4
+    assert load(engine="vllm", tensor_parallel=2, device="cpu").gpus == 0
+    assert load(engine="vllm").gpus == load().gpus == 0
+    assert load(num_gpus=0.5).gpus == 0.5
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"engine": "vlm"}, "engine is 'vlm'; expected one of foundry, vllm. Did you mean 'vllm'?"),
+        ({"engine": "vllm", "backend": "native"}, "backend is 'native'; expected auto, since engine is 'vllm'"),
+        ({"tensor_parallel": 2}, "tensor_parallel is 2; expected 1, since engine is 'foundry'"),
+        ({"engine": "vllm", "tensor_parallel": 0}, "tensor_parallel is 0; expected at least 1"),
+        ({"engine": "vllm", "gpu_share": 1.5}, "gpu_share is 1.5; expected more than 0 and at most 1"),
+        ({"engine": "vllm", "tensor_parallel": 2, "num_gpus": 1}, "num_gpus is 1.0; expected at least tensor_parallel"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(said, message):
+    with pytest.raises(ConfigError) as caught:
+        load(**said)
+    assert message in str(caught.value)
 
 
 def test_the_module_prints_the_table_of_the_docs():

@@ -40,13 +40,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @contextlib.contextmanager
-def started(home: Path, **env: str) -> Iterator[Cluster]:
-    """Four CPUs' worth of Ray, started as docs/cluster.md says and stopped by its process id."""
+def started(home: Path, bin: Path = BIN, **env: str) -> Iterator[Cluster]:
+    """Four CPUs' worth of Ray from `bin`, started as docs/cluster.md says and stopped by its process id."""
     port, dashboard, agent, client = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:  # socket paths are short
         head = subprocess.Popen(
             [
-                BIN / "ray",
+                bin / "ray",
                 "start",
                 "--head",
                 "--block",

@@ -11,6 +11,7 @@ import urllib.request
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -142,10 +143,15 @@ class Load:
 
 
 @contextlib.contextmanager
-def served(cluster: Cluster, *command: str, port: int, **env: str) -> Iterator[Service]:
-    """Runs `serve run` with these arguments until the block ends, and stops it with Ctrl-C."""
+def served(
+    cluster: Cluster, *command: str, port: int, bin: Path = BIN, seconds: float = START_SECONDS, **env: str
+) -> Iterator[Service]:
+    """Runs `serve run` with these arguments until the block ends, and stops it with Ctrl-C.
+
+    It must be ready within `seconds`.
+    """
     process = subprocess.Popen(
-        [BIN / "serve", "run", *command],
+        [bin / "serve", "run", *command],
         cwd=ROOT,
         env=environment(cluster.home, RAY_ADDRESS=cluster.address, **env),
         stdout=subprocess.PIPE,
@@ -158,7 +164,7 @@ def served(cluster: Cluster, *command: str, port: int, **env: str) -> Iterator[S
     reader.start()
     service = Service(f"http://127.0.0.1:{port}", cluster, process)
     try:
-        eventually(lambda: service.is_ready() or process.poll() is not None, "the service is ready", START_SECONDS)
+        eventually(lambda: service.is_ready() or process.poll() is not None, "the service is ready", seconds)
         assert process.poll() is None, "".join(output)
         yield service
     except AssertionError as error:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptcore.config import ModelConfig
 from gptcore.engine.engine import Engine
-from gptcore.engine.interface import Chunk, FinishReason, Request, TokenLogprob, Update
+from gptcore.engine.interface import Chunk, FinishReason, Request, Stepped, TokenLogprob, Update
 from gptcore.engine.settings import EngineSettings
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams, SamplingState, next_tokens
@@ -144,7 +144,7 @@ class Answer:
         return self.updates[-1].cached_tokens
 
 
-def run(engine: Engine, *requests: Request, steps: int = 100_000) -> dict[str, Answer]:
+def run(engine: Stepped, *requests: Request, steps: int = 100_000) -> dict[str, Answer]:
     """Adds `requests` and steps until all open ones have ended, or for so many `steps`."""
     for request in requests:
         engine.add(request)
