@@ -79,7 +79,11 @@ THEIRS = (
     Variable("RAY_metrics_report_interval_ms", "How often Ray exports metrics to Prometheus.", "`10000`"),
     Variable("RAY_DEDUP_LOGS_SKIP_REGEX", "Ray's lines that are not printed.", "misleading ones"),
     Variable("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", "How long HAProxy waits for an answer.", "forever"),
-    Variable(HARD_STOP, "Seconds that a replaced HAProxy may finish its requests.", "`request_timeout_s` and 30"),
+    Variable(
+        HARD_STOP,
+        "How long a replaced HAProxy may finish its requests.",
+        "`request_timeout_s` and 30",
+    ),
     Variable(SWITCH, "The proxy in front of the replicas: `1` HAProxy, `0` Ray's own.", "`1` if HAProxy is installed"),
     Variable("HF_HOME", "Hugging Face's folder, for `hf:` models.", "`~/.cache/huggingface`"),
     Variable("HF_HUB_CACHE", "Its cache of models.", "`$HF_HOME/hub`"),

@@ -247,7 +247,7 @@ class ServeSettings:
     @property
     def target_ongoing(self) -> float:
         """Requests per replica that autoscaling aims for."""
-        gpu = self.num_gpus > 0 or self.device.startswith("cuda")
+        gpu = self.gpus > 0 or self.device.startswith("cuda")
         return self.target_ongoing_requests or target_ongoing_requests(
             self.slots or MOST_SLOTS["cuda" if gpu else "cpu"]
         )

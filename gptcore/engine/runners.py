@@ -57,12 +57,13 @@ def check_memory(package: Package, device: torch.device, dtype: torch.dtype, loa
     require_memory(f"the model in {package.path}", package.memory(loaded) | packed | slot, free_memory(device))
 
 
-def count_slots(config: ModelConfig, asked: int, device: torch.device, dtype: torch.dtype) -> int:
+def count_slots(config: ModelConfig, asked: int, device: torch.device, dtype: torch.dtype, weights: int = 0) -> int:
     """`asked` slots, or if 0, as many as SHARE of the free memory holds, up to MOST_SLOTS.
 
-    Raises NoMemory if they do not fit, instead of letting the system kill the process.
+    `weights` are the bytes of weights that are not in memory yet. Raises NoMemory if the slots do not fit, instead of
+    letting the system kill the process.
     """
-    free, size = free_memory(device), slot_bytes(config, dtype)
+    free, size = free_memory(device) - weights, slot_bytes(config, dtype)
     slots = asked or max(1, min(MOST_SLOTS[device.type], int(free * SHARE) // size))
     if slots * size > free:
         raise NoMemory(

@@ -48,13 +48,7 @@ class EngineSettings:
     """Share of each GPU's memory for one version of one model (engine vllm)."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("slots", 0),
-            ("prefill_tokens", 1),
-            ("max_queue", 1),
-            ("threads", 0),
-            ("tensor_parallel", 1),
-        ):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if not value >= least:
                 raise ConfigError(f"{name} is {value}; expected at least {least}", param=name)
@@ -68,6 +62,11 @@ class EngineSettings:
             raise ConfigError(f"gpu_share is {self.gpu_share}; expected more than 0 and at most 1", param="gpu_share")
         if self.engine == "vllm" and self.backend != "auto":
             raise ConfigError(f"backend is {self.backend!r}; expected auto, since engine is 'vllm'", param="backend")
+        if self.engine != "vllm" and self.gpu_share != EngineSettings.gpu_share:
+            raise ConfigError(
+                f"gpu_share is {self.gpu_share}; expected none, since engine is {self.engine!r} and not vllm",
+                param="gpu_share",
+            )
         if self.engine != "vllm" and self.tensor_parallel > 1:
             raise ConfigError(
                 f"tensor_parallel is {self.tensor_parallel}; expected 1, since engine is {self.engine!r}; "

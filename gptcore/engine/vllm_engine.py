@@ -18,7 +18,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ class VllmEngine:
         self._loop = asyncio.new_event_loop()
         self._arrived = asyncio.Event()
         try:
-            with _without_spare_rows(package) as folder:
+            here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            with _without_spare_rows(package, pick_dtype(settings.dtype, here)) as folder:
                 self._llm, self._plan = self._run((start or start_vllm)(package, folder, settings, self._record))
         except BaseException:
             self._loop.close()
@@ -196,9 +197,12 @@ class VllmEngine:
         room = self._plan.context_length - 1
         params = SamplingParams(max_new_tokens=2, top_k=2, logprobs=0, seed=0, ignore_eos=True)
         self.add(Request("warm-up", (self.package.tokenizer.eot,) * max(1, min(2, room)), params))
-        entries: list[TokenLogprob] = []
+        updates: list[Update] = []
         while self.busy:
-            entries += [entry for update in self.step() for entry in update.logprobs]
+            updates += self.step()
+        if updates[-1].finish_reason == FinishReason.ERROR:
+            raise EngineError(f"vLLM cannot run the model in {self.package.path}")
+        entries = [entry for update in updates for entry in update.logprobs]
         if not all(entry.logprob is not None and math.isfinite(entry.logprob) for entry in entries):
             raise EngineError(f"the logits of the model in {self.package.path} are not finite")
         self._reused = self._prompts = self._generated = self._steps = 0
@@ -463,7 +467,7 @@ def engine_arguments(
     if device.type == "cpu":
         needs = {"weights": count_parameters(config) * dtype.itemsize, "one slot": slot_bytes(config, dtype)}
         require_memory(f"the model in {package.path}", needs, free_memory(device))
-        slots = count_slots(config, settings.slots, device, dtype)
+        slots = count_slots(config, settings.slots, device, dtype, needs["weights"])
         blocks = slots * math.ceil(config.context_length / CPU_BLOCK) + 1  # vLLM keeps one for itself
         arguments |= {
             "block_size": CPU_BLOCK,
@@ -501,22 +505,21 @@ def end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _without_spare_rows(package: Package) -> Any:
-    """A folder with the model for vLLM.
+def _without_spare_rows(package: Package, dtype: torch.dtype) -> Iterator[Path]:
+    """A folder with the model for vLLM: the package's own, or a copy in `dtype`.
 
-    Usually the package's own. If the embedding has rows behind the tokenizer's ids, a copy without them, since vLLM
-    would sample those ids. It is deleted afterwards, when vLLM has read it.
+    Models that are trained here have rows of embedding behind the tokenizer's ids, which vLLM would sample. The copy is
+    without them, and is deleted when vLLM has read it.
     """
     config, tokenizer = package.config, package.tokenizer
     if config.vocab_size == tokenizer.vocab_size:
         yield package.path
         return
-    state = dict(package.load_model().state_dict())
-    for name in ("embed_tokens.weight", "lm_head.weight"):
+    state = dict(package.parameters(dtype=dtype))
+    for name in {"embed_tokens.weight", "lm_head.weight"} & state.keys():
         state[name] = state[name][: tokenizer.vocab_size].contiguous()
-    if config.tie_embeddings:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
     with tempfile.TemporaryDirectory(prefix="gpt-foundry-vllm-") as folder:
-        yield save_package(
-            Path(folder) / "model", replace(config, vocab_size=tokenizer.vocab_size), state, tokenizer, {}
-        ).path
+        path = Path(folder) / "model"
+        save_package(path, replace(config, vocab_size=tokenizer.vocab_size), state, tokenizer, {})
+        del state  # before vLLM takes memory for the same weights
+        yield path

@@ -54,6 +54,8 @@ FRONT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 """Ray's settings for replicas and either proxy, so that they work on a busy machine and restart within seconds."""
+LONGEST_STOP = 2_000_000
+"""Seconds; HAProxy accepts no time limit of more than 24.8 days."""
 HAPROXY = {
     SWITCH: "1",
     "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "60",
@@ -79,7 +81,8 @@ def use_haproxy(
     if present and environment.setdefault(SWITCH, "1") == "1":
         chosen = node_environment() | local_environment()
         environment[BODY_TIMEOUT] = f"{body_seconds:g}"
-        chosen[HARD_STOP] = f"{request_seconds + SPARE_SECONDS:.0f}"
+        needed = min(request_seconds + SPARE_SECONDS, LONGEST_STOP)
+        environment[HARD_STOP] = f"{max(needed, float(environment.get(HARD_STOP) or 0)):.0f}"  # the image sets one
     for name, value in chosen.items():
         environment.setdefault(name, value)
 
@@ -159,8 +162,9 @@ def amend_config(config: str, own_socket: Path, unavailable: Path, environment: 
             config = re.sub(rf"(?m)^{heading}\n(?:[ \t]+.*\n|\n)*", "", config)
     config = re.sub(r"(?m)^( *stats socket )\S+ mode \d+", rf"\g<1>{own_socket} mode 600", config)
     config = re.sub(r"(?m)^ *errorfile .*\n", "", config)
-    # A replica that stops drops connections that it has accepted but not read. A text can be computed again elsewhere.
-    config = re.sub(r"(?m)^( *retry-on conn-failure) *$", r"\1 empty-response", config)
+    # A replica that stops drops connections that it has accepted but not read. A text can be computed again elsewhere,
+    # but only once: a request that ends its replica must not end them all.
+    config = re.sub(r"(?m)^( *)(retry-on conn-failure) *$", r"\1\2 empty-response\n\1retries 1", config)
     config = re.sub(r"(?m)^defaults\n", lambda found: found[0] + _lines(errors), config)
     config = re.sub(r"(?m)^frontend http_frontend\n.*\n", lambda found: found[0] + _lines(front), config)
     return re.sub(r"(?m)^(backend default_backend\n *http-request return ).*", lambda found: found[1] + reply, config)

@@ -75,7 +75,8 @@ def test_a_service_serves_a_package_at_a_url_and_leaves_no_copy(bucket: str, s3:
 def test_a_package_altered_in_the_store_is_refused(bucket: str, s3: Store, tmp_path: Path) -> None:
     package = small_package(tmp_path / "package")
     weights = package.path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     s3.filesystem().put(str(package.path), f"{bucket}/package", recursive=True)
     with pytest.raises(PackageError, match=r"model\.safetensors was altered"):
         open_package(resolve(f"{bucket}/package"))

@@ -25,6 +25,7 @@ def told(**said: Any) -> Any:
         ({"device": "cuda:0"}, 44.8),
         ({"num_gpus": 1, "slots": 100}, 70),
         ({"slots": 8, "target_ongoing_requests": 3}, 3),
+        ({"engine": "vllm", "tensor_parallel": 4}, 44.8),
     ],
 )
 def test_autoscaling_aims_for_seventy_percent_of_the_slots_unless_told_otherwise(said: dict[str, Any], target: float):

@@ -127,6 +127,7 @@ def require_room(shape: ModelConfig, models: int) -> None:
     """Raises NoMemory if weights, gradients and moments of `models` models in fp32 do not fit free memory."""
     needed = models * 4 * count_parameters(shape)
     what = {"weights": needed, "gradients": needed, "at least one moment of each": needed}
+    what["the copy from which checkpoints are written"] = 2 * count_parameters(shape) * 4  # dealt out to workers
     require_memory("training this model", what, free_memory(torch.device("cpu")))
 
 

@@ -109,22 +109,27 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
         trainer = Trainer(config, model, train, validation, device, stop_asked, weights)
     identity = trainer.identity(spec.tokenizer.fingerprint)
     session = _from_rank_0(f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
-    writer = CheckpointWriter(config, identity, session, lambda text: spec.channel.post.remote(text))
-    _restore(spec, trainer, identity)
+    damaged = _restore(spec, trainer, identity)
+    writer = CheckpointWriter(config, identity, session, lambda text: spec.channel.post.remote(text), damaged)
     reporter = Reporter(spec, trainer) if rank == 0 else None
-    with doing(lambda: f"training: {trainer.state.step} steps are done"):
-        for event in trainer.run():
-            progress.reset_silence()
-            if reporter:
-                reporter.report(event)
-            if isinstance(event, Evaluation) and (reporter or trainer.sharded):  # sharded, it takes all of them
-                samples = _samples(trainer, spec.tokenizer)
+    try:
+        with doing(lambda: f"training: {trainer.state.step} steps are done"):
+            for event in trainer.run():
+                progress.reset_silence()
                 if reporter:
-                    reporter.keep_samples(event.step, samples)
-            writer.check()
-            if isinstance(event, CheckpointDue):
-                writer.save(trainer)
-    writer.wait()
+                    reporter.report(event)
+                if isinstance(event, Evaluation) and (reporter or trainer.sharded):  # sharded, it takes all of them
+                    samples = _samples(trainer, spec.tokenizer)
+                    if reporter:
+                        reporter.keep_samples(event.step, samples)
+                writer.check()
+                if isinstance(event, CheckpointDue):
+                    writer.save(trainer)
+        writer.wait()
+    except Exception:
+        with suppress(Exception):
+            writer.wait()  # the last checkpoint is good, whatever came after it
+        raise
     memory = _gather(peak_memory_mb(device))
     if reporter:
         reporter.close(memory)
@@ -150,23 +155,29 @@ def _gather(figures: dict[str, float]) -> dict[str, float]:
     return {f"worker {n} {name}": value for n, theirs in enumerate(everyone) for name, value in theirs.items()}
 
 
-def _restore(spec: WorkerSpec, trainer: Trainer, identity: Identity) -> None:
-    """Restores every rank from the newest checkpoint that is whole, if there is one; rank 0 chooses it."""
-    used, problem = None, None
+def _restore(spec: WorkerSpec, trainer: Trainer, identity: Identity) -> list[str]:
+    """Restores every rank from the newest checkpoint that is whole, if there is one; rank 0 chooses it.
+
+    Returns the names of newer ones that are damaged, on rank 0.
+    """
+    used, problem, damaged = None, None, []
     if trainer.rank == 0:
 
         def say(text: str) -> None:
             ray.get(spec.channel.post.remote(text))
 
         try:
-            if choice := first_whole(checkpoints(spec.config), lambda folder: check_checkpoint(folder, identity), say):
+            found = checkpoints(spec.config)
+            if choice := first_whole(found, lambda folder: check_checkpoint(folder, identity), say):
                 used, _ = choice
+                damaged = [kept.name for kept in found[: found.index(used)] if not kept.unfinished]
         except FoundryError as error:
             problem = error
     _raise_together(problem)
     if used := _from_rank_0(used):
         with used.files() as folder:
             trainer.restore(folder)
+    return damaged
 
 
 def _from_rank_0(value: Any) -> Any:

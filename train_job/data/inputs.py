@@ -136,6 +136,8 @@ def notes_on(config: TrainConfig, corpora: Sequence[Corpus], look: bool) -> Iter
     pieces = [piece for corpus in corpora for piece in corpus.pieces]
     if config.text_column != TrainConfig.text_column and not any(piece.column for piece in pieces):
         yield f"text_column {config.text_column!r} has no effect: {names} has no columns"
+    if config.workers[1] == 1 and (config.parallel == "fsdp" or config.reduce_precision == "bf16"):
+        yield "parallel and reduce_precision have no effect with one worker"
     separator = config.document_separator
     if separator and look and not any(separator in text for piece in pieces for text in piece.texts()):
         yield f"document_separator {separator!r} has no effect: it does not occur in {names}"

@@ -25,7 +25,7 @@ from train_job.session.session import Session, Trained, resume_command
 from train_job.tracking import registry
 from train_job.tracking import runs as tracking
 from train_job.tracking.spool import Spool
-from train_job.training.checkpoint import StoredModel, load_model
+from train_job.training.checkpoint import StoredModel, TrainState, verified
 from train_job.training.evaluate import bits_per_byte
 from train_job.training.hardware import peak_memory_mb
 from train_job.training.storage import StoredCheckpoint, checkpoints, drop_all_but, first_whole
@@ -129,18 +129,20 @@ def build(session: Session, trained: Trained) -> Package:
     config, say = session.config, session.console.say
     found = checkpoints(config)
     standings = trained.finished.targets if trained.finished else ()
-    choice = first_whole(preferred(found, standings), load_model, say)
+    choice = first_whole(preferred(found, standings), lambda folder: _package(session, folder), say)
     if choice is None:
         why = next((f": {kept.why}" for kept in found if kept.why), "")
         raise CheckpointError(f"run {config.name} has left no evaluated checkpoint in {config.storage_path}{why}")
-    kept, state = choice
-    package = _package(session, state, kept.step, kept.loss)
+    kept, package = choice
     drop_all_but(kept, found, config, say)
     return package
 
 
-def _package(session: Session, state: StoredModel, step: int, loss: float) -> Package:
+def _package(session: Session, checkpoint: Path) -> Package:
+    """Raises DamagedCheckpoint."""
     config, inputs = session.config, session.inputs
+    state = TrainState(**verified(checkpoint)["state"])
+    step, loss = state.step, state.loss
     bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
     training = {
         "run": config.name,
@@ -158,7 +160,9 @@ def _package(session: Session, state: StoredModel, step: int, loss: float) -> Pa
     }
     summary = {k: v for k, v in training.items() if v is not None}
     with doing("making the package"):
-        return save_package(session.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
+        return save_package(
+            session.run_dir / "package", inputs.model, StoredModel(checkpoint), inputs.tokenizer, summary
+        )
 
 
 def _figures(session: Session, package: Package) -> list[Path]:

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from gptcore.errors import CheckpointError, DamagedCheckpoint, StorageFull, TrainingError
 from gptcore.files import sha256, write_file
-from train_job.files import storage_problem
+from train_job.files import one_line, storage_problem
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -79,9 +78,9 @@ def save_checkpoint(
 ) -> None:
     """Writes a new folder. It is whole once it has a state.json; a failed one is removed.
 
-    With a `group`, every worker must call it, in a thread of its own if it likes: each writes its shards, and its share
-    of what all have. Each file is passed to `upload` when it is complete, state.json last. Raises TrainingError, on all
-    workers, if one cannot write.
+    With a `group`, every worker must call it, and each writes what is in its `tensors`: its shards, and its share of
+    what several have. Each file is passed to `upload` when it is complete, state.json last. Raises TrainingError, on
+    all workers, if one cannot write its share.
     """
     rank = dist.get_rank(group) if group else 0
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -93,7 +92,7 @@ def save_checkpoint(
             if upload:
                 for file in mine:
                     upload(file)
-        except (OSError, SafetensorError, CheckpointException) as error:
+        except (Exception, CheckpointException) as error:
             answer = _cause(error)
         answers = _gather(answer, group)
         for problem in answers:
@@ -101,13 +100,19 @@ def save_checkpoint(
                 raise problem
         if rank == 0:
             files = {name: digest for each in answers for name, digest in each.items()}
+            if not upload and (absent := [name for name in files if not (folder / name).exists()]):
+                raise CheckpointError(
+                    f"{absent[0]} was written to {folder.parent} on another machine. Expected a storage_path that all "
+                    "machines share: a folder on network storage, or a URL"
+                )
             record = {"format": FORMAT, "state": asdict(state), "identity": asdict(identity), "files": files}
             text = json.dumps(record | {"sha256": _digest(record)}, indent=1)
             write_file(folder / STATE, text.encode())
             if upload:
                 upload(folder / STATE)
     except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         raise (save_problem(error, folder.parent) or error) from None
 
 
@@ -129,7 +134,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def read_checkpoint(folder: Path, tensors: Mapping[str, Tensor]) -> TrainState:
     """Reads a verified checkpoint into `tensors`, of which a worker may have only some rows; returns its state."""
-    dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    _load(dict(tensors), HuggingFaceStorageReader(str(folder)))
     return TrainState(**parse_state((folder / STATE).read_bytes(), folder / STATE)["state"])
 
 
@@ -144,7 +149,7 @@ class StoredModel(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         kept = self._stored[name]
         tensor = torch.empty(kept.size, dtype=kept.properties.dtype)
-        dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        _load({name: tensor}, self._reader)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -152,6 +157,13 @@ class StoredModel(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._stored)
+
+
+def _load(tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:  # not even an Exception
+        raise DamagedCheckpoint(f"{reader.path} cannot be read: {one_line(_cause(error))}") from None
 
 
 class _Reader(HuggingFaceStorageReader):

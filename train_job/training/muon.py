@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices that are all whole or all sharded by rows.
 
     Matrices are sorted by their work and dealt out in rounds, one to each worker. So no worker does more than its share
-    and one matrix, and none holds more than one whole matrix.
+    and one matrix, and of sharded matrices none holds more than one whole.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:

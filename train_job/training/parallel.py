@@ -1,7 +1,7 @@
 """How several workers train one model, and how its blocks are run: sharded, recomputed, compiled.
 
 In: a model and a config. Out: a model that computes the same. With `ddp` each worker has all of it (torch's
-DistributedDataParallel). With `fsdp` (FSDP2's fully_shard; Zhao et al. 2023) each has the same number of rows of every
+DistributedDataParallel). With `fsdp` (FSDP2's fully_shard; Zhao et al. 2023) each has its share of the rows of every
 matrix, with its gradient and optimizer state, and fetches a block's matrices while it computes the block. Vectors
 (gains and biases, a thousandth of the weights) stay whole on every worker.
 """

@@ -37,6 +37,8 @@ class StoredCheckpoint:
     path: str
     state: TrainState | None
     why: str = ""
+    unfinished: bool = False
+    """Whether it has no state.json: its writer was killed, or is still writing."""
 
     @property
     def name(self) -> str:
@@ -113,7 +115,7 @@ def _read(fs: Any, path: str) -> StoredCheckpoint:
         with fs.open_input_stream(where) as file:
             return StoredCheckpoint(fs, path, TrainState(**parse_state(file.read(), where)["state"]))
     except FileNotFoundError:
-        return StoredCheckpoint(fs, path, None, f"{where} is missing")
+        return StoredCheckpoint(fs, path, None, f"{where} is missing", unfinished=True)
     except OSError as error:  # a folder, or a broken link
         return StoredCheckpoint(fs, path, None, f"{where} cannot be read: {one_line(error)}")
     except DamagedCheckpoint as error:
@@ -123,9 +125,10 @@ def _read(fs: Any, path: str) -> StoredCheckpoint:
 def first_whole(
     found: Iterable[StoredCheckpoint], load: Callable[[Path], Loaded], say: Say = lambda text: None
 ) -> tuple[StoredCheckpoint, Loaded] | None:
-    """The first checkpoint that `load` can read, and what it returns; None if there are none.
+    """The first checkpoint that `load` can read, and what it returns; None if none was ever finished.
 
-    Reports each damaged one through `say`. Raises DamagedCheckpoint if all are damaged.
+    `load` gets its folder, which may be a copy that is deleted afterwards. Each checkpoint that is skipped is reported
+    through `say`. Raises DamagedCheckpoint if all are damaged.
     """
     first = ""
     for checkpoint in found:
@@ -136,7 +139,8 @@ def first_whole(
                     return checkpoint, load(folder)
                 except DamagedCheckpoint as error:
                     problem = str(error).replace(str(folder), checkpoint.path)
-        first = first or problem
+        if not checkpoint.unfinished:
+            first = first or problem
         say(f"skipped a checkpoint: {problem}")
     if first:
         raise DamagedCheckpoint(

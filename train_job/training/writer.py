@@ -4,8 +4,9 @@ In: a Trainer that stands still. Out: a checkpoint in the run's storage, and no 
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from gptcore.devices import pick_device
 from gptcore.progress import doing
 from train_job.config import TrainConfig
 from train_job.files import one_line
@@ -32,14 +34,18 @@ class CheckpointWriter:
     """Copies the state to other memory, and writes the copy in a thread: one checkpoint at a time.
 
     Every worker has one and saves at the same steps. `session` is the same on all workers and unlike that of any
-    earlier one: it tells apart the checkpoints of a step that was repeated.
+    earlier one: it tells apart the checkpoints of a step that was repeated. `damaged` are names of checkpoints that are
+    no substitute for others; they stay, so that they can be examined.
     """
 
-    def __init__(self, config: TrainConfig, identity: Identity, session: str, say: Say) -> None:
+    def __init__(
+        self, config: TrainConfig, identity: Identity, session: str, say: Say, damaged: Collection[str] = ()
+    ) -> None:
         self._config, self._identity, self._session, self._say = config, identity, session, say
+        self._damaged = damaged
         # A group of its own, since the thread's messages come between those of the steps.
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        cuda = torch.cuda.is_available()
+        cuda = config.use_gpu or pick_device(config.device).type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
@@ -51,8 +57,8 @@ class CheckpointWriter:
         """Starts to write a checkpoint of this step, once the last one is written. Raises what `wait` raises."""
         self.wait()
         self._writing = written = Future[None]()
-        tensors: Any = self._stager.stage(trainer.tensors())
-        work = (written, replace(trainer.state), tensors)
+        tensors: Any = self._stager.stage(trainer.tensors() if trainer.sharded else dealt(trainer.tensors()))
+        work = (written, replace(trainer.state), tensors, trainer.device)
         Thread(target=self._run, args=work, name="checkpoint", daemon=True).start()
 
     def wait(self) -> None:
@@ -67,8 +73,12 @@ class CheckpointWriter:
         if self._writing and self._writing.done():
             self.wait()
 
-    def _run(self, written: "Future[None]", state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+    def _run(
+        self, written: "Future[None]", state: TrainState, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> None:
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # each thread begins with the first
             self._write(state, tensors)
         except BaseException as error:
             written.set_exception(error)
@@ -82,14 +92,37 @@ class CheckpointWriter:
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             folder = here or Path(scratch) / "checkpoint"
             upload = partial(copy_file, fs=fs, folder=path)
-            save_checkpoint(folder, state, self._identity, tensors, self._group, None if here else upload)
-        if not self._group or dist.get_rank() == 0:
+            first = not self._group or dist.get_rank() == 0
+            try:
+                save_checkpoint(folder, state, self._identity, tensors, self._group, None if here else upload)
+            except BaseException:
+                if first and not here:
+                    with suppress(OSError):
+                        fs.delete_dir(path)
+                raise
+        if first:
             self._remove_superseded(path)
 
     def _remove_superseded(self, path: str) -> None:
         try:
-            found = checkpoints(self._config)
-            for kept in superseded(found, next(kept for kept in found if kept.path == path)):
+            found = [kept for kept in checkpoints(self._config) if kept.name not in self._damaged]
+            unneeded = [kept for kept in found if kept.unfinished and self._session not in kept.name]
+            for written in (kept for kept in found if kept.name == path.rpartition("/")[2]):
+                unneeded += superseded(found, written)
+            for kept in unneeded:
                 kept.fs.delete_dir(kept.path)
         except OSError as error:
             self._say(f"warning: unneeded checkpoints of {self._config.name} could not be removed: {one_line(error)}")
+
+
+def dealt(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This worker's share of tensors that all workers have, about as many bytes for each."""
+    workers, rank = world_size(), dist.get_rank() if dist.is_initialized() else 0
+    loads = [0] * workers
+    share = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
+        owner = loads.index(min(loads))
+        loads[owner] += tensor.nbytes
+        if owner == rank:
+            share[name] = tensor
+    return share

@@ -274,6 +274,9 @@ def test_a_model_whose_logprobs_are_not_finite_fails_its_warm_up(make: Make) -> 
     vllm.logprob = math.nan
     with pytest.raises(EngineError, match="not finite"):
         engine.warm_up()
+    vllm.logprob, vllm.error = -1.0, ValueError("no such kernel")
+    with pytest.raises(EngineError, match="cannot run the model"):
+        engine.warm_up()
     engine.close()
 
 
@@ -373,7 +376,7 @@ def test_rows_behind_the_vocabulary_are_left_out_of_what_vllm_reads(
     config = ModelConfig(vocab_size=VOCAB + 7, **shape)  # type: ignore[arg-type]
     package = save_package(tmp_path / "model", config, state, byte_tokenizer, {})
     ids = torch.tensor([[1, 2, 3]])
-    with tested._without_spare_rows(package) as folder, torch.inference_mode():
+    with tested._without_spare_rows(package, torch.float32) as folder, torch.inference_mode():
         smaller = open_package(folder)
         assert smaller.config.vocab_size == VOCAB
         torch.testing.assert_close(smaller.load_model()(ids), package.load_model()(ids)[..., :VOCAB])

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -56,7 +56,11 @@ class Replica(BaseHTTPRequestHandler):
 class ClosingReplica(Replica):
     """A replica that closes each connection on which it gets a request."""
 
+    asked: ClassVar[list[int]] = []
+    """The ports of those that got one."""
+
     def do_POST(self) -> None:
+        self.asked.append(self.server.server_address[1])
         self.close_connection = True
 
 
@@ -244,6 +248,15 @@ async def test_a_request_that_a_stopping_replica_drops_is_sent_to_another(folder
         async with managed(folder, closing_port, replica) as manager:
             assert await manager.answer() == 200
             assert [manager.ask("/good", b"{}")[0] for _ in range(6)] == [200] * 6
+
+
+async def test_a_request_that_ends_its_replica_reaches_only_one_more(folder: Path):
+    with running(ClosingReplica) as one, running(ClosingReplica) as two, running(ClosingReplica) as three:
+        async with managed(folder, one, two, three) as manager:
+            assert await manager.answer() == 200
+            ClosingReplica.asked.clear()
+            assert manager.ask("/good", b"{}")[0] == 503
+            assert len(ClosingReplica.asked) == 2
 
 
 async def test_after_ray_stops_haproxy_the_port_is_free(folder: Path, replica: int):

@@ -25,7 +25,7 @@ with StopSignals(heard) as stops:
 
 
 def driver(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", DRIVER, *arguments]
+    command = ["env", "--default-signal=HUP", sys.executable, "-c", DRIVER, *arguments]  # nohup may run the tests
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "working\n"

@@ -20,7 +20,7 @@ from tests.train_job.training.workers import Workers, workers
 from train_job.config import build_config
 from train_job.data.inputs import build_model, prepare_inputs, seeded_weights
 from train_job.training import muon
-from train_job.training.checkpoint import StoredModel, check_checkpoint, verified
+from train_job.training.checkpoint import StoredModel, TrainState, check_checkpoint, save_checkpoint, verified
 from train_job.training.events import CheckpointDue, Evaluation, Progress
 from train_job.training.loop import Trainer
 from train_job.training.parallel import clip_gradients, is_sharded, local
@@ -358,3 +358,28 @@ def test_a_model_too_large_for_one_worker_trains_on_four(crew: Workers, base: di
     crew.call(4, within, large | {"parallel": "fsdp"}, room)
     with pytest.raises(AssertionError, match=r"can't allocate memory|MemoryError"):
         crew.call(1, within, large, room)
+
+
+def test_workers_that_have_all_write_a_share_each(crew: Workers, base: dict[str, Any], tmp_path: Path):
+    crew.call(2, saved, base | {"max_steps": 6}, 6)
+    [folder] = (tmp_path / "run").glob("checkpoint_*")
+    sizes = [(folder / name).stat().st_size for name in verified(folder)["files"]]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.5 * min(sizes)
+    assert dict(StoredModel(folder)).keys() == made(base).parameters.keys()
+
+
+def test_only_what_a_run_still_needs_is_kept(base: dict[str, Any], tmp_path: Path):
+    trainer = made(base | {"max_steps": 4})
+    identity = trainer.identity("tokenizer")
+    killed = tmp_path / "run" / "checkpoint_before_00000002"
+    killed.mkdir(parents=True)
+    damaged = tmp_path / "run" / "checkpoint_before_00000000"
+    save_checkpoint(damaged, TrainState(step=0), identity, {"w": torch.ones(1)})
+    writer = CheckpointWriter(trainer.config, identity, "now", print, {damaged.name})
+    for step in (1, 2, 3):
+        trainer.state = TrainState(step=step)
+        writer.save(trainer)
+    writer.wait()
+    kept = sorted(folder.name for folder in (tmp_path / "run").iterdir())
+    assert kept == [damaged.name, "checkpoint_now_00000002", "checkpoint_now_00000003"]

@@ -113,6 +113,23 @@ def test_without_an_intact_checkpoint_the_newest_ones_damage_is_named(config: Tr
         gone_on_from(config)
 
 
+def test_if_only_unfinished_checkpoints_are_left_the_run_starts_from_the_beginning(
+    config: TrainConfig, saved: list[Path]
+) -> None:
+    for path in saved:
+        (path / "state.json").unlink()
+    said: list[str] = []
+    assert first_whole(checkpoints(config), lambda folder: 1, said.append) is None
+    assert len(said) == len(saved)
+
+
+def test_a_checkpoint_is_read_while_it_is_here(config: TrainConfig, saved: list[Path]) -> None:
+    """At a URL it is a copy, which is gone afterwards."""
+    choice = first_whole(checkpoints(config), lambda folder: float(load_model(folder)["w"][0]))
+    assert choice
+    assert choice[1] == 80.0
+
+
 def test_a_run_without_checkpoints_starts_from_the_beginning(config: TrainConfig) -> None:
     assert first_whole(checkpoints(config), lambda folder: 1) is None
 
