@@ -151,7 +151,7 @@ def test_the_sweep_leaves_a_table_figures_and_only_the_best_weights(swept: tuple
     assert rows["data"][-1][1] == "swept-02"
     kept = {path.parts[-2] for path in job.run_dir.glob("swept-*/package")}
     assert kept == {run.data.tags["sweep.best"]}
-    assert {path.parts[-3] for path in job.run_dir.glob("swept-*/checkpoint_*/model.safetensors")} == kept
+    assert {path.parts[-3] for path in job.run_dir.glob("swept-*/checkpoint_*/*.safetensors")} == kept
 
 
 SHORT_AND_LONG = "search: {max_steps: [20, 2000]}\ngrid: true\nconcurrency: 1\nasha: false\n"
