@@ -43,7 +43,6 @@ PORTS = range(20_000, 30_000)
 STATISTICS = {"frontend prometheus": "RAY_SERVE_HAPROXY_METRICS_PORT", "listen stats": "RAY_SERVE_HAPROXY_STATS_PORT"}
 """Sections that listen on all addresses. Each is kept only if the node's environment sets its port."""
 
-
 FRONT = {
     # Ray's default is 15: its workers, including replicas and HAProxy, would yield to all other processes.
     "RAY_worker_niceness": "0",

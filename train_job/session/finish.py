@@ -139,7 +139,7 @@ def build(session: Session, trained: Trained) -> Package:
 
 
 def _package(session: Session, checkpoint: Path) -> Package:
-    """Raises DamagedCheckpoint."""
+    """Makes the package from a checkpoint's folder. Raises DamagedCheckpoint if it is damaged."""
     config, inputs = session.config, session.inputs
     state = TrainState(**verified(checkpoint)["state"])
     step, loss = state.step, state.loss

@@ -196,12 +196,6 @@ def check_checkpoint(folder: Path, identity: Identity) -> None:
             )
 
 
-def load_model(folder: Path) -> StoredModel:
-    """The checkpoint's parameters. Raises DamagedCheckpoint if it is damaged."""
-    verified(folder)
-    return StoredModel(folder)
-
-
 def parse_state(text: bytes, where: object) -> dict[str, Any]:
     """Parses a state.json. Raises DamagedCheckpoint, or CheckpointError for another format version."""
     try:

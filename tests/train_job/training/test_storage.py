@@ -10,7 +10,7 @@ import torch
 
 from gptcore.errors import CheckpointError, DamagedCheckpoint
 from train_job.config import TrainConfig, build_config
-from train_job.training.checkpoint import Identity, TrainState, check_checkpoint, load_model, save_checkpoint
+from train_job.training.checkpoint import Identity, StoredModel, TrainState, check_checkpoint, save_checkpoint
 from train_job.training.storage import (
     RAYS_RECORD,
     StoredCheckpoint,
@@ -54,7 +54,7 @@ def gone_on_from(config: TrainConfig) -> tuple[int, float, list[str]]:
 
     def load(folder: Path) -> float:
         check_checkpoint(folder, IDENTITY)
-        return float(load_model(folder)["w"][0])
+        return float(StoredModel(folder)["w"][0])
 
     choice = first_whole(checkpoints(config), load, said.append)
     assert choice
@@ -125,7 +125,7 @@ def test_if_only_unfinished_checkpoints_are_left_the_run_starts_from_the_beginni
 
 def test_a_checkpoint_is_read_while_it_is_here(config: TrainConfig, saved: list[Path]) -> None:
     """At a URL it is a copy, which is gone afterwards."""
-    choice = first_whole(checkpoints(config), lambda folder: float(load_model(folder)["w"][0]))
+    choice = first_whole(checkpoints(config), lambda folder: float(StoredModel(folder)["w"][0]))
     assert choice
     assert choice[1] == 80.0
 
