@@ -83,6 +83,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected more than 0, and finite")
+    for share in arguments.steady or ():
+        if not 0 < share < math.inf:
+            raise ConfigError(f"--steady is {share}; expected shares of more than 0, such as 0.7")
     if not 1 <= arguments.min_replicas <= arguments.max_replicas:
         raise ConfigError(f"--min-replicas is {arguments.min_replicas}; expected 1 to {arguments.max_replicas}")
     arguments.price = arguments.price or find_device(arguments.gpu).price
@@ -257,6 +260,7 @@ def hour_row(
 ) -> dict[str, Any]:
     """What happened in hour `i`. `each` is the load in requests per second that the plan gives one replica."""
     inside = [s for s in played.samples if i * seconds <= s.at < (i + 1) * seconds]
+    inside = inside or [min(played.samples, key=lambda s: abs(s.at - (i + 0.5) * seconds))]  # a busy machine sees fewer
     replies = [r for t, r in zip(played.times, played.replies, strict=True) if i * seconds <= t < (i + 1) * seconds]
     replicas = [sample.replicas for sample in inside]
     planned = math.ceil(hours[i].rate / each - 1e-9)

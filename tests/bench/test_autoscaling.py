@@ -93,6 +93,12 @@ def test_the_report_has_load_and_replicas_by_the_hour_and_the_cost_of_the_day() 
     assert whole["dollars_per_1000_tokens"] == round(935 * 0.001 / 0.4, 6)
 
 
+def test_an_hour_in_which_a_busy_machine_saw_nothing_has_the_nearest_sample() -> None:
+    played = Played([], [], [Sample(3.0, 1, 2), Sample(30.0, 7, 3), Sample(70.0, 9, 4)])
+    rows = [hour_row(parse(["--price=1"]), day(10.0), i, 10.0, 5.0, played) for i in range(8)]
+    assert [row["replicas"] for row in rows] == [2, 2, 3, 3, 3, 4, 4, 4]
+
+
 def test_a_paced_engine_takes_its_time_for_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("bench.paced.time.monotonic", lambda: now[0])
@@ -119,6 +125,7 @@ def test_processes_that_are_no_replicas_are_not_counted() -> None:
         (["--price=nan"], "--price is nan; expected more than 0"),
         (["--step-ms=-1"], "--step-ms is -1.0; expected more than 0"),
         (["--min-replicas=5"], "--min-replicas is 5; expected 1 to 4"),
+        (["--steady", "0.5", "0"], "--steady is 0.0; expected shares of more than 0"),
         (["--gpu=h300"], "Did you mean 'h200'?"),
         (["--gpu=l4"], "give --price"),
     ],

@@ -34,7 +34,6 @@ from train_job.training.events import CheckpointDue, Evaluation, Event, Finished
 from train_job.training.hardware import peak_flops
 from train_job.training.optimizer import Optimizers, learning_rate_factor
 from train_job.training.parallel import (
-    average_vectors,
     clip_gradients,
     fill,
     is_sharded,
@@ -44,6 +43,7 @@ from train_job.training.parallel import (
     unused_after,
     world_size,
 )
+from train_job.training.reduce import average_vectors
 from train_job.training.targets import TargetStatus, target_statuses
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from gptcore.devices import pick_dtype
 from gptcore.model import GPT, rotary_tables
 from train_job.config import TrainConfig
+from train_job.training.reduce import set_reduction
 
 
 def world_size() -> int:
@@ -60,16 +61,8 @@ def replicate(model: GPT, config: TrainConfig, device: torch.device) -> nn.Modul
         replica = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
-    if config.reduce_precision == "bf16":
-        replica.register_comm_hook(None, _average_in_bf16)
+    set_reduction(replica, config.reduce_precision, device)
     return replica
-
-
-def _average_in_bf16(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A hook of DDP for a bucket of gradients; torch's own is refused without NCCL."""
-    sums = bucket.buffer().bfloat16().div_(world_size())
-    future: Any = dist.all_reduce(sums, async_op=True).get_future()
-    return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def shard(model: GPT, config: TrainConfig, device: torch.device) -> None:
@@ -87,8 +80,10 @@ def shard(model: GPT, config: TrainConfig, device: torch.device) -> None:
     empty = model.embed_tokens.weight.is_meta
     dtype = pick_dtype(config.precision, device)
     for layer in model.layers:
-        fully_shard(layer, mp_policy=policy(param_dtype=dtype), **options)
-    fully_shard(model, mp_policy=policy(), **options)
+        set_reduction(
+            fully_shard(layer, mp_policy=policy(param_dtype=dtype), **options), config.reduce_precision, device
+        )
+    set_reduction(fully_shard(model, mp_policy=policy(), **options), config.reduce_precision, device)
     if not empty:
         model.to(device)
         return
@@ -126,17 +121,6 @@ def fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
             start, end = (first_row(len(weight), r, workers) for r in (rank, rank + 1))
             weight = weight[start:end]
         local(parameter).copy_(weight)
-
-
-@torch.no_grad()
-def average_vectors(parameters: Iterable[Tensor]) -> None:
-    """Averages the gradients of whole parameters over the workers, as FSDP does those of sharded ones."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(together)
-    together /= world_size()
-    for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 @torch.no_grad()

@@ -91,17 +91,16 @@ RUNS = {
 @pytest.mark.parametrize(
     ("run", "count", "steps", "most"),
     [
-        # Two workers add up in the same order, whoever holds the sum: the bits are the same.
+        # Workers add up in the order of the ranks, whoever holds the sum: the bits are the same.
         ("qwen3, Muon", 2, 10, 0),
         pytest.param("qwen3, Muon", 2, 100, 0, marks=pytest.mark.slow),
         pytest.param("gpt2, AdamW", 2, 100, 0, marks=pytest.mark.slow),
         ("tied, grouped, recomputed", 2, 10, 0),
-        # Four add up some elements in another order.
-        pytest.param("qwen3, AdamW", 4, 100, 1e-5, marks=pytest.mark.slow),
+        pytest.param("qwen3, Muon", 3, 10, 0, marks=pytest.mark.slow),
+        pytest.param("qwen3, Muon", 4, 100, 0, marks=pytest.mark.slow),
+        pytest.param("qwen3, AdamW", 4, 100, 0, marks=pytest.mark.slow),
         # Micro-batches are summed over workers before they are added up, and not after.
         ("qwen3, AdamW, micro-batches", 2, 20, 1e-5),
-        # Muon rounds to bf16, so a last bit in fp32 can become a first one.
-        pytest.param("qwen3, Muon", 4, 30, 2e-3, marks=pytest.mark.slow),
     ],
 )
 def test_sharded_training_has_the_loss_of_ddp_and_repeats_to_the_bit(
