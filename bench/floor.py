@@ -56,7 +56,7 @@ def open_floor(task: DecodeTask, precision: str) -> tuple[Callable[[], Floor], s
 def matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """(out, in) of each product of a step. q, k and v are one product, gate and up are one; the output head is last."""
     C, M, D = config.hidden_size, config.intermediate_size or 0, config.head_size
-    up = 2 * M if config.family == "qwen3" else M
+    up = 2 * M if config.rotary else M
     layer = [((config.num_heads + 2 * config.kv_heads) * D, C), (C, config.num_heads * D), (up, C), (C, M)]
     return layer * config.num_layers + [(config.vocab_size, C)]
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from gptcore.errors import ConfigError, did_you_mean, excerpt
 
-FAMILIES = ("qwen3", "gpt2")
+FAMILIES = ("qwen3", "gpt2", "qwen2", "llama", "mistral")
+"""Names as in Hugging Face's `model_type`. All but gpt2 are the same rotary decoder, with different switches."""
+ROPE_KINDS = ("linear", "llama3", "yarn")
 
 WHOLE = {
     "vocab_size": 2**20,
@@ -21,16 +23,57 @@ WHOLE = {
     "num_kv_heads": 2**10,
     "head_dim": 2**12,
     "intermediate_size": 2**18,
+    "original_context": 2**24,
 }
 """Integer fields and their upper limits, several times larger than in any published model."""
-REAL = {"rope_theta": (1.0, 1e12), "norm_eps": (1e-12, 1.0), "dropout": (0.0, 0.999)}
+REAL = {
+    "rope_theta": (1.0, 1e12),
+    "norm_eps": (1e-12, 1.0),
+    "dropout": (0.0, 0.999),
+    **dict.fromkeys(("factor", "attention_factor", "low_freq_factor", "high_freq_factor"), (1e-3, 1e6)),
+    **dict.fromkeys(("beta_fast", "beta_slow"), (1e-3, 1e6)),
+}
 """Float fields with their bounds."""
-SWITCHES = ("qkv_bias", "tie_embeddings")
+SWITCHES = ("qkv_bias", "tie_embeddings", "truncate")
 
 
 def setting(default: Any, help: str, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field with its documentation, from which `--help`, YAML comments and the docs are made."""
     return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model's rotary embedding is stretched beyond the context that it was first trained with.
+
+    `gptcore.rotary` computes it. Raises ConfigError for a value out of range.
+    """
+
+    kind: str
+    """One of ROPE_KINDS."""
+    factor: float
+    """How many times the context is longer."""
+    original_context: int
+    """Tokens."""
+    attention_factor: float = 1.0
+    """Of queries and keys alike (yarn)."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    """Turns in the original context below which a wave is stretched, and above which it is not (llama3)."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    """The same the other way round (yarn)."""
+    truncate: bool = True
+    """Whether to round the dimensions at which stretching begins and ends (yarn)."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check(f.name, getattr(self, f.name))
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"low_freq_factor is {self.low_freq_factor}; expected less than high_freq_factor, "
+                f"{self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -43,7 +86,8 @@ class ModelConfig:
     vocab_size: int = field(metadata={"help": "Rows of the embedding; set from the tokenizer.", "unit": "tokens"})
     family: str = setting(
         "qwen3",
-        "Architecture: qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU) or gpt2 (LayerNorm, learned positions, GELU).",
+        "Architecture: qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU), the same without QK-norm (llama, mistral, and qwen2 "
+        "with biases on q, k, v), or gpt2 (LayerNorm, learned positions, GELU).",
         choices=FAMILIES,
     )
     context_length: int = setting(256, "Longest sequence the model sees.", "tokens")
@@ -53,15 +97,17 @@ class ModelConfig:
     num_kv_heads: int | None = setting(None, "Key/value heads (grouped-query attention); default num_heads.", "heads")
     head_dim: int | None = setting(None, "Width of one head; default hidden_size / num_heads.", "features")
     intermediate_size: int | None = setting(
-        None, "Width inside the MLP; default 4x hidden (gpt2) or 8/3x rounded up to 64 (qwen3).", "features"
+        None, "Width inside the MLP; default 4x hidden (gpt2) or 8/3x rounded up to 64.", "features"
     )
     dropout: float = setting(0.0, "Dropout on embeddings, attention and residual branches while training.")
     qkv_bias: bool = setting(True, "Biases on the query, key and value projections (gpt2 only).")
     tie_embeddings: bool | None = setting(
-        None, "Use the embedding as the output head; default true for gpt2, false for qwen3."
+        None, "Use the embedding as the output head; default true for gpt2, else false."
     )
-    rope_theta: float = setting(10000.0, "Base wavelength of the rotary embedding (qwen3 only).")
-    norm_eps: float | None = setting(None, "Epsilon inside the norms; default 1e-5 (gpt2) or 1e-6 (qwen3).")
+    rope_theta: float = setting(10000.0, "Base wavelength of the rotary embedding (not gpt2).")
+    norm_eps: float | None = setting(None, "Epsilon inside the norms; default 1e-5 (gpt2) or 1e-6.")
+    rope_scaling: RopeScaling | None = None
+    """Comes with an opened model; it cannot be set."""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -69,9 +115,9 @@ class ModelConfig:
                 f"family {self.family!r} is not one of {', '.join(FAMILIES)}.{did_you_mean(self.family, FAMILIES)}"
             )
         for f in fields(self):
-            if f.default is not None or getattr(self, f.name) is not None:  # else it is derived below
+            if f.default is not None or getattr(self, f.name) is not None:  # else it is derived below, or there is none
                 _check(f.name, getattr(self, f.name))
-        gpt2 = self.family == "gpt2"
+        gpt2 = not self.rotary
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "
@@ -95,6 +141,21 @@ class ModelConfig:
     def _derive(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether it is the rotary decoder: RMSNorm, RoPE and SwiGLU."""
+        return self.family != "gpt2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return self.family == "qwen3"
+
+    @property
+    def qkv_biases(self) -> bool:
+        """Whether the query, key and value projections have biases."""
+        return self.family in ("gpt2", "qwen2")
 
     # The optional fields are never None after __post_init__; these tell the type checker.
     @property
@@ -157,5 +218,5 @@ def model_preset(name: str, vocab_size: int) -> ModelConfig:
     return ModelConfig(vocab_size=vocab_size, **MODEL_PRESETS[name])
 
 
-MODEL_FIELDS = tuple(f for f in fields(ModelConfig) if f.name != "vocab_size")
+MODEL_FIELDS = tuple(f for f in fields(ModelConfig) if f.name not in ("vocab_size", "rope_scaling"))
 """The fields that users set; the vocabulary size follows from the tokenizer."""

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from gptcore.config import ModelConfig
 from gptcore.errors import ConfigError, PackageError, did_you_mean, excerpt
 from gptcore.model import GPT
+from gptcore.rope_format import published_rope, rope_fields
 
 GPT2_PARTS = {
     "embed_tokens": "wte",
@@ -32,6 +33,10 @@ GPT2_PARTS = {
 }
 """Our module -> GPT-2's. Its `c_` matrices are stored as (in, out), the transpose of ours."""
 
+_ROTARY_UNDERSTOOD: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (1.0, None),
+}
 UNDERSTOOD: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt2": {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -39,15 +44,27 @@ UNDERSTOOD: dict[str, dict[str, tuple[Any, ...]]] = {
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
-    "qwen3": {
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "use_sliding_window": (False,),
-        "partial_rotary_factor": (1.0, None),
-    },
+    "qwen3": {**_ROTARY_UNDERSTOOD, "attention_bias": (False,), "use_sliding_window": (False,)},
+    "qwen2": {**_ROTARY_UNDERSTOOD, "use_sliding_window": (False,)},
+    "llama": {**_ROTARY_UNDERSTOOD, "attention_bias": (False,), "mlp_bias": (False,)},
+    "mistral": _ROTARY_UNDERSTOOD,
 }
 """Settings of config.json that change the network, and their supported values, the default first."""
 
+_ROTARY_KEYS = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "dropout": "attention_dropout",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "rope_theta": "rope_theta",
+}
 KEYS: dict[str, dict[str, str]] = {
     "gpt2": {
         "vocab_size": "vocab_size",
@@ -61,29 +78,34 @@ KEYS: dict[str, dict[str, str]] = {
         "tie_embeddings": "tie_word_embeddings",
         "qkv_bias": "qkv_bias",  # our own key; false: the biases exist in the layout but stay zero
     },
-    "qwen3": {
-        "vocab_size": "vocab_size",
-        "context_length": "max_position_embeddings",
-        "hidden_size": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "intermediate_size": "intermediate_size",
-        "dropout": "attention_dropout",
-        "norm_eps": "rms_norm_eps",
-        "tie_embeddings": "tie_word_embeddings",
-        "rope_theta": "rope_theta",
-    },
+    **dict.fromkeys(("qwen3", "qwen2", "llama", "mistral"), _ROTARY_KEYS),
 }
 """ModelConfig's fields -> config.json's keys."""
 
+_ROTARY_DEFAULTS: dict[str, Any] = {
+    "num_kv_heads": None,
+    "head_dim": None,
+    "dropout": 0.0,
+    "norm_eps": 1e-6,
+    "tie_embeddings": False,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"intermediate_size": None, "dropout": 0.1, "norm_eps": 1e-5, "tie_embeddings": True, "qkv_bias": True},
-    "qwen3": {"num_kv_heads": None, "head_dim": 128, "dropout": 0.0, "norm_eps": 1e-6, "tie_embeddings": False},
+    "qwen3": {**_ROTARY_DEFAULTS, "head_dim": 128},
+    "qwen2": _ROTARY_DEFAULTS,
+    "llama": _ROTARY_DEFAULTS,
+    "mistral": _ROTARY_DEFAULTS,
 }
 """transformers' defaults for keys missing in config.json; all other keys are required."""
-ROPE_THETA = 10000.0
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+"""transformers' class for each rotary family."""
+WINDOW = 4096
+"""Mistral's sliding window, if config.json does not say another."""
 
 
 def empty_model(config: ModelConfig) -> GPT:
@@ -110,7 +132,7 @@ def _shapes(model: GPT) -> dict[str, torch.Size]:
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Published name and shape of each stored tensor, in the model's order, without building the model."""
     yield from _around_layers(config, first=True)
-    layer = _gpt2_layer(config) if config.family == "gpt2" else _qwen3_layer(config)
+    layer = _rotary_layer(config) if config.rotary else _gpt2_layer(config)
     for number in range(config.num_layers):
         for name, shape in layer.items():
             yield published_name(f"layers.{number}.{name}", config.family), shape
@@ -124,7 +146,7 @@ def count_parameters(config: ModelConfig) -> int:
 
 def _around_layers(c: ModelConfig, first: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors before the layers, or those after them."""
-    C, gpt2 = c.hidden_size, c.family == "gpt2"
+    C, gpt2 = c.hidden_size, not c.rotary
     before: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (c.vocab_size, C)}
     behind: dict[str, tuple[int, ...]] = {"norm.weight": (C,)}
     if gpt2:
@@ -148,17 +170,18 @@ def _gpt2_layer(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _qwen3_layer(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _rotary_layer(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes in one layer, (out, in)."""
     C, M, D = c.hidden_size, c.intermediate_size or 0, c.head_size
-    return {
-        "input_layernorm.weight": (C,),
-        "self_attn.q_proj.weight": (c.num_heads * D, C),
-        "self_attn.k_proj.weight": (c.kv_heads * D, C),
-        "self_attn.v_proj.weight": (c.kv_heads * D, C),
-        "self_attn.o_proj.weight": (C, c.num_heads * D),
-        "self_attn.q_norm.weight": (D,),
-        "self_attn.k_norm.weight": (D,),
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (C,)}
+    for name, heads in (("q_proj", c.num_heads), ("k_proj", c.kv_heads), ("v_proj", c.kv_heads)):
+        shapes[f"self_attn.{name}.weight"] = (heads * D, C)
+        if c.qkv_biases:
+            shapes[f"self_attn.{name}.bias"] = (heads * D,)
+    shapes["self_attn.o_proj.weight"] = (C, c.num_heads * D)
+    if c.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (D,), "self_attn.k_norm.weight": (D,)}
+    return shapes | {
         "post_attention_layernorm.weight": (C,),
         "mlp.up_proj.weight": (M, C),
         "mlp.down_proj.weight": (C, M),
@@ -170,7 +193,7 @@ def published_name(name: str, family: str) -> str:
     """Hugging Face's name of our tensor; gpt2's q, k and v share one."""
     if name == "lm_head.weight":
         return name
-    if family == "qwen3":
+    if family != "gpt2":
         return f"model.{name}"
     layer, part, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias)", name).groups()  # type: ignore[union-attr]
     return f"transformer.{(layer or '').replace('layers', 'h')}{GPT2_PARTS[part]}.{kind}"
@@ -227,15 +250,15 @@ def published_config(c: ModelConfig) -> dict[str, Any]:
             "attn_pdrop": c.dropout,
             "activation_function": "gelu_new",
         }
+    rope = published_rope(c)
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": [ARCHITECTURES[c.family]],
+        "model_type": c.family,
         **named,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        # also in this form, which transformers 5 reads; older versions read rope_theta
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "use_sliding_window": False,
+        **{key: values[0] for key, values in UNDERSTOOD[c.family].items() if key != "partial_rotary_factor"},
+        **({"sliding_window": None} if c.family == "mistral" else {}),
+        "rope_parameters": rope,  # transformers 5 reads this; older versions read rope_theta and rope_scaling
+        **({"rope_scaling": rope} if c.rope_scaling is not None else {}),
     }
 
 
@@ -258,38 +281,28 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
 def raw_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
     """ModelConfig's fields from config.json, unchecked, without missing optional ones."""
     fields = {field: raw[key] for field, key in KEYS[family].items() if key in raw}
-    if family == "qwen3":
+    if family != "gpt2":
         _check_layer_types(raw.get("layer_types"))
-        fields["rope_theta"] = _rope_theta(raw)
+        fields |= rope_fields(raw, fields.get("context_length"))
+    if family == "mistral":
+        _check_window(raw, fields.get("context_length"))
     for field, key in KEYS[family].items():
         default = DEFAULTS[family].get(field, ...)
         if field not in fields and default is ...:
             raise PackageError(f"the key {key!r} is missing")
-        if fields.get(field, ...) is None and default is not None and (family, field) != ("qwen3", "head_dim"):
+        if fields.get(field, ...) is None and default is not None and field != "head_dim":
             raise PackageError(f"{key} is null; expected a value")
     return fields
 
 
-def _rope_theta(raw: dict[str, Any]) -> Any:
-    """The base wavelength, from wherever transformers reads it. Raises PackageError for any scaled variant."""
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(key)
-        if rope is not None and not isinstance(rope, dict):
-            raise PackageError(f"{key} is {excerpt(rope)}; expected an object with rope_type, or null")
-        if not rope:
-            continue
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise PackageError(f"rope_type is {excerpt(kind)} in {key}; only 'default' is supported")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise PackageError(
-                f"partial_rotary_factor is {excerpt(rope['partial_rotary_factor'])}; only 1.0 is supported"
-            )
-        nested = next((name for name, value in rope.items() if isinstance(value, dict)), None)
-        if nested is not None:
-            raise PackageError(f"{key} has {excerpt(nested)}, one setting per kind of layer; expected one for all")
-    first = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    return first.get("rope_theta", raw.get("rope_theta", ROPE_THETA))
+def _check_window(raw: dict[str, Any], context_length: Any) -> None:
+    """Raises PackageError if Mistral's attention has a sliding window that is shorter than the context."""
+    window = raw.get("sliding_window", WINDOW)
+    if window is None or (isinstance(window, int) and isinstance(context_length, int) and window >= context_length):
+        return
+    given = f"is {excerpt(window)}" if "sliding_window" in raw else f"is missing, so {WINDOW}"
+    least = f"max_position_embeddings ({excerpt(context_length)}) or more"
+    raise PackageError(f"sliding_window {given}; only null is supported, or {least}")
 
 
 def _check_layer_types(kinds: Any) -> None:

@@ -1,7 +1,8 @@
 """The network, read top to bottom in one sitting: token ids in, logits (or a loss) out.
 
-One decoder, two dialects. `gpt2` is numerically transformers' GPT2LMHeadModel, `qwen3` its Qwen3ForCausalLM;
-parameter names follow Qwen3's, and `gptcore.package` maps them to each family's published tensor names.
+One decoder, two dialects. `gpt2` is numerically transformers' GPT2LMHeadModel. The others are one rotary decoder:
+`qwen3`, `llama` and `mistral` without its QK-norm, `qwen2` with biases on q, k and v instead. Parameter names follow
+Qwen3's, and `gptcore.package` maps them to each family's published tensor names.
 Shapes: B sequences, T positions, C = hidden_size, H heads, K key/value heads, D = head_dim, V = vocab_size.
 """
 
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from gptcore.config import ModelConfig
 from gptcore.loss import head_cross_entropy, softmax_loss
+from gptcore.rotary import rotary_tables, rotate
 
 
 class KVCache:
@@ -46,24 +48,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config: ModelConfig, size: int) -> nn.Module:
-    norm = nn.LayerNorm if config.family == "gpt2" else RMSNorm
+    norm = RMSNorm if config.rotary else nn.LayerNorm
     return norm(size, eps=config.norm_eps or 0.0)
-
-
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (S, D) of RoPE (Su et al. 2021), each half of D repeating the same D/2 frequencies."""
-    D = config.head_size
-    if torch.get_default_device().type == "meta":  # arithmetic there would import torch's compiler, for seconds
-        return torch.empty(config.context_length, D), torch.empty(config.context_length, D)
-    frequencies = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
-    angles = torch.outer(torch.arange(config.context_length).float(), frequencies).repeat(1, 2)  # (S, D)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its position's angle; cos, sin are (T, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0):
@@ -83,18 +69,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with QK-norm, RoPE and grouped key/value heads in the qwen3 family."""
+    """Causal self-attention; with RoPE and grouped key/value heads in the rotary families, with QK-norm in qwen3."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         C, D = config.hidden_size, config.head_size
-        gpt2 = config.family == "gpt2"
-        self.q_proj = nn.Linear(C, config.num_heads * D, bias=gpt2)
-        self.k_proj = nn.Linear(C, config.kv_heads * D, bias=gpt2)
-        self.v_proj = nn.Linear(C, config.kv_heads * D, bias=gpt2)
-        self.o_proj = nn.Linear(config.num_heads * D, C, bias=gpt2)
-        if not gpt2:
+        self.q_proj = nn.Linear(C, config.num_heads * D, bias=config.qkv_biases)
+        self.k_proj = nn.Linear(C, config.kv_heads * D, bias=config.qkv_biases)
+        self.v_proj = nn.Linear(C, config.kv_heads * D, bias=config.qkv_biases)
+        self.o_proj = nn.Linear(config.num_heads * D, C, bias=not config.rotary)
+        if config.qk_norm:
             self.q_norm, self.k_norm = make_norm(config, D), make_norm(config, D)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
@@ -103,7 +88,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, D)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, D)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
-        if rotary is not None:
+        if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, K, T, D)
         if rotary is not None:
@@ -120,12 +105,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The position-wise network: SwiGLU (Shazeer 2020) in qwen3, GELU (its tanh form) in gpt2."""
+    """The position-wise network: SwiGLU (Shazeer 2020), or GELU (its tanh form) in gpt2."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         C, M = config.hidden_size, config.intermediate_size or 0
-        self.gated = config.family == "qwen3"
+        self.gated = config.rotary
         self.up_proj = nn.Linear(C, M, bias=not self.gated)
         self.down_proj = nn.Linear(M, C, bias=not self.gated)
         if self.gated:
@@ -164,7 +149,7 @@ class GPT(nn.Module):
         self.config = config
         self.softmax_loss = softmax_loss
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.family == "gpt2":
+        if not config.rotary:
             self.embed_positions = nn.Embedding(config.context_length, config.hidden_size)
         else:
             for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
@@ -191,15 +176,15 @@ class GPT(nn.Module):
     def init_weight(self, name: str, p: Tensor) -> Tensor:
         """Initialise `p`, which has the shape of the parameter `name`, and return it.
 
-        | parameter                   | gpt2 (Radford et al. 2019)   | qwen3                         |
+        | parameter                   | gpt2 (Radford et al. 2019)   | rotary                        |
         |-----------------------------|------------------------------|-------------------------------|
         | embeddings                  | N(0, 0.02)                   | N(0, 1), tied: N(0, 0.02)     |
         | q, k, v, gate, up           | N(0, 0.02)                   | U(-s, s), std 1/sqrt(C)       |
         | o, down (onto the residual) | N(0, 0.02 / sqrt(2 layers))  | 0: every block starts as x    |
         | lm_head, untied             | N(0, 0.02)                   | 0: the first loss is ln V     |
-        | norms, biases               | gain 1, bias 0               | gain 1                        |
+        | norms, biases               | gain 1, bias 0               | gain 1, bias 0                |
         """
-        gpt2, C = self.config.family == "gpt2", self.config.hidden_size
+        gpt2, C = not self.config.rotary, self.config.hidden_size
         residual = 0.02 / math.sqrt(2 * self.config.num_layers) if gpt2 else 0.0
         if name.startswith("embed"):
             return p.normal_(std=1.0 if not gpt2 and not self.config.tie_embeddings else 0.02)
@@ -224,7 +209,7 @@ class GPT(nn.Module):
         past = cache.length if cache is not None else 0
         x = self.embed_tokens(tokens)  # (B, T, C)
         rotary = None
-        if self.config.family == "gpt2":
+        if not self.config.rotary:
             x = x + self.embed_positions.weight[past : past + T]
         else:
             rotary = (self.cos[past : past + T], self.sin[past : past + T])

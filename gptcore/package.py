@@ -30,7 +30,8 @@ from gptcore.hf_format import (
     to_published,
 )
 from gptcore.memory import free_memory, require_memory
-from gptcore.model import GPT, rotary_tables
+from gptcore.model import GPT
+from gptcore.rotary import rotary_tables
 from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer, tokenizer_files
 from gptcore.weights import (
     WEIGHTS,
@@ -68,7 +69,7 @@ class Package:
     def memory(self, dtype: torch.dtype = torch.float32) -> dict[str, int]:
         """The bytes that `load_model` allocates, by purpose. Raises PackageError for unusable weights."""
         c, places = self.config, match_config(self.config, read_headers(self.path, self.config.family))
-        positions = 4 * 4 * c.head_size * c.context_length if c.family == "qwen3" else 0  # angles, cos, sin and a copy
+        positions = 4 * 4 * c.head_size * c.context_length if c.rotary else 0  # angles, cos, sin and a copy
         return {"weights": copied_bytes(c, places, dtype), f"a context of {c.context_length:,} tokens": positions}
 
     def load_model(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
@@ -84,7 +85,7 @@ class Package:
         model.load_state_dict(state, assign=True)
         if self.config.tie_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
-        if self.config.family == "qwen3":  # positions stay in fp32, whatever the weights' dtype
+        if self.config.rotary:  # positions stay in fp32, whatever the weights' dtype
             model.cos, model.sin = (table.to(device) for table in rotary_tables(self.config))
         return model.eval()
 
@@ -197,7 +198,7 @@ def _check_unaltered(files: Mapping[Path, str], most: int, verify: bool) -> None
 
 def _most_of_weights(config: ModelConfig) -> int:
     """Most bytes of a weights file: eight per parameter, its header, and the masks of old GPT-2 files."""
-    masks = 4 * config.num_layers * config.context_length**2 if config.family == "gpt2" else 0
+    masks = 0 if config.rotary else 4 * config.num_layers * config.context_length**2
     return 8 * count_parameters(config) + MOST_BESIDE + masks
 
 

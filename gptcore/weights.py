@@ -201,5 +201,5 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
 def copied_bytes(config: ModelConfig, places: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
     """Bytes of weights in `dtype` that must be copied: GPT-2's are transposed, others only converted if needed."""
-    copied = (s for s in places.values() if config.family == "gpt2" or DTYPES[s.dtype] != dtype)
+    copied = (s for s in places.values() if not config.rotary or DTYPES[s.dtype] != dtype)
     return sum(math.prod(stored.shape) * dtype.itemsize for stored in copied)

@@ -571,7 +571,7 @@ class Sampler {
 
 // The fields of `shape` and the numbers of the weights. Both must match gptcore.engine.native.
 struct Shape {
-    int32_t qwen3, layers, C, H, K, D, M, V, S, slots, threads, is_bf16;
+    int32_t rotary, layers, C, H, K, D, M, V, S, slots, threads, is_bf16;
 };
 enum Weight { EMBED, POSITIONS, COS, SIN, FINAL_GAIN, FINAL_BIAS, HEAD, NORM1_GAIN, NORM1_BIAS, QKV, QKV_BIAS,
               Q_NORM, K_NORM, OUT, OUT_BIAS, NORM2_GAIN, NORM2_BIAS, GATE, UP, UP_BIAS, DOWN, DOWN_BIAS };
@@ -660,7 +660,7 @@ class Decoder : public Network {
             for (int r = own.begin; r < own.end; r++) {
                 for (int c = 0; c < s.C; c += LANES) {
                     Vec x = load(embed.get() + (size_t)tokens[r] * s.C + c);
-                    store(&residual[(size_t)r * s.C + c], s.qwen3 ? x : x + load(&position_embed[(size_t)positions[r] * s.C + c]));
+                    store(&residual[(size_t)r * s.C + c], s.rotary ? x : x + load(&position_embed[(size_t)positions[r] * s.C + c]));
                 }
             }
             for (int l = 0; l < s.layers; l++) {
@@ -679,7 +679,7 @@ class Decoder : public Network {
                 for (int r = own.begin; r < own.end; r++)
                     normalise(&residual[(size_t)r * s.C], layer.norm2_gain, layer.norm2_bias, normed(r));
                 pool.barrier();
-                if (s.qwen3)
+                if (s.rotary)
                     gated(n, layer);
                 else
                     linear(n, layer.up, normed(0), hidden_stride, [&](int r, int c, Vec x) { store(&middle(r)[c], gelu(x)); });
@@ -749,7 +749,7 @@ class Decoder : public Network {
         });
     }
 
-    // The first half of qwen3's MLP: silu(gate) * up.
+    // The first half of SwiGLU: silu(gate) * up.
     void gated(int n, const Layer& layer) {
         alignas(64) float gate[TILE_ROWS * PANEL], up[TILE_ROWS * PANEL];
         pool.for_each(layer.up.panels, [&](int p) {
@@ -769,29 +769,35 @@ class Decoder : public Network {
         store(to, load(to) + x);
     }
 
-    // LayerNorm (gpt2) or RMSNorm (qwen3) of one row.
+    // LayerNorm (gpt2) or RMSNorm (rotary) of one row.
     void normalise(const float* x, const Floats& gain, const Floats& bias, T* out) {
         Vec total = {};
-        if (!s.qwen3)
+        if (!s.rotary)
             for (int c = 0; c < s.C; c += LANES) total += load(x + c);
         Vec mean = broadcast(sum(total) / s.C), squares = {};
         for (int c = 0; c < s.C; c += LANES) squares += (load(x + c) - mean) * (load(x + c) - mean);
         Vec scale = broadcast(1.0f / std::sqrt(sum(squares) / s.C + eps));
         for (int c = 0; c < s.C; c += LANES) {
             Vec y = (load(x + c) - mean) * scale * load(&gain[c]);
-            store(out + c, s.qwen3 ? y : y + load(&bias[c]));
+            store(out + c, s.rotary ? y : y + load(&bias[c]));
         }
     }
 
-    // RMSNorm of one head (D), then RoPE, in place.
-    void normalise_and_rotate(float* x, const Floats& gain, int position) {
+    // RMSNorm of one head (D) in place, if there are gains.
+    void normalise_head(float* x, const Floats& gain) {
+        if (gain.empty()) return;
         Vec squares = {};
         for (int d = 0; d < s.D; d += LANES) squares += load(x + d) * load(x + d);
         float scale = 1.0f / std::sqrt(sum(squares) / s.D + eps);
+        for (int d = 0; d < s.D; d++) x[d] = x[d] * scale * gain[d];
+    }
+
+    // RoPE of one head (D), in place.
+    void rotate(float* x, int position) {
         const float *cos = &cosine[(size_t)position * s.D], *sin = &sine[(size_t)position * s.D];
         int half = s.D / 2;
         for (int d = 0; d < half; d++) {
-            float left = x[d] * scale * gain[d], right = x[d + half] * scale * gain[d + half];
+            float left = x[d], right = x[d + half];
             x[d] = left * cos[d] - right * sin[d];
             x[d + half] = right * cos[d + half] + left * sin[d + half];
         }
@@ -802,9 +808,11 @@ class Decoder : public Network {
     void write_cache(int l, int slot, int position, int r, int g) {
         int per_group = s.H / s.K;
         float *query = qkv(r) + g * per_group * s.D, *key = qkv(r) + (s.H + g) * s.D, *value = key + s.K * s.D;
-        if (s.qwen3) {
-            for (int h = 0; h < per_group; h++) normalise_and_rotate(query + h * s.D, layers[l].q_norm, position);
-            normalise_and_rotate(key, layers[l].k_norm, position);
+        for (int h = 0; h < per_group; h++) normalise_head(query + h * s.D, layers[l].q_norm);
+        normalise_head(key, layers[l].k_norm);
+        if (s.rotary) {
+            for (int h = 0; h < per_group; h++) rotate(query + h * s.D, position);
+            rotate(key, position);
         }
         T* to = at(keys, l, slot, g) + (size_t)(position / LANES) * s.D * LANES + position % LANES;
         for (int d = 0; d < s.D; d++) put(to + (size_t)d * LANES, key[d]);
@@ -817,7 +825,11 @@ class Decoder : public Network {
             case 1: return attend_wide<1>(t, l, slot, position, r, g);
             case 2: return attend_wide<2>(t, l, slot, position, r, g);
             case 4: return attend_wide<4>(t, l, slot, position, r, g);
+            case 5: return attend_wide<5>(t, l, slot, position, r, g);
+            case 6: return attend_wide<6>(t, l, slot, position, r, g);
             case 8: return attend_wide<8>(t, l, slot, position, r, g);
+            case 12: return attend_wide<12>(t, l, slot, position, r, g);
+            case 16: return attend_wide<16>(t, l, slot, position, r, g);
         }
         for (int d = 0; d < s.D; d += LANES) attend_wide<1>(t, l, slot, position, r, g, d);
     }

@@ -81,7 +81,7 @@ class NativeRunner:
         self._library = load_library()
         self.name = f"native {self._library.gpt_kernel(half).decode()}"
         shape = (
-            config.family == "qwen3", config.num_layers, config.hidden_size, config.num_heads, config.kv_heads,
+            config.rotary, config.num_layers, config.hidden_size, config.num_heads, config.kv_heads,
             config.head_size, config.intermediate_size or 0, config.vocab_size, config.context_length, slots,
             threads or available_cores(), half,
         )  # fmt: skip
@@ -153,11 +153,11 @@ class NativeRunner:
 
     def _pack(self, model: GPT) -> None:
         self._set("embed", model.embed_tokens.weight)
-        if model.config.family == "gpt2":
-            self._set("positions", model.embed_positions.weight)
-        else:
+        if model.config.rotary:
             self._set("cos", model.cos)
             self._set("sin", model.sin)
+        else:
+            self._set("positions", model.embed_positions.weight)
         self._set_norm("final", model.norm)
         self._set("head", model.lm_head.weight)
         for number, block in enumerate(model.layers):
@@ -177,10 +177,11 @@ class NativeRunner:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self._set("qkv", torch.cat([p.weight for p in projections]), layer)  # ((H + 2K) D, C)
         self._set("out", attention.o_proj.weight, layer)
-        if attention.config.family == "gpt2":
+        if attention.config.qkv_biases:
             self._set("qkv_bias", torch.cat([p.bias for p in projections]), layer)
+        if not attention.config.rotary:
             self._set("out_bias", attention.o_proj.bias, layer)
-        else:
+        if attention.config.qk_norm:
             self._set("q_norm", attention.q_norm.weight, layer)
             self._set("k_norm", attention.k_norm.weight, layer)
 

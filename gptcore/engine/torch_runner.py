@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gptcore.config import ModelConfig
 from gptcore.engine.interface import Chunk
-from gptcore.model import GPT, Block, rotate
+from gptcore.model import GPT, Block
+from gptcore.rotary import rotate
 from gptcore.sampling import SamplingState, next_tokens
 
 NARROWEST = 128
@@ -165,9 +166,8 @@ class _Network:
         config = model.config
         self.groups = config.num_heads // config.kv_heads
         self.tokens = model.embed_tokens.weight
-        gpt2 = config.family == "gpt2"
-        self.positions = model.embed_positions.weight if gpt2 else None
-        self.rotary = None if gpt2 else (model.cos, model.sin)
+        self.positions = None if config.rotary else model.embed_positions.weight
+        self.rotary = (model.cos, model.sin) if config.rotary else None
         self.layers = [_Layer(block, config, packed) for block in model.layers if isinstance(block, Block)]
         self.norm = model.norm
         self.head = _linear([model.lm_head], packed)
@@ -207,8 +207,7 @@ class _Layer:
         attention, mlp = block.self_attn, block.mlp
         self.heads, self.kv_heads, self.gated = config.num_heads, config.kv_heads, mlp.gated
         self.norm1, self.norm2 = block.input_layernorm, block.post_attention_layernorm
-        if config.family == "qwen3":
-            self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.qk_norms = (attention.q_norm, attention.k_norm) if config.qk_norm else None
         self.qkv = _linear([attention.q_proj, attention.k_proj, attention.v_proj], packed)
         self.out = _linear([attention.o_proj], packed)
         self.up = _linear([mlp.gate_proj, mlp.up_proj] if mlp.gated else [mlp.up_proj], packed)
@@ -226,8 +225,10 @@ class _Layer:
         N, T, _ = x.shape
         H, K, W, D = self.heads, self.kv_heads, bias.size(-1), k_cache.size(-1)
         q, k, v = self.qkv(self.norm1(x)).view(N, T, -1, D).split((H, K, K), dim=2)  # (N, T, H or K, D)
+        if self.qk_norms is not None:
+            q, k = (norm(heads) for norm, heads in zip(self.qk_norms, (q, k), strict=True))
         if rotary is not None:
-            q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         rows, write = place
         k_cache[rows, :, write] = k
         v_cache[rows, :, write] = v

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptcore.config import ModelConfig
+from gptcore.config import ModelConfig, RopeScaling
 from gptcore.model import GPT
 from gptcore.package import Package, save_package
 from gptcore.tokenizer import Tokenizer, load_tokenizer
@@ -20,6 +20,15 @@ CONFIGS = {
     "qwen3": ModelConfig(family="qwen3", **SHAPE),
     "qwen3-tied": ModelConfig(family="qwen3", tie_embeddings=True, rope_theta=5e5, **SHAPE),
     "qwen3-gqa": ModelConfig(family="qwen3", num_kv_heads=2, head_dim=32, norm_eps=1e-5, **SHAPE),
+    "qwen2": ModelConfig(family="qwen2", num_kv_heads=2, tie_embeddings=True, rope_theta=1e6, **SHAPE),
+    "llama": ModelConfig(
+        family="llama",
+        num_kv_heads=1,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling("llama3", 8.0, original_context=16, low_freq_factor=1.0, high_freq_factor=4.0),
+        **SHAPE,
+    ),
+    "mistral": ModelConfig(family="mistral", num_kv_heads=2, head_dim=32, **SHAPE),
 }
 
 

@@ -161,7 +161,30 @@ def test_rotary_embeddings_of_the_default_kind_load_as_in_transformers(bare: Pat
     [
         ({"rope_parameters": "default"}, "rope_parameters is 'default'; expected an object with rope_type, or null"),
         ({"rope_scaling": ["default"]}, r"rope_scaling is \['default'\]"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear' in rope_scaling"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type is 'dynamic' in rope_scaling; expected one of",
+        ),
+        ({"rope_scaling": {"rope_type": "llama"}}, "Did you mean 'llama3'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling lacks factor, which rope_type 'linear' needs"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": "4"}},
+            "factor is '4'; expected a number .*, in rope_scaling",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
+            "low_freq_factor is 4; expected less than high_freq_factor",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": -1}},
+            "original_max_position_embeddings is -1; expected a whole number",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8, "mscale": "1"}}, "mscale is '1' in rope_scaling"),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window is missing, so 4096; only null"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window is 8; only null"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is True; only False"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias is True; only False"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True; only False"),
         ({"rope_scaling": {"rope_type": None}}, "rope_type is None"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'; expected a number"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),

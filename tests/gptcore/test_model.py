@@ -8,15 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gptcore.config import ModelConfig
+from gptcore.config import FAMILIES, ModelConfig
+from gptcore.hf_format import parse_config
 from gptcore.loss import IGNORE
 from gptcore.model import GPT, KVCache
 from gptcore.package import open_package, save_package
+from gptcore.rotary import rotary_tables
 from gptcore.tokenizer import Tokenizer, save_tokenizer
 
 MakeModel = Callable[[ModelConfig], GPT]
+LLAMA = dict(
+    model_type="llama", vocab_size=300, num_hidden_layers=1, intermediate_size=64, num_key_value_heads=2, head_dim=64
+)
 
 
 def tokens(config: ModelConfig, length: int | None = None) -> torch.Tensor:
@@ -28,10 +41,53 @@ def test_transformers_computes_the_logits_of_our_package(
 ) -> None:
     model, x = random_model(config), tokens(config)
     save_package(tmp_path / "p", config, model.state_dict(), byte_tokenizer, {})
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "p").eval()
+    published = AutoModelForCausalLM.from_pretrained(tmp_path / "p").eval()
     with torch.no_grad():
-        torch.testing.assert_close(theirs(x).logits, model(x), atol=1e-4, rtol=0)
+        torch.testing.assert_close(published(x).logits, model(x), atol=1e-4, rtol=0)
     assert AutoTokenizer.from_pretrained(tmp_path / "p").encode("Ω or not") == byte_tokenizer.encode("Ω or not")
+
+
+STRETCHED: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn, all settings": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "attention_factor": 1.3,
+        "truncate": False,
+    },
+    "yarn, DeepSeek's scales": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.707,
+    },
+    "yarn, the original context unnamed": {"rope_type": "yarn", "factor": 2.0},
+    "an old name for the kind": {"type": "linear", "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+@pytest.mark.parametrize("rope", STRETCHED.values(), ids=STRETCHED)
+def test_rotary_tables_are_transformers_far_beyond_the_original_context(rope: dict[str, Any], theta: float) -> None:
+    shape: dict[str, Any] = dict(hidden_size=128, num_attention_heads=2, max_position_embeddings=131_072)
+    config = AutoConfig.for_model("llama", **shape, rope_theta=theta, rope_scaling=dict(rope))
+    positions = torch.tensor([[0, 1, 15, 16, 17, 4095, 4096, 40_000, 131_071]])
+    expected = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    ours = rotary_tables(parse_config(shape | LLAMA | {"rope_theta": theta, "rope_scaling": rope}))
+    for table, cosine in zip(ours, expected, strict=True):
+        torch.testing.assert_close(table[positions[0]], cosine[0], atol=1e-6, rtol=0)
 
 
 def theirs_gpt2(**changes: Any) -> GPT2LMHeadModel:
@@ -39,12 +95,12 @@ def theirs_gpt2(**changes: Any) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**{**shape, **changes}))
 
 
-def theirs_qwen3(**changes: Any) -> Qwen3ForCausalLM:
+def theirs(family: str, **changes: Any) -> PreTrainedModel:
     shape: dict[str, Any] = dict(
         vocab_size=300, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
     )
     more: dict[str, Any] = dict(num_key_value_heads=4, head_dim=16, max_position_embeddings=64)
-    return Qwen3ForCausalLM(Qwen3Config(**{**shape, **more, **changes}))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**shape, **more, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -52,25 +108,43 @@ def theirs_qwen3(**changes: Any) -> Qwen3ForCausalLM:
     [
         theirs_gpt2,
         lambda: theirs_gpt2(tie_word_embeddings=False, n_inner=96, layer_norm_epsilon=1e-3),
-        theirs_qwen3,
-        lambda: theirs_qwen3(tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
-        lambda: theirs_qwen3(num_key_value_heads=1, head_dim=32, rms_norm_eps=1e-3),
+        lambda: theirs("qwen3"),
+        lambda: theirs("qwen3", tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        lambda: theirs("qwen3", num_key_value_heads=1, head_dim=32, rms_norm_eps=1e-3),
+        lambda: theirs("qwen2", tie_word_embeddings=True),
+        lambda: theirs("qwen2", num_key_value_heads=2, rope_parameters=dict(STRETCHED["yarn"], rope_theta=1e6)),
+        lambda: theirs("llama", num_key_value_heads=2, rope_parameters=dict(STRETCHED["llama3"], rope_theta=5e5)),
+        lambda: theirs("llama", tie_word_embeddings=True, rope_parameters=dict(STRETCHED["linear"], rope_theta=1e4)),
+        lambda: theirs("mistral", sliding_window=None, num_key_value_heads=2, head_dim=32),
+        lambda: theirs("mistral", sliding_window=64),
     ],
-    ids=["gpt2", "gpt2-untied", "qwen3", "qwen3-tied", "qwen3-gqa"],
+    ids=[
+        "gpt2",
+        "gpt2-untied",
+        "qwen3",
+        "qwen3-tied",
+        "qwen3-gqa",
+        "qwen2-tied",
+        "qwen2-yarn",
+        "llama3",
+        "llama-linear",
+        "mistral",
+        "mistral with a window as long as the context",
+    ],
 )
 def test_we_compute_the_logits_of_a_model_saved_by_transformers(
     build: Callable[[], torch.nn.Module], byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    theirs = build().eval()
+    saved = build().eval()
     with torch.no_grad():
-        for name, p in theirs.named_parameters():
+        for name, p in saved.named_parameters():
             p.normal_(mean=float("norm" in name or "ln_" in name), std=0.1)
-    theirs.save_pretrained(tmp_path)  # type: ignore[operator]
+    saved.save_pretrained(tmp_path)  # type: ignore[operator]
     save_tokenizer(byte_tokenizer, tmp_path)
     ours = open_package(tmp_path).load_model()
     x = tokens(ours.config)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(x), saved(x).logits, atol=1e-4, rtol=0)
 
 
 def test_a_model_saved_and_opened_again_is_the_same(
@@ -142,7 +216,7 @@ def test_a_network_without_weights_does_not_import_torchs_compiler() -> None:
         "import sys\n"
         "from gptcore.config import ModelConfig\n"
         "from gptcore.hf_format import empty_model\n"
-        "for family in ('qwen3', 'gpt2'):\n"
+        f"for family in {FAMILIES}:\n"
         "    empty_model(ModelConfig(family=family, vocab_size=257, context_length=8, num_layers=1, num_heads=1))\n"
         "print([name for name in ('sympy', 'torch._dynamo', 'torch._inductor') if name in sys.modules])"
     )

@@ -154,10 +154,11 @@ def test_a_missing_or_unknown_tensor_is_named(package: Package) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "'llama' is not one of gpt2, qwen3"),
+        ({"model_type": "gemma"}, "'gemma' is not one of gpt2, qwen3, qwen2, llama, mistral"),
+        ({"model_type": "llama"}, r"no place for the tensor model\.layers\.0\.self_attn\.k_norm\.weight"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type is 'longrope'"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
         (

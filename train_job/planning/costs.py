@@ -17,7 +17,9 @@ from gptcore.model import GPT
 from train_job.config import MOST_TOKENS, TrainConfig
 from train_job.training.devices import Device, Rates
 
-FEATURE_BYTES = {"qwen3": 850, "gpt2": 225}
+_PLAIN = ("qwen2", "llama", "mistral")
+"""The rotary families without QK-norm."""
+FEATURE_BYTES = {"qwen3": 850, "gpt2": 225, **dict.fromkeys(_PLAIN, 568)}
 """Read and written outside matrix products, forward and backward, per token, block and feature of the residual stream,
 bf16 under autocast, not compiled."""
 SCORE_BYTES = 20
@@ -26,7 +28,7 @@ LOGIT_BYTES = 45
 """The same for the loss, per token and row of the vocabulary."""
 COMPILED_FEATURE_BYTES, COMPILED_LOGIT_BYTES = 120, 12
 """The same after fusion; assumed."""
-SAVED_BYTES = {"qwen3": (50, 8, 12, 8, 8), "gpt2": (24, 4, 4, 16, 4)}
+SAVED_BYTES = {"qwen3": (50, 8, 12, 8, 8), "gpt2": (24, 4, 4, 16, 4), **dict.fromkeys(_PLAIN, (34, 8, 4, 8, 8))}
 """Bytes that autograd saves for backward, per token. In a block: per feature, per MLP feature, per head, and constant.
 Outside the blocks: per feature."""
 LOSS_BYTES = 8
@@ -46,7 +48,7 @@ REQUEST_SECONDS = 1 / 620
 """Fixed cost of a request: Ray Serve's maximum rate on two cores."""
 STEP_SECONDS, TOKEN_SECONDS = 30e-6, 10e-6
 """Time of the engine's Python per step and per token, measured with a network that takes no time."""
-KERNELS = {"qwen3": 180, "gpt2": 75}
+KERNELS = {"qwen3": 180, "gpt2": 75, **dict.fromkeys(_PLAIN, 120)}
 """Kernels per block and micro-batch, forward and backward, not compiled; a quarter of them when compiled."""
 DECODE_KERNELS = 12
 """Kernels per block of a decoding step."""

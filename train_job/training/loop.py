@@ -93,9 +93,10 @@ class Trainer:
 
     def identity(self, tokenizer_fingerprint: str) -> Identity:
         """The fingerprints that a checkpoint must share with this run."""
-        shape = json.dumps(asdict(self.model.config) | {"dropout": 0.0}, sort_keys=True)
+        shape = {name: value for name, value in asdict(self.model.config).items() if value is not None}
+        shape_text = json.dumps(shape | {"dropout": 0.0}, sort_keys=True)
         data = self.train.fingerprint + self.validation.fingerprint
-        return Identity(*(hashlib.sha256(s.encode()).hexdigest() for s in (shape, tokenizer_fingerprint, data)))
+        return Identity(*(hashlib.sha256(s.encode()).hexdigest() for s in (shape_text, tokenizer_fingerprint, data)))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, not copied: parameters, tied ones once, and the optimizers' state."""

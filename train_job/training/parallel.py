@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from gptcore.devices import pick_dtype
-from gptcore.model import GPT, rotary_tables
+from gptcore.model import GPT
+from gptcore.rotary import rotary_tables
 from train_job.config import TrainConfig
 from train_job.training.reduce import set_reduction
 
@@ -90,7 +91,7 @@ def shard(model: GPT, config: TrainConfig, device: torch.device) -> None:
     model.to_empty(device=device)
     if model.config.tie_embeddings:  # to_empty makes two of one
         model.lm_head.weight = model.embed_tokens.weight
-    if model.config.family == "qwen3":
+    if model.config.rotary:
         model.cos, model.sin = (table.to(device) for table in rotary_tables(model.config))
 
 

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import example, given
 from torch import Tensor
 
-from gptcore.config import ModelConfig
+from gptcore.config import ModelConfig, RopeScaling
 from gptcore.engine import native
 from gptcore.engine.interface import Chunk
 from gptcore.engine.native import NativeRunner, NativeUnavailable
@@ -29,7 +30,9 @@ QWEN3 = ModelConfig(
     head_dim=32,
     context_length=96,
 )
-CONFIGS = pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
+QWEN2 = replace(QWEN3, family="qwen2", num_kv_heads=1)
+LLAMA = replace(QWEN3, family="llama", head_dim=64, rope_scaling=RopeScaling("llama3", factor=8.0, original_context=24))
+CONFIGS = pytest.mark.parametrize("config", [GPT2, QWEN3, QWEN2, LLAMA], ids=["gpt2", "qwen3", "qwen2", "llama"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 VARIANTS = {
     "as built": (),
@@ -90,6 +93,15 @@ def test_logits_equal_those_of_the_model_in_every_variant(config: ModelConfig, v
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     rounded = at_once(NativeRunner(model, 2, torch.bfloat16, 2), 1, tokens)
     assert (rounded - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 96, 112, 128, 160, 192, 256])
+def test_heads_of_every_published_width_give_the_models_logits(head_dim: int) -> None:
+    model, (tokens,) = random_model(replace(QWEN3, head_dim=head_dim, num_layers=1)), some_tokens(QWEN3, 1, 40)
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens]))[0]
+    logits = at_once(NativeRunner(model, 2, torch.float32, 2), 1, tokens)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @CONFIGS

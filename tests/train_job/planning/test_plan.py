@@ -40,7 +40,7 @@ from train_job.training.devices import assumed_rates, device_called, find_device
 from train_job.training.optimizer import Optimizers
 from train_job.training.parallel import prepare_model
 
-FAMILIES = ("qwen3", "gpt2")
+FAMILIES = ("qwen3", "gpt2", "llama", "qwen2")
 LONG = 640
 """A sequence length at which attention is fused on a CPU, as it is on a GPU."""
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
@@ -126,7 +126,7 @@ def test_a_real_steps_memory_peaks_where_the_plan_says(family: str, checkpointed
         checkpoint_activations=checkpointed,
         batch_size=4,
         max_steps=1,
-        optimizer="muon" if family == "qwen3" else "adamw",
+        optimizer="adamw" if family == "gpt2" else "muon",
         context_length=LONG,
     )
     config = build_config(settings, dict(family=family, hidden_size=256, num_layers=4, num_heads=2))
