@@ -26,6 +26,7 @@ from gptcore.hf_format import (
     from_published,
     parse_config,
     published_config,
+    published_name,
     tensor_shapes,
     to_published,
 )
@@ -35,6 +36,7 @@ from gptcore.rotary import rotary_tables
 from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer, tokenizer_files
 from gptcore.weights import (
     WEIGHTS,
+    StoredTensor,
     copied_bytes,
     has_untied_head,
     is_plain,
@@ -48,6 +50,7 @@ from gptcore.weights import (
 
 FORMAT_VERSION = 1
 MANIFEST, CONFIG = "foundry.json", "config.json"
+POSITIONS = published_name("embed_positions.weight", "gpt2")
 MOST_BESIDE = 1 << 26
 """Most bytes of a file other than the weights, more than any known tokenizer has."""
 PICKLE = (
@@ -65,10 +68,18 @@ class Package:
     config: ModelConfig
     tokenizer: Tokenizer
     info: dict[str, Any] = field(repr=False)
+    stored: ModelConfig | None = field(default=None, repr=False)
+    """The shape in the files, if `config` has a shorter context."""
+
+    def with_context(self, length: int) -> "Package":
+        """The same package with a context of at most `length` tokens, whose positions take less memory."""
+        if length >= self.config.context_length:
+            return self
+        return replace(self, config=replace(self.config, context_length=length), stored=self.stored or self.config)
 
     def memory(self, dtype: torch.dtype = torch.float32) -> dict[str, int]:
         """The bytes that `load_model` allocates, by purpose. Raises PackageError for unusable weights."""
-        c, places = self.config, match_config(self.config, read_headers(self.path, self.config.family))
+        c, places = self.config, self._places()
         positions = 4 * 4 * c.head_size * c.context_length if c.rotary else 0  # angles, cos, sin and a copy
         return {"weights": copied_bytes(c, places, dtype), f"a context of {c.context_length:,} tokens": positions}
 
@@ -90,18 +101,24 @@ class Package:
         return model.eval()
 
     def parameters(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
     ) -> Iterator[tuple[str, Tensor]]:
         """Name and value of each of the network's parameters, tied ones once, read one at a time.
+
+        They are in the dtype in which they are stored if `dtype` is None.
 
         Raises PackageError if the weights are unreadable, of another shape or not finite.
         """
         return from_published(empty_model(self.config), self._tensors(device, dtype))
 
-    def _tensors(self, device: str | torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        places = match_config(self.config, read_headers(self.path, self.config.family))
-        for name, stored in read_tensors(places):
-            tensor = stored.to(device, dtype)
+    def _places(self) -> dict[str, StoredTensor]:
+        return match_config(self.stored or self.config, read_headers(self.path, self.config.family))
+
+    def _tensors(self, device: str | torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        for name, stored in read_tensors(self._places()):
+            if name == POSITIONS:
+                stored = stored[: self.config.context_length]
+            tensor = stored.to(device=device, dtype=dtype)
             require_finite(name, tensor)  # now, while it is in the CPU caches
             yield name, tensor
 

@@ -27,6 +27,7 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 """Maps tensors to files if there are several weights files."""
 INDEX_BYTES = 1 << 26
+MAPPED_BYTES = 1 << 26
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Supported dtypes of stored weights, by safetensors' names."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -152,15 +153,22 @@ def has_untied_head(config: ModelConfig, found: Mapping[str, StoredTensor]) -> b
 def read_tensors(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
     """The tensors, in order, memory-mapped rather than copied.
 
-    Raises PackageError if a file has changed since its header was read.
+    A file is mapped anew after each MAPPED_BYTES, since what has been read of a mapping counts as memory in use until
+    the mapping is gone. Raises PackageError if a file has changed since its header was read.
     """
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
+        read = 0
         for name, stored in places.items():
             try:
+                if read > MAPPED_BYTES:
+                    stack.close()
+                    opened.clear()
+                    read = 0
                 if stored.file not in opened:
                     opened[stored.file] = stack.enter_context(safe_open(stored.file, framework="pt"))
                 tensor = opened[stored.file].get_tensor(stored.name)
+                read += tensor.nbytes
             except (OSError, SafetensorError) as error:
                 raise PackageError(f"{stored.file} cannot be used: {error}") from error
             if tuple(tensor.shape) != stored.shape:

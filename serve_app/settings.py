@@ -107,6 +107,11 @@ class ServeSettings:
         "Sequences that a model decodes together; 0: as many as half the free memory holds, at most 16, or 64 on CUDA.",
         "sequences",
     )
+    max_context: int = setting(
+        0,
+        "Longest sequence, if the model's context is longer; 0: what memory holds for at least four of them.",
+        "tokens",
+    )
     max_queue: int = setting(
         64, "Requests that may wait for a slot in a replica; further ones get 503 with Retry-After.", "requests"
     )

@@ -102,7 +102,7 @@ class EngineInfo:
 
     runner: str
     note: str
-    """Why it is this runner and not a faster one; empty if there is none faster."""
+    """Why it is this runner and not a faster one, and why the context is shorter than the model's; empty if neither."""
     dtype: str
     device: str
     slots: int
@@ -226,7 +226,7 @@ class Runner(Protocol):
     name: str
     """The kind of runner, for people: "native avx512_bf16", "torch", "torch, CUDA graphs"."""
     note: str
-    """Why it is this one and not a faster one; empty if there is none faster."""
+    """Why it is this one and not a faster one, and why the context is shorter than the model's; empty if neither."""
     dtype: torch.dtype
     device: torch.device
     slots: int

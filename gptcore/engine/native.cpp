@@ -151,8 +151,16 @@ void put(bf16* to, float x) {
     to->bits = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
 }
 
-template <class T>
-void pack(Matrix<T>& m, const float* weight, int N, int K) {
+inline float value(float x) { return x; }
+inline float value(bf16 x) {
+    uint32_t b = (uint32_t)x.bits << 16;
+    float f;
+    std::memcpy(&f, &b, 4);
+    return f;
+}
+
+template <class T, class Source>
+void pack(Matrix<T>& m, const Source* weight, int N, int K) {
     constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
     m.N = N, m.K = round_up(K, K_STEP), m.panels = round_up(N, PANEL) / PANEL;
     m.data = allocate<T>((size_t)m.panels * PANEL * m.K);
@@ -162,7 +170,7 @@ void pack(Matrix<T>& m, const float* weight, int N, int K) {
         int columns = std::min(PANEL, N - p * PANEL);
         for (int k = 0; k < K; k++)  // writes nearly in order, reads 64 streams
             for (int c = 0; c < columns; c++)
-                put(to + ((size_t)(k / PAIR) * PANEL + c) * PAIR + k % PAIR, weight[(size_t)(p * PANEL + c) * K + k]);
+                put(to + ((size_t)(k / PAIR) * PANEL + c) * PAIR + k % PAIR, value(weight[(size_t)(p * PANEL + c) * K + k]));
     }
 }
 
@@ -578,7 +586,7 @@ enum Weight { EMBED, POSITIONS, COS, SIN, FINAL_GAIN, FINAL_BIAS, HEAD, NORM1_GA
 
 struct Network {
     virtual ~Network() = default;
-    virtual void set(int what, int layer, const float* data, int rows, int columns) = 0;
+    virtual void set(int what, int layer, const void* data, bool is_bf16, int rows, int columns) = 0;
     virtual void forward(int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,
                          const int32_t* rows, float* logits) = 0;
     virtual void choose(int count, const float* logits, int stride, int V, const Draw* draws, const int32_t* ids,
@@ -604,37 +612,8 @@ class Decoder : public Network {
         scores.assign(s.threads, Floats(blocks * LANES));
     }
 
-    void set(int what, int layer, const float* data, int rows, int columns) override {
-        Floats plain(data, data + (what == EMBED ? 0 : (size_t)rows * columns));
-        Layer* l = layer < 0 ? nullptr : &layers[layer];
-        auto bias = [&](Matrix<T>& m) { std::copy(plain.begin(), plain.end(), m.bias.begin()); };
-        switch (what) {
-            case EMBED:
-                embed = allocate<T>((size_t)rows * columns);
-                for (size_t i = 0; i < (size_t)rows * columns; i++) put(embed.get() + i, data[i]);
-                break;
-            case POSITIONS: position_embed = plain; break;
-            case COS: cosine = plain; break;
-            case SIN: sine = plain; break;
-            case FINAL_GAIN: final_gain = plain; break;
-            case FINAL_BIAS: final_bias = plain; break;
-            case HEAD: pack(head, data, rows, columns); break;
-            case NORM1_GAIN: l->norm1_gain = plain; break;
-            case NORM1_BIAS: l->norm1_bias = plain; break;
-            case QKV: pack(l->qkv, data, rows, columns); break;
-            case QKV_BIAS: bias(l->qkv); break;
-            case Q_NORM: l->q_norm = plain; break;
-            case K_NORM: l->k_norm = plain; break;
-            case OUT: pack(l->out, data, rows, columns); break;
-            case OUT_BIAS: bias(l->out); break;
-            case NORM2_GAIN: l->norm2_gain = plain; break;
-            case NORM2_BIAS: l->norm2_bias = plain; break;
-            case GATE: pack(l->gate, data, rows, columns); break;
-            case UP: pack(l->up, data, rows, columns); break;
-            case UP_BIAS: bias(l->up); break;
-            case DOWN: pack(l->down, data, rows, columns); break;
-            case DOWN_BIAS: bias(l->down); break;
-        }
+    void set(int what, int layer, const void* data, bool is_bf16, int rows, int columns) override {
+        is_bf16 ? set(what, layer, (const bf16*)data, rows, columns) : set(what, layer, (const float*)data, rows, columns);
     }
 
     int64_t cache_bytes() const override { return 2 * (int64_t)s.layers * s.slots * s.K * head_cache * sizeof(T); }
@@ -713,6 +692,46 @@ class Decoder : public Network {
     }
 
   private:
+    template <class Source>
+    void set(int what, int layer, const Source* data, int rows, int columns) {
+        Layer* l = layer < 0 ? nullptr : &layers[layer];
+        size_t count = (size_t)rows * columns;
+        auto vector = [&](Floats& to) {
+            to.resize(count);
+            for (size_t i = 0; i < count; i++) to[i] = value(data[i]);
+        };
+        auto bias = [&](Matrix<T>& m) {
+            for (size_t i = 0; i < count; i++) m.bias[i] = value(data[i]);
+        };
+        switch (what) {
+            case EMBED:
+                embed = allocate<T>(count);
+                for (size_t i = 0; i < count; i++) put(embed.get() + i, value(data[i]));
+                break;
+            case POSITIONS: vector(position_embed); break;
+            case COS: vector(cosine); break;
+            case SIN: vector(sine); break;
+            case FINAL_GAIN: vector(final_gain); break;
+            case FINAL_BIAS: vector(final_bias); break;
+            case HEAD: pack(head, data, rows, columns); break;
+            case NORM1_GAIN: vector(l->norm1_gain); break;
+            case NORM1_BIAS: vector(l->norm1_bias); break;
+            case QKV: pack(l->qkv, data, rows, columns); break;
+            case QKV_BIAS: bias(l->qkv); break;
+            case Q_NORM: vector(l->q_norm); break;
+            case K_NORM: vector(l->k_norm); break;
+            case OUT: pack(l->out, data, rows, columns); break;
+            case OUT_BIAS: bias(l->out); break;
+            case NORM2_GAIN: vector(l->norm2_gain); break;
+            case NORM2_BIAS: vector(l->norm2_bias); break;
+            case GATE: pack(l->gate, data, rows, columns); break;
+            case UP: pack(l->up, data, rows, columns); break;
+            case UP_BIAS: bias(l->up); break;
+            case DOWN: pack(l->down, data, rows, columns); break;
+            case DOWN_BIAS: bias(l->down); break;
+        }
+    }
+
     T* at(Block<T>& cache, int layer, int slot, int g) {
         return cache.get() + (((size_t)layer * s.slots + slot) * s.K + g) * head_cache;
     }
@@ -912,8 +931,8 @@ void* gpt_create(const int32_t* shape, float eps) {
     }
 }
 
-void gpt_set(void* g, int what, int layer, const float* data, int rows, int columns) {
-    ((Network*)g)->set(what, layer, data, rows, columns);
+void gpt_set(void* g, int what, int layer, const void* data, int is_bf16, int rows, int columns) {
+    ((Network*)g)->set(what, layer, data, is_bf16, rows, columns);
 }
 
 void gpt_forward(void* g, int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,

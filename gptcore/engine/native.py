@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from gptcore.config import ModelConfig
 from gptcore.engine.interface import Chunk
 from gptcore.errors import FoundryError
 from gptcore.home import home
-from gptcore.model import GPT, Attention, Block
+from gptcore.rotary import rotary_tables
 from gptcore.sampling import LEAST_TEMPERATURE, SamplingState, penalties, uniform
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -41,6 +41,30 @@ NAMES = """
     out out_bias norm2_gain norm2_bias gate up up_bias down down_bias
 """
 WEIGHTS = {name: number for number, name in enumerate(NAMES.split())}
+PLACES = {
+    "embed_tokens.weight": "embed",
+    "embed_positions.weight": "positions",
+    "norm.weight": "final_gain",
+    "norm.bias": "final_bias",
+    "lm_head.weight": "head",
+    "input_layernorm.weight": "norm1_gain",
+    "input_layernorm.bias": "norm1_bias",
+    "self_attn.q_norm.weight": "q_norm",
+    "self_attn.k_norm.weight": "k_norm",
+    "self_attn.o_proj.weight": "out",
+    "self_attn.o_proj.bias": "out_bias",
+    "post_attention_layernorm.weight": "norm2_gain",
+    "post_attention_layernorm.bias": "norm2_bias",
+    "mlp.gate_proj.weight": "gate",
+    "mlp.up_proj.weight": "up",
+    "mlp.up_proj.bias": "up_bias",
+    "mlp.down_proj.weight": "down",
+    "mlp.down_proj.bias": "down_bias",
+    # q, k and v, in this order, are one matrix
+    **{f"self_attn.{part}_proj.weight": "qkv" for part in "qkv"},
+    **{f"self_attn.{part}_proj.bias": "qkv_bias" for part in "qkv"},
+}
+"""The network's parameter -> the kernel's weight."""
 
 
 class _Draw(ctypes.Structure):
@@ -63,17 +87,26 @@ class NativeUnavailable(FoundryError):
 class NativeRunner:
     """A `gptcore.engine.interface.Runner` on the native kernel. Raises NativeUnavailable.
 
-    `dtype`, bfloat16 or float32, is that of weights and cache; sums, norms and the residual stream are in fp32.
+    `weights` are the network's parameters, taken one at a time, so that they need not fit into memory beside the packed
+    ones. `dtype`, bfloat16 or float32, is that of packed weights and cache; sums, norms and the residual stream are in
+    fp32.
     """
 
     invariant = True
     reuse_granularity = 1
-    note = ""
     device = torch.device("cpu")
 
-    def __init__(self, model: GPT, slots: int, dtype: torch.dtype, threads: int = 0) -> None:
-        config = model.config
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Iterable[tuple[str, Tensor]],
+        slots: int,
+        dtype: torch.dtype,
+        threads: int = 0,
+        note: str = "",
+    ) -> None:
         check_shape(config)
+        self.note = note
         if dtype not in (torch.bfloat16, torch.float32):
             raise NativeUnavailable(f"the native kernel computes in bfloat16 or float32, not in {dtype}")
         self.dtype, self.slots, self.context_length = dtype, slots, config.context_length
@@ -88,7 +121,7 @@ class NativeRunner:
         self._handle = self._library.gpt_create((ctypes.c_int32 * len(shape))(*map(int, shape)), config.norm_eps)
         if not self._handle:
             raise NativeUnavailable(f"there is not enough memory for {slots} slots of {config.context_length} tokens")
-        self._pack(model)
+        self._pack(config, weights)
         self.cache_bytes: int = self._library.gpt_cache_bytes(self._handle)
         self.vocab_size = config.vocab_size
         self._width = -(-config.vocab_size // 64) * 64
@@ -151,50 +184,37 @@ class NativeRunner:
         if getattr(self, "_handle", None):
             self.close()
 
-    def _pack(self, model: GPT) -> None:
-        self._set("embed", model.embed_tokens.weight)
-        if model.config.rotary:
-            self._set("cos", model.cos)
-            self._set("sin", model.sin)
-        else:
-            self._set("positions", model.embed_positions.weight)
-        self._set_norm("final", model.norm)
-        self._set("head", model.lm_head.weight)
-        for number, block in enumerate(model.layers):
-            assert isinstance(block, Block)
-            self._pack_attention(block.self_attn, number)
-            self._set_norm("norm1", block.input_layernorm, number)
-            self._set_norm("norm2", block.post_attention_layernorm, number)
-            self._set("up", block.mlp.up_proj.weight, number)
-            self._set("down", block.mlp.down_proj.weight, number)
-            if block.mlp.gated:
-                self._set("gate", block.mlp.gate_proj.weight, number)
-            else:
-                self._set("up_bias", block.mlp.up_proj.bias, number)
-                self._set("down_bias", block.mlp.down_proj.bias, number)
+    def _pack(self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if config.rotary:
+            for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
+                self._set(name, -1, table)
+        joined: dict[str, list[Tensor]] = {"qkv": [], "qkv_bias": []}
+        for parameter, values in weights:
+            layer, place = _place(parameter)
+            if place in joined:
+                joined[place].append(values)
+                if len(joined[place]) < 3:
+                    continue
+                values = torch.cat(joined[place])  # ((H + 2K) D, C)
+                joined[place].clear()
+            self._set(place, layer, values)
+            if place == "embed" and config.tie_embeddings:
+                self._set("head", layer, values)
 
-    def _pack_attention(self, attention: Attention, layer: int) -> None:
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self._set("qkv", torch.cat([p.weight for p in projections]), layer)  # ((H + 2K) D, C)
-        self._set("out", attention.o_proj.weight, layer)
-        if attention.config.qkv_biases:
-            self._set("qkv_bias", torch.cat([p.bias for p in projections]), layer)
-        if not attention.config.rotary:
-            self._set("out_bias", attention.o_proj.bias, layer)
-        if attention.config.qk_norm:
-            self._set("q_norm", attention.q_norm.weight, layer)
-            self._set("k_norm", attention.k_norm.weight, layer)
-
-    def _set_norm(self, name: str, norm: torch.nn.Module, layer: int = -1) -> None:
-        self._set(f"{name}_gain", norm.weight, layer)
-        if isinstance(norm, torch.nn.LayerNorm):
-            self._set(f"{name}_bias", norm.bias, layer)
-
-    def _set(self, name: str, values: Tensor | torch.nn.Module, layer: int = -1) -> None:
-        assert isinstance(values, Tensor)
-        values = values.detach().to("cpu", torch.float32).contiguous()
+    def _set(self, name: str, layer: int, values: Tensor) -> None:
+        values = values.detach().to("cpu")
+        half = values.dtype == torch.bfloat16
+        values = (values if half else values.float()).contiguous()
         rows, columns = (values.shape[0], values.shape[1]) if values.ndim == 2 else (1, values.shape[0])
-        self._library.gpt_set(self._handle, WEIGHTS[name], layer, values.data_ptr(), rows, columns)
+        self._library.gpt_set(self._handle, WEIGHTS[name], layer, values.data_ptr(), half, rows, columns)
+
+
+def _place(parameter: str) -> tuple[int, str]:
+    """The layer of a parameter, -1 if it is in none, and the kernel's name for it."""
+    if not parameter.startswith("layers."):
+        return -1, PLACES[parameter]
+    _, layer, rest = parameter.split(".", 2)
+    return int(layer), PLACES[rest]
 
 
 def check_shape(config: ModelConfig) -> None:
@@ -229,7 +249,7 @@ def load_library() -> ctypes.CDLL:
         raise NativeUnavailable(f"the native kernel {library} cannot be loaded: {error}") from error
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     functions.gpt_create.argtypes, functions.gpt_create.restype = [pointer, ctypes.c_float], pointer
-    functions.gpt_set.argtypes = [pointer, integer, integer, pointer, integer, integer]
+    functions.gpt_set.argtypes = [pointer, integer, integer, pointer, integer, integer, integer]
     functions.gpt_forward.argtypes = [pointer, integer, pointer, pointer, pointer, integer, pointer, pointer]
     functions.gpt_choose.argtypes = [pointer, integer, pointer, integer, integer, pointer, pointer, pointer, pointer]
     functions.gpt_copy.argtypes = [pointer, integer, integer, integer]

@@ -13,6 +13,10 @@ from gptcore.hf_format import count_parameters
 from gptcore.memory import free_memory, require_memory
 from gptcore.package import Package
 
+SEQUENCES = 4
+"""A context is as long as memory holds for so many sequences."""
+CONTEXT_STEP = 64
+"""A context that memory limits is a multiple of so many tokens, and has at least so many."""
 SHARE = 0.5
 """Share of the free memory for slots; activations, logits and other processes need the rest."""
 PREFILL = {"cpu": 64, "cuda": 256, "mps": 64}
@@ -28,20 +32,23 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
     native = device.type == "cpu" and not settings.compile
     if settings.backend == "native" and not native:
         raise ConfigError("backend is 'native', which needs device cpu and compile off", param="backend")
-    note = ""
+    whole = package.config.context_length
+    package = fit_context(package, settings.max_context, device, dtype)
+    config = package.config
+    note = context_note(config.context_length, whole, settings.max_context)
     if native and settings.backend != "torch":
         try:
-            check_memory(package, device, dtype, torch.float32)
-            model = package.load_model()
-            slots = count_slots(package.config, settings.slots, device, dtype)
-            return NativeRunner(model, slots, dtype, settings.threads)
+            check_memory(package, device, dtype, native=True)
+            weights = package.parameters(dtype=None)
+            slots = count_slots(config, settings.slots, device, dtype, packed_bytes(config, dtype))
+            return NativeRunner(config, weights, slots, dtype, settings.threads, note)
         except NativeUnavailable as error:
             if settings.backend == "native":
                 raise ConfigError(f"backend is 'native', but {error}", param="backend") from error
-            note = f"not native: {error}"
-    check_memory(package, device, dtype, dtype)
+            note = "; ".join(filter(None, (f"not native: {error}", note)))
+    check_memory(package, device, dtype, native=False)
     model = package.load_model(device, dtype)
-    slots = count_slots(package.config, settings.slots, device, dtype)
+    slots = count_slots(config, settings.slots, device, dtype)
     return TorchRunner(model, slots, min(settings.prefill_tokens, PREFILL[device.type]), settings.compile, note)
 
 
@@ -50,11 +57,42 @@ def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.kv_heads * config.head_size * config.context_length * dtype.itemsize
 
 
-def check_memory(package: Package, device: torch.device, dtype: torch.dtype, loaded: torch.dtype) -> None:
-    """Raises NoMemory if the model, loaded as `loaded` and packed as `dtype`, and one slot exceed the free memory."""
-    packed = {"packed weights": count_parameters(package.config) * dtype.itemsize}
-    slot = {"one slot of keys and values": slot_bytes(package.config, dtype)}
-    require_memory(f"the model in {package.path}", package.memory(loaded) | packed | slot, free_memory(device))
+def packed_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the native kernel's weights: a tied embedding is packed twice, for the input and for the output."""
+    tied = config.vocab_size * config.hidden_size if config.tie_embeddings else 0
+    return (count_parameters(config) + tied) * dtype.itemsize
+
+
+def fit_context(package: Package, most: int, device: torch.device, dtype: torch.dtype) -> Package:
+    """`package` with a context of at most `most` tokens; if that is 0, what memory holds for SEQUENCES sequences."""
+    config = package.config
+    if most:
+        return package.with_context(most)
+    free = SHARE * (free_memory(device) - packed_bytes(config, dtype))
+    fits = int(free / SEQUENCES * config.context_length / slot_bytes(config, dtype))
+    return package.with_context(max(CONTEXT_STEP, fits // CONTEXT_STEP * CONTEXT_STEP))
+
+
+def context_note(context: int, whole: int, most: int) -> str:
+    """Why a context is shorter than the model's; empty if it is not."""
+    if context == whole:
+        return ""
+    why = "max_context" if most else f"what memory holds for {SEQUENCES} sequences"
+    return f"a context of {context:,} of {whole:,} tokens: {why}"
+
+
+def check_memory(package: Package, device: torch.device, dtype: torch.dtype, native: bool) -> None:
+    """Raises NoMemory if the model, packed as `dtype`, and one slot exceed the free memory.
+
+    The native kernel packs weights as they are read; torch first loads all of them.
+    """
+    config = package.config
+    needs = package.memory(dtype)
+    if native:
+        needs["weights"] = 0
+    needs["packed weights"] = packed_bytes(config, dtype) if native else count_parameters(config) * dtype.itemsize
+    needs["one slot of keys and values"] = slot_bytes(config, dtype)
+    require_memory(f"the model in {package.path}", needs, free_memory(device))
 
 
 def count_slots(config: ModelConfig, asked: int, device: torch.device, dtype: torch.dtype, weights: int = 0) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gptcore.errors import ConfigError, did_you_mean
 
-LEAST = {"slots": 0, "prefill_tokens": 1, "max_queue": 1, "threads": 0, "tensor_parallel": 1}
+LEAST = {"slots": 0, "max_context": 0, "prefill_tokens": 1, "max_queue": 1, "threads": 0, "tensor_parallel": 1}
 CHOICES = {
     "engine": ("foundry", "vllm"),
     "dtype": ("auto", "bfloat16", "float32"),
@@ -26,6 +26,8 @@ class EngineSettings:
     """foundry, or vllm: vLLM behind the same interface, where it is installed."""
     slots: int = 0
     """Sequences decoded together; 0: as many as half the free memory holds, at most 16, or 64 on an NVIDIA GPU."""
+    max_context: int = 0
+    """Longest sequence, in tokens, if the model's context is longer; 0: what memory holds for at least four of them."""
     prefill_tokens: int = 256
     """Prompt tokens processed in each decoding step; the limit keeps long prompts from stalling other sequences."""
     max_queue: int = 64

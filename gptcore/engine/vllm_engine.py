@@ -37,7 +37,7 @@ from gptcore.engine.interface import (
     merge,
     validate,
 )
-from gptcore.engine.runners import count_slots, slot_bytes
+from gptcore.engine.runners import context_note, count_slots, fit_context, slot_bytes
 from gptcore.engine.sampler import SampledToken, describe
 from gptcore.engine.settings import EngineSettings
 from gptcore.errors import ConfigError, EngineError, QueueFull
@@ -425,15 +425,15 @@ async def start_vllm(
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **arguments), stat_loggers=[Recorder])
     cache = llm.vllm_config.cache_config
     tokens = (cache.num_gpu_blocks or 0) * cache.block_size
-    context = package.config.context_length
+    context, whole = arguments["max_model_len"], package.config.context_length
     info = EngineInfo(
         runner=f"vLLM {vllm.__version__}",
-        note="",
+        note=context_note(context, whole, settings.max_context),
         dtype=str(dtype).removeprefix("torch."),
         device=device.type if settings.tensor_parallel == 1 else f"{settings.tensor_parallel} x {device.type}",
         slots=slots,
         context_length=context,
-        cache_bytes=tokens * slot_bytes(package.config, dtype) // context,
+        cache_bytes=tokens * slot_bytes(package.config, dtype) // whole,
         invariant=False,
         caveats=CAVEATS,
     )
@@ -449,7 +449,10 @@ def engine_arguments(
             f"device is {settings.device!r}; expected auto or {device.type}, which this build of vLLM uses",
             param="device",
         )
-    config, dtype = package.config, pick_dtype(settings.dtype, device)
+    dtype = pick_dtype(settings.dtype, device)
+    if settings.max_context or device.type == "cpu":  # on a GPU, vLLM's cache is shared by sequences of all lengths
+        package = fit_context(package, settings.max_context, device, dtype)
+    config = package.config
     published = published_config(config)
     arguments: dict[str, Any] = {
         "skip_tokenizer_init": True,

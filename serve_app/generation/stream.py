@@ -148,7 +148,7 @@ async def generating(state: AppState, request_id: str, order: Order) -> AsyncIte
     async with state.models.lease(order.model, request_id) as served:
         order = within_limits(order, served, state.settings)
         prompts = [await encode_prompt(served.package.tokenizer, prompt) for prompt in order.prompts]
-        check_prompts(order, prompts, served.package.config.context_length, state.settings)
+        check_prompts(order, prompts, served.engine.info.context_length, state.settings)
         generation = Generation(order, served, prompts)
         try:
             generation.submit(state, since)

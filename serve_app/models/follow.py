@@ -258,7 +258,9 @@ class Model:
             self.loading = None
         self._crash_record.record_served(version)
         self.refused.pop(version, None)
-        log.info("%s is ready", served.label, extra={"source": served.source, "runner": served.engine.info.runner})
+        info = served.engine.info
+        note = f" ({info.note})" if info.note else ""
+        log.info("%s is ready%s", served.label, note, extra={"source": served.source, "runner": info.runner})
         return served
 
     def _may_try(self, version: str, alone: bool = False) -> bool:

@@ -103,7 +103,7 @@ def test_a_context_too_large_for_memory_is_refused_with_the_figures(
     with pytest.raises(NoMemory, match=r"needs 2,048 MiB .*for a context of 4,194,304 tokens\), but only 1,024 MiB"):
         package.load_model()
     with pytest.raises(NoMemory, match="for one slot of keys and values"):
-        runners.make_runner(package, EngineSettings(device="cpu"))
+        runners.make_runner(package, EngineSettings(device="cpu", max_context=2**22))
 
 
 @pytest.mark.parametrize("layers", [3, 1000])

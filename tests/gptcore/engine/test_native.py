@@ -80,6 +80,10 @@ def some_tokens(config: ModelConfig, sequences: int, length: int) -> list[list[i
     return torch.randint(config.vocab_size, (sequences, length), generator=generator).tolist()
 
 
+def native_runner(model: GPT, slots: int, dtype: torch.dtype, threads: int = 0) -> NativeRunner:
+    return NativeRunner(model.config, model.named_parameters(), slots, dtype, threads)
+
+
 def at_once(runner: NativeRunner, slot: int, tokens: list[int]) -> Tensor:
     return runner.forward([Chunk(slot, 0, tokens, len(tokens))]).clone()
 
@@ -89,9 +93,9 @@ def test_logits_equal_those_of_the_model_in_every_variant(config: ModelConfig, v
     model, (tokens,) = random_model(config), some_tokens(config, 1, 70)
     with torch.inference_mode():
         expected = model(torch.tensor([tokens]))[0]
-    logits = at_once(NativeRunner(model, 2, torch.float32, 2), 1, tokens)
+    logits = at_once(native_runner(model, 2, torch.float32, 2), 1, tokens)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    rounded = at_once(NativeRunner(model, 2, torch.bfloat16, 2), 1, tokens)
+    rounded = at_once(native_runner(model, 2, torch.bfloat16, 2), 1, tokens)
     assert (rounded - expected).abs().max() < 0.02 * expected.abs().max()
 
 
@@ -100,7 +104,7 @@ def test_heads_of_every_published_width_give_the_models_logits(head_dim: int) ->
     model, (tokens,) = random_model(replace(QWEN3, head_dim=head_dim, num_layers=1)), some_tokens(QWEN3, 1, 40)
     with torch.inference_mode():
         expected = model(torch.tensor([tokens]))[0]
-    logits = at_once(NativeRunner(model, 2, torch.float32, 2), 1, tokens)
+    logits = at_once(native_runner(model, 2, torch.float32, 2), 1, tokens)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -110,8 +114,8 @@ def test_logits_are_bit_identical_however_tokens_are_batched(
     config: ModelConfig, dtype: torch.dtype, variant: str
 ) -> None:
     model, texts = random_model(config), some_tokens(config, 17, 60)
-    alone = [at_once(NativeRunner(model, 1, dtype, 1), 0, tokens) for tokens in texts]
-    crowd = NativeRunner(model, 17, dtype, 2)
+    alone = [at_once(native_runner(model, 1, dtype, 1), 0, tokens) for tokens in texts]
+    crowd = native_runner(model, 17, dtype, 2)
     cuts = [5 + 3 * n % 40 for n in range(17)]  # every sequence is somewhere else
     crowd.forward([Chunk(n, 0, tokens[: cuts[n]], 0) for n, tokens in enumerate(texts)])
     for step in range(10):
@@ -125,7 +129,7 @@ def test_logits_are_bit_identical_however_tokens_are_batched(
 @DTYPES
 def test_a_copied_prefix_gives_the_same_logits_as_a_computed_one(config: ModelConfig, dtype: torch.dtype) -> None:
     model, (tokens,) = random_model(config), some_tokens(config, 1, 60)
-    runner = NativeRunner(model, 3, dtype, 2)
+    runner = native_runner(model, 3, dtype, 2)
     expected = at_once(runner, 0, tokens)
     at_once(runner, 2, list(reversed(tokens)))  # what the slot held before does not matter
     runner.copy(0, 2, 37)
@@ -134,7 +138,7 @@ def test_a_copied_prefix_gives_the_same_logits_as_a_computed_one(config: ModelCo
 
 def test_only_requested_rows_are_returned_in_the_order_of_the_chunks() -> None:
     model, (one, two) = random_model(GPT2), some_tokens(GPT2, 2, 20)
-    runner = NativeRunner(model, 3, torch.float32, 2)
+    runner = native_runner(model, 3, torch.float32, 2)
     first, second = at_once(runner, 0, one), at_once(runner, 1, two)
     logits = runner.forward([Chunk(1, 0, two, 1), Chunk(2, 0, one[:9], 0), Chunk(0, 0, one, 4)])
     assert torch.equal(logits, torch.cat([second[-1:], first[-4:]]))
@@ -142,7 +146,7 @@ def test_only_requested_rows_are_returned_in_the_order_of_the_chunks() -> None:
 
 @pytest.mark.parametrize("vocab_size", [257, 5000])
 def test_tokens_are_drawn_as_sampling_defines_in_every_variant(vocab_size: int, variant: str) -> None:
-    runner = NativeRunner(random_model(GPT2), 1, torch.float32, 2)
+    runner = native_runner(random_model(GPT2), 1, torch.float32, 2)
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(len(DRAWS), vocab_size + 7, generator=generator)[:, :vocab_size] * 3
     logits[::3] = (logits[::3] * 2).round() / 2  # with many that are equally likely
@@ -154,7 +158,7 @@ def test_tokens_are_drawn_as_sampling_defines_in_every_variant(vocab_size: int, 
 
 @pytest.fixture(scope="module")
 def sampler() -> NativeRunner:
-    return NativeRunner(random_model(GPT2), 1, torch.float32, 1)
+    return native_runner(random_model(GPT2), 1, torch.float32, 1)
 
 
 @given(VALUES, PARAMS)
@@ -179,7 +183,7 @@ def test_the_kernels_filters_keep_what_the_definition_keeps(
 
 
 def test_nan_logits_give_the_likeliest_of_the_others() -> None:
-    runner = NativeRunner(random_model(GPT2), 1, torch.float32, 2)
+    runner = native_runner(random_model(GPT2), 1, torch.float32, 2)
     logits = torch.randn(4, 257)
     logits[0], logits[1, 30], logits[2, 40] = float("nan"), float("nan"), float("inf")
     logits[1, 50] = logits[3, 60] = 80.0
@@ -192,7 +196,7 @@ def test_nan_logits_give_the_likeliest_of_the_others() -> None:
 def test_a_width_that_the_kernel_cannot_handle_is_named() -> None:
     config = ModelConfig(vocab_size=257, family="gpt2", num_layers=1, num_heads=5, hidden_size=40, context_length=16)
     with pytest.raises(NativeUnavailable, match="hidden_size is 40; the native kernel needs a multiple of 16"):
-        NativeRunner(GPT(config), 1, torch.float32)
+        native_runner(GPT(config), 1, torch.float32)
 
 
 def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 import random
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +23,9 @@ from gptcore.engine.settings import EngineSettings
 from gptcore.engine.torch_runner import TorchRunner, packed_linear
 from gptcore.errors import ConfigError, FoundryError
 from gptcore.model import GPT
-from gptcore.package import Package
+from gptcore.package import Package, save_package
 from gptcore.sampling import SamplingParams, generate_text
+from gptcore.tokenizer import Tokenizer
 
 from .conftest import run
 
@@ -191,10 +192,12 @@ def test_the_engine_gives_the_same_text_in_a_batch_as_alone(package: Package, te
 class FakeNative:
     """A stand-in with the arguments of NativeRunner."""
 
-    model: GPT
+    config: ModelConfig
+    weights: Iterable[tuple[str, Tensor]]
     slots: int
     dtype: torch.dtype
     threads: int
+    note: str
 
 
 class NativeUnavailable(FoundryError):
@@ -218,7 +221,46 @@ def test_on_a_cpu_the_native_kernels_are_used(package: Package, native: SimpleNa
     made: Any = make_runner(package, EngineSettings(device="cpu", slots=3, dtype="bfloat16", threads=1))
     assert isinstance(made, FakeNative)
     assert (made.slots, made.dtype, made.threads) == (3, torch.bfloat16, 1)
-    assert made.model.embed_tokens.weight.dtype == torch.float32
+    assert dict(made.weights).keys() == dict(package.load_model().named_parameters()).keys()
+
+
+def test_weights_are_read_in_the_precision_in_which_they_are_stored(package: Package, tmp_path: Path) -> None:
+    state = package.load_model().bfloat16().state_dict()
+    half = save_package(tmp_path / "half", package.config, state, package.tokenizer, {})
+    for name, weight in half.parameters(dtype=None):
+        assert torch.equal(weight, state[name]), name
+
+
+def test_a_long_context_is_cut_to_what_memory_holds_for_four_sequences(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = replace(package, config=replace(package.config, context_length=2**22))
+    weights, token = (
+        runners.packed_bytes(long.config, torch.float32),
+        runners.slot_bytes(long.config, torch.float32) // 2**22,
+    )
+    monkeypatch.setattr(runners, "free_memory", lambda device: weights + 2 * 4 * 1000 * token)
+    monkeypatch.setattr(runners, "require_memory", lambda *_: None)
+    made = make_runner(long, EngineSettings(device="cpu", dtype="float32", backend="torch"))
+    assert (made.context_length, made.slots) == (960, 4)
+    assert made.note == "a context of 960 of 4,194,304 tokens: what memory holds for 4 sequences"
+    asked = make_runner(long, EngineSettings(device="cpu", dtype="float32", backend="torch", max_context=100, slots=2))
+    assert (asked.context_length, asked.slots) == (100, 2)
+    assert asked.note == "a context of 100 of 4,194,304 tokens: max_context"
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_shorter_context_changes_no_logits(
+    config: ModelConfig, random_model: MakeModel, byte_tokenizer: Tokenizer, tmp_path: Path, backend: str
+) -> None:
+    state = random_model(config).state_dict()
+    package = save_package(tmp_path / "p", config, state, byte_tokenizer, {})
+    settings = EngineSettings(device="cpu", dtype="float32", backend=backend, slots=2, prefill_tokens=PREFILL)
+    tokens = some_tokens(30)
+    whole, short = (make_runner(package, replace(settings, max_context=most)) for most in (0, 32))
+    assert (whole.context_length, short.context_length) == (64, 32)
+    chunk = Chunk(0, 0, tokens, 30)
+    torch.testing.assert_close(short.forward([chunk]).clone(), whole.forward([chunk]), atol=1e-5, rtol=0)
 
 
 def test_without_native_kernels_torch_computes_and_says_why(package: Package, native: SimpleNamespace) -> None:
