@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.open_models import OPEN_MODELS
 from train_job.config import TrainConfig, build_config
 
 
@@ -41,19 +42,8 @@ class Sizes:
     """Shape of the models in the correctness checks."""
 
 
-QWEN3_06B: dict[str, Any] = dict(
-    family="qwen3",
-    num_layers=28,
-    hidden_size=1024,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    intermediate_size=3072,
-    context_length=2048,
-    rope_theta=1e6,
-    tie_embeddings=True,
-)
-"""The published shape of Qwen3-0.6B, with a shorter context."""
+QWEN3_06B = {name: value for name, value in OPEN_MODELS["qwen3-0.6b"].items() if name != "vocab_size"}
+QWEN3_06B["context_length"] = 2048
 
 
 def _run(name: str, micro: int, accumulate: int, **settings: Any) -> TrainingRun:

@@ -637,10 +637,10 @@ class Decoder : public Network {
 #endif
             Range own = share(n, t, pool.size);
             for (int r = own.begin; r < own.end; r++) {
-                for (int c = 0; c < s.C; c += LANES) {
-                    Vec x = load(embed.get() + (size_t)tokens[r] * s.C + c);
-                    store(&residual[(size_t)r * s.C + c], s.rotary ? x : x + load(&position_embed[(size_t)positions[r] * s.C + c]));
-                }
+                float* x = &residual[(size_t)r * s.C];
+                embedding(tokens[r], x);
+                if (!s.rotary)
+                    for (int c = 0; c < s.C; c += LANES) store(x + c, load(x + c) + load(&position_embed[(size_t)positions[r] * s.C + c]));
             }
             for (int l = 0; l < s.layers; l++) {
                 const Layer& layer = layers[l];
@@ -730,6 +730,17 @@ class Decoder : public Network {
             case DOWN: pack(l->down, data, rows, columns); break;
             case DOWN_BIAS: bias(l->down); break;
         }
+    }
+
+    // The embedding (C) of a token. A tied one is a column of the head's panels.
+    void embedding(int token, float* to) const {
+        if (embed) {
+            for (int c = 0; c < s.C; c += LANES) store(to + c, load(embed.get() + (size_t)token * s.C + c));
+            return;
+        }
+        constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
+        const T* from = head.panel(token / PANEL) + token % PANEL * PAIR;
+        for (int c = 0; c < s.C; c++) to[c] = value(from[(size_t)(c / PAIR) * PANEL * PAIR + c % PAIR]);
     }
 
     T* at(Block<T>& cache, int layer, int slot, int g) {

@@ -197,9 +197,9 @@ class NativeRunner:
                     continue
                 values = torch.cat(joined[place])  # ((H + 2K) D, C)
                 joined[place].clear()
-            self._set(place, layer, values)
             if place == "embed" and config.tie_embeddings:
-                self._set("head", layer, values)
+                place = "head"  # of which the kernel takes the embeddings too
+            self._set(place, layer, values)
 
     def _set(self, name: str, layer: int, values: Tensor) -> None:
         values = values.detach().to("cpu")

@@ -40,7 +40,7 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
         try:
             check_memory(package, device, dtype, native=True)
             weights = package.parameters(dtype=None)
-            slots = count_slots(config, settings.slots, device, dtype, packed_bytes(config, dtype))
+            slots = count_slots(config, settings.slots, device, dtype, count_parameters(config) * dtype.itemsize)
             return NativeRunner(config, weights, slots, dtype, settings.threads, note)
         except NativeUnavailable as error:
             if settings.backend == "native":
@@ -57,18 +57,12 @@ def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.kv_heads * config.head_size * config.context_length * dtype.itemsize
 
 
-def packed_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the native kernel's weights: a tied embedding is packed twice, for the input and for the output."""
-    tied = config.vocab_size * config.hidden_size if config.tie_embeddings else 0
-    return (count_parameters(config) + tied) * dtype.itemsize
-
-
 def fit_context(package: Package, most: int, device: torch.device, dtype: torch.dtype) -> Package:
     """`package` with a context of at most `most` tokens; if that is 0, what memory holds for SEQUENCES sequences."""
     config = package.config
     if most:
         return package.with_context(most)
-    free = SHARE * (free_memory(device) - packed_bytes(config, dtype))
+    free = SHARE * (free_memory(device) - count_parameters(config) * dtype.itemsize)
     fits = int(free / SEQUENCES * config.context_length / slot_bytes(config, dtype))
     return package.with_context(max(CONTEXT_STEP, fits // CONTEXT_STEP * CONTEXT_STEP))
 
@@ -90,7 +84,7 @@ def check_memory(package: Package, device: torch.device, dtype: torch.dtype, nat
     needs = package.memory(dtype)
     if native:
         needs["weights"] = 0
-    needs["packed weights"] = packed_bytes(config, dtype) if native else count_parameters(config) * dtype.itemsize
+    needs["packed weights"] = count_parameters(config) * dtype.itemsize
     needs["one slot of keys and values"] = slot_bytes(config, dtype)
     require_memory(f"the model in {package.path}", needs, free_memory(device))
 

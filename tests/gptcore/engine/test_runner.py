@@ -22,6 +22,7 @@ from gptcore.engine.runners import make_runner
 from gptcore.engine.settings import EngineSettings
 from gptcore.engine.torch_runner import TorchRunner, packed_linear
 from gptcore.errors import ConfigError, FoundryError
+from gptcore.hf_format import count_parameters
 from gptcore.model import GPT
 from gptcore.package import Package, save_package
 from gptcore.sampling import SamplingParams, generate_text
@@ -235,11 +236,8 @@ def test_a_long_context_is_cut_to_what_memory_holds_for_four_sequences(
     package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = replace(package, config=replace(package.config, context_length=2**22))
-    weights, token = (
-        runners.packed_bytes(long.config, torch.float32),
-        runners.slot_bytes(long.config, torch.float32) // 2**22,
-    )
-    monkeypatch.setattr(runners, "free_memory", lambda device: weights + 2 * 4 * 1000 * token)
+    weights, slot = 4 * count_parameters(long.config), runners.slot_bytes(long.config, torch.float32)
+    monkeypatch.setattr(runners, "free_memory", lambda device: weights + 2 * 4 * 1000 * slot // 2**22)
     monkeypatch.setattr(runners, "require_memory", lambda *_: None)
     made = make_runner(long, EngineSettings(device="cpu", dtype="float32", backend="torch"))
     assert (made.context_length, made.slots) == (960, 4)
