@@ -15,6 +15,7 @@ from gptcore.cli import Parser
 from gptcore.config import ModelConfig
 from gptcore.devices import pick_device, pick_dtype
 from gptcore.engine.runners import SEQUENCES, check_memory, fit_context, slot_bytes
+from gptcore.engine.settings import EngineSettings
 from gptcore.errors import FoundryError, NoMemory
 from gptcore.hf_format import count_parameters
 from gptcore.hub import KINDS, resolve
@@ -61,7 +62,7 @@ def served_here(package: Package) -> str:
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     try:
-        fitted = fit_context(package, 0, device, dtype)
+        fitted = fit_context(package, EngineSettings(), device, dtype)
         check_memory(fitted, device, dtype, native=device.type == "cpu")
     except NoMemory as error:
         return str(error)

@@ -109,7 +109,7 @@ class ServeSettings:
     )
     max_context: int = setting(
         0,
-        "Longest sequence, if the model's context is longer; 0: what memory holds for at least four of them.",
+        "Longest sequence, if the model's context is longer; 0: what memory holds for all slots, or for four.",
         "tokens",
     )
     max_queue: int = setting(

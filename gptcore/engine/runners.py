@@ -33,9 +33,9 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
     if settings.backend == "native" and not native:
         raise ConfigError("backend is 'native', which needs device cpu and compile off", param="backend")
     whole = package.config.context_length
-    package = fit_context(package, settings.max_context, device, dtype)
+    package = fit_context(package, settings, device, dtype)
     config = package.config
-    note = context_note(config.context_length, whole, settings.max_context)
+    note = context_note(config.context_length, whole, settings)
     if native and settings.backend != "torch":
         try:
             check_memory(package, device, dtype, native=True)
@@ -57,21 +57,27 @@ def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.kv_heads * config.head_size * config.context_length * dtype.itemsize
 
 
-def fit_context(package: Package, most: int, device: torch.device, dtype: torch.dtype) -> Package:
-    """`package` with a context of at most `most` tokens; if that is 0, what memory holds for SEQUENCES sequences."""
-    config = package.config
-    if most:
-        return package.with_context(most)
-    free = SHARE * (free_memory(device) - count_parameters(config) * dtype.itemsize)
-    fits = int(free / SEQUENCES * config.context_length / slot_bytes(config, dtype))
+def fit_context(package: Package, settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> Package:
+    """`package` with a context of at most `max_context` tokens; if that is 0, what memory holds for all slots.
+
+    Without a number of slots, SHARE of the free memory holds SEQUENCES of them.
+    """
+    config, slots = package.config, settings.slots
+    if settings.max_context:
+        return package.with_context(settings.max_context)
+    free = free_memory(device) - count_parameters(config) * dtype.itemsize
+    if slots and slots * slot_bytes(config, dtype) <= free:
+        return package
+    position = slot_bytes(config, dtype) / config.context_length
+    fits = int(SHARE * free / (slots or SEQUENCES) / position)
     return package.with_context(max(CONTEXT_STEP, fits // CONTEXT_STEP * CONTEXT_STEP))
 
 
-def context_note(context: int, whole: int, most: int) -> str:
+def context_note(context: int, whole: int, settings: EngineSettings) -> str:
     """Why a context is shorter than the model's; empty if it is not."""
     if context == whole:
         return ""
-    why = "max_context" if most else f"what memory holds for {SEQUENCES} sequences"
+    why = "max_context" if settings.max_context else f"what memory holds for {settings.slots or SEQUENCES} sequences"
     return f"a context of {context:,} of {whole:,} tokens: {why}"
 
 

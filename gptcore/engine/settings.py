@@ -27,7 +27,8 @@ class EngineSettings:
     slots: int = 0
     """Sequences decoded together; 0: as many as half the free memory holds, at most 16, or 64 on an NVIDIA GPU."""
     max_context: int = 0
-    """Longest sequence, in tokens, if the model's context is longer; 0: what memory holds for at least four of them."""
+    """Longest sequence, in tokens, if the model's context is longer; 0: what memory holds for all
+    slots, or for four of them."""
     prefill_tokens: int = 256
     """Prompt tokens processed in each decoding step; the limit keeps long prompts from stalling other sequences."""
     max_queue: int = 64

@@ -428,7 +428,7 @@ async def start_vllm(
     context, whole = arguments["max_model_len"], package.config.context_length
     info = EngineInfo(
         runner=f"vLLM {vllm.__version__}",
-        note=context_note(context, whole, settings.max_context),
+        note=context_note(context, whole, settings),
         dtype=str(dtype).removeprefix("torch."),
         device=device.type if settings.tensor_parallel == 1 else f"{settings.tensor_parallel} x {device.type}",
         slots=slots,
@@ -451,7 +451,7 @@ def engine_arguments(
         )
     dtype = pick_dtype(settings.dtype, device)
     if settings.max_context or device.type == "cpu":  # on a GPU, vLLM's cache is shared by sequences of all lengths
-        package = fit_context(package, settings.max_context, device, dtype)
+        package = fit_context(package, settings, device, dtype)
     config = package.config
     published = published_config(config)
     arguments: dict[str, Any] = {

@@ -242,6 +242,8 @@ def test_a_long_context_is_cut_to_what_memory_holds_for_four_sequences(
     made = make_runner(long, EngineSettings(device="cpu", dtype="float32", backend="torch"))
     assert (made.context_length, made.slots) == (960, 4)
     assert made.note == "a context of 960 of 4,194,304 tokens: what memory holds for 4 sequences"
+    many = make_runner(long, EngineSettings(device="cpu", dtype="float32", backend="torch", slots=8))
+    assert (many.context_length, many.slots) == (448, 8)
     asked = make_runner(long, EngineSettings(device="cpu", dtype="float32", backend="torch", max_context=100, slots=2))
     assert (asked.context_length, asked.slots) == (100, 2)
     assert asked.note == "a context of 100 of 4,194,304 tokens: max_context"
