@@ -28,7 +28,7 @@ KINDS = (
     "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, hf:ORG/NAME or a URL such as "
     "s3://BUCKET/FOLDER"
 )
-PACKAGE_FILES = ["*.json", "*.safetensors", "merges.txt"]
+PACKAGE_FILES = ["*.json", "*.jinja", "*.safetensors", "merges.txt"]
 INCLUDE = " ".join(f"--include '{pattern}'" for pattern in PACKAGE_FILES)
 EXAMPLE = "openai-community/gpt2"
 OLD_NAMES = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")} | {

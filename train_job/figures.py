@@ -175,7 +175,7 @@ def decoding_strategies(logits: Tensor, tokenizer: Tokenizer, path: Path, top: i
 @torch.inference_mode()
 def draw_odds(package: Package, prompt: str, folder: Path) -> list[Path]:
     """Draws both figures of the odds for the token after `prompt` into `folder`; returns their paths."""
-    tokens = package.tokenizer.encode(prompt) or [package.tokenizer.eot]
+    tokens = package.tokenizer.encode_prompt(prompt)
     if len(tokens) > package.config.context_length:
         raise ConfigError(
             f"the prompt is {len(tokens)} tokens long; this model's context is {package.config.context_length}"
