@@ -274,7 +274,7 @@ def _check_supported(content: Mapping[str, Any], config: Mapping[str, Any]) -> i
         raise ValueError(f"its model is {excerpt(model['type'])}; expected 'BPE'")
     if model.get("dropout"):
         raise ValueError(f"its model has dropout {excerpt(model['dropout'])}, so its ids are random; expected none")
-    for step in _steps(content.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps(content.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] not in PRE_TOKENIZERS or step.get("behavior") == "Removed":
             raise ValueError(
                 f"it splits text by other rules, {excerpt(step['type'])}, which lose characters; expected some of "
@@ -288,7 +288,7 @@ def _check_supported(content: Mapping[str, Any], config: Mapping[str, Any]) -> i
     return max(owners) + 1
 
 
-def _steps(part: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[str, Any]]:
+def steps(part: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[str, Any]]:
     """The steps of a part of tokenizer.json, those of sequences one by one."""
     if part is None:
         return
@@ -296,38 +296,38 @@ def _steps(part: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[str, An
         yield part
         return
     for step in part[key]:
-        yield from _steps(step, key)
+        yield from steps(step, key)
 
 
 def _spelling(decoder: Mapping[str, Any] | None) -> Spelling:
     """The decoder, a token at a time. Raises ValueError for one that cannot be computed so."""
-    steps = [*_steps(decoder, "decoders")]
-    kinds = [step["type"] for step in steps]
+    parts = [*steps(decoder, "decoders")]
+    kinds = [part["type"] for part in parts]
     order = ("Replace", "ByteFallback", "Fuse", "Strip")
     if kinds == ["ByteLevel"]:
         return Spelling(byte_level=True)
     if kinds == ["Metaspace"]:
-        mark = steps[0]["replacement"]
-        keeps = steps[0].get("prepend_scheme") == "never" or steps[0].get("add_prefix_space") is False
+        mark = parts[0]["replacement"]
+        keeps = parts[0].get("prepend_scheme") == "never" or parts[0].get("add_prefix_space") is False
         return Spelling(replaced=((mark, " "),), drops="" if keeps else mark)
     places = [order.index(kind) if kind in order else -1 for kind in kinds]
-    strips = [(step["content"], step["start"], step["stop"]) for step in steps if step["type"] == "Strip"]
-    patterns = [step["pattern"].get("String") for step in steps if step["type"] == "Replace"]
+    strips = [(part["content"], part["start"], part["stop"]) for part in parts if part["type"] == "Strip"]
+    patterns = [part["pattern"].get("String") for part in parts if part["type"] == "Replace"]
     fits = places == sorted(places) and -1 not in places and None not in patterns
     if not kinds or not fits or strips not in ([], [(" ", 1, 0)]) or (strips and "Fuse" not in kinds):
         raise ValueError(f"its decoder is {excerpt(decoder)}; expected {DECODERS}")
-    replaced = tuple((step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace")
+    replaced = tuple((part["pattern"]["String"], part["content"]) for part in parts if part["type"] == "Replace")
     return Spelling(replaced=replaced, byte_fallback="ByteFallback" in kinds, strips=bool(strips))
 
 
 def _splits_lines(content: Mapping[str, Any]) -> bool:
     """Whether the splitting is known to separate lines, and nothing before it changes what is around their ends."""
-    if any(step["type"] != "NFC" for step in _steps(content.get("normalizer"), "normalizers")):
+    if any(step["type"] != "NFC" for step in steps(content.get("normalizer"), "normalizers")):
         return False
-    first, *_ = [*_steps(content.get("pre_tokenizer"), "pretokenizers"), {}]
+    first, *_ = [*steps(content.get("pre_tokenizer"), "pretokenizers"), {}]
     known = first.get("type") == "Split" and first["pattern"].get("Regex") in LINE_SPLITTERS and not first["invert"]
-    kinds = [step["type"] for step in _steps(content.get("pre_tokenizer"), "pretokenizers")]
-    last = [step for step in _steps(content.get("pre_tokenizer"), "pretokenizers") if step["type"] == "ByteLevel"]
+    kinds = [step["type"] for step in steps(content.get("pre_tokenizer"), "pretokenizers")]
+    last = [step for step in steps(content.get("pre_tokenizer"), "pretokenizers") if step["type"] == "ByteLevel"]
     gpt2 = kinds in (["ByteLevel"], ["Digits", "ByteLevel"]) and last[0].get("use_regex", True)
     return (known or gpt2) and not any(step["add_prefix_space"] for step in last)
 

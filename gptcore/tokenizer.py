@@ -28,6 +28,7 @@ from gptcore.hf_tokenizer import (
     TOKENIZER_BYTES,
     PublishedEncoding,
     read_encoding,
+    steps,
     without_tokenizer,
 )
 from gptcore.merges import Ranks, byte_characters, last_merge, learn_merges
@@ -273,8 +274,10 @@ def _check_ours(content: dict[str, Any]) -> None:
         raise ValueError("it splits text by other rules than GPT-2's")
     if content.get("normalizer"):
         raise ValueError("it normalises text first, so it does not keep every byte")
-    if (content.get("post_processor") or splits).get("type") != "ByteLevel":
-        raise ValueError("it adds tokens to a text")
+    for step in steps(content.get("post_processor"), "processors"):
+        template = step["single"] if step["type"] == "TemplateProcessing" else []
+        if step["type"] not in ("ByteLevel", "TemplateProcessing") or any("SpecialToken" in part for part in template):
+            raise ValueError("it adds tokens to a text")
 
 
 def _from_vocab(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: dict[str, int]) -> Tokenizer:
