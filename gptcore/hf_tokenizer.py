@@ -25,7 +25,9 @@ TOKENIZER_BYTES = 1 << 26
 """Size limit of a tokenizer file: 64 MiB. Qwen's has 11 MB, Llama 3's 17 MB, Gemma 3's 33 MB."""
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 NAMED, ADDED = "special_tokens_map.json", "added_tokens.json"
-FILES = (TOKENIZER, CONFIG, NAMED, ADDED, "chat_template.jinja", "chat_template.json")
+DECIDING = (TOKENIZER, CONFIG, NAMED, ADDED)
+"""The files on which ids depend."""
+FILES = (*DECIDING, "chat_template.jinja", "chat_template.json")
 """The files of a published tokenizer that a package keeps, byte for byte."""
 MODEL_FILES = ("generation_config.json", "config.json")
 """The model's files that also name its special ids, the deciding one first."""
@@ -41,6 +43,8 @@ LINE_SPLITTERS = (
 )
 """Patterns of Qwen 2 and 3, and of Llama 3. As GPT-2's, they separate a line's end from a next line that begins with a
 visible character."""
+ACROSS_LINES = re.compile(r"(\n|<0x0A>)[^\n]")
+"""In a token, a line's end before something else."""
 Files = tuple[tuple[str, bytes], ...]
 ModelIds = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -106,7 +110,7 @@ class PublishedEncoding:
         """The ids that `transformers` puts before a text by default; what it puts behind is left out."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.files, self._model_ids)
+        return encoding_of, (self.files, self._model_ids)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,8 +133,13 @@ class PublishedEncoding:
             "pad_token_id": pad[0] if pad else self.stops[0],
         }
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without those that begin a text. Raises TokenizerError if the library gives up on it."""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """The ids of `text`, without `bos`. Unless it `begins`, it is the rest of one that was cut behind a line.
+
+        Raises TokenizerError if the library gives up on it.
+        """
+        if not begins:  # the library puts a prefix space only before the line break
+            return self.encode(f"\n{text}")[len(self.encode("\n")) :]
         try:
             text.encode()
         except UnicodeEncodeError:  # lone surrogates
@@ -196,10 +205,15 @@ def read_encoding(folder: Path) -> PublishedEncoding:
         if (folder / name).exists():
             ids = {**_special_ids(folder / name), **ids}
     try:
-        return PublishedEncoding(files, tuple(ids.items()))
+        return encoding_of(files, tuple(sorted(ids.items())))
     except BaseException as error:
         _raise_if_other(error)
-        raise TokenizerError(f"the tokenizer in {folder} is of no kind that can be kept exactly: {error}") from error
+        what: dict[type[BaseException], str] = {
+            KeyError: f"{error} is missing",
+            TypeError: f"a part has the wrong form ({error})",
+        }
+        reason = " ".join(what.get(type(error), str(error)).split())
+        raise TokenizerError(f"the tokenizer in {folder} cannot be kept exactly: {reason}") from error
 
 
 def without_tokenizer(folder: Path) -> str:
@@ -220,8 +234,9 @@ def without_tokenizer(folder: Path) -> str:
     )
 
 
-@lru_cache(maxsize=2)  # a worker unpickles it with every task
-def _restored(files: Files, model_ids: ModelIds) -> PublishedEncoding:
+@lru_cache(maxsize=2)
+def encoding_of(files: Files, model_ids: ModelIds) -> PublishedEncoding:
+    """The encoding, made once: a worker unpickles it with every task, and a model's next version has the same."""
     return PublishedEncoding(files, model_ids)
 
 
@@ -321,15 +336,25 @@ def _spelling(decoder: Mapping[str, Any] | None) -> Spelling:
 
 
 def _splits_lines(content: Mapping[str, Any]) -> bool:
-    """Whether the splitting is known to separate lines, and nothing before it changes what is around their ends."""
-    if any(step["type"] != "NFC" for step in steps(content.get("normalizer"), "normalizers")):
+    """Whether nothing looks across the end of a line: no step before the merges is known to, and no token does."""
+    normalizers = [*steps(content.get("normalizer"), "normalizers")]
+    splits = [*steps(content.get("pre_tokenizer"), "pretokenizers")]
+    kinds = [step["type"] for step in splits]
+    added = [token for token in content.get("added_tokens") or [] if not token["special"]]
+    if any(token["lstrip"] or ACROSS_LINES.search(token["content"]) for token in added):
         return False
-    first, *_ = [*steps(content.get("pre_tokenizer"), "pretokenizers"), {}]
-    known = first.get("type") == "Split" and first["pattern"].get("Regex") in LINE_SPLITTERS and not first["invert"]
-    kinds = [step["type"] for step in steps(content.get("pre_tokenizer"), "pretokenizers")]
-    last = [step for step in steps(content.get("pre_tokenizer"), "pretokenizers") if step["type"] == "ByteLevel"]
-    gpt2 = kinds in (["ByteLevel"], ["Digits", "ByteLevel"]) and last[0].get("use_regex", True)
-    return (known or gpt2) and not any(step["add_prefix_space"] for step in last)
+    if kinds[-1:] == ["ByteLevel"]:
+        if splits[-1]["add_prefix_space"] or any(step["type"] != "NFC" for step in normalizers):
+            return False
+        if kinds == ["Split", "ByteLevel"]:
+            return splits[0]["pattern"].get("Regex") in LINE_SPLITTERS and not splits[0]["invert"]
+        return kinds in (["ByteLevel"], ["Digits", "ByteLevel"]) and bool(splits[-1].get("use_regex", True))
+    replaces = [step for step in normalizers if step["type"] == "Replace"]
+    local = all("\n" not in step["pattern"].get("String", "\n") + step["content"] for step in replaces)
+    known = {step["type"] for step in normalizers} <= {"NFC", "Prepend", "Replace"} and kinds in ([], ["Metaspace"])
+    model = content["model"]
+    fuses = model.get("unk_token") is not None and not model.get("byte_fallback")  # unknown characters become one
+    return local and known and not fuses and not any(map(ACROSS_LINES.search, model["vocab"]))
 
 
 def _backend(content: Mapping[str, Any], config: Mapping[str, Any], raw: bytes) -> tokenizers.Tokenizer:
@@ -343,7 +368,7 @@ def _backend(content: Mapping[str, Any], config: Mapping[str, Any], raw: bytes) 
                 f"its added token {excerpt(token['content'])} has the id {token['id']}, which the library `tokenizers` "
                 f"changes to {number}; expected ids that follow the vocabulary's, or a vocabulary with this token"
             )
-    for token in config["added_tokens_decoder"].values():
+    for token in (config["added_tokens_decoder"] or {}).values():
         if backend.token_to_id(token["content"]) is None:
             raise ValueError(f"{CONFIG} or {ADDED} has the token {excerpt(token['content'])}, which {TOKENIZER} lacks")
         if len(token) > 1:

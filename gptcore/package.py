@@ -29,7 +29,7 @@ from gptcore.hf_format import (
     tensor_shapes,
     to_published,
 )
-from gptcore.hf_tokenizer import FILES, MODEL_FILES, TOKENIZER, without_tokenizer
+from gptcore.hf_tokenizer import DECIDING, MODEL_FILES, TOKENIZER, without_tokenizer
 from gptcore.memory import free_memory, require_memory
 from gptcore.model import GPT, rotary_tables
 from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer, tokenizer_files
@@ -262,7 +262,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_listed(folder: Path, files: Mapping[str, Any]) -> None:
     """Raises PackageError if the manifest lacks a file that will be opened."""
-    beside = [folder / name for name in (*FILES, *MODEL_FILES) if (folder / name).exists()]
+    beside = [folder / name for name in (*DECIDING, *MODEL_FILES) if (folder / name).exists()]
     for file in (folder / CONFIG, *weight_files(folder), *tokenizer_files(folder), *beside):
         if file.name not in files:
             raise PackageError(f"{folder / MANIFEST} is incomplete: it lacks the sha256 of {file.name}")

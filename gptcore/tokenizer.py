@@ -102,10 +102,13 @@ class Tokenizer:
         digest.update(f"\n{self.eot} {EOT}".encode())
         return digest.hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without `bos`; the characters of a special token are encoded as ordinary text."""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Token ids of `text`, without `bos`; the characters of a special token are encoded as ordinary text.
+
+        Unless it `begins`, it is the rest of a text that was cut as `splits_lines` allows.
+        """
         if isinstance(self.encoding, PublishedEncoding):
-            return self.encoding.encode(text)
+            return self.encoding.encode(text, begins)
         ids: list[int] = []
         for piece in _cut_long_space(text):
             ids += self.encoding.encode_ordinary(piece)

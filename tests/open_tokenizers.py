@@ -144,7 +144,7 @@ def _learned(size: int, pattern: str | None) -> tuple[tuple[str, ...], tuple[tup
         learner.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    learner.train_from_iterator([TEXT] * 2, trainer)
+    learner.train_from_iterator(TEXT.splitlines() * 2 if pattern is None else [TEXT] * 2, trainer)
     model = json.loads(learner.to_str())["model"]
     return tuple(sorted(model["vocab"], key=model["vocab"].get)), tuple(map(tuple, model["merges"]))
 

@@ -80,10 +80,12 @@ class Generation:
         """`update` with the prompt's text before its own. Tokens that were put before that text have no text."""
         prompt, tokenizer = self.order.prompts[index // self.order.n], self.served.package.tokenizer
         added = len(tokenizer.bos) if isinstance(prompt, str) and self.order.add_special_tokens else 0
+        if not prompt:
+            added = len(self._prompts[index // self.order.n])
         logprobs = [*update.prompt_logprobs]
         for place, entry in enumerate(logprobs[: added + 1]):
-            silent = place < added or not prompt
-            logprobs[place] = replace(entry, bytes=() if silent else tuple(tokenizer.first_bytes(entry.token_id)))
+            content = tokenizer.first_bytes(entry.token_id) if place == added else b""
+            logprobs[place] = replace(entry, bytes=tuple(content))
         text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
         return replace(update, text=text + update.text, prompt_logprobs=tuple(logprobs))
 

@@ -23,13 +23,14 @@ from gptcore.engine.continuation import Continuation
 from gptcore.engine.interface import FinishReason, Request
 from gptcore.errors import PackageError, TokenizerError
 from gptcore.generate import main
-from gptcore.hf_tokenizer import LINE_SPLITTERS
+from gptcore.hf_tokenizer import LINE_SPLITTERS, encoding_of
 from gptcore.package import open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.text import TextStream
 from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer
 from tests.chance import examples
 from tests.open_tokenizers import (
+    BYTE_LEVEL,
     KINDS,
     QWEN_PLAIN,
     QWEN_RANKS,
@@ -115,7 +116,7 @@ def test_a_hundred_thousand_texts_are_encoded_decoded_and_streamed_as_by_transfo
 def test_any_text_is_encoded_as_by_transformers(both: Callable, kind: str) -> None:
     ours, theirs = both(kind)
 
-    @examples(50)
+    @examples(30)
     @given(st.text())
     def check(text: str) -> None:
         ids = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -223,20 +224,39 @@ def test_lone_surrogates_become_replacement_characters(both: Callable, kind: str
 @pytest.mark.parametrize("run", ["a", " ", "\n", " \n", "=", "7", "é", "🙂"])
 def test_long_runs_take_linear_time(both: Callable, kind: str, run: str) -> None:
     ours, _ = both(kind)
-    text = run * 100_000 + "x"
+    text = run * 50_000 + "x"
     assert ours.decode(ours.encode(text)) == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_are_cut_only_where_their_ids_stay_the_same(both: Callable, kind: str) -> None:
     ours, _ = both(kind)
-    assert ours.splits_lines == (kind in ("qwen3", "llama3", "smollm2"))
+    assert ours.splits_lines == (kind != "metaspace")  # which makes one token of unknown characters, across lines
     if not ours.splits_lines:
         return
     special = tuple(map(ours.spelling, sorted(ours.special)))
     texts = [text for text in fuzzed(1500, 5, special) if re.fullmatch(r"\S(.*\S)?", text, re.DOTALL)]
     for left, right in pairwise(texts):
-        assert ours.encode(f"{left}\n") + ours.encode(right) == ours.encode(f"{left}\n{right}"), (left, right)
+        cut = ours.encode(f"{left}\n") + ours.encode(right, begins=False)
+        assert cut == ours.encode(f"{left}\n{right}"), (left, right)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("smollm2", {"pre_tokenizer": {**BYTE_LEVEL, "use_regex": False}}),
+        ("smollm2", {"pre_tokenizer": {**BYTE_LEVEL, "use_regex": True, "add_prefix_space": True}}),
+        ("smollm2", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"\S+\n\S+|\s+"), BYTE_LEVEL]}}),
+        ("llama3", {"normalizer": {"type": "Replace", "pattern": {"Regex": "\n"}, "content": ""}}),
+        ("llama2", {"normalizer": {"type": "Replace", "pattern": {"String": "\n"}, "content": ""}}),
+        ("llama2", {"model__vocab__\na": 700}),
+        ("llama2", {"pre_tokenizer": split(r"\n\S")}),
+    ],
+)
+def test_a_tokenizer_that_may_look_across_lines_is_known(copied: Callable, kind: str, changes: dict[str, Any]) -> None:
+    folder = copied(kind)
+    change(folder, **changes)
+    assert not read_tokenizer(folder).splits_lines
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -247,7 +267,9 @@ def test_a_saved_or_pickled_tokenizer_is_the_same_to_the_byte(
     save_tokenizer(ours, tmp_path)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (folders(kind) / file.name).read_bytes()
-    again = pickle.loads(pickle.dumps(ours))
+    data = pickle.dumps(ours)
+    encoding_of.cache_clear()
+    again = pickle.loads(data)
     special = "".join(map(ours.spelling, sorted(ours.special)))
     assert (again.fingerprint, again.eot, again.stops) == (ours.fingerprint, ours.eot, ours.stops)
     assert again.encode(TEXT + special) == ours.encode(TEXT + special)

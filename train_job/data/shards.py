@@ -191,8 +191,8 @@ def write_shard(task: ShardTask, tokenizer: Tokenizer, folder: Path, store: str 
         if task.opens:
             file.write(begin)
         for text, closes in documents(task):
-            for block in blocks(text) if tokenizer.splits_lines else (text,):
-                file.write(np.array(tokenizer.encode(block), dtype=dtype).tobytes())
+            for number, block in enumerate(blocks(text) if tokenizer.splits_lines else (text,)):
+                file.write(np.array(tokenizer.encode(block, begins=number == 0), dtype=dtype).tobytes())
             num_bytes += len(text.encode())
             num_documents += closes
             file.write(between if closes else b"")
