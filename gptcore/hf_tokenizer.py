@@ -340,14 +340,14 @@ def _splits_lines(content: Mapping[str, Any]) -> bool:
     normalizers = [*steps(content.get("normalizer"), "normalizers")]
     splits = [*steps(content.get("pre_tokenizer"), "pretokenizers")]
     kinds = [step["type"] for step in splits]
-    added = [token for token in content.get("added_tokens") or [] if not token["special"]]
-    if any(token["lstrip"] or ACROSS_LINES.search(token["content"]) for token in added):
+    added = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    if any(token.get("lstrip") or ACROSS_LINES.search(token["content"]) for token in added):
         return False
     if kinds[-1:] == ["ByteLevel"]:
-        if splits[-1]["add_prefix_space"] or any(step["type"] != "NFC" for step in normalizers):
+        if splits[-1].get("add_prefix_space", True) or any(step["type"] != "NFC" for step in normalizers):
             return False
         if kinds == ["Split", "ByteLevel"]:
-            return splits[0]["pattern"].get("Regex") in LINE_SPLITTERS and not splits[0]["invert"]
+            return splits[0]["pattern"].get("Regex") in LINE_SPLITTERS and not splits[0].get("invert")
         return kinds in (["ByteLevel"], ["Digits", "ByteLevel"]) and bool(splits[-1].get("use_regex", True))
     replaces = [step for step in normalizers if step["type"] == "Replace"]
     local = all("\n" not in step["pattern"].get("String", "\n") + step["content"] for step in replaces)
