@@ -8,6 +8,7 @@ no display. To draw the odds of a trained model:
 
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,7 +239,8 @@ def _sheet(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        with written_whole(path) as file:
+        with written_whole(path) as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a token of any script may be a label
             figure.savefig(file, format="png")
 
 

@@ -8,6 +8,7 @@ import httpx2
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from gptcore.errors import TokenizerError
 from serve_app.settings import ServeSettings
 from tests.open_tokenizers import publish, write_tokenizer
 from tests.serve_app.running import running
@@ -77,6 +78,19 @@ def test_an_empty_prompt_is_bos_alone(client: httpx2.Client) -> None:
     for prompt in ("", []):
         said = post(client, "/v1/completions", model="llama2", prompt=prompt, max_tokens=1)
         assert said["usage"]["prompt_tokens"] == 1
+
+
+def test_a_text_that_the_tokenizer_cannot_split_is_refused(
+    client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: object) -> list[int]:
+        raise TokenizerError("the tokenizer cannot split a text of 1 characters")
+
+    monkeypatch.setattr("gptcore.hf_tokenizer.PublishedEncoding.encode", cannot)
+    for path in ("/v1/completions", "/generate", "/tokenize"):
+        reply = client.post(path, json={"model": "llama3", "prompt": "x"})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt")
+        assert "cannot split" in reply.json()["error"]["message"]
 
 
 def test_a_switch_that_is_neither_true_nor_false_is_refused(client: httpx2.Client) -> None:
