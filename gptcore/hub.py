@@ -29,6 +29,8 @@ KINDS = (
     "s3://BUCKET/FOLDER"
 )
 PACKAGE_FILES = ["*.json", "*.safetensors", "merges.txt"]
+TEMPLATES = "*.jinja"
+"""Chat templates, which a package keeps, but does not need."""
 INCLUDE = " ".join(f"--include '{pattern}'" for pattern in PACKAGE_FILES)
 EXAMPLE = "openai-community/gpt2"
 OLD_NAMES = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")} | {
@@ -153,7 +155,11 @@ def _fetch(url: str, into: Path) -> Path:
         fs.invalidate_cache()
         listed = sorted(fs.ls(path, detail=True), key=lambda file: str(file["name"]))
         names = [PurePosixPath(file["name"]).name for file in listed]
-        wanted = [name for name in names if any(fnmatch(name, pattern) for pattern in (*PACKAGE_FILES, "README.md"))]
+        wanted = [
+            name
+            for name in names
+            if any(fnmatch(name, pattern) for pattern in (*PACKAGE_FILES, TEMPLATES, "README.md"))
+        ]
         if "config.json" not in wanted:
             raise FileNotFoundError
         folder = into / hashlib.sha256(repr((url, listed)).encode()).hexdigest()[:32]
@@ -215,7 +221,7 @@ def _download_snapshot(repo: str) -> str:
     if not any(name.endswith(".safetensors") for name in names) and (bad := sorted({*names} & {*PICKLES})):
         raise HubError(f"hf:{repo} has no {WEIGHTS}; its {bad[0]} {PICKLE}")
     try:
-        patterns = dict(allow_patterns=PACKAGE_FILES, ignore_patterns="*/*")
+        patterns = dict(allow_patterns=[*PACKAGE_FILES, TEMPLATES], ignore_patterns="*/*")
         hub.snapshot_download(repo, cache_dir=_cache(), **patterns)
     except Exception as error:
         return f"it cannot be downloaded ({reason(error).rstrip('.')})"

@@ -2,8 +2,8 @@
 
 A package is a Hugging Face model folder, which `transformers`, vLLM and llama.cpp's converter can read, with an
 additional `foundry.json` (format, sha256 of each file, training summary). The loader also reads other folders of these
-families: OpenAI's GPT-2, fine-tunes with their weights in several files, or a Qwen3 with GPT-2's tokenizer. Weights
-are safetensors only; nothing is unpickled.
+families: OpenAI's GPT-2, a published Qwen3 with its own tokenizer, fine-tunes with their weights in several files.
+Weights are safetensors only; nothing is unpickled.
 """
 
 import json
@@ -30,6 +30,7 @@ from gptcore.hf_format import (
     tensor_shapes,
     to_published,
 )
+from gptcore.hf_tokenizer import DECIDING, MODEL_FILES, TOKENIZER, without_tokenizer
 from gptcore.memory import free_memory, require_memory
 from gptcore.model import GPT
 from gptcore.rotary import rotary_tables
@@ -242,14 +243,17 @@ def describe(package: Package) -> str:
     return "\n".join(lines)
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    if tokenizer.published:
+        return tokenizer.published.special_ids()
     return {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
 
 
 def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Defaults for `generate` in transformers: stop at the end of text, never choose a padding row."""
     padding = list(range(tokenizer.vocab_size, config.vocab_size))
-    settings = {**_special_ids(tokenizer), "pad_token_id": tokenizer.eot, "do_sample": True}
+    ids = _special_ids(tokenizer)
+    settings = {**ids, "pad_token_id": ids.get("pad_token_id", tokenizer.eot), "do_sample": True}
     return {**settings, "suppress_tokens": padding} if padding else settings
 
 
@@ -276,7 +280,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_listed(folder: Path, files: Mapping[str, Any]) -> None:
     """Raises PackageError if the manifest lacks a file that will be opened."""
-    for file in (folder / CONFIG, *weight_files(folder), *tokenizer_files(folder)):
+    beside = [folder / name for name in (*DECIDING, *MODEL_FILES) if (folder / name).exists()]
+    for file in (folder / CONFIG, *weight_files(folder), *tokenizer_files(folder), *beside):
         if file.name not in files:
             raise PackageError(f"{folder / MANIFEST} is incomplete: it lacks the sha256 of {file.name}")
 
@@ -287,6 +292,8 @@ def _check_files_exist(folder: Path) -> None:
     if pickles and [file.name for file in weight_files(folder)] == [WEIGHTS] and not (folder / WEIGHTS).exists():
         raise PackageError(f"{folder / pickles[0]} {PICKLE}")
     for file in (*weight_files(folder), *(folder / name for name in missing_files(folder))):
+        if file.name == TOKENIZER and not os.path.lexists(file):
+            raise PackageError(without_tokenizer(folder))
         require_regular(file)
 
 

@@ -183,12 +183,12 @@ def top_indices(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[int]:
-    """Generate tokens after `prompt`, up to <|endoftext|> or a stop token (both left out) or a limit.
+    """Generate tokens after `prompt`, up to the end of text or a stop token (both left out) or a limit.
 
     The limits are max_new_tokens and the context. An empty prompt begins a document. The model must be in eval mode.
     Raises ConfigError, before the first token, for a prompt that fills the context.
     """
-    tokens = tokenizer.encode(prompt) or [tokenizer.eot]
+    tokens = tokenizer.encode_prompt(prompt)
     context = model.config.context_length
     if len(tokens) >= context:
         raise ConfigError(
@@ -199,7 +199,7 @@ def generate(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingPara
 
 def _generate(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> Iterator[int]:
     seed = secrets.randbits(63) if params.seed is None else params.seed
-    last = {*params.stop_token_ids} if params.ignore_eos else {tokenizer.eot, *params.stop_token_ids}
+    last = {*params.stop_token_ids} if params.ignore_eos else {*tokenizer.stops, *params.stop_token_ids}
     weight = model.embed_tokens.weight
     end = min(len(prompt) + params.max_new_tokens, model.config.context_length)
     cache = KVCache(model.config, 1, end, dtype=weight.dtype, device=weight.device)
@@ -221,11 +221,10 @@ def _generate(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: Sampl
 def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[str]:
     """`generate` as text, in pieces of whole characters, up to a stop string; invalid UTF-8 becomes U+FFFD."""
     tokens = generate(model, tokenizer, prompt, params)
-    return _decode(tokens, tokenizer, params.stop)
+    return _decode(tokens, TextStream(tokenizer, params.stop, begins=not prompt))
 
 
-def _decode(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    stream = TextStream(tokenizer, stop)
+def _decode(tokens: Iterator[int], stream: TextStream) -> Iterator[str]:
     for token in tokens:
         if text := stream.push(token):
             yield text

@@ -14,20 +14,24 @@ class TextStream:
 
     The text ends before the first complete stop string; if several are complete at the same character, before the
     longest. So the end depends on the text only, not on how it is split into tokens. Invalid UTF-8 becomes U+FFFD.
+    With `begins`, no text precedes it, and it has no leading space where the tokenizer has put one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), begins: bool = True) -> None:
         self.stopped = False
-        self._tokenizer = tokenizer
+        self._tokenizer, self._silent, self._begins = tokenizer, tokenizer.special, begins
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = [_StopMatcher(text) for text in stop]
         self._pending = ""  # possibly the start of a stop string
 
     def push(self, token: int) -> str:
-        """Add a token; return the text that is now certain, nothing once stopped. <|endoftext|> has no text."""
-        if token == self._tokenizer.eot:
+        """Add a token; return the text that is now certain, nothing once stopped. Special tokens have no text."""
+        if token in self._silent:
             return ""
-        return self._release(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+        content = self._tokenizer.decode_bytes([token])
+        if self._begins and content:
+            self._begins, content = False, self._tokenizer.first_bytes(token)
+        return self._release(self._decoder.decode(content))
 
     def flush(self) -> str:
         """The rest of the text, when no more tokens follow."""

@@ -1,8 +1,9 @@
-"""Tokenizers: GPT-2's BPE, a BPE trained on the corpus, or plain bytes.
+"""Tokenizers: GPT-2's BPE, a BPE trained on the corpus, plain bytes, or an open model's own.
 
-A `Tokenizer` comes from a spec ("gpt2", "bpe:2048", "bytes") or a package folder. It is always a `tiktoken.Encoding`
-with GPT-2's way of splitting text, the 256 single bytes, and <|endoftext|> as the last id. It is saved as Hugging
-Face's tokenizer.json, with which `transformers` encodes identically.
+A `Tokenizer` comes from a spec ("gpt2", "bpe:2048", "bytes") or a package folder. Ours is a `tiktoken.Encoding` with
+GPT-2's way of splitting text, the 256 single bytes, and <|endoftext|> as the last id. It is saved as Hugging Face's
+tokenizer.json, with which `transformers` encodes identically. Any other tokenizer.json is read by
+`gptcore.hf_tokenizer`, and saved as it was.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ import tiktoken
 from gptcore.config import WHOLE
 from gptcore.documents import read_json, read_text
 from gptcore.errors import TokenizerError, did_you_mean, excerpt
+from gptcore.hf_tokenizer import (
+    CONFIG,
+    TOKENIZER,
+    TOKENIZER_BYTES,
+    PublishedEncoding,
+    read_encoding,
+    steps,
+    without_tokenizer,
+)
+from gptcore.merges import Ranks, byte_characters, last_merge, learn_merges
 
 EOT = "<|endoftext|>"
 
@@ -32,22 +43,13 @@ SMALLEST = 257
 """Every byte and <|endoftext|>."""
 
 DOWNLOAD_SECONDS = 30
-TOKENIZER_BYTES = 1 << 25
-"""Size limit of a tokenizer file: 32 MiB, three times the size for 150,000 tokens."""
-LEARN_BYTES = 1 << 27
-"""A BPE is trained on the first 128 MiB of text; with more, the merges hardly change and memory grows."""
 
 BYTES_PER_TOKEN = 25
 """Approximate text needed to train a vocabulary: 50 kB of English give 2048 tokens."""
-LONGEST_WORD = 512
-"""In bytes. Longer stretches without a split are divided, since training takes quadratic time within one."""
-
-CHUNK_CHARS = 1 << 20
 LONG_SPACE = 100_000
 SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 SPACE_RUN = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONG_SPACE},}}")
 """Matches only at the start of a run; trying every position within shorter runs would take quadratic time."""
-Ranks = dict[bytes, int]
 
 
 @dataclass(frozen=True)
@@ -55,41 +57,88 @@ class Tokenizer:
     """A named encoding. It can be pickled, so workers need neither network nor cache."""
 
     name: str
-    encoding: tiktoken.Encoding = field(repr=False)
+    encoding: tiktoken.Encoding | PublishedEncoding = field(repr=False)
     eot: int
+    """The token that ends a document in training; <|endoftext|>, or what an open model's files name first."""
+
+    @property
+    def published(self) -> PublishedEncoding | None:
+        """An open model's own tokenizer; None if it is one of ours."""
+        return self.encoding if isinstance(self.encoding, PublishedEncoding) else None
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, including <|endoftext|>."""
+        """The largest id + 1. Ours have a token for every id below; other ids without a token decode to nothing."""
         return self.encoding.n_vocab
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end a generated text, `eot` first. An open model may have several."""
+        return self.published.stops if self.published else (self.eot,)
+
+    @property
+    def special(self) -> frozenset[int]:
+        """The special tokens: no text encodes to them, and a stream leaves them out."""
+        return self.published.special if self.published else frozenset([self.eot])
+
+    @property
+    def bos(self) -> tuple[int, ...]:
+        """What precedes every document and every prompt, as in `transformers`: Llama's BOS, none for ours."""
+        return self.published.bos if self.published else ()
+
+    @property
+    def splits_lines(self) -> bool:
+        """Whether a text can be cut behind a line break between visible characters without a change to its ids."""
+        return self.published is None or self.published.splits_lines
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of pattern, ranks and special tokens; equal exactly if two tokenizers encode alike."""
+        if isinstance(self.encoding, PublishedEncoding):
+            return self.encoding.fingerprint
         digest = hashlib.sha256(PATTERN.encode())
         for token, rank in _ranks(self.encoding).items():
             digest.update(f"\n{rank} {token.hex()}".encode())
         digest.update(f"\n{self.eot} {EOT}".encode())
         return digest.hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; the characters of a special token are encoded as ordinary text."""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Token ids of `text`, without `bos`; the characters of a special token are encoded as ordinary text.
+
+        Unless it `begins`, it is the rest of a text that was cut as `splits_lines` allows.
+        """
+        if isinstance(self.encoding, PublishedEncoding):
+            return self.encoding.encode(text, begins)
         ids: list[int] = []
         for piece in _cut_long_space(text):
             ids += self.encoding.encode_ordinary(piece)
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that a model continues: `bos` and `text`. Without `bos`, an empty text is begun by `eot`."""
+        return [*self.bos, *self.encode(text)] or [self.eot]
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, which may contain incomplete characters."""
+        """The bytes of `ids` behind other text, which may contain incomplete characters."""
         return self.encoding.decode_bytes(list(ids))
+
+    def first_bytes(self, token: int) -> bytes:
+        """The bytes of `token` at the beginning of a text, where sentencepiece's have no leading space."""
+        if self.published:
+            return self.published.spelling.first(self.published.token(token))
+        return self.decode_bytes([token])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
+        if self.published:
+            return self.published.decode(list(ids))
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def spelling(self, token: int) -> str:
-        """The token as in tokenizer.json: a printable character for each byte."""
-        shown = _byte_characters()
+        """The token as in tokenizer.json: for a byte-level BPE, a printable character for each byte."""
+        if self.published:
+            return self.published.token(token)
+        shown = byte_characters()
         return EOT if token == self.eot else "".join(shown[b] for b in self.decode_bytes([token]))
 
 
@@ -123,7 +172,7 @@ def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = 
     if spec != "bytes":
         if train_texts is None:
             raise TokenizerError(f"tokenizer {spec!r} is learned from a corpus, and there is none here")
-        merges = _learn_merges(train_texts(), size - SMALLEST)
+        merges = learn_merges(train_texts(), size - SMALLEST)
         if len(merges) < size - SMALLEST:
             raise TokenizerError(
                 f"the training text is too small, or repeats itself too much, to learn {size} tokens from; "
@@ -135,13 +184,20 @@ def load_tokenizer(spec: str, train_texts: Callable[[], Iterator[str]] | None = 
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `folder`, for AutoTokenizer and `read_tokenizer`."""
-    ranks, shown = _ranks(tokenizer.encoding), _byte_characters()
+    """Write tokenizer.json and tokenizer_config.json into `folder`, for AutoTokenizer and `read_tokenizer`.
+
+    An open model's tokenizer is written as the files that it was read from.
+    """
+    if isinstance(tokenizer.encoding, PublishedEncoding):
+        for name, content_bytes in tokenizer.encoding.files:
+            (folder / name).write_bytes(content_bytes)
+        return
+    ranks, shown = _ranks(tokenizer.encoding), byte_characters()
 
     def spell(token: bytes) -> str:
         return "".join(shown[b] for b in token)
 
-    merges = [_last_merge(token, ranks) for token in ranks if len(token) > 1]
+    merges = [last_merge(token, ranks) for token in ranks if len(token) > 1]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content: dict[str, Any] = {
@@ -174,28 +230,28 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
-    for name, value in (("tokenizer.json", content), ("tokenizer_config.json", config)):
+    for name, value in ((TOKENIZER, content), (CONFIG, config)):
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer's files in `folder`: one, or vocabulary and merges, or none."""
-    whole, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
+    whole, parts = folder / TOKENIZER, [folder / "vocab.json", folder / "merges.txt"]
     return [whole] if whole.is_file() else parts if all(part.is_file() for part in parts) else []
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in `folder`: tokenizer.json, or GPT-2's vocab.json with merges.txt.
 
-    Raises TokenizerError if there is none, or if it is not a byte-level BPE that splits text as GPT-2 does.
+    Raises TokenizerError if there is none, or if it is of a kind that cannot be kept exactly.
     """
     files = tokenizer_files(folder)
     if not files:
-        raise TokenizerError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
+        raise TokenizerError(without_tokenizer(folder))
+    content = read_json(files[0], TOKENIZER_BYTES, TokenizerError)
     try:
-        content = read_json(files[0], TOKENIZER_BYTES, TokenizerError)
         if len(files) == 1:
-            _check_gpt2_style(content)
+            _check_ours(content)
             vocab, merges = dict(content["model"]["vocab"]), content["model"]["merges"]
             specials = {token["content"]: token["id"] for token in content["added_tokens"]}
         else:
@@ -205,10 +261,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             specials = {EOT: vocab[EOT]} if EOT in vocab else {}
         return _from_vocab(vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], specials)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise TokenizerError(f"the tokenizer in {folder} is not a readable GPT-2-style BPE: {error}") from error
+        if len(files) > 1:
+            raise TokenizerError(f"the tokenizer in {folder} is not a readable GPT-2-style BPE: {error}") from error
+    encoding = read_encoding(folder)
+    kind = "byte-level BPE" if encoding.spelling.byte_level else "sentencepiece BPE"
+    return Tokenizer(kind, encoding, encoding.stops[0])
 
 
-def _check_gpt2_style(content: dict[str, Any]) -> None:
+def _check_ours(content: dict[str, Any]) -> None:
     """Raises ValueError unless tokenizer.json describes a byte-level BPE with GPT-2's splitting and nothing else."""
     kind, splits = content["model"].get("type", "BPE"), content.get("pre_tokenizer") or {}
     if kind != "BPE":
@@ -217,15 +277,19 @@ def _check_gpt2_style(content: dict[str, Any]) -> None:
         raise ValueError("it splits text by other rules than GPT-2's")
     if content.get("normalizer"):
         raise ValueError("it normalises text first, so it does not keep every byte")
+    for step in steps(content.get("post_processor"), "processors"):
+        template = step["single"] if step["type"] == "TemplateProcessing" else []
+        if step["type"] not in ("ByteLevel", "TemplateProcessing") or any("SpecialToken" in part for part in template):
+            raise ValueError("it adds tokens to a text")
 
 
 def _from_vocab(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: dict[str, int]) -> Tokenizer:
-    """A tokenizer from tokens spelled in GPT-2's byte characters. Raises ValueError if tiktoken cannot represent it."""
+    """A tokenizer from tokens spelled in GPT-2's byte characters. Raises ValueError if it is not one of ours."""
     if any(type(number) is not int for number in (*vocab.values(), *specials.values())):
         raise ValueError("some of its ids are no whole numbers")
     if set(specials) != {EOT}:
         raise ValueError(f"its special tokens are {excerpt(sorted(specials))}, expected only {EOT!r}")
-    byte_of = {character: b for b, character in _byte_characters().items()}
+    byte_of = {character: b for b, character in byte_characters().items()}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocab.items() if token not in specials}
     if sorted([*ranks.values(), specials[EOT]]) != list(range(len(ranks) + 1)) or specials[EOT] != len(ranks):
         raise ValueError(f"its ids are not 0 to {len(ranks)} with {EOT} last")
@@ -283,66 +347,3 @@ def _gpt2_ranks() -> Ranks:
         f"GPT-2's vocabulary could not be downloaded ({reason}). Offline, set TIKTOKEN_CACHE_DIR to a folder where "
         "tiktoken has cached it, or use the tokenizer bpe:2048 or bytes"
     )
-
-
-def _learn_merges(texts: Iterator[str], count: int) -> list[bytes]:
-    """Train up to `count` merges, most frequent pair first (Sennrich et al. 2016), each pair seen at least twice.
-
-    Raises what `texts` raises.
-    """
-    from tokenizers import Tokenizer as Learner
-    from tokenizers import models, pre_tokenizers, trainers
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learner = Learner(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(LONGEST_WORD)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=256 + count,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    problems: list[BaseException] = []
-
-    def chunks() -> Iterator[str]:  # the learner takes an error for the end of the text
-        try:
-            yield from _chunks(texts)
-        except BaseException as problem:
-            problems.append(problem)
-
-    learner.train_from_iterator(chunks(), trainer)
-    if problems:
-        raise problems[0]
-    byte_of = {character: b for b, character in _byte_characters().items()}
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    return [bytes(byte_of[c] for c in left + right) for left, right in merges]
-
-
-def _chunks(texts: Iterator[str]) -> Iterator[str]:
-    """The first LEARN_BYTES of `texts` in pieces, since the learner holds many bytes per character of a piece."""
-    left = LEARN_BYTES
-    for text in texts:
-        for start in range(0, len(text), CHUNK_CHARS):
-            chunk = text[start : start + CHUNK_CHARS].encode("utf-8", errors="replace")
-            left -= len(chunk)
-            yield chunk.decode()
-            if left <= 0:
-                return
-
-
-def _last_merge(token: bytes, ranks: Ranks) -> tuple[bytes, bytes]:
-    """The two tokens whose merge makes `token`: what BPE leaves of its bytes with the earlier merges alone."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
-        i = pairs.index(min(pairs))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
-
-
-@cache
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable character for each byte: itself where it prints, else the next one from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [b for b in range(256) if b not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(0x100 + i) for i, b in enumerate(hidden)}}

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
-from gptcore.errors import ConfigError, EngineError, QueueFull, did_you_mean
+from gptcore.errors import ConfigError, EngineError, QueueFull, TokenizerError, did_you_mean
 from serve_app.front.unavailable import RETRY_AFTER_SECONDS
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ def to_api_error(exc: BaseException) -> ApiError:
             return exc
         case ConfigError():
             return ApiError(400, str(exc), param=exc.param, code="invalid_value")
+        case TokenizerError():  # a text on which an open model's split pattern backtracks too far
+            return ApiError(400, str(exc), param="prompt", code="invalid_value")
         case QueueFull():
             return ApiError(503, str(exc), code="queue_full", headers=RETRY_LATER)
         case EngineError():
@@ -145,7 +147,7 @@ def add_handlers(app: FastAPI) -> None:
         assert isinstance(exc, RequestValidationError)
         return error_response(_from_validation(exc.errors(), _known_fields(request)), request.scope)
 
-    for kind in (ApiError, ConfigError, QueueFull, EngineError):
+    for kind in (ApiError, ConfigError, TokenizerError, QueueFull, EngineError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, no_route)

@@ -8,6 +8,7 @@ no display. To draw the odds of a trained model:
 
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,7 +176,7 @@ def decoding_strategies(logits: Tensor, tokenizer: Tokenizer, path: Path, top: i
 @torch.inference_mode()
 def draw_odds(package: Package, prompt: str, folder: Path) -> list[Path]:
     """Draws both figures of the odds for the token after `prompt` into `folder`; returns their paths."""
-    tokens = package.tokenizer.encode(prompt) or [package.tokenizer.eot]
+    tokens = package.tokenizer.encode_prompt(prompt)
     if len(tokens) > package.config.context_length:
         raise ConfigError(
             f"the prompt is {len(tokens)} tokens long; this model's context is {package.config.context_length}"
@@ -238,7 +239,8 @@ def _sheet(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        with written_whole(path) as file:
+        with written_whole(path) as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a token of any script may be a label
             figure.savefig(file, format="png")
 
 

@@ -10,13 +10,13 @@ class Continuation:
 
     def __init__(self, request: Request, tokenizer: Tokenizer, context_length: int) -> None:
         params = request.params
-        self.ends = frozenset(params.stop_token_ids if params.ignore_eos else (tokenizer.eot, *params.stop_token_ids))
+        self.ends = frozenset(params.stop_token_ids).union(() if params.ignore_eos else tokenizer.stops)
         """Tokens that end the sequence."""
         self.limit = min(params.max_new_tokens, context_length - len(request.prompt))
         """Most tokens to generate: as many as were requested, or as fit."""
         self.length = 0
         """Tokens generated so far."""
-        self._text = TextStream(tokenizer, params.stop)
+        self._text = TextStream(tokenizer, params.stop, begins=tokenizer.special.issuperset(request.prompt))
 
     def add(self, token: int) -> tuple[str, FinishReason | None]:
         """Add a token; return the text that is now certain, and why the sequence ends if it does."""

@@ -86,8 +86,9 @@ class Engine:
         return bool(self._active)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of `text`, none if it is empty. To begin a document, use the tokenizer's `eot` as the prompt."""
-        return tuple(self.package.tokenizer.encode(text))
+        """The prompt for `text`, with the tokenizer's `bos`. To begin a document, use its `encode_prompt("")`."""
+        tokenizer = self.package.tokenizer
+        return (*tokenizer.bos, *tokenizer.encode(text))
 
     def validate(self, request: Request) -> None:
         """Raises ConfigError for a request that this model cannot run. May be called from any thread."""

@@ -53,7 +53,7 @@ class TokenLogprob:
     text: str
     """The token's bytes as text; incomplete characters become U+FFFD."""
     bytes: tuple[int, ...]
-    """The bytes it adds to the text; none for a generated end-of-text token."""
+    """The bytes it adds to the text; none for a generated special token."""
     logprob: float | None
     """None for the first token of a prompt."""
     top: tuple["TokenLogprob", ...] = ()

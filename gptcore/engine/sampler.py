@@ -67,7 +67,7 @@ def describe(choice: SampledToken, tokenizer: Tokenizer, generated: bool = False
 
     def entry(token: int, logprob: float | None, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
         content = tokenizer.decode_bytes([token])
-        silent = generated and token == tokenizer.eot
+        silent = generated and token in tokenizer.special
         text = content.decode("utf-8", errors="replace")
         return TokenLogprob(token, text, () if silent else tuple(content), logprob, top)
 

@@ -34,6 +34,8 @@ class Order:
     """The client gave no length: one above the service's limit is shortened instead of refused."""
     stream: bool = False
     """The client wants the text as it is generated."""
+    add_special_tokens: bool = True
+    """A prompt that is a text begins with the tokenizer's `bos`, if it has one."""
 
     @property
     def size(self) -> int:
@@ -75,10 +77,10 @@ def _too_much(param: str, what: str, value: int, most: int) -> ApiError:
     return ApiError(400, f"{what} {value}; at most {most} are allowed here", param=param, code="invalid_value")
 
 
-async def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> tuple[int, ...]:
-    """The prompt's token ids; those of an empty prompt begin a document."""
-    ids = await encode(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
-    return ids or (tokenizer.eot,)
+async def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], bos: bool = True) -> tuple[int, ...]:
+    """The prompt's token ids, with the tokenizer's `bos` before a text; those of an empty prompt begin a document."""
+    ids = (*(tokenizer.bos if bos else ()), *await encode(tokenizer, prompt)) if isinstance(prompt, str) else prompt
+    return tuple(ids or tokenizer.encode_prompt(""))
 
 
 async def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

@@ -77,12 +77,17 @@ class Generation:
             yield index, update
 
     def _with_prompt(self, index: int, update: Update) -> Update:
-        """`update` with the prompt's text before its own. The token that stands for an empty prompt has no text."""
-        prompt, logprobs = self.order.prompts[index // self.order.n], update.prompt_logprobs
-        if not prompt and logprobs:
-            logprobs = (replace(logprobs[0], bytes=()), *logprobs[1:])
-        text = prompt if isinstance(prompt, str) else self.served.package.tokenizer.decode(prompt)
-        return replace(update, text=text + update.text, prompt_logprobs=logprobs)
+        """`update` with the prompt's text before its own. Tokens that were put before that text have no text."""
+        prompt, tokenizer = self.order.prompts[index // self.order.n], self.served.package.tokenizer
+        added = len(tokenizer.bos) if isinstance(prompt, str) and self.order.add_special_tokens else 0
+        if not prompt:
+            added = len(self._prompts[index // self.order.n])
+        logprobs = [*update.prompt_logprobs]
+        for place, entry in enumerate(logprobs[: added + 1]):
+            content = tokenizer.first_bytes(entry.token_id) if place == added else b""
+            logprobs[place] = replace(entry, bytes=tuple(content))
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        return replace(update, text=text + update.text, prompt_logprobs=tuple(logprobs))
 
     def usage(self) -> dict[str, Any]:
         """Token counts, once all sequences have ended. A prompt counts once, however many continuations it has."""
@@ -147,7 +152,9 @@ async def generating(state: AppState, request_id: str, order: Order) -> AsyncIte
     since = time.perf_counter()
     async with state.models.lease(order.model, request_id) as served:
         order = within_limits(order, served, state.settings)
-        prompts = [await encode_prompt(served.package.tokenizer, prompt) for prompt in order.prompts]
+        prompts = [
+            await encode_prompt(served.package.tokenizer, prompt, order.add_special_tokens) for prompt in order.prompts
+        ]
         check_prompts(order, prompts, served.engine.info.context_length, state.settings)
         generation = Generation(order, served, prompts)
         try:

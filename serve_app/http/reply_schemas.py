@@ -27,8 +27,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from gptcore.tokenizer import EOT
-
 FinishReason = Annotated[
     Literal["stop", "length"] | None,
     Field(description="stop: end of text, stop string or stop token; length: length limit reached; null: unfinished."),
@@ -186,8 +184,8 @@ class TokenizerInfo(BaseModel):
     """Reply of `GET /tokenizer_info`; the models have no chat format, so there is no chat template."""
 
     tokenizer_class: str = "PreTrainedTokenizerFast"
-    bos_token: str = EOT
-    eos_token: str = EOT
+    bos_token: str
+    eos_token: str
     add_prefix_space: bool = False
     clean_up_tokenization_spaces: bool = False
     model_max_length: int = Field(description="The model's context length, in tokens.")

@@ -49,6 +49,10 @@ Echo = Annotated[
     bool,
     Field(description="Start the text with the prompt, and `logprobs` with the prompt's tokens."),
 ]
+AddSpecialTokens = Annotated[
+    bool,
+    Field(description="Begin a text with the token that its tokenizer puts there: Llama's BOS, none for most."),
+]
 Stream = Annotated[bool, Field(description="Send the text as server-sent events while it is generated, then `[DONE]`.")]
 
 
@@ -89,6 +93,7 @@ class GenerateRequest(Sampling):
     echo: Echo = False
     logprobs: Logprobs = None
     stream: Stream = False
+    add_special_tokens: AddSpecialTokens = True
 
     @model_validator(mode="after")
     def _fit_together(self) -> "GenerateRequest":
@@ -148,6 +153,7 @@ class CompletionRequest(SamplingFields):
     logprobs: Logprobs = None
     stream: Stream = False
     stream_options: StreamOptions | None = None
+    add_special_tokens: AddSpecialTokens = True
     user: str | None = Field(None, max_length=256, description="Accepted for OpenAI's clients; it has no effect.")
 
     @model_validator(mode="before")
@@ -202,7 +208,7 @@ class TokenizeRequest(Body):
 
     prompt: str = Field(description="The text.")
     model: ModelName = None
-    add_special_tokens: bool = Field(True, description="No effect: these tokenizers add no special tokens.")
+    add_special_tokens: AddSpecialTokens = True
     return_token_strs: bool = Field(False, description="Also return the tokens as spelled in the vocabulary.")
 
 

@@ -151,7 +151,7 @@ UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "n_keep": ZERO,
         "n_discard": ZERO,
     },
-    "these tokenizers add no special tokens, so it has no effect": {"add_special_tokens": (bool,)},
+    "the tokenizer decides what a prompt begins with": {"add_special_tokens": (True,)},
     "watermarks are not supported": {"watermark": FALSE},
     "adapters are not supported; choose another model": {
         "adapter_id": ("",),

@@ -206,6 +206,7 @@ def generated(endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_model_is_fetched_from_the_hub_once(tmp_path: Path) -> None:
     folder = publish_gpt2(tmp_path / "gpt2")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "onnx").mkdir()
     for name in ("pytorch_model.bin", "tf_model.h5", "onnx/config.json"):
         (folder / name).write_bytes(b"not wanted")
@@ -213,7 +214,7 @@ def test_a_model_is_fetched_from_the_hub_once(tmp_path: Path) -> None:
         first = generated(address, tmp_path / "hf")
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("Once")
-    assert {"model.safetensors", "config.json", "vocab.json", "merges.txt"} <= {*fetched}
+    assert {"model.safetensors", "config.json", "vocab.json", "merges.txt", "chat_template.jinja"} <= {*fetched}
     assert not {"pytorch_model.bin", "tf_model.h5", "onnx/config.json"} & {*fetched}
     again = generated(address, tmp_path / "hf")  # the hub is gone now
     assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr

@@ -112,9 +112,9 @@ def prepare_inputs(
         config = replace(config, sequence_length=shape.context_length)
     check_context(config, shape)
     for prompt in config.sample_prompts:
-        if len(tokenizer.encode(prompt)) >= shape.context_length:
+        if (length := len(tokenizer.encode_prompt(prompt))) >= shape.context_length:
             raise ConfigError(
-                f"the sample prompt {prompt[:40]!r} has {len(tokenizer.encode(prompt))} tokens; the model's context "
+                f"the sample prompt {prompt[:40]!r} has {length} tokens; the model's context "
                 f"of {shape.context_length} leaves no room for a continuation"
             )
     store = shard_store(config)

@@ -1,8 +1,9 @@
 """Tokenises a corpus into shards: a corpus and a tokenizer go in, a memory-mapped stream of token ids comes out.
 
 The stream of a split starts with one end-of-text token, and one follows every document, so each token of text is
-predicted from something. The stream is stored in shard files, named after a hash of text, tokenizer and format: a
-second run finds them and starts at once, and a corpus larger than memory is read from disk.
+predicted from something. If the tokenizer has a token for the beginning of a text (Llama's BOS), the stream starts with
+that, and one follows every end-of-text token. The stream is stored in shard files, named after a hash of text,
+tokenizer and format: a second run finds them and starts at once, and a corpus larger than memory is read from disk.
 Missing shards are fetched from a `store`, a URL that machines share, if there is one; else they are tokenised through
 `mapper`: `map`, or Ray Data's (`train_job.cluster.ray_data.ray_map`).
 """
@@ -183,17 +184,18 @@ def write_shard(task: ShardTask, tokenizer: Tokenizer, folder: Path, store: str 
     """Tokenises one task into `folder` and `store`. The .json is written last and marks the shard as complete."""
     path = folder / f"{shard_key(task, tokenizer)}.bin"
     dtype = token_dtype(tokenizer)
-    eot = np.array([tokenizer.eot], dtype=dtype).tobytes()
+    begin = np.array(tokenizer.encode_prompt(""), dtype=dtype).tobytes()
+    between = np.array([tokenizer.eot, *tokenizer.bos], dtype=dtype).tobytes()
     num_bytes = num_documents = 0
     with written_whole(path) as file:
         if task.opens:
-            file.write(eot)
+            file.write(begin)
         for text, closes in documents(task):
-            for block in blocks(text):
-                file.write(np.array(tokenizer.encode(block), dtype=dtype).tobytes())
+            for number, block in enumerate(blocks(text) if tokenizer.splits_lines else (text,)):
+                file.write(np.array(tokenizer.encode(block, begins=number == 0), dtype=dtype).tobytes())
             num_bytes += len(text.encode())
             num_documents += closes
-            file.write(eot if closes else b"")
+            file.write(between if closes else b"")
         size = file.tell()
     shard = Shard(str(path), size // np.dtype(dtype).itemsize, num_bytes, num_documents)
     meta = {name: value for name, value in asdict(shard).items() if name != "path"} | {"file_size": size}
@@ -238,7 +240,7 @@ def documents(task: ShardTask) -> Iterator[tuple[str, bool]]:
 def blocks(text: str) -> Iterator[str]:
     """Splits a long text where a line ends in a visible character and the next begins with one.
 
-    GPT-2's split pattern always separates tokens there, so the blocks' tokens equal the whole text's.
+    A tokenizer that `splits_lines` always separates tokens there, so the blocks' tokens equal the whole text's.
     """
     start = 0
     border = re.compile(r"(?<=\S)\n(?=\S)")

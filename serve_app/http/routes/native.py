@@ -37,6 +37,7 @@ def router(state: AppState) -> APIRouter:
             prompt_only=body.max_new_tokens == 0,
             default_length="max_new_tokens" not in body.model_fields_set,
             stream=body.stream,
+            add_special_tokens=body.add_special_tokens,
         )
         write = as_events(FORM) if body.stream else as_choices(FORM)
         return GenerationResponse(generating(state, request.state.request_id, order), write)

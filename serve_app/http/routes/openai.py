@@ -44,6 +44,7 @@ def router(state: AppState) -> APIRouter:
             length_field="max_tokens",
             default_length="max_tokens" not in body.model_fields_set,
             stream=body.stream,
+            add_special_tokens=body.add_special_tokens,
         )
         usage = body.stream_options is not None and body.stream_options.include_usage
         form = Form(_head, lambda: LegacyLogprobs().convert, last_usage=usage, null_usage=usage)

@@ -1,8 +1,8 @@
 """Text to token ids and back, in vLLM's form: `/tokenize`, `/detokenize` and `/tokenizer_info`.
 
 Clients such as `lm-eval` use them to count tokens without the model's files. The ids are the same as in
-`/v1/completions`, so the characters of a special token are ordinary text. The one exception is the text
-`<|endoftext|>` alone, which becomes that token, since clients ask for its id this way.
+`/v1/completions`, so the characters of a special token are ordinary text. The one exception is the end-of-text token's
+spelling alone, `<|endoftext|>` for most, which becomes that token, since clients ask for its id this way.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from gptcore.errors import ConfigError
-from gptcore.tokenizer import EOT
 from serve_app.generation.order import LONG_TEXT, encode
 from serve_app.generation.replies import to_json
 from serve_app.http.reply_schemas import Detokenized, Tokenized, TokenizerInfo
@@ -29,7 +28,10 @@ def router(state: AppState) -> APIRouter:
     async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         async with state.models.lease(body.model, request.state.request_id) as served:
             tokenizer = served.package.tokenizer
-            ids = (tokenizer.eot,) if body.prompt == EOT else await encode(tokenizer, body.prompt)
+            if body.prompt == tokenizer.spelling(tokenizer.eot):
+                ids: tuple[int, ...] = (tokenizer.eot,)
+            else:
+                ids = (*(tokenizer.bos if body.add_special_tokens else ()), *await encode(tokenizer, body.prompt))
 
             def reply() -> dict[str, Any]:
                 spelled = [tokenizer.spelling(token) for token in ids] if body.return_token_strs else None
@@ -53,7 +55,9 @@ def router(state: AppState) -> APIRouter:
     async def tokenizer_info(request: Request) -> Response:
         """The default model's tokenizer, in the form of `transformers`' tokenizer_config.json."""
         async with state.models.lease(None, request.state.request_id) as served:
-            info = TokenizerInfo(model_max_length=served.engine.info.context_length)
+            tokenizer = served.package.tokenizer
+            begin, end = (tokenizer.spelling(token) for token in (tokenizer.encode_prompt("")[0], tokenizer.eot))
+            info = TokenizerInfo(bos_token=begin, eos_token=end, model_max_length=served.engine.info.context_length)
             return await _answer(served, info.model_dump, 1)
 
     return routes

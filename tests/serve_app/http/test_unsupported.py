@@ -125,7 +125,6 @@ def test_null_for_another_servers_parameter_is_the_same_as_leaving_it_out(body: 
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("logit_bias", {"5": 1}),
-        ("add_special_tokens", "yes"),
         ("xtc_threshold", "high"),
         ("truncate_prompt_tokens", 8),
         ("messages", []),

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from gptcore import files
 from gptcore.errors import CorpusError, TrainingError
-from gptcore.tokenizer import Tokenizer, load_tokenizer
+from gptcore.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
+from tests.open_tokenizers import write_tokenizer
 from train_job.data import pieces, shards
 from train_job.data.batches import validation_batches
 from train_job.data.corpus import open_corpus, split
@@ -73,6 +74,18 @@ def test_every_document_ends_with_end_of_text_and_the_first_also_begins_with_it(
     assert stream(tokens) == expected
     assert num_documents(tokens) == 61
     assert tokens.num_bytes == sum(len(text.encode()) for text in corpus.documents())
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2", "smollm2"])
+def test_an_open_models_documents_begin_with_its_bos_and_end_with_its_end_of_text(many, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(shards, "BLOCK_CHARS", 100)
+    tokenizer = read_tokenizer(write_tokenizer(kind, tmp_path / kind))
+    corpus = open_corpus(str(many), cache_dir=tmp_path)
+    tokens = prepare(corpus, tokenizer, tmp_path)
+    expected = [*(tokenizer.bos or [tokenizer.eot])]
+    for text in corpus.documents():
+        expected += [*tokenizer.encode(text), tokenizer.eot, *tokenizer.bos]
+    assert stream(tokens) == expected
 
 
 def test_ray_data_makes_the_same_shards_as_one_process(many, tmp_path, bytes_tokenizer, local_ray):
