@@ -66,7 +66,7 @@ def chat(service: Running, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def test_the_settings_are_the_ones_of_the_service() -> None:
-    others = {"prompt", "model", "n", "echo", "logprobs", "stream"}
+    others = {"prompt", "model", "n", "echo", "logprobs", "stream", "add_special_tokens"}
     assert set(SHAPES) == set(Parameters.model_fields) == set(GenerateRequest.model_fields) - others
     assert set(OTHER_VALUES) == set(SHAPES)
 

@@ -88,7 +88,11 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+FAST = ("ddp", "fsdp, recomputed")
+"""The others take 10 to 20 seconds each, too."""
+
+
+@pytest.mark.parametrize("run", [pytest.param(run, marks=() if run in FAST else pytest.mark.slow) for run in RUNS])
 def test_a_workers_memory_is_what_the_plan_says(crew: Workers, run: str):
     config = config_of(RUNS[run])
     memory = training_memory(config, workload(config.model_config(VOCABULARY), LENGTH), 2)
