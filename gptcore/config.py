@@ -13,6 +13,10 @@ from gptcore.errors import ConfigError, did_you_mean, excerpt
 FAMILIES = ("qwen3", "gpt2", "qwen2", "llama", "mistral")
 """Names as in Hugging Face's `model_type`. All but gpt2 are the same rotary decoder, with different switches."""
 ROPE_KINDS = ("linear", "llama3", "yarn")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The matrices that can have adapters; gpt2 has no gate_proj."""
+ALL_LINEAR = "all-linear"
+"""PEFT's name for all of them."""
 
 WHOLE = {
     "vocab_size": 2**20,
@@ -167,6 +171,33 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Key/value heads."""
         return self.num_kv_heads or 0
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (LoRA, Hu et al. 2021): beside a frozen matrix W (out, in) train A (r, in) and B (out, r).
+
+    The network computes with W + alpha / r B A. Raises ConfigError for an unknown target.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    """Of the adapters' input, while training."""
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    """Some of LORA_TARGETS, or ALL_LINEAR."""
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if target not in (known := (ALL_LINEAR, *LORA_TARGETS)):
+                raise ConfigError(
+                    f"lora_targets has {excerpt(target)}; expected {', '.join(known)}.{did_you_mean(target, known)}"
+                )
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / self.rank
 
 
 def _check(name: str, value: Any) -> None:

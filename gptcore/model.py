@@ -230,14 +230,16 @@ class GPT(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of one training step per token, forward and backward, in sequences of `length`.
 
-        Six per matrix parameter (the head counts, the input embedding does not) plus attention's
+        Six per matrix parameter (the head counts, the input embedding does not), four per frozen one, plus attention's
         12 L H D T (PaLM, Chowdhery et al. 2022, appendix B).
         """
         c = self.config
-        matrices = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and not n.startswith("embed"))
-        if c.tie_embeddings:
-            matrices += self.embed_tokens.weight.numel()
-        return 6 * matrices + 12 * c.num_layers * c.num_heads * c.head_size * length
+        matrices: list[Tensor] = [p for n, p in self.named_parameters() if p.ndim == 2 and not n.startswith("embed")]
+        matrices += [self.embed_tokens.weight] if c.tie_embeddings else []
+        return (
+            sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
+            + 12 * c.num_layers * c.num_heads * c.head_size * length
+        )
 
 
 def initial_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

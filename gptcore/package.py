@@ -6,6 +6,7 @@ families: OpenAI's GPT-2, a published Qwen3 with its own tokenizer, fine-tunes w
 Weights are safetensors only; nothing is unpickled.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -80,7 +81,7 @@ class Package:
 
     def memory(self, dtype: torch.dtype = torch.float32) -> dict[str, int]:
         """The bytes that `load_model` allocates, by purpose. Raises PackageError for unusable weights."""
-        c, places = self.config, self._places()
+        c, places = self.config, self.places()
         positions = 4 * 4 * c.head_size * c.context_length if c.rotary else 0  # angles, cos, sin and a copy
         return {"weights": copied_bytes(c, places, dtype), f"a context of {c.context_length:,} tokens": positions}
 
@@ -112,11 +113,18 @@ class Package:
         """
         return from_published(empty_model(self.config), self._tensors(device, dtype))
 
-    def _places(self) -> dict[str, StoredTensor]:
+    def weights_hash(self) -> str:
+        """A hash of the weights, in hexadecimal. It reads them unless foundry.json has their sha256."""
+        listed = self.info.get("files", {})
+        digests = [listed.get(file.name) or sha256(file) for file in weight_files(self.path)]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    def places(self) -> dict[str, StoredTensor]:
+        """Where each tensor lies, by its published name, in the model's order. Raises PackageError."""
         return match_config(self.stored or self.config, read_headers(self.path, self.config.family))
 
     def _tensors(self, device: str | torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        for name, stored in read_tensors(self._places()):
+        for name, stored in read_tensors(self.places()):
             if name == POSITIONS:
                 stored = stored[: self.config.context_length]
             tensor = stored.to(device=device, dtype=dtype)

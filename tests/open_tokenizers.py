@@ -59,14 +59,17 @@ def write_tokenizer(kind: str, folder: Path) -> Path:
     return folder
 
 
-def publish(tokenizer: Path, folder: Path, vocab_size: int) -> Path:
-    """Writes a small Qwen3 of random weights with that tokenizer into `folder`, as the hub has it; returns it."""
+def publish(tokenizer: Path, folder: Path, vocab_size: int, family: str = "qwen3") -> Path:
+    """Writes a small model of random weights with that tokenizer into `folder`, as the hub has it; returns it."""
     shutil.copytree(tokenizer, folder)
-    shape: dict[str, Any] = dict(hidden_size=32, num_layers=1, num_heads=2, head_dim=16, context_length=64)
-    config = ModelConfig(family="qwen3", vocab_size=vocab_size, tie_embeddings=True, **shape)
-    torch.manual_seed(1)
-    model = GPT(config)
-    tensors = {name: tensor.clone() for name, tensor in to_published(model, model.state_dict())}
+    shape: dict[str, Any] = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
+    config = ModelConfig(family=family, vocab_size=vocab_size, tie_embeddings=True, context_length=64, **shape)
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        name: torch.randn(value.shape, generator=generator) * 0.1 + (value.ndim == 1 and "norm" in name)
+        for name, value in GPT(config).named_parameters()
+    }
+    tensors = {name: tensor.clone() for name, tensor in to_published(GPT(config), state)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     file = folder / "config.json"
     ids = json.loads(file.read_text()) if file.exists() else {}

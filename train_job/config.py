@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gptcore.config import MODEL_FIELDS, MODEL_PRESETS, ModelConfig
+from gptcore.config import ALL_LINEAR, LORA_TARGETS, MODEL_FIELDS, MODEL_PRESETS, Lora, ModelConfig
 from gptcore.errors import ConfigError, did_you_mean
 from train_job.fields import (
     DECAY,
@@ -42,6 +42,8 @@ LOG_INTERVAL, EVAL_INTERVAL = 10, 100
 """Steps, where neither the user nor the preset sets them and the run is long enough."""
 UNBOUNDED = 2**40
 """More steps than any run takes."""
+TUNED_LENGTH = 1024
+"""Tokens per sequence in fine-tuning, where none are set: open models have contexts that no batch would fit."""
 MOST_TOKENS = 2**31
 """The most tokens in a step; the largest published batches have tens of millions."""
 
@@ -68,13 +70,30 @@ class TrainConfig:
     # Model
     model: dict[str, Any] = field(default_factory=dict, metadata={"help": "Shape of the model."})
     init_from: str | None = setting(None, "Fine-tune this package (folder, models:/…, runs:/…, hf:…).")
+    lora_rank: int | None = setting(
+        None,
+        "Freeze the package and train low-rank adapters of this rank (LoRA); they are merged at the end.",
+        "",
+        POSITIVE,
+        added=True,
+    )
+    lora_alpha: float | None = setting(
+        None, "The adapters' product is scaled by alpha / rank; default: twice the rank.", "", POSITIVE, added=True
+    )
+    lora_targets: tuple[str, ...] = setting(
+        (ALL_LINEAR,), f"Matrices with adapters: {ALL_LINEAR}, or some of {', '.join(LORA_TARGETS)}.", added=True
+    )
+    lora_dropout: float = setting(0.0, "Dropout on the adapters' input while training.", "", DECAY, added=True)
     # Batches
     batch_size: int = setting(8, "Sequences per step, over all workers.", "sequences", POSITIVE)
     micro_batch_size: int | None = setting(
         None, "Most sequences a worker processes at once; default: its whole share.", "", POSITIVE, resumable=True
     )
     sequence_length: int | None = setting(
-        None, "Tokens per training sequence; default: context_length.", "tokens", POSITIVE
+        None,
+        f"Tokens per training sequence; default: context_length, in fine-tuning at most {TUNED_LENGTH:,}.",
+        "tokens",
+        POSITIVE,
     )
     stride: int | None = setting(
         None, "Tokens from one training window to the next; default: sequence_length.", "tokens", POSITIVE
@@ -207,6 +226,16 @@ class TrainConfig:
                 f"num_workers {self.num_workers} is more than batch_size {self.batch_size}: one would be idle"
             )
         self.model_config(vocab_size=1)  # raises for an inconsistent shape
+        if self.lora_rank is None:
+            idle = ("lora_alpha", "lora_targets", "lora_dropout")
+            if given := [name for name in idle if getattr(self, name) != getattr(TrainConfig, name)]:
+                raise ConfigError(f"{given[0]} has no effect without lora_rank; add it, such as lora_rank 16")
+        elif not self.init_from:
+            raise ConfigError(
+                f"lora_rank is {self.lora_rank}, but there is no model to adapt; expected init_from, such as "
+                "hf:Qwen/Qwen3-0.6B-Base"
+            )
+        self.lora  # noqa: B018 (raises for an unknown target)
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -224,6 +253,13 @@ class TrainConfig:
     def context(self) -> int:
         """Tokens per training sequence."""
         return self.sequence_length or self.model_config(1).context_length
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that are trained; None if the whole model is."""
+        if self.lora_rank is None:
+            return None
+        return Lora(self.lora_rank, self.lora_alpha or 2.0 * self.lora_rank, self.lora_dropout, self.lora_targets)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The shape of the model, with `vocab_size` rows of embedding."""
@@ -267,6 +303,9 @@ ADDED = frozenset(f.name for f in fields(TrainConfig) if f.metadata.get("added")
 """Settings that earlier versions did not have; runs without them started with the default."""
 
 _GPT2_ADAMW = dict(optimizer="adamw", tokenizer="gpt2", beta1=0.9, schedule="cosine", min_lr_fraction=0.1)
+
+_LORA: dict[str, Any] = dict(optimizer="adamw", learning_rate=2e-4, weight_decay=0.0, beta1=0.9, schedule="cosine")
+"""The recipe of adapters, over the preset's: a small rate, since they change a model that is good already."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(max_epochs=3, max_steps=600, learning_rate=6e-3, cooldown_fraction=0.45, eval_interval=50),
@@ -314,6 +353,8 @@ def build_config(*layers: Mapping[str, Any]) -> TrainConfig:
         if taken:
             raise ConfigError(f"init_from brings its own model and tokenizer; leave out {', '.join(taken)}")
     recipe, shape = dict(PRESETS[preset]), dict(MODEL_PRESETS[preset])
+    if given.get("lora_rank"):
+        recipe |= _LORA
     if given.keys() & LIMITS:  # a user's limit replaces the preset's
         recipe = {k: v for k, v in recipe.items() if k not in LIMITS}
     recipe.pop("eval_interval", None)  # `intervals` reads it from PRESETS, and shortens it for a short run

@@ -19,7 +19,7 @@ from gptcore.errors import ConfigError, FoundryError
 from gptcore.progress import doing
 from gptcore.units import count, gib
 from train_job.cli import Help, Parser, format_examples, parse_settings
-from train_job.config import UNBOUNDED, TrainConfig, build_config
+from train_job.config import TUNED_LENGTH, UNBOUNDED, TrainConfig, build_config
 from train_job.planning.choice import Choice, choose, doublings
 from train_job.planning.costs import (
     Memory,
@@ -159,12 +159,14 @@ def planned(given: dict[str, Any]) -> tuple[TrainConfig, Workload]:
         raise ConfigError("precision is 'fp32', but the plan is only for bf16; expected bf16 or auto")
     if config.device != "auto":
         raise ConfigError(f"device is {config.device!r}, but the plan is for the device of --gpu; expected auto")
+    if config.lora:
+        raise ConfigError(f"lora_rank is {config.lora_rank}, but the plan is for training all weights; leave it out")
     if config.init_from:
         from gptcore.hub import resolve
         from gptcore.package import open_package
 
         shape = open_package(resolve(config.init_from)).config
-        config = replace(config, sequence_length=config.sequence_length or shape.context_length)
+        config = replace(config, sequence_length=config.sequence_length or min(shape.context_length, TUNED_LENGTH))
     else:
         shape = config.model_config(padded(parse_tokenizer(config.tokenizer)))
     check_context(config, shape)

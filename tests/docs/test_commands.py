@@ -9,6 +9,7 @@ import pytest
 
 from tests.docs.commands import Checkout, blocks_of, checkout, commands_of, shared_out
 from tests.hugging_face import publish_gpt2, put_into_cache
+from tests.open_tokenizers import QWEN_RANKS, publish, write_tokenizer
 from tests.system.conftest import ROOT, Cluster, cluster
 
 __all__ = ["cluster"]  # a fixture, used here too
@@ -81,11 +82,14 @@ def test_a_service_is_started_again_only_for_new_commands() -> None:
 
 @pytest.fixture(scope="module")
 def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
-    """A checkout after `make demo`: a run named demo with a promoted model, and GPT-2 in the hub's cache."""
+    """A checkout after `make demo`: a run named demo with a promoted model, and two models in the hub's cache."""
     folder = tmp_path_factory.mktemp("checkout")
     with checkout(folder, cluster) as place:
         published = publish_gpt2(folder / "gpt2", context_length=256)
         put_into_cache(folder / "hub" / "hub", "openai-community/gpt2", published)
+        tokenizer = write_tokenizer("qwen3" if QWEN_RANKS.exists() else "smollm2", folder / "tokenizer")
+        qwen = publish(tokenizer, folder / "qwen", 151936)
+        put_into_cache(folder / "hub" / "hub", "Qwen/Qwen3-0.6B-Base", qwen)
         for name in ("demo", "NAME"):
             place.run(f".venv/bin/python train_job/run.py --name {name}")
         yield place

@@ -35,5 +35,5 @@ def status(job: Job) -> str:
     return str(mlflow_client(job).get_run(run_id(job)).info.status)
 
 
-def versions(job: Job) -> list[Any]:
-    return [v for v in mlflow_client(job).search_model_versions("name='gpt'") if v.run_id == run_id(job)]
+def versions(job: Job, model: str = "gpt") -> list[Any]:
+    return [v for v in mlflow_client(job).search_model_versions(f"name='{model}'") if v.run_id == run_id(job)]

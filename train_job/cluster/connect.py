@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from gptcore.config import ModelConfig
+from gptcore.devices import pick_dtype
 from gptcore.errors import ConfigError
 from gptcore.hf_format import count_parameters
+from gptcore.lora import check_adapters
 from gptcore.memory import free_memory, require_memory
 from gptcore.progress import doing
 from train_job.cluster.discovery import OWN, cluster_address
@@ -123,12 +125,18 @@ def resources_per_worker(
     return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
 
 
-def require_room(shape: ModelConfig, models: int) -> None:
-    """Raises NoMemory if weights, gradients and moments of `models` models in fp32 do not fit free memory."""
-    needed = models * 4 * count_parameters(shape)
-    what = {"weights": needed, "gradients": needed, "at least one moment of each": needed}
-    what["the copy from which checkpoints are written"] = 2 * count_parameters(shape) * 4  # dealt out to workers
-    require_memory("training this model", what, free_memory(torch.device("cpu")))
+def require_room(config: TrainConfig, shape: ModelConfig) -> None:
+    """Raises NoMemory if what the workers' models take, without activations, does not fit this machine's memory."""
+    models = 1 if config.parallel == "fsdp" else config.workers[0]
+    cpu, trained = torch.device("cpu"), count_parameters(shape)
+    what = {}
+    if config.lora:
+        what["frozen weights"] = models * trained * pick_dtype(config.precision, cpu).itemsize
+        trained = check_adapters(shape, config.lora)
+    needed = models * 4 * trained
+    what |= {"weights": needed, "gradients": needed, "at least one moment of each": needed}
+    what["the copy from which checkpoints are written"] = 2 * trained * 4  # dealt out to workers
+    require_memory("training this model", what, free_memory(cpu))
 
 
 def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float]) -> Any:

@@ -5,6 +5,7 @@ Rank 0 speaks; the other ranks only train. Ray restarts this function after a fa
 checkpoint.
 """
 
+import itertools
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
@@ -21,9 +22,10 @@ import torch.distributed as dist
 
 from gptcore import progress
 from gptcore.config import ModelConfig
-from gptcore.devices import pick_device
+from gptcore.devices import pick_device, pick_dtype
 from gptcore.errors import FoundryError, RecordError, StorageFull
 from gptcore.hf_format import empty_model
+from gptcore.lora import add_adapters, initial_adapters
 from gptcore.model import GPT
 from gptcore.progress import doing
 from gptcore.sampling import SamplingParams, generate_text
@@ -59,6 +61,8 @@ class WorkerSpec:
     validation: Corpus
     initial: dict[str, Any]
     """ObjectRefs of the parent's parameters; none for a model from scratch."""
+    base: str
+    """A hash of them if they are frozen, or empty."""
     run_id: str
     tracking_uri: str = field(repr=False)  # it may have a password, and Ray's dashboard shows a run's config
     run_dir: Path
@@ -102,11 +106,11 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
     config, rank = spec.config, ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device() if config.use_gpu else pick_device(config.device)
     with doing("preparing the worker: model and text"):
-        model, weights = _model(spec)
+        model, weights = _model(spec, device)
         train = prepare(spec.train, spec.tokenizer, cache_dir(config), store=shard_store(config))
         validation = prepare(spec.validation, spec.tokenizer, cache_dir(config), store=shard_store(config))
         stop_asked = StopFlag(spec.channel) if rank == 0 else lambda: False
-        trainer = Trainer(config, model, train, validation, device, stop_asked, weights)
+        trainer = Trainer(config, model, train, validation, device, stop_asked, weights, spec.base)
     identity = trainer.identity(spec.tokenizer.fingerprint)
     session = _from_rank_0(f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
     damaged = _restore(spec, trainer, identity)
@@ -136,14 +140,17 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
     return memory
 
 
-def _model(spec: WorkerSpec) -> tuple[GPT, Iterable[tuple[str, torch.Tensor]]]:
-    """The model with weights from the seed or the parent; a sharded one without memory, and its weights one by one."""
-    config, parent = spec.config, spec.initial
-    if not is_sharded(config):
-        return build_model(config, spec.model, {name: ray.get(ref) for name, ref in parent.items()}), ()
-    if parent:
-        return empty_model(spec.model), ((name, ray.get(ref)) for name, ref in parent.items())
-    return empty_model(spec.model), seeded_weights(config, spec.model)
+def _model(spec: WorkerSpec, device: torch.device) -> tuple[GPT, Iterable[tuple[str, torch.Tensor]]]:
+    """The model and, if it is without memory, as a sharded or adapted one, its weights: the seed's or the parent's."""
+    config, shape, lora = spec.config, spec.model, spec.config.lora
+    parent = ((name, ray.get(ref)) for name, ref in spec.initial.items())
+    if lora:
+        model = empty_model(shape)
+        add_adapters(model, lora, pick_dtype(config.precision, device))
+        return model, itertools.chain(parent, initial_adapters(shape, lora, config.seed))
+    if is_sharded(config):
+        return empty_model(shape), parent if spec.initial else seeded_weights(config, shape)
+    return build_model(config, shape, dict(parent)), ()
 
 
 def _gather(figures: dict[str, float]) -> dict[str, float]:
@@ -266,7 +273,8 @@ def _samples(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, str]:
     try:
         with (
             torch.compiler.set_stance("force_eager"),  # its many lengths would be compiled, and training again
-            trainer.autocast() if trainer.sharded else nullcontext(),  # sharded weights are fetched in its dtype
+            # Sharded weights are fetched in autocast's dtype, and frozen ones are kept in it.
+            trainer.autocast() if trainer.sharded or config.lora else nullcontext(),
         ):
             return {prompt: generate_text(model, tokenizer, prompt, params) for prompt in config.sample_prompts}
     finally:

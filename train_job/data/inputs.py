@@ -19,6 +19,7 @@ from gptcore.errors import ConfigError, CorpusError
 from gptcore.files import remove_drafts, whole_folder
 from gptcore.home import expanded, home
 from gptcore.hub import resolve
+from gptcore.lora import check_adapters
 from gptcore.model import GPT, initial_weights
 from gptcore.package import Package, open_package
 from gptcore.progress import doing
@@ -30,7 +31,7 @@ from gptcore.tokenizer import (
     read_tokenizer,
     save_tokenizer,
 )
-from train_job.config import TrainConfig
+from train_job.config import TUNED_LENGTH, TrainConfig
 from train_job.data.batches import Batches
 from train_job.data.corpus import Corpus, open_corpus, split
 from train_job.data.fetch import Origin
@@ -109,8 +110,10 @@ def prepare_inputs(
     tokenizer = parent.tokenizer if parent else _tokenizer(config, train)
     shape = _child_shape(config, parent.config) if parent else config.model_config(padded(tokenizer.vocab_size))
     if parent and config.sequence_length is None:
-        config = replace(config, sequence_length=shape.context_length)
+        config = replace(config, sequence_length=min(shape.context_length, TUNED_LENGTH))
     check_context(config, shape)
+    if config.lora:
+        check_adapters(shape, config.lora)
     for prompt in config.sample_prompts:
         if (length := len(tokenizer.encode_prompt(prompt))) >= shape.context_length:
             raise ConfigError(

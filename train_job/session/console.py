@@ -19,6 +19,7 @@ from typing import Any
 
 from gptcore import progress
 from gptcore.config import ModelConfig
+from gptcore.lora import check_adapters
 from gptcore.units import count, duration
 from train_job.config import TrainConfig
 from train_job.training.events import Evaluation, Progress
@@ -189,6 +190,8 @@ class Console:
 def model_text(config: TrainConfig, shape: ModelConfig, parameters: int) -> str:
     """One line about the model: its preset, or its parent if it is fine-tuned, and its size."""
     size = f"{count(parameters)} parameters"
+    if config.lora:
+        size = f"adapters of {count(check_adapters(shape, config.lora))} parameters for {size}"
     rest = f"{shape.family}, {shape.num_layers} layers, {shape.hidden_size} wide, context {shape.context_length}"
     if config.init_from:
         return f"fine-tunes {config.init_from} ({size}, {rest})"

@@ -6,12 +6,15 @@ In: a `Session` and how its training ended. Out: files in the run's folder and i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gptcore.errors import CheckpointError, FoundryError, PackageError, RecordError, TrainingError
+from gptcore.lora import Merged, save_adapter
 from gptcore.package import Package, open_package, save_package
 from gptcore.progress import doing
 from gptcore.redact import without_password
@@ -33,6 +36,8 @@ from train_job.training.targets import TargetStatus
 
 OUTCOME = "outcome.json"
 """In a finished run's folder: the version that it was registered as, and the config that led there."""
+ADAPTER = "adapter"
+"""In the folder of a run that trained adapters: what PEFT loads beside the base."""
 PATIENCE_SECONDS = 60.0
 """How long the end of a run waits for a tracking server that is away."""
 
@@ -99,7 +104,8 @@ def register(session: Session, trained: Trained, package: Package, tell_what_now
     if tell_what_now:
         what_now(session, record)
     session.stops.check(last=True)
-    close(session, trained, "FINISHED", [*pictures, session.run_dir / CONFIG, session.console.path])
+    adapter = sorted((session.run_dir / ADAPTER).glob("*"))
+    close(session, trained, "FINISHED", [*pictures, *adapter, session.run_dir / CONFIG, session.console.path])
     write_json(session.run_dir / OUTCOME, record)  # last: a run that has it is finished in every respect
     return 0
 
@@ -141,8 +147,8 @@ def build(session: Session, trained: Trained) -> Package:
 def _package(session: Session, checkpoint: Path) -> Package:
     """Makes the package from a checkpoint's folder. Raises DamagedCheckpoint if it is damaged."""
     config, inputs = session.config, session.inputs
-    state = TrainState(**verified(checkpoint)["state"])
-    step, loss = state.step, state.loss
+    kept = TrainState(**verified(checkpoint)["state"])
+    step, loss = kept.step, kept.loss
     bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
     training = {
         "run": config.name,
@@ -159,10 +165,13 @@ def _package(session: Session, checkpoint: Path) -> Package:
         "parent_bits_per_byte": session.history.untrained_bits_per_byte if config.init_from else None,
     }
     summary = {k: v for k, v in training.items() if v is not None}
+    state: Mapping[str, Tensor] = StoredModel(checkpoint)
     with doing("making the package"):
-        return save_package(
-            session.run_dir / "package", inputs.model, StoredModel(checkpoint), inputs.tokenizer, summary
-        )
+        if config.lora and inputs.parent:
+            base = str(config.init_from).removeprefix("hf:")  # PEFT takes a folder, or a name on the hub
+            save_adapter(session.run_dir / ADAPTER, inputs.parent, base, state, config.lora)
+            state = Merged(inputs.parent, state, config.lora)
+        return save_package(session.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
 
 
 def _figures(session: Session, package: Package) -> list[Path]:
@@ -210,7 +219,8 @@ def _deliver(session: Session, trained: Trained, files: list[Path]) -> None:
 def deliver(spool: Spool, files: list[Path], say: Callable[[str], None]) -> None:
     """Waits up to PATIENCE_SECONDS until MLflow has every point and these files; prints what it still lacks."""
     for file in files:
-        spool.artifact(file, "figures" if file.suffix == ".png" else None, table=file.suffix == ".json")
+        folder = ADAPTER if file.parent.name == ADAPTER else "figures" if file.suffix == ".png" else None
+        spool.artifact(file, folder, table=file.suffix == ".json" and folder is None)
     with doing(f"sending points and files to MLflow at {without_password(spool.tracking_uri)}"):
         left = spool.close(PATIENCE_SECONDS)
     if left:

@@ -139,7 +139,10 @@ def read_checkpoint(folder: Path, tensors: Mapping[str, Tensor]) -> TrainState:
 
 
 class StoredModel(Mapping[str, Tensor]):
-    """A verified checkpoint's parameters, tied ones once. Each is put together from its shards when it is asked for."""
+    """A verified checkpoint's parameters, tied ones once, or its adapters.
+
+    Each is put together from its shards when it is asked for.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._reader = _Reader(str(folder))
@@ -151,6 +154,9 @@ class StoredModel(Mapping[str, Tensor]):
         tensor = torch.empty(kept.size, dtype=kept.properties.dtype)
         _load({name: tensor}, self._reader)
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

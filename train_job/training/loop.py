@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gptcore.devices import pick_dtype
 from gptcore.errors import TrainingError
+from gptcore.lora import is_adapter
 from gptcore.loss import IGNORE
 from gptcore.model import GPT
 from gptcore.progress import doing
@@ -37,6 +38,7 @@ from train_job.training.parallel import (
     clip_gradients,
     fill,
     is_sharded,
+    materialise,
     prepare_model,
     replicate,
     shard,
@@ -51,7 +53,7 @@ class Trainer:
     """One rank of a run.
 
     A model on the meta device, which takes no memory, gets the `weights`: names and whole tensors, one at a time.
-    `stop_asked` is polled on rank 0.
+    `stop_asked` is polled on rank 0. `base` is a hash of the frozen weights, which a checkpoint of adapters lacks.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class Trainer:
         device: torch.device,
         stop_asked: Callable[[], bool] = lambda: False,
         weights: Iterable[tuple[str, Tensor]] = (),
+        base: str = "",
     ) -> None:
-        self.config, self.device, self.stop_asked = config, device, stop_asked
+        self.config, self.device, self.stop_asked, self.base = config, device, stop_asked, base
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = world_size()
         self.batches = Batches(train, config.context, config.batch_size, config.seed, config.stride)
@@ -73,9 +76,11 @@ class Trainer:
         prepare_model(model, config)
         if self.sharded:
             shard(model, config, device)
-            fill(model, weights)
+        elif model.embed_tokens.weight.is_meta:
+            materialise(model, device)
         else:
             model.to(device)
+        fill(model, weights)
         self.parameters = dict(model.named_parameters())  # a forward pass replaces sharded ones for a while
         self.optimizers = Optimizers(model, config)
         self.runner: Any = model if self.sharded else replicate(model, config, device)
@@ -95,12 +100,13 @@ class Trainer:
         """The fingerprints that a checkpoint must share with this run."""
         shape = {name: value for name, value in asdict(self.model.config).items() if value is not None}
         shape_text = json.dumps(shape | {"dropout": 0.0}, sort_keys=True)
-        data = self.train.fingerprint + self.validation.fingerprint
-        return Identity(*(hashlib.sha256(s.encode()).hexdigest() for s in (shape_text, tokenizer_fingerprint, data)))
+        data, model = self.train.fingerprint + self.validation.fingerprint, shape_text + self.base
+        return Identity(*(hashlib.sha256(s.encode()).hexdigest() for s in (model, tokenizer_fingerprint, data)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, not copied: parameters, tied ones once, and the optimizers' state."""
-        return {name: p.detach() for name, p in self.parameters.items()} | self.optimizers.tensors()
+        """What a checkpoint holds, not copied: parameters, tied ones once, or adapters, and the optimizers' state."""
+        kept = {n: p.detach() for n, p in self.parameters.items() if is_adapter(n) or not self.config.lora}
+        return kept | self.optimizers.tensors()
 
     def restore(self, folder: Path) -> None:
         """Restores weights, optimizers and state from a verified checkpoint."""
@@ -195,7 +201,7 @@ class Trainer:
         x, y = self.batches.batch(step, self.rank, self.world_size)  # (b, T) each
         if self.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()  # so that copying them does not wait for the device
-        if self.model.config.dropout:
+        if self.model.config.dropout or self.config.lora_dropout:
             torch.manual_seed(((self.config.seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
         share = math.ceil(self.config.batch_size / self.world_size)
         size = self.config.micro_batch_size or share

@@ -3,7 +3,7 @@
 In: a model and a config. Out: a model that computes the same. With `ddp` each worker has all of it (torch's
 DistributedDataParallel). With `fsdp` (FSDP2's fully_shard; Zhao et al. 2023) each has its share of the rows of every
 matrix, with its gradient and optimizer state, and fetches a block's matrices while it computes the block. Vectors
-(gains and biases, a thousandth of the weights) stay whole on every worker.
+(gains and biases, a thousandth of the weights) and adapters stay whole on every worker.
 """
 
 import math
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from gptcore.devices import pick_dtype
+from gptcore.lora import is_adapter
 from gptcore.model import GPT
 from gptcore.rotary import rotary_tables
 from train_job.config import TrainConfig
@@ -76,7 +77,7 @@ def shard(model: GPT, config: TrainConfig, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (world_size(),))
     reduced = torch.bfloat16 if config.reduce_precision == "bf16" else torch.float32
     policy = partial(MixedPrecisionPolicy, reduce_dtype=reduced, cast_forward_inputs=False)
-    whole = {p for p in model.parameters() if p.ndim < 2}
+    whole = {p for name, p in model.named_parameters() if p.ndim < 2 or is_adapter(name)}
     options: dict[str, Any] = dict(mesh=mesh, ignored_params=whole)
     empty = model.embed_tokens.weight.is_meta
     dtype = pick_dtype(config.precision, device)
@@ -85,9 +86,14 @@ def shard(model: GPT, config: TrainConfig, device: torch.device) -> None:
             fully_shard(layer, mp_policy=policy(param_dtype=dtype), **options), config.reduce_precision, device
         )
     set_reduction(fully_shard(model, mp_policy=policy(), **options), config.reduce_precision, device)
-    if not empty:
+    if empty:
+        materialise(model, device)
+    else:
         model.to(device)
-        return
+
+
+def materialise(model: GPT, device: torch.device) -> None:
+    """Gives a model on the meta device memory, of a sharded one for its share; `fill` gives it values."""
     model.to_empty(device=device)
     if model.config.tie_embeddings:  # to_empty makes two of one
         model.lm_head.weight = model.embed_tokens.weight
