@@ -1,4 +1,4 @@
-"""`python -m gptcore.export` writes what the package holds into a GGUF file, or refuses it by name and writes nothing."""
+"""`python -m gptcore.export` writes what a package holds into a GGUF file, or refuses it by name and writes nothing."""
 
 import errno
 import json
@@ -219,7 +219,7 @@ def test_merges_that_scores_cannot_order_are_refused(tmp_path: Path) -> None:
     first = next(m for m in merges if m.replace(" ", "") == token)
     for i, (changed, message) in enumerate(
         [
-            ([m for m in merges if m != first], f"would join .*, which is no merge"),
+            ([m for m in merges if m != first], "would join .*, which is no merge"),
             ([*(m for m in merges if m != first), first], f"the merges into '{token}' do not follow each other"),
         ]
     ):

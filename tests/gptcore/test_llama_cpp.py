@@ -86,6 +86,7 @@ def test_a_thousand_texts_have_the_same_ids(
     check_ids(tokenizer_of(kind), tmp_path, random_model, as_theirs.get(kind, str))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", SPLITS)
 def test_a_large_vocabulary_is_split_alike(
     pre: str, tokenizer_of: Callable, tmp_path: Path, random_model: Callable
