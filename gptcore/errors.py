@@ -43,6 +43,10 @@ class PackageError(FoundryError):
     """A model package that is missing, altered, truncated or of an unknown kind."""
 
 
+class ExportError(FoundryError):
+    """A model that another format cannot hold, or a file in it that cannot be written."""
+
+
 class HubError(FoundryError):
     """A model name for which no package can be found."""
 

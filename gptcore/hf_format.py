@@ -222,18 +222,19 @@ def to_published(model: GPT, state: Mapping[str, Tensor]) -> Iterator[tuple[str,
             if part.shape != shapes[name]:
                 raise PackageError(f"{name} has shape {tuple(part.shape)}; the config says {tuple(shapes[name])}")
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        yield published, (whole.t() if _is_transposed(published) else whole).contiguous()
+        yield published, (whole.t() if is_transposed(published) else whole).contiguous()
 
 
 def from_published(model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensors, which must match the config, in our names and shapes, contiguous."""
     groups = _groups(model)
     for published, tensor in tensors:
-        whole, names = tensor.t() if _is_transposed(published) else tensor, groups[published]
+        whole, names = tensor.t() if is_transposed(published) else tensor, groups[published]
         yield from zip(names, (part.contiguous() for part in whole.chunk(len(names))), strict=True)
 
 
-def _is_transposed(published: str) -> bool:
+def is_transposed(published: str) -> bool:
+    """Whether the published matrix is the transpose of ours."""
     return bool(re.search(r"\.c_\w+\.weight$", published))
 
 

@@ -122,6 +122,10 @@ class PublishedEncoding:
         parts |= {"eot": self.stops[0], "bos": self.bos, "special": sorted(self.special)}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def content(self, name: str) -> dict[str, Any]:
+        """What the file of that name contains, {} without one."""
+        return _parsed(self.files, name)
+
     def special_ids(self) -> dict[str, Any]:
         """`bos_token_id`, `eos_token_id` and `pad_token_id` for the model's files, those that it had."""
         named = dict(self._model_ids)

@@ -7,23 +7,25 @@ exit code is 2.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from gptcore.cli import Parser
-from gptcore.config import ModelConfig
+from gptcore.config import Lora, ModelConfig
 from gptcore.devices import pick_device, pick_dtype
 from gptcore.engine.runners import SEQUENCES, check_memory, fit_context, slot_bytes
 from gptcore.engine.settings import EngineSettings
 from gptcore.errors import FoundryError, NoMemory
 from gptcore.hf_format import count_parameters
 from gptcore.hub import KINDS, resolve
+from gptcore.lora import check_adapters
 from gptcore.package import Package, describe, open_package
 from gptcore.units import gib
 
 TRAINED_BYTES = 16
 """Of each parameter in training: the weight, its gradient and two moments of AdamW, in fp32."""
+ADAPTERS = Lora(rank=16, alpha=32.0)
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,17 @@ class Needs:
     """Those of a whole context."""
     training: int
     """Weights, gradients and AdamW's state in fp32. Activations come on top; they depend on the batch."""
+    tuning: int
+    """The same of ADAPTERS beside frozen weights in bf16."""
 
 
 def needs(config: ModelConfig) -> Needs:
     """What a model of this shape needs."""
     parameters, sequence = count_parameters(config), slot_bytes(config, torch.bfloat16)
-    return Needs(2 * parameters, sequence // config.context_length, sequence, TRAINED_BYTES * parameters)
+    sides = (config.hidden_size, config.kv_heads * config.head_size, config.intermediate_size or 1)
+    rank = min(ADAPTERS.rank, *sides)  # a small model's matrices may not have as much
+    tuning = 2 * parameters + TRAINED_BYTES * check_adapters(config, replace(ADAPTERS, rank=rank))
+    return Needs(2 * parameters, sequence // config.context_length, sequence, TRAINED_BYTES * parameters, tuning)
 
 
 def report(package: Package) -> str:
@@ -54,7 +61,7 @@ to serve: {gib(need.weights)} GiB of weights in bfloat16, and {need.token / 2**1
 sequence, {gib(need.sequence)} GiB for {config.context_length:,}
 here: {served_here(package)}
 to train: {gib(need.training)} GiB for weights, gradients and AdamW's state in fp32, and activations, which depend on \
-the batch (train_job/plan.py computes them)"""
+the batch (train_job/plan.py computes them); {gib(need.tuning)} GiB with --lora-rank {ADAPTERS.rank} in bfloat16"""
 
 
 def served_here(package: Package) -> str:

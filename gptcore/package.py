@@ -111,7 +111,7 @@ class Package:
 
         Raises PackageError if the weights are unreadable, of another shape or not finite.
         """
-        return from_published(empty_model(self.config), self._tensors(device, dtype))
+        return from_published(empty_model(self.config), self.published_tensors(device, dtype))
 
     def weights_hash(self) -> str:
         """A hash of the weights, in hexadecimal. It reads them unless foundry.json has their sha256."""
@@ -123,7 +123,10 @@ class Package:
         """Where each tensor lies, by its published name, in the model's order. Raises PackageError."""
         return match_config(self.stored or self.config, read_headers(self.path, self.config.family))
 
-    def _tensors(self, device: str | torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    def published_tensors(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    ) -> Iterator[tuple[str, Tensor]]:
+        """`parameters` in Hugging Face's names and layout, in the order of `tensor_shapes`."""
         for name, stored in read_tensors(self.places()):
             if name == POSITIONS:
                 stored = stored[: self.config.context_length]

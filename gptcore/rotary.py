@@ -17,12 +17,16 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     S, D, scaling = config.context_length, config.head_size, config.rope_scaling
     if torch.get_default_device().type == "meta":  # arithmetic there would import torch's compiler, for seconds
         return torch.empty(S, D), torch.empty(S, D)
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2).float() / D)  # (D/2,)
-    if scaling is not None:
-        frequencies = _SCALED[scaling.kind](frequencies, config.rope_theta, scaling)
-    angles = torch.outer(torch.arange(S).float(), frequencies).repeat(1, 2)  # (S, D)
+    angles = torch.outer(torch.arange(S).float(), rotary_frequencies(config)).repeat(1, 2)  # (S, D)
     factor = scaling.attention_factor if scaling is not None else 1.0
     return angles.cos() * factor, angles.sin() * factor
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each pair of features, (D/2,)."""
+    D, scaling = config.head_size, config.rope_scaling
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2).float() / D)
+    return frequencies if scaling is None else _SCALED[scaling.kind](frequencies, config.rope_theta, scaling)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

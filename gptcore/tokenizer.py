@@ -192,6 +192,22 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         for name, content_bytes in tokenizer.encoding.files:
             (folder / name).write_bytes(content_bytes)
         return
+    # The generic class uses tokenizer.json unchanged; GPT2Tokenizer would rebuild it.
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, value in ((TOKENIZER, tokenizer_json(tokenizer)), (CONFIG, config)):
+        (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json; an open model's is the one that it was read from."""
+    if isinstance(tokenizer.encoding, PublishedEncoding):
+        return tokenizer.encoding.content(TOKENIZER)
     ranks, shown = _ranks(tokenizer.encoding), byte_characters()
 
     def spell(token: bytes) -> str:
@@ -200,7 +216,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     merges = [last_merge(token, ranks) for token in ranks if len(token) > 1]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content: dict[str, Any] = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -222,16 +238,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             "merges": [[spell(left), spell(right)] for left, right in merges],
         },
     }
-    # The generic class uses tokenizer.json unchanged; GPT2Tokenizer would rebuild it.
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOT,
-        "eos_token": EOT,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-    }
-    for name, value in ((TOKENIZER, content), (CONFIG, config)):
-        (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -211,8 +211,15 @@ def _smollm2(kind: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 def _sentencepiece(kind: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Llama 2's form (Prepend and Replace), Mistral's (Metaspace), or one decoded by Metaspace, without BOS."""
+    """Llama 2's form (Prepend and Replace), Mistral's (Metaspace), or one decoded by Metaspace, without BOS.
+
+    The merges of the first two are what transformers' converter makes of sentencepiece's tokens: every pair.
+    """
     tokens, merges = _learned(500, None)
+    if kind != "metaspace":
+        known = {*tokens}
+        halves = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))]
+        merges = tuple(pair for pair in halves if known.issuperset(pair))
     names = ("<unk>", "<s>", "</s>")
     order = [*names, *(f"<0x{b:02X}>" for b in range(256)), *tokens]
     mark, first = "\u2581", kind == "metaspace"

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.gguf_file import write_gguf
 from bench.peers.task import DecodeTask, DecodeTurn
 from bench.turns import RunTurn, Unsupported
+from gptcore.export import export
+from gptcore.package import open_package
 
 PHYSICAL_BATCH = 512
 """Prompt tokens per pass; llama.cpp's default."""
+WEIGHTS = {"bfloat16": "bf16", "float32": "f32"}
 
 
 def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[RunTurn, str]:
@@ -27,7 +29,7 @@ def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[RunTurn, str]:
         raise Unsupported("measured on a CPU only")
     file = Path(task.scratch) / f"{precision}.gguf"
     if not file.exists():
-        write_gguf(Path(task.package), file, precision)
+        export(open_package(task.package, verify=False), file, WEIGHTS[precision])
     decoder = Decoder(llama_cpp, file, task)
 
     def run_turn() -> DecodeTurn:

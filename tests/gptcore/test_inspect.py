@@ -11,7 +11,8 @@ from gptcore import inspect
 from gptcore.config import ModelConfig
 from gptcore.engine import runners
 from gptcore.hf_format import count_parameters
-from gptcore.inspect import main, needs
+from gptcore.inspect import ADAPTERS, main, needs
+from gptcore.lora import check_adapters
 from gptcore.package import Package
 from gptcore.units import count, gib
 from tests.refusals import one_error
@@ -56,6 +57,7 @@ def test_a_model_needs_its_weights_and_keys_and_values() -> None:
     assert need.token == 2 * 2 * 3 * 2 * 32  # bytes, keys and values, layers, heads, features
     assert need.sequence == 100 * need.token
     assert need.training == 16 * count_parameters(config)
+    assert need.tuning == need.weights + 16 * check_adapters(config, ADAPTERS)
 
 
 @pytest.mark.parametrize("name", OPEN_MODELS)
@@ -69,4 +71,5 @@ def test_the_page_has_the_figures_of_each_model(name: str) -> None:
         f"{need.token / 2**10:,.0f}",
         f"{gib(need.sequence)} for {config.context_length:,}",
         gib(need.training),
+        gib(need.tuning),
     ]
