@@ -6,13 +6,14 @@ line last.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 
 from bench.gpu.shapes import RandomTokens
 from bench.weights import random_package
-from gptcore.config import FAMILIES
 from gptcore.devices import pick_device
 from gptcore.model import GPT
 from train_job.config import TrainConfig, build_config
@@ -32,8 +32,8 @@ from train_job.training.hardware import WORKER_ENV
 from train_job.training.loop import Trainer
 
 Settings = Mapping[str, Any]
-Measured = Mapping[str, tuple[Device, Rates]]
-"""The device and its rates, for each family."""
+Measured = Callable[[str], tuple[Device, Rates]]
+"""The device and its rates, by family."""
 TRAINED: dict[str, tuple[Settings, int]] = {
     "quick": (dict(preset="quick"), 2048),
     "quick, twice as deep": (dict(preset="quick", num_layers=8), 2048),
@@ -69,7 +69,7 @@ def measure(rounds: int, trained: Sequence[str] = tuple(TRAINED), served: Sequen
     """For each model, predicted over measured seconds: the median of the rounds."""
     ratios: dict[str, list[float]] = {}
     for _ in range(rounds):
-        rates = {family: measure_in_subprocess(family) for family in FAMILIES}
+        rates = functools.cache(measure_in_subprocess)  # only of the families that these models belong to
         expected = {name: predict_training(rates, *TRAINED[name]) for name in trained}
         expected |= {name: predict_serving(rates, *SERVED[name]) for name in served}
         for name, predicted in expected.items():
@@ -83,14 +83,14 @@ def predict_training(rates: Measured, settings: Settings, vocabulary: int) -> fl
     """The plan's prediction of the seconds per training step."""
     config = config_of(settings)
     work = workload(config.model_config(vocabulary), config.context)
-    return training_step(config, work, *rates[work.model.family], 1).seconds
+    return training_step(config, work, *rates(work.model.family), 1).seconds
 
 
 def predict_serving(rates: Measured, preset: str, sequences: int) -> float:
     """The plan's prediction of the seconds per decoding step."""
     config = build_config(dict(preset=preset))
     work = workload(config.model_config(VOCABULARY), config.context)
-    return decode_seconds(work, *rates[work.model.family], sequences, PROMPT + NEW / 2)
+    return decode_seconds(work, *rates(work.model.family), sequences, PROMPT + NEW / 2)
 
 
 def config_of(settings: Settings) -> TrainConfig:

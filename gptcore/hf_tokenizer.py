@@ -10,8 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import chain
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +98,7 @@ class PublishedEncoding:
         self.splits_lines = _splits_lines(content)
         """Whether a text may be cut behind a line break between visible characters, without a change to its ids."""
         self._backend = _backend(content, config, dict(files)[TOKENIZER])
+        self._bytes = cache(lambda number: self.spelling.middle(self.token(number)))
         added = self._backend.get_added_tokens_decoder()
         self.special = frozenset(number for number, token in added.items() if token.special)
         """Ids of special tokens, which no text gives and which have no text in a stream."""
@@ -157,13 +157,13 @@ class PublishedEncoding:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids` behind other text; an id without a token has none."""
-        return b"".join(self.spelling.middle(self.token(number)) for number in ids)
+        return b"".join(map(self._bytes, ids))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, as `transformers` has it; invalid UTF-8 becomes U+FFFD."""
-        tokens = [token for number in ids if (token := self.token(number))]
-        pieces = (self.spelling.middle(token) for token in tokens[1:])
-        return b"".join(chain(map(self.spelling.first, tokens[:1]), pieces)).decode("utf-8", errors="replace")
+        begin = next((place for place, number in enumerate(ids) if self.token(number)), len(ids))
+        first = [self.spelling.first(self.token(number)) for number in ids[begin : begin + 1]]
+        return b"".join([*first, *map(self._bytes, ids[begin + 1 :])]).decode("utf-8", errors="replace")
 
     def token(self, number: int) -> str:
         """The token as in tokenizer.json, empty if the id has none."""

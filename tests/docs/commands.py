@@ -30,8 +30,10 @@ STARTERS = (
     *(".venv/", ".venv-vllm/", "curl ", "ray ", "docker ", "make ", "cat ", "ls ", "echo ", "export ", "mlflow "),
     *("aws ", "git ", "hf ", "prometheus ", "python ", "sed ", "serve ", "ssh "),
 )
-SHAPE = ["--num-layers=1", "--num-heads=2", "--hidden-size=32"]
-SHORT = ["--batch-size=4", "--max-steps=4", "--eval-interval=2", "--sample-tokens=4", "--cpus-per-worker=1"]
+SHAPE = ["--num-layers=1", "--num-heads=2", "--hidden-size=32", "--context-length=128"]
+SHORT = ["--batch-size=4", "--max-steps=2", "--eval-interval=2", "--sample-tokens=2", "--cpus-per-worker=1"]
+SHORT += ["--val-fraction=0.02"]  # GPT-2's 50,257 tokens make evaluation slow
+MORE_STEPS = "--max-steps 4"
 START_SECONDS = 180
 
 
@@ -145,7 +147,7 @@ class Checkout:
         if "train_job/run.py" not in command:
             return command
         if "--resume" in command:
-            return command + " --eval-interval 1000" * ("--max-steps" in command)
+            return re.sub(r"--max-steps \d+", MORE_STEPS, command)
         flags = SHORT + ([] if "--init-from" in command else SHAPE)
         if "--name" not in command:  # by default it is the time, to the second
             flags += [f"--name=unnamed-{next(self.numbers)}"]
