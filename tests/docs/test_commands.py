@@ -1,6 +1,7 @@
 """Every command in the README or on a page of docs is run here, or listed with the test that runs it."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,8 @@ from tests.docs.commands import Checkout, blocks_of, checkout, commands_of, shar
 from tests.hugging_face import publish_gpt2, put_into_cache
 from tests.open_tokenizers import QWEN_RANKS, publish, write_tokenizer
 from tests.system.conftest import ROOT, Cluster, cluster
+from train_job.cli import parse_settings
+from train_job.config import build_config
 
 __all__ = ["cluster"]  # a fixture, used here too
 
@@ -41,6 +44,8 @@ ELSEWHERE = {
     r"train_job\.tracking deliver": "tests/train_job/tracking/test_tracking.py",
     r"train_job/sweep\.py": "tests/system/test_sweep.py",
     r"jupyter lab": "tests/docs/test_tour.py",
+    r"--name (wider|target|small-words|samples|books|own-data)$": "tests/docs/test_commands.py parses its settings; "
+    "its kind of text and its parent are run on another page",
 }
 """Patterns of commands that are not run here, and which test runs them or why none can."""
 
@@ -69,6 +74,16 @@ def test_every_command_is_run_once_or_listed_as_an_exception() -> None:
     assert set(run) == {command for command in EVERY if not elsewhere(command)}
     twice = {command for command in run if run.count(command) > 1}
     assert [command for command in twice if "serve run " not in command] == []
+
+
+TRAINING = [command for command in EVERY if "train_job/run.py --" in command and "--config" not in command]
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_the_settings_of_every_training_command_fit_together(command: str) -> None:
+    given = parse_settings(shlex.split(command.partition("train_job/run.py ")[2]))
+    if "resume" not in given:
+        build_config(given)
 
 
 def test_a_service_is_started_again_only_for_new_commands() -> None:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from gptcore.errors import FoundryError, TrainingError
 from gptcore.home import home
 from gptcore.redact import without_password
-from train_job.files import one_line
+from train_job.files import locked, one_line
 
 _environment = threading.Lock()
 
@@ -28,7 +28,12 @@ def mlflow_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints passwords too
     from mlflow import MlflowClient
 
-    return MlflowClient(uri)
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(uri)
+    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    # The first client makes the tables, and MLflow's migrations fail if two processes run them at once.
+    with locked(database.with_name(f"{database.name}.lock")):
+        return MlflowClient(uri)
 
 
 @contextlib.contextmanager

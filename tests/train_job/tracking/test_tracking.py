@@ -390,3 +390,19 @@ def test_a_database_that_never_answers_is_given_up_in_time() -> None:
         pytest.raises(TrainingError, match=r"no answer within 0\.5 s"),
     ):
         check_server(f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x", timeout_s=0.5)
+
+
+@pytest.mark.slow
+def test_runs_that_begin_together_in_a_new_home_share_one_database(tmp_path: Path):
+    code = (
+        "import sys; from train_job.tracking.client import check_server, connected; check_server(sys.argv[1])\n"
+        "with connected(sys.argv[1]) as client: print(len(client.search_experiments()))"
+    )
+    uri = f"sqlite:///{tmp_path / 'mlflow' / 'mlflow.db'}"
+    together = [
+        subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in together:
+        said, errors = process.communicate()
+        assert said == "1\n", errors
