@@ -135,7 +135,7 @@ def test_the_service_continues_a_text_as_transformers_does(service: Service, tun
     body = {"model": family, "prompt": PROMPT, "max_new_tokens": 16, "temperature": 0}
     status, reply = service.ask("/generate", body)
     assert status == 200, reply
-    assert before + reply["text"] == after
+    assert before + reply["choices"][0]["text"] == after
 
 
 @pytest.mark.parametrize("family", FAMILIES)
