@@ -188,8 +188,11 @@ class Lora:
     """Some of LORA_TARGETS, or ALL_LINEAR."""
 
     def __post_init__(self) -> None:
+        known = (ALL_LINEAR, *LORA_TARGETS)
+        if not self.targets:
+            raise ConfigError(f"lora_targets is empty; expected {', '.join(known)}")
         for target in self.targets:
-            if target not in (known := (ALL_LINEAR, *LORA_TARGETS)):
+            if target not in known:
                 raise ConfigError(
                     f"lora_targets has {excerpt(target)}; expected {', '.join(known)}.{did_you_mean(target, known)}"
                 )

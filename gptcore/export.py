@@ -9,6 +9,7 @@ model.Modelfile, for Ollama. Both are written whole or not at all. What GGUF can
 import logging
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -60,8 +61,12 @@ def export(package: Package, file: Path, weights: str = "bf16", name: str = "") 
         raise ExportError(
             f"--weights is {excerpt(weights)}; expected one of {', '.join(WEIGHTS)}.{did_you_mean(weights, WEIGHTS)}"
         )
-    if file.suffix != ".gguf":
-        raise ExportError(f"{file} is no name of a GGUF file; expected one that ends with .gguf, {file.stem}.gguf")
+    if file.suffix.lower() != ".gguf":
+        raise ExportError(
+            f"the file is called {file}; expected a name that ends with .gguf, such as {file.with_suffix('.gguf')}"
+        )
+    if not file.parent.is_dir():
+        raise ExportError(f"{file} cannot be written: there is no folder {file.parent}")
     if file.is_dir():
         raise ExportError(f"{file} is a folder; expected the name of a new file")
     writer = _writer(package.config)
@@ -76,7 +81,7 @@ def export(package: Package, file: Path, weights: str = "bf16", name: str = "") 
         if not kept:
             write_file(modelfile, _modelfile(package, file).encode())
     except OSError as error:
-        raise ExportError(f"{file} cannot be written: {error}") from error
+        raise ExportError(f"{file} cannot be written: {error.strerror or error}") from error
     return Export(file, modelfile, kept, notes)
 
 
@@ -235,7 +240,9 @@ def _modelfile(package: Package, file: Path) -> str:
 def _name(model: str, package: Package) -> str:
     """A short name for people: of hf:ORG/NAME and models:/NAME@ALIAS the NAME, else the folder's."""
     found = re.match(r"hf:(?:[^/]+/)?([^/]+)$|models:/([^/@]+)", model)
-    return next(filter(None, found.groups())) if found else package.path.name
+    if found:
+        return next(filter(None, found.groups()))
+    return str(package.info.get("training", {}).get("run", package.path.name))  # all runs' folders are called alike
 
 
 def _lines(made: Export, weights: str) -> Iterator[str]:
@@ -243,7 +250,8 @@ def _lines(made: Export, weights: str) -> Iterator[str]:
     if made.kept:
         yield f"kept {made.modelfile}, which was there"
     else:
-        yield f"wrote {made.modelfile}: ollama create {made.file.stem} -f {made.modelfile}"
+        command = shlex.join(["ollama", "create", made.file.stem.replace(" ", "-"), "-f", str(made.modelfile)])
+        yield f"wrote {made.modelfile}: {command}"
     yield from (f"note: {note}" for note in made.notes)
 
 

@@ -47,10 +47,13 @@ class Needs:
 def needs(config: ModelConfig) -> Needs:
     """What a model of this shape needs."""
     parameters, sequence = count_parameters(config), slot_bytes(config, torch.bfloat16)
-    sides = (config.hidden_size, config.kv_heads * config.head_size, config.intermediate_size or 1)
-    rank = min(ADAPTERS.rank, *sides)  # a small model's matrices may not have as much
-    tuning = 2 * parameters + TRAINED_BYTES * check_adapters(config, replace(ADAPTERS, rank=rank))
+    tuning = 2 * parameters + TRAINED_BYTES * check_adapters(config, adapters(config))
     return Needs(2 * parameters, sequence // config.context_length, sequence, TRAINED_BYTES * parameters, tuning)
+
+
+def adapters(config: ModelConfig) -> Lora:
+    """ADAPTERS, with a lower rank if the model has matrices with a shorter side."""
+    return replace(ADAPTERS, rank=min(ADAPTERS.rank, config.hidden_size, config.kv_heads * config.head_size))
 
 
 def report(package: Package) -> str:
@@ -61,7 +64,8 @@ to serve: {gib(need.weights)} GiB of weights in bfloat16, and {need.token / 2**1
 sequence, {gib(need.sequence)} GiB for {config.context_length:,}
 here: {served_here(package)}
 to train: {gib(need.training)} GiB for weights, gradients and AdamW's state in fp32, and activations, which depend on \
-the batch (train_job/plan.py computes them); {gib(need.tuning)} GiB with --lora-rank {ADAPTERS.rank} in bfloat16"""
+the batch (train_job/plan.py computes them); {gib(need.tuning)} GiB with --lora-rank {adapters(config).rank} in \
+bfloat16"""
 
 
 def served_here(package: Package) -> str:

@@ -23,7 +23,7 @@ from gptcore.files import whole_folder
 from gptcore.hf_format import empty_model, from_published, published_name
 from gptcore.model import GPT
 from gptcore.package import Package
-from gptcore.weights import DTYPES, read_tensors
+from gptcore.weights import DTYPES, read_tensors, require_finite
 
 A, B = "lora_A", "lora_B"
 
@@ -68,7 +68,7 @@ def add_adapters(model: GPT, lora: Lora, dtype: torch.dtype) -> None:
 def targets(model: GPT, lora: Lora) -> list[tuple[str, nn.Linear]]:
     """The linear layers that get adapters, by name.
 
-    Raises ConfigError if the network lacks a target, or if the rank is no less than a matrix's.
+    Raises ConfigError if the network lacks a target, or if the rank is more than a matrix's shorter side.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     known = [target for target in LORA_TARGETS if any(name.endswith(f".{target}") for name in layers)]
@@ -103,7 +103,7 @@ def initial_adapters(config: ModelConfig, lora: Lora, seed: int) -> Iterator[tup
 class Merged(Mapping[str, Tensor]):
     """A package's parameters, tied ones once, with adapters added, each computed when it is asked for.
 
-    They have the dtype in which the package stores them.
+    They have the dtype in which the package stores them. Raises PackageError for one that this dtype cannot hold.
     """
 
     def __init__(self, base: Package, adapters: Mapping[str, Tensor], lora: Lora) -> None:
@@ -119,7 +119,9 @@ class Merged(Mapping[str, Tensor]):
         if f"{stem}{A}" not in self._adapters:
             return weight
         product = self._adapters[f"{stem}{B}"].float() @ self._adapters[f"{stem}{A}"].float()
-        return weight.float().add_(product, alpha=self._lora.scale).to(weight.dtype)
+        merged = weight.float().add_(product, alpha=self._lora.scale).to(weight.dtype)
+        require_finite(name, merged)
+        return merged
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would compute it

@@ -114,7 +114,7 @@ class Package:
         return from_published(empty_model(self.config), self.published_tensors(device, dtype))
 
     def weights_hash(self) -> str:
-        """A hash of the weights, in hexadecimal. It reads them unless foundry.json has their sha256."""
+        """A hash of the weights' files, in hexadecimal. It reads them unless foundry.json has their sha256."""
         listed = self.info.get("files", {})
         digests = [listed.get(file.name) or sha256(file) for file in weight_files(self.path)]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()

@@ -91,7 +91,7 @@ class TrainConfig:
     )
     sequence_length: int | None = setting(
         None,
-        f"Tokens per training sequence; default: context_length, in fine-tuning at most {TUNED_LENGTH:,}.",
+        f"Tokens per training sequence; default: the preset's, or context_length (at most {TUNED_LENGTH:,} if tuned).",
         "tokens",
         POSITIVE,
     )

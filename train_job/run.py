@@ -81,7 +81,7 @@ class TrainingJob:
             ray, own_ray = cluster()
             resources = resources_per_worker(self._config, ray.nodes(), own_ray)
             if own_ray and not self._config.use_gpu:
-                require_room(self._config, inputs.model)
+                require_room(self._config, inputs.model, inputs.parent)
             self._console = stack.enter_context(contextlib.closing(Console(self._run_dir)))
             stack.enter_context(self._stops)
             try:

@@ -6,6 +6,7 @@ that takes a second.
 
 import contextlib
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from gptcore.errors import ConfigError
 from gptcore.hf_format import count_parameters
 from gptcore.lora import check_adapters
 from gptcore.memory import free_memory, require_memory
+from gptcore.package import Package
 from gptcore.progress import doing
 from train_job.cluster.discovery import OWN, cluster_address
 from train_job.cluster.internals import drop_raylet_reports, use_own_process_groups
@@ -125,16 +127,23 @@ def resources_per_worker(
     return {"CPU": share} | ({"GPU": 1} if config.use_gpu else {})
 
 
-def require_room(config: TrainConfig, shape: ModelConfig) -> None:
+def require_room(config: TrainConfig, shape: ModelConfig, parent: Package | None) -> None:
     """Raises NoMemory if what the workers' models take, without activations, does not fit this machine's memory."""
     models = 1 if config.parallel == "fsdp" else config.workers[0]
     cpu, trained = torch.device("cpu"), count_parameters(shape)
     what = {}
+    if parent:
+        stored = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in parent.places().values())
+        what["the parent in Ray's object store"] = stored
     if config.lora:
         what["frozen weights"] = models * trained * pick_dtype(config.precision, cpu).itemsize
         trained = check_adapters(shape, config.lora)
     needed = models * 4 * trained
-    what |= {"weights": needed, "gradients": needed, "at least one moment of each": needed}
+    what |= {
+        "adapters" if config.lora else "weights": needed,
+        "gradients": needed,
+        "at least one moment of each": needed,
+    }
     what["the copy from which checkpoints are written"] = 2 * trained * 4  # dealt out to workers
     require_memory("training this model", what, free_memory(cpu))
 

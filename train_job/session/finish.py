@@ -168,7 +168,9 @@ def _package(session: Session, checkpoint: Path) -> Package:
     state: Mapping[str, Tensor] = StoredModel(checkpoint)
     with doing("making the package"):
         if config.lora and inputs.parent:
-            base = str(config.init_from).removeprefix("hf:")  # PEFT takes a folder, or a name on the hub
+            name = str(config.init_from)
+            # PEFT takes a name on the hub, or a folder.
+            base = name.removeprefix("hf:") if name.startswith("hf:") else str(inputs.parent.path)
             save_adapter(session.run_dir / ADAPTER, inputs.parent, base, state, config.lora)
             state = Merged(inputs.parent, state, config.lora)
         return save_package(session.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
@@ -219,7 +221,8 @@ def _deliver(session: Session, trained: Trained, files: list[Path]) -> None:
 def deliver(spool: Spool, files: list[Path], say: Callable[[str], None]) -> None:
     """Waits up to PATIENCE_SECONDS until MLflow has every point and these files; prints what it still lacks."""
     for file in files:
-        folder = ADAPTER if file.parent.name == ADAPTER else "figures" if file.suffix == ".png" else None
+        of_adapter = file.parent == spool.folder.parent / ADAPTER
+        folder = ADAPTER if of_adapter else "figures" if file.suffix == ".png" else None
         spool.artifact(file, folder, table=file.suffix == ".json" and folder is None)
     with doing(f"sending points and files to MLflow at {without_password(spool.tracking_uri)}"):
         left = spool.close(PATIENCE_SECONDS)

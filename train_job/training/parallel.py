@@ -42,7 +42,8 @@ def is_sharded(config: TrainConfig) -> bool:
 def prepare_model(model: GPT, config: TrainConfig) -> None:
     """Sets up activation checkpointing (Chen et al. 2016) and torch.compile, each a block at a time.
 
-    All blocks share one compilation, so it takes as long as that of one block. The batches of a run have few shapes,
+    All blocks share one compilation, so it takes as long as that of one block; with adapters there are two, since the
+    first block's input needs no gradient. The batches of a run have few shapes,
     and fixed ones make faster kernels; the loss's chunks differ more.
     """
     for layer in model.layers:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptcore.config import FAMILIES, Lora, ModelConfig
 from gptcore.devices import pick_dtype
-from gptcore.errors import CheckpointError, ConfigError
+from gptcore.errors import CheckpointError, ConfigError, PackageError
 from gptcore.hf_format import empty_model
 from gptcore.lora import Merged, add_adapters, check_adapters, initial_adapters, is_adapter, save_adapter
 from gptcore.model import GPT
@@ -269,6 +269,14 @@ def test_the_adapter_of_a_small_open_model_has_less_than_3_percent_of_its_bytes(
     assert check_adapters(config, Lora(16, 32.0)) < 0.03 * whole_model
 
 
+def test_a_merged_weight_that_its_dtype_cannot_hold_is_named(tmp_path: Path):
+    base, lora = parent(tmp_path / "base", dtype=torch.float16), Lora(2, 1e7)
+    merged = Merged(base, trained_adapters(base.config, lora), lora)
+    with pytest.raises(PackageError, match=r"layers\.0\.self_attn\.q_proj\.weight contains values that are not finite"):
+        save_package(tmp_path / "merged", base.config, merged, base.tokenizer, {})
+    assert not (tmp_path / "merged").exists()
+
+
 def wrong(settings: dict[str, Any], **changes: Any) -> str:
     given = {k: v for k, v in (settings | changes).items() if v is not ...}
     with pytest.raises(ConfigError) as error:
@@ -281,6 +289,7 @@ def test_settings_that_cannot_work_are_named(settings: dict[str, Any], tmp_path:
     gpt2 = parent(tmp_path / "gpt2", "gpt2")
     assert "gate_proj" in wrong(settings, init_from=str(gpt2.path), lora_targets=["gate_proj"])
     assert "expected at most 32" in wrong(settings, lora_rank=33)
+    assert "lora_targets is empty" in wrong(settings, lora_targets=[])
     assert "there is no model to adapt" in wrong(settings, init_from=...)
     assert "lora_alpha has no effect without lora_rank" in wrong(settings, lora_rank=..., lora_alpha=8)
     assert "lora_rank is 0" in wrong(settings, lora_rank=0)
