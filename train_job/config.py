@@ -288,8 +288,10 @@ class TrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every setting by name, including the model's: for YAML files and MLflow's parameters."""
-        values = asdict(self) | {"sample_prompts": list(self.sample_prompts)}
-        model = values.pop("model")
+        values = {
+            n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items() if n != "model"
+        }  # as in JSON
+        model = self.model
         if self.init_from:  # shape and tokenizer come from the parent
             values.pop("tokenizer")
             model = {k: v for k, v in model.items() if k == "dropout"}

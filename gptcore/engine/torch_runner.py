@@ -255,7 +255,10 @@ def _linear(parts: Sequence[nn.Module], packed: bool) -> Callable[[Tensor], Tens
 def packed_linear(weight: Tensor, bias: Tensor | None = None, rows: int | None = None) -> Callable[[Tensor], Tensor]:
     """A linear layer for a CPU with its weight reordered for oneDNN, which is faster; best for `rows` rows of input.
 
+    On a CPU whose instructions oneDNN's bf16 cannot use, such as one with AVX2 alone, a bf16 weight stays as it is.
     Uses private operators of torch, tried with 2.13; tests/gptcore/engine/test_runner.py fails when they change.
     """
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return partial(F.linear, weight=weight, bias=bias)
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")

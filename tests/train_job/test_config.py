@@ -1,5 +1,6 @@
 """The settings of a run, and the errors for wrong ones."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -210,3 +211,8 @@ def test_a_range_of_workers_in_yaml_is_not_read_as_a_base_60_number(tmp_path: Pa
 def test_prompts_that_are_not_text_are_refused(prompts: Any) -> None:
     with pytest.raises(ConfigError, match=r"sample_prompts is .*; expected a list of texts"):
         build_config({"sample_prompts": prompts})
+
+
+def test_settings_are_the_same_after_json_so_that_a_finished_run_is_known_again():
+    config = build_config({"init_from": "hf:a/b", "lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]})
+    assert json.loads(json.dumps(config.flat())) == config.flat()
