@@ -25,6 +25,11 @@ def examples(count: int) -> settings:
     return settings(max_examples=count * settings().max_examples // EXAMPLES)
 
 
+def times() -> int:
+    """How many times as much `make fuzz` tries: 1 in all other runs."""
+    return settings().max_examples // EXAMPLES
+
+
 def forget_the_project() -> None:
     """Keeps Hypothesis from drawing numbers and strings that it finds in the source of what is imported.
 

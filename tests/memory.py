@@ -4,7 +4,13 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
 from torch.profiler import ProfilerActivity, profile
+
+multiplies_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU takes minutes for products in bf16"
+)
 
 
 def allocated(work: Callable[[], object]) -> tuple[int, int]:

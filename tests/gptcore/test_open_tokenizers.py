@@ -28,7 +28,7 @@ from gptcore.package import open_package, save_package
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.text import TextStream
 from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer
-from tests.chance import examples
+from tests.chance import examples, times
 from tests.open_tokenizers import (
     BYTE_LEVEL,
     KINDS,
@@ -108,7 +108,7 @@ def test_texts_of_every_kind_are_encoded_decoded_and_streamed_as_by_transformers
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_texts_are_encoded_decoded_and_streamed_as_by_transformers(both: Callable, kind: str) -> None:
-    compare(*both(kind), min(MOST, examples(MANY).max_examples), seed=2)
+    compare(*both(kind), min(MOST, MANY * times()), seed=2)
 
 
 @pytest.mark.hypothesis

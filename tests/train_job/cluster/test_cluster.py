@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from gptcore.config import ModelConfig
 from gptcore.errors import ConfigError, NoMemory
+from gptcore.model import GPT
+from gptcore.package import save_package
+from gptcore.tokenizer import load_tokenizer
 from train_job.cluster.connect import require_room, resources_per_worker
 from train_job.config import build_config
 
@@ -45,5 +50,16 @@ def test_the_messages_of_a_run_need_neither_torch_nor_ray() -> None:
 def test_a_model_too_large_for_any_memory_here_is_refused_with_the_figures() -> None:
     huge = ModelConfig(vocab_size=256, hidden_size=65536, num_layers=1024, num_heads=1024, context_length=64)
     with pytest.raises(NoMemory, match=r"training this model needs [0-9,]+ MiB of memory .* weights, .* are free"):
-        require_room(huge, 1)
-    require_room(ModelConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2, context_length=64), 2)
+        require_room(build_config({}), huge, None)
+    small = ModelConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2, context_length=64)
+    require_room(build_config({"num_workers": "2"}), small, None)
+
+
+def test_adapters_need_room_beside_frozen_weights_and_the_parents_copy(tmp_path: Path) -> None:
+    shape = ModelConfig(vocab_size=320, hidden_size=64, num_layers=2, num_heads=2, context_length=64)
+    huge = replace(shape, hidden_size=65536, num_layers=1024, num_heads=1024, head_dim=64)
+    config = build_config({"init_from": "somewhere", "lora_rank": 2})
+    parent = save_package(tmp_path / "parent", shape, GPT(shape).state_dict(), load_tokenizer("bytes"), {})
+    with pytest.raises(NoMemory, match=r"object store, [0-9,]+ for frozen weights, [0-9,]+ for adapters, .* are free"):
+        require_room(config, huge, parent)
+    require_room(config, shape, parent)

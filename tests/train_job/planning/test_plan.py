@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from gptcore.config import ModelConfig
 from gptcore.model import GPT
 from serve_app.settings import load_settings
-from tests.memory import allocated
+from tests.memory import allocated, multiplies_bf16
 from tests.refusals import one_error
 from train_job.config import TrainConfig, build_config
 from train_job.data.inputs import padded
@@ -119,6 +119,7 @@ def test_a_block_and_the_loss_read_and_write_as_many_bytes_as_the_plan_says(fami
     assert (wide - one) / (2048 - 512) == pytest.approx(LOGIT_BYTES, rel=0.1)
 
 
+@multiplies_bf16
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_real_steps_memory_peaks_where_the_plan_says(family: str, checkpointed: bool):

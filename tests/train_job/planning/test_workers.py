@@ -10,7 +10,7 @@ import torch
 from bench.gpu.shapes import RandomTokens
 from gptcore.hf_format import empty_model
 from gptcore.model import GPT
-from tests.memory import allocated
+from tests.memory import allocated, multiplies_bf16
 from tests.train_job.training.workers import Workers, workers
 from train_job.config import TrainConfig, build_config
 from train_job.planning.costs import FRAGMENTATION, GPU_RESERVE, training_memory, workload
@@ -92,6 +92,7 @@ FAST = ("ddp", "fsdp, recomputed")
 """The others take 10 to 20 seconds each, too."""
 
 
+@multiplies_bf16
 @pytest.mark.parametrize("run", [pytest.param(run, marks=() if run in FAST else pytest.mark.slow) for run in RUNS])
 def test_a_workers_memory_is_what_the_plan_says(crew: Workers, run: str):
     config = config_of(RUNS[run])
