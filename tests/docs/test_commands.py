@@ -76,6 +76,8 @@ def test_every_command_is_run_once_or_listed_as_an_exception() -> None:
     assert [command for command in twice if "serve run " not in command] == []
 
 
+LONG = (PREDECESSORS, ROOT / "docs" / "training.md")
+"""Pages with a dozen jobs each, which only run before a release. All settings on them are checked below."""
 TRAINING = [command for command in EVERY if "train_job/run.py --" in command and "--config" not in command]
 
 
@@ -113,7 +115,11 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.usefixtures("gpt2_cache", "shakespeare")
-@pytest.mark.parametrize("page", [page for page in PAGES if SHARES[page.name]], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.variant if p in LONG else ()) for p in PAGES if SHARES[p.name]],
+    ids=lambda page: page.name,
+)
 def test_every_command_of_the_page_runs(page: Path, place: Checkout):
     for number, text in enumerate(blocks_of(page, "yaml")):
         (place.folder / f"{re.search('# (.*)', text)[1] if '# ' in text else number}").write_text(text)  # type: ignore[index]

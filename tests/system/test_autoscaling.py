@@ -33,7 +33,7 @@ print(json.dumps(serve.status().applications["default"].deployments["gpt"].repli
 """
 
 
-@pytest.fixture(scope="module", params=["haproxy", "proxy"])
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("proxy", marks=pytest.mark.variant)])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster for this module."""
     env = {} if request.param == "haproxy" else {haproxy.SWITCH: "0"}

@@ -184,7 +184,9 @@ def test_fine_tuning_starts_from_the_champion_and_records_its_parent(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["a package's folder", "GPT-2 in the hub's cache"])
+@pytest.mark.parametrize(
+    "kind", ["a package's folder", pytest.param("GPT-2 in the hub's cache", marks=pytest.mark.variant)]
+)
 def test_fine_tuning_names_its_parent_and_stops_at_the_requested_training_loss(
     launch: Launch, undisturbed: Job, tmp_path: Path, kind: str
 ) -> None:

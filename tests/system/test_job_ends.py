@@ -67,7 +67,7 @@ def stopped_without_a_reader(job: Job, number: signal.Signals) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.variant)])
 def test_a_stopped_run_is_marked_killed_and_resumes_with_more_workers(launch: Launch, number: signal.Signals) -> None:
     name = f"stopped-{number.name.lower()}"
     job = launch(name, "--max-steps=2000", "--schedule=wsd", "--cooldown-fraction=0.01")
@@ -91,7 +91,7 @@ def test_a_stopped_run_is_marked_killed_and_resumes_with_more_workers(launch: La
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.variant)])
 def test_a_stop_of_the_whole_process_group_leaves_a_checkpoint(text_file: Path, tmp_path: Path, number: signal.Signals):
     """As `timeout` does it, or a terminal that is closed, to a job with a Ray of its own."""
     command = [
@@ -122,7 +122,7 @@ def test_a_stop_of_the_whole_process_group_leaves_a_checkpoint(text_file: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.variant)])
 def test_a_run_stopped_while_it_registers_is_finished_by_a_resume_with_one_version(
     launch: Launch, number: signal.Signals
 ) -> None:

@@ -42,7 +42,9 @@ SHAPE = {"hidden_size": 128, "num_layers": 4, "context_length": 8192}
 FIRST_TOKEN = "gpt_time_to_first_token_seconds_bucket{"
 
 
-@pytest.fixture(scope="module", params=["haproxy", pytest.param("proxy", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["haproxy", pytest.param("proxy", marks=[pytest.mark.slow, pytest.mark.variant])]
+)
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster for this module."""
     env = {} if request.param == "haproxy" else {haproxy.SWITCH: "0"}
