@@ -34,7 +34,7 @@ test: .venv/installed-dev ## the fast tests
 test-slow: .venv/installed-clients ## the slow tests, which take minutes each
 	@$(PYTEST) -m "slow and not variant"
 
-test-variants: .venv/installed-clients ## the slow tests with another front, signal or address, before a release
+test-variants: .venv/installed-clients ## slow tests with another front or signal, before a release
 	@$(PYTEST) -m "slow and variant"
 
 fuzz: .venv/installed-dev ## property tests, thousands of random examples; SEED=N repeats a run
