@@ -91,7 +91,7 @@ def service(cluster: Cluster, tuned: dict[str, Tuned]) -> Iterator[Service]:
     """All of them, each by its registered version."""
     port = free_port()
     models = ",".join(f"{family}=models:/open/{run.outcome['version']}" for family, run in tuned.items())
-    settings = QUICK | {"models": models, "eager": "all", "dtype": "float32", "backend": "auto", "port": port}
+    settings = QUICK | {"models": models, "eager": "all", "port": port}
     with served(cluster, "serve_app:build_app", *said(**settings), port=port) as running:
         yield running
 
