@@ -22,6 +22,7 @@ import torch
 
 from bench.open_models import OPEN_MODELS
 from bench.weights import random_package
+from gptcore.devices import pick_dtype
 from gptcore.engine.engine import Engine
 from gptcore.engine.settings import EngineSettings
 from gptcore.hf_format import empty_model
@@ -35,7 +36,6 @@ from train_job.training.events import Progress
 from train_job.training.hardware import WORKER_ENV, peak_memory_mb
 from train_job.training.loop import Trainer
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULTS: dict[str, Any] = dict(
     batch_size=1,
     sequence_length=256,
@@ -89,7 +89,7 @@ def tune(folder: Path, settings: dict[str, Any], scratch: str) -> dict[str, floa
     inputs = prepare_inputs(config)
     assert inputs.parent
     device, model = torch.device("cpu"), empty_model(inputs.model)
-    add_adapters(model, config.lora, DTYPES[config.precision])
+    add_adapters(model, config.lora, pick_dtype(config.precision, device))
     weights = chain(inputs.parent.parameters(dtype=None), initial_adapters(inputs.model, config.lora, config.seed))
     trainer = Trainer(inputs.config, model, inputs.train, inputs.validation, device, weights=weights)
     trainer.evaluate = lambda untrained=False: None  # type: ignore[method-assign, assignment, return-value]

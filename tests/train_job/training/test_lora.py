@@ -1,7 +1,7 @@
 """Adapters are trained beside a frozen model, by one or several workers, and become a whole model, or PEFT's folder."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -89,10 +89,6 @@ def train(given: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
     trainer = made(given)
     losses = [event.loss for event in trainer.run() if isinstance(event, Progress)]
     return losses, {n: p.detach().clone() for n, p in trainer.parameters.items() if is_adapter(n)}
-
-
-def adapted_logits(base: Package, adapters: dict[str, Tensor], lora: Lora, tokens: Tensor) -> Tensor:
-    return whole(base, adapters, lora)(tokens)
 
 
 def whole(base: Package, adapters: Any, lora: Lora) -> GPT:
@@ -303,8 +299,7 @@ def test_alpha_is_twice_the_rank_by_default_and_users_settings_win(settings: dic
 
 
 def test_a_whole_model_is_tuned_on_sequences_that_a_batch_fits(settings: dict[str, Any], tmp_path: Path):
-    long: Callable[..., Package] = parent
-    base = long(tmp_path / "long", context_length=4096)
+    base = parent(tmp_path / "long", context_length=4096)
     given = settings | {"init_from": str(base.path)}
     assert prepare_inputs(build_config(given)).config.sequence_length == 1024
     assert prepare_inputs(build_config(settings)).config.sequence_length == 32
