@@ -2,7 +2,8 @@
 
 In: matrices with gradients, whole or sharded by rows. Muon orthogonalises the momentum of each matrix, by products that
 need the whole matrix. Each worker does that for its share of the matrices, and the workers exchange the results. The
-numbers are those of torch.optim.Muon, which does all of it on every worker and cannot have sharded matrices.
+numbers are those of torch.optim.Muon, where the device has instructions for bf16; torch's does all of the work on every
+worker and cannot have sharded matrices.
 """
 
 import math
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from gptcore.devices import pick_dtype
 from train_job.training.parallel import first_row, local, world_size
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -23,16 +25,19 @@ ROUNDS = 5
 
 
 def orthogonalise(update: Tensor) -> Tensor:
-    """The nearest matrix with singular values of about 1, in bf16, by Newton-Schulz iterations; (R, C) both."""
+    """The nearest matrix with singular values of about 1, in bf16, by Newton-Schulz iterations; (R, C) both.
+
+    Its products are in bf16 too if the device has instructions for it. If not, fp32 is several times as fast.
+    """
     a, b, c = COEFFICIENTS
     tall = update.size(0) > update.size(1)
-    x = update.bfloat16()
+    x = update.to(pick_dtype("auto", update.device))
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(ROUNDS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+    return (x.T if tall else x).bfloat16()
 
 
 def work(shape: Iterable[int]) -> int:
