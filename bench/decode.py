@@ -2,9 +2,9 @@
 
 The model has the preset's shape and random weights; decoding is greedy and no token ends a text. It reports tokens per
 second (while decoding, and from when the prompts arrive), the bandwidth achieved, and the share of the floor: the same
-matrix products alone, measured in the same rounds. With `--peers`, transformers, CTranslate2 and llama.cpp do the same
-with the same weights, in turn with the engine, and in fp32 their text is compared with the engine's. Run nothing else
-at the same time. It prints one JSON line last.
+matrix products alone, measured in the same rounds. With `--peers`, transformers, CTranslate2, llama.cpp and vLLM do the
+same with the same weights, in turn with the engine, and in fp32 their text is compared with the engine's. Run nothing
+else at the same time. It prints one JSON line last.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="gpt2-124m", help="shape of the model")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences decoded together")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="the engine's precision")
-    parser.add_argument("--peers", action="store_true", help="measure transformers, CTranslate2 and llama.cpp as well")
+    parser.add_argument("--peers", action="store_true", help="measure other engines as well")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=5, help="rounds that count, after one for warm-up")

@@ -6,6 +6,7 @@ A module imports its library only when the contestant is opened. So a library th
 from bench.peers.ctranslate2 import open_ctranslate2
 from bench.peers.llama_cpp import open_llama_cpp
 from bench.peers.transformers import open_transformers
+from bench.peers.vllm import open_vllm
 from bench.turns import Contestant
 
 TRANSFORMERS = ("transformers",)
@@ -19,6 +20,7 @@ PEERS = [
     Contestant("CTranslate2", "float32", open_ctranslate2, CTRANSLATE2),
     Contestant("CTranslate2", "int8", open_ctranslate2, CTRANSLATE2),
     Contestant("llama.cpp", "bfloat16", open_llama_cpp, LLAMA_CPP),
+    Contestant("vLLM", "bfloat16", open_vllm),
 ]
 """Every engine in every precision that it is measured in."""
 
@@ -26,5 +28,6 @@ REFERENCES = [
     Contestant("transformers", "float32", open_transformers, TRANSFORMERS),
     Contestant("CTranslate2", "float32", open_ctranslate2, CTRANSLATE2),
     Contestant("llama.cpp", "float32", open_llama_cpp, LLAMA_CPP),
+    Contestant("vLLM", "float32", open_vllm),
 ]
 """The engines in fp32: if the weights are the same, their greedy text must agree."""

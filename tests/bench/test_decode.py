@@ -12,6 +12,7 @@ from bench.peers.ctranslate2 import open_ctranslate2
 from bench.peers.llama_cpp import open_llama_cpp
 from bench.peers.task import DecodeTask, DecodeTurn
 from bench.peers.transformers import open_transformers
+from bench.peers.vllm import PYTHON, open_vllm
 from bench.turns import Contestant, RunTurn, Unsupported, median_ratio, run_in_turn
 from bench.weights import made_up_tokenizer, random_package
 from gptcore.model import GPT, KVCache
@@ -85,6 +86,19 @@ def test_a_peer_continues_every_prompt_like_the_plain_model(name: str, package: 
     assert turn.prompt_seconds > 0
     assert turn.decode_seconds > 0
     assert name.lower() in note.lower()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not installed; make .venv-vllm/installed does that")
+def test_vllm_continues_every_prompt_like_the_plain_model(tmp_path: Path) -> None:
+    package = random_package(tmp_path / "package", "quick", VOCAB)
+    task = DecodeTask(str(package.path), "", 3, prompt_tokens=9, new_tokens=6, threads=1, vocab_size=VOCAB)
+    run_turn, note = open_vllm(task, "float32")
+    turn, model = run_turn(), package.load_model()
+    assert turn.tokens == [greedy(model, prompt, task.new_tokens) for prompt in task.prompts()]
+    assert turn.tokens == run_turn().tokens
+    assert turn.decoded == task.batch * (task.new_tokens - 1)
+    assert note.startswith("vLLM ")
 
 
 def test_the_engine_does_the_same_work(package: Package, task: DecodeTask) -> None:
