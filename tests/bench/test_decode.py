@@ -195,13 +195,16 @@ def test_a_ratio_is_the_median_over_the_rounds() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_reports_engine_and_floor_for_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_engine_floor_and_named_peers_for_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
     command = "--preset tiny --batch 1 2 --dtype float32 --prompt-tokens 5 --new-tokens 4 --turns 1 --threads 1"
-    assert main(command.split()) == 0
+    assert main([*command.split(), "--peers", "transformers"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["machine"]["threads"] == 1
     assert list(report["batches"]) == ["1", "2"]
+    assert report["agreement"]["transformers float32"] == [24, 24]
     for batch in report["batches"].values():
+        assert "transformers float32" in batch["contestants"]
+        assert "llama.cpp bfloat16" not in batch["contestants"] | batch["absent"]
         row = batch["contestants"][f"{ENGINE} float32"]
         assert row["engine_ratio"] == 1
         assert row["decode_tokens_per_second"] > 0
@@ -211,7 +214,12 @@ def test_the_command_reports_engine_and_floor_for_each_batch(capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [("--preset tinny", "Did you mean 'tiny'"), ("--batch 0", "--batch"), ("--turns 0", "--turns")],
+    [
+        ("--preset tinny", "Did you mean 'tiny'"),
+        ("--batch 0", "--batch"),
+        ("--turns 0", "--turns"),
+        ("--peers vllm", "'vLLM'"),
+    ],
 )
 def test_wrong_input_is_named(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:

@@ -117,7 +117,7 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.mark.usefixtures("gpt2_cache", "shakespeare")
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=pytest.mark.variant if p in LONG else ()) for p in PAGES if SHARES[p.name]],
+    [pytest.param(p, marks=pytest.mark.release if p in LONG else ()) for p in PAGES if SHARES[p.name]],
     ids=lambda page: page.name,
 )
 def test_every_command_of_the_page_runs(page: Path, place: Checkout):

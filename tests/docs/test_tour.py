@@ -72,6 +72,7 @@ def test_text_that_arrived_in_pieces_is_stored_as_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_notebook_runs_from_top_to_bottom_and_leaves_nothing_behind(
     stored: NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from tests.waiting import eventually
 
 __all__ = ["make_package"]  # a fixture, used here too
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.release]
 
 STEP_MS = 10
 FEWEST, MOST = 2, 4
@@ -33,7 +33,7 @@ print(json.dumps(serve.status().applications["default"].deployments["gpt"].repli
 """
 
 
-@pytest.fixture(scope="module", params=["haproxy", pytest.param("proxy", marks=pytest.mark.variant)])
+@pytest.fixture(scope="module", params=["haproxy", "proxy"])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster for this module."""
     env = {} if request.param == "haproxy" else {haproxy.SWITCH: "0"}

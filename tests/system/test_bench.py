@@ -59,6 +59,7 @@ def test_time_to_quality_refuses_wrong_arguments_in_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_ray_job_is_compared_with_the_bare_loop(tmp_path: Path, text_file: Path) -> None:
     small = ["tokenizer=bytes", "hidden_size=32", "num_layers=1"]
     code, report = last_line(

@@ -13,6 +13,7 @@ from tests.system.conftest import ROOT, environment, what_now
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a CPU of ten years ago trains for five minutes
 def test_the_demo_registers_and_promotes_a_model_and_reuses_it(tmp_path: Path) -> None:
     port = free_port()
     env = environment(tmp_path, RAY_ADDRESS="local", GPT_PORT=str(port))

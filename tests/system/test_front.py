@@ -114,7 +114,7 @@ class Witness:
         eventually(calm, "nobody is told to come back", RESTART_SECONDS)
 
 
-@pytest.fixture(scope="module", params=["haproxy", pytest.param("proxy", marks=pytest.mark.variant)])
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("proxy", marks=pytest.mark.release)])
 def front(request: pytest.FixtureRequest) -> str:
     """What is in front of the replicas."""
     return str(request.param)

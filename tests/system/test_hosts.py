@@ -90,6 +90,7 @@ def test_training_survives_the_loss_of_a_host_and_ends_as_one_run_with_a_version
         assert client.get_model_version_by_alias("gpt", "champion").version == version.version
 
 
+@pytest.mark.release
 def test_losing_a_host_only_fails_the_requests_that_it_was_answering(
     machines: Machines, make_package: MakePackage, tmp_path: Path
 ):

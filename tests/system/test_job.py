@@ -104,6 +104,7 @@ def test_two_workers_see_the_same_batches_and_agree_on_the_loss(launch: Launch, 
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_run_stopped_before_its_first_step_is_marked_killed_and_can_begin_again(
     launch: Launch, undisturbed: Job
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_run_stopped_before_its_first_step_is_marked_killed_and_can_begin_agai
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_resume_that_adds_no_step_adds_no_version(launch: Launch, undisturbed: Job) -> None:
     assert len(versions(undisturbed)) == 1
     code, output = launch("undisturbed", "--resume=undisturbed", "--max-steps=40").finish()
@@ -135,6 +137,7 @@ def test_a_resume_that_adds_no_step_adds_no_version(launch: Launch, undisturbed:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_run_can_keep_its_checkpoints_at_a_url(launch: Launch, undisturbed: Job, tmp_path: Path) -> None:
     store = tmp_path / "store"
     job = launch("behind-a-url", "--max-steps=20", "--schedule=linear", f"--storage-path={store.as_uri()}")
@@ -184,9 +187,8 @@ def test_fine_tuning_starts_from_the_champion_and_records_its_parent(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["a package's folder", pytest.param("GPT-2 in the hub's cache", marks=pytest.mark.variant)]
-)
+@pytest.mark.release
+@pytest.mark.parametrize("kind", ["a package's folder", "GPT-2 in the hub's cache"])
 def test_fine_tuning_names_its_parent_and_stops_at_the_requested_training_loss(
     launch: Launch, undisturbed: Job, tmp_path: Path, kind: str
 ) -> None:
@@ -234,6 +236,7 @@ def test_an_outage_of_the_tracking_server_loses_no_step_and_no_point(launch: Lau
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_password_in_the_tracking_uri_is_neither_printed_nor_written(launch: Launch, tmp_path: Path) -> None:
     server = TrackingServer(tmp_path)
     server.start()

@@ -46,6 +46,7 @@ def test_closing_the_terminal_stops_a_run_in_the_usual_way(under_way: Job) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_run_whose_output_is_closed_can_still_be_stopped(launch: Launch) -> None:
     """As `... | tee log` at Ctrl-C, which ends tee too."""
     job = launch("unread", "--max-steps=100000")
@@ -67,7 +68,7 @@ def stopped_without_a_reader(job: Job, number: signal.Signals) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.variant)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.release)])
 def test_a_stopped_run_is_marked_killed_and_resumes_with_more_workers(launch: Launch, number: signal.Signals) -> None:
     name = f"stopped-{number.name.lower()}"
     job = launch(name, "--max-steps=2000", "--schedule=wsd", "--cooldown-fraction=0.01")
@@ -91,7 +92,8 @@ def test_a_stopped_run_is_marked_killed_and_resumes_with_more_workers(launch: La
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.variant)])
+@pytest.mark.release
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_of_the_whole_process_group_leaves_a_checkpoint(text_file: Path, tmp_path: Path, number: signal.Signals):
     """As `timeout` does it, or a terminal that is closed, to a job with a Ray of its own."""
     command = [
@@ -122,7 +124,8 @@ def test_a_stop_of_the_whole_process_group_leaves_a_checkpoint(text_file: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.variant)])
+@pytest.mark.release
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_while_it_registers_is_finished_by_a_resume_with_one_version(
     launch: Launch, number: signal.Signals
 ) -> None:
@@ -141,7 +144,7 @@ def test_a_run_stopped_while_it_registers_is_finished_by_a_resume_with_one_versi
     assert version.tags["promotion_reason"]
 
 
-@pytest.mark.parametrize("working_dir", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("working_dir", [True, pytest.param(False, marks=[pytest.mark.slow, pytest.mark.release])])
 def test_the_job_runs_through_ray_job_submit(cluster: Cluster, text_file: Path, working_dir: bool) -> None:
     name = f"submitted-{working_dir}"
     command = [BIN / "ray", "job", "submit", f"--address={cluster.dashboard}"]
@@ -180,6 +183,7 @@ def test_ray_job_stop_leaves_a_checkpoint_and_a_killed_run(cluster: Cluster, tex
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_nan_loss_fails_the_run_without_a_restart(launch: Launch) -> None:
     job = launch("diverging", "--learning-rate=1e38", "--matrix-learning-rate=1e38", "--precision=fp32")
     code, output = job.finish()
@@ -205,6 +209,7 @@ def checkpoint_steps(job: Job) -> dict[int, Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_run_survives_a_full_disk_and_damaged_files(launch: Launch) -> None:
     job = launch("damaged", "--max-steps=100000", "--schedule=wsd")
     job.await_line(r"step +60 \| validation")

@@ -60,6 +60,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_kept_run_is_resumed_and_registered(cluster: Cluster, home: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "train_job/run.py", "--resume=kept", "--max-steps=9", "--promote=always"],

@@ -43,7 +43,7 @@ FIRST_TOKEN = "gpt_time_to_first_token_seconds_bucket{"
 
 
 @pytest.fixture(
-    scope="module", params=["haproxy", pytest.param("proxy", marks=[pytest.mark.slow, pytest.mark.variant])]
+    scope="module", params=["haproxy", pytest.param("proxy", marks=[pytest.mark.slow, pytest.mark.release])]
 )
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster for this module."""

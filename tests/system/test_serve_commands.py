@@ -27,6 +27,7 @@ def registry(cluster: Cluster, make_package: MakePackage) -> Iterator[TestRegist
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_from_zero_replicas_the_first_request_is_answered(cluster: Cluster, registry: TestRegistry):
     registry.publish("asleep", seed=1)
     port = free_port()
