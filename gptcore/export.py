@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptcore.chat import template_source
 from gptcore.cli import Parser
 from gptcore.config import ModelConfig
 from gptcore.errors import ExportError, FoundryError, did_you_mean, excerpt
 from gptcore.files import whole_file, write_file
-from gptcore.gguf_tokenizer import add_tokenizer, chat_template
+from gptcore.gguf_tokenizer import add_tokenizer
 from gptcore.hf_format import count_parameters, is_transposed, tensor_shapes
 from gptcore.hub import KINDS, resolve
 from gptcore.package import Package, describe, open_package
@@ -231,7 +232,7 @@ def _rope_factors(c: ModelConfig) -> np.ndarray | None:
 
 def _modelfile(package: Package, file: Path) -> str:
     lines = [f"FROM ./{file.name}"]
-    if chat_template(package.tokenizer) is None:  # Ollama knows the usual ones by the template in the file
+    if template_source(package.tokenizer) is None:  # Ollama knows the usual ones by the template in the file
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     lines.append(f"PARAMETER num_ctx {min(package.config.context_length, OLLAMA_CONTEXT)}")
     return "\n".join(lines) + "\n"

@@ -4,15 +4,16 @@ GGUF has two kinds of BPE: `gpt2`, a list of merges behind one of llama.cpp's sp
 where a token's score orders the merges. A tokenizer that neither can express raises ExportError, which names the part.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from gptcore.chat import template_source
 from gptcore.errors import ExportError, excerpt
-from gptcore.hf_tokenizer import CONFIG, LINE_SPLITTERS, steps
+from gptcore.hf_tokenizer import LINE_SPLITTERS
 from gptcore.merges import byte_characters
+from gptcore.spelling import steps
 from gptcore.tokenizer import Tokenizer, tokenizer_json
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -56,20 +57,9 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, rows: int) -> list[str]:
     _add_special(writer, tokenizer)
     if unused := [number for number, kind in enumerate(types) if kind == UNUSED]:
         writer.add_array("tokenizer.ggml.suppress_tokens", unused)  # never chosen
-    if template := chat_template(tokenizer):
+    if template := template_source(tokenizer):
         writer.add_chat_template(template)
     return notes
-
-
-def chat_template(tokenizer: Tokenizer) -> str | list[dict[str, str]] | None:
-    """The Jinja template by which an open model's files format a chat, or several with names."""
-    if tokenizer.published is None:
-        return None
-    files = dict(tokenizer.published.files)
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    beside = json.loads(files.get("chat_template.json", b"{}"))
-    return beside.get("chat_template") or tokenizer.published.content(CONFIG).get("chat_template")
 
 
 def _check_added(content: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import tokenizers
 
 from gptcore.documents import MOST_BYTES, read_json, require_regular
 from gptcore.errors import TokenizerError, excerpt
-from gptcore.merges import byte_characters
+from gptcore.spelling import spelling_of, steps
 
 TOKENIZER_BYTES = 1 << 26
 """Size limit of a tokenizer file: 64 MiB. Qwen's has 11 MB, Llama 3's 17 MB, Gemma 3's 33 MB."""
@@ -33,7 +32,6 @@ MODEL_FILES = ("generation_config.json", "config.json")
 
 PRE_TOKENIZERS = ("ByteLevel", "Digits", "FixedLength", "Metaspace", "Punctuation", "Split", "UnicodeScripts")
 """Those that keep all of the text."""
-DECODERS = "ByteLevel, Metaspace, or Replace, ByteFallback, Fuse and Strip in this order"
 LINE_SPLITTERS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -46,38 +44,6 @@ ACROSS_LINES = re.compile(r"(\n|<0x0A>)[^\n]")
 """In a token, a line's end before something else."""
 Files = tuple[tuple[str, bytes], ...]
 ModelIds = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """How tokens of the vocabulary spell text: tokenizer.json's decoder, one token at a time."""
-
-    byte_level: bool = False
-    """Each character stands for a byte, as in GPT-2."""
-    replaced: tuple[tuple[str, str], ...] = ()
-    byte_fallback: bool = False
-    """<0x41> is the byte 0x41."""
-    strips: bool = False
-    """One space at the beginning of a text is dropped."""
-    drops: str = ""
-    """The character that the first token of a text loses."""
-
-    def middle(self, token: str) -> bytes:
-        """The bytes of `token` behind another."""
-        if self.byte_level:
-            byte_of = _byte_of()
-            return bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode()
-        for old, new in self.replaced:
-            token = token.replace(old, new)
-        if self.byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
-            return bytes.fromhex(token[3:5])
-        return token.encode()
-
-    def first(self, token: str) -> bytes:
-        """The bytes of `token` at the beginning of a text."""
-        if self.drops:
-            return self.middle(token.replace(self.drops, ""))
-        return self.middle(token).removeprefix(b" " if self.strips else b"")
 
 
 class PublishedEncoding:
@@ -94,10 +60,11 @@ class PublishedEncoding:
             config = config | _parsed(files, NAMED) | {"added_tokens_decoder": older}
         self.n_vocab = _check_supported(content, config)
         """The largest id + 1; some ids below may have no token."""
-        self.spelling = _spelling(content.get("decoder"))
+        self.spelling = spelling_of(content.get("decoder"))
         self.splits_lines = _splits_lines(content)
         """Whether a text may be cut behind a line break between visible characters, without a change to its ids."""
         self._backend = _backend(content, config, dict(files)[TOKENIZER])
+        self._separated = cache(lambda free: _separated(_backend(content, config, dict(files)[TOKENIZER]), free))
         self._bytes = cache(lambda number: self.spelling.middle(self.token(number)))
         added = self._backend.get_added_tokens_decoder()
         self.special = frozenset(number for number, token in added.items() if token.special)
@@ -106,6 +73,8 @@ class PublishedEncoding:
         """The ids that end a text; the first one ends training documents."""
         self.special |= {*self.stops}
         self._check_special_are_text(content["model"].get("unk_token"))
+        self.special_names = {k: name for k, v in config.items() if k.endswith("_token") and (name := _content(v))}
+        """Special tokens by their names in the tokenizer's files, such as `eos_token`."""
         self.bos = self._bos()
         """The ids that `transformers` puts before a text by default; what it puts behind is left out."""
 
@@ -144,16 +113,37 @@ class PublishedEncoding:
         """
         if not begins:  # the library puts a prefix space only before the line break
             return self.encode(f"\n{text}")[len(self.encode("\n")) :]
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # lone surrogates
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        except BaseException as error:
-            _raise_if_other(error)
-            raise TokenizerError(f"the tokenizer cannot split a text of {len(text):,} characters: {error}") from error
-        return ids
+        return _ids(self._backend, text)
+
+    def encode_special(self, text: str, guard: str, free: str) -> list[int]:
+        """The ids of `text`, in which a special token's characters are that token, unless `guard` is among them.
+
+        `free` is a character that the text does not contain. It stands for the special tokens while the rest is
+        encoded: the library splits there as it does at a special token.
+        """
+        found = [match.strip() for match in self._special.findall(text)]
+        parts = [part.replace(guard, "") for part in self._special.split(text)]
+        backend = self._separated(free)
+        ids, separator = _ids(backend, free.join(parts)), backend.token_to_id(free)
+        specials: Iterator[Any] = (self._backend.token_to_id(token) for token in found)
+        return [next(specials) if number == separator else number for number in ids]
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """How the special tokens are spelled, longest first."""
+        return tuple(sorted(map(self.token, self.special), key=len, reverse=True))
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Matches a special token as the library does, with the white space that it takes along."""
+        added = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
+        left, right = ({name for name, t in added.items() if getattr(t, side)} for side in ("lstrip", "rstrip"))
+        space = r"\s*"
+        return re.compile(
+            "|".join(
+                f"{space * (name in left)}{re.escape(name)}{space * (name in right)}" for name in self.special_tokens
+            )
+        )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids` behind other text; an id without a token has none."""
@@ -307,38 +297,6 @@ def _check_supported(content: Mapping[str, Any], config: Mapping[str, Any]) -> i
     return max(owners) + 1
 
 
-def steps(part: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part of tokenizer.json, those of sequences one by one."""
-    if part is None:
-        return
-    if part["type"] != "Sequence":
-        yield part
-        return
-    for step in part[key]:
-        yield from steps(step, key)
-
-
-def _spelling(decoder: Mapping[str, Any] | None) -> Spelling:
-    """The decoder, a token at a time. Raises ValueError for one that cannot be computed so."""
-    parts = [*steps(decoder, "decoders")]
-    kinds = [part["type"] for part in parts]
-    order = ("Replace", "ByteFallback", "Fuse", "Strip")
-    if kinds == ["ByteLevel"]:
-        return Spelling(byte_level=True)
-    if kinds == ["Metaspace"]:
-        mark = parts[0]["replacement"]
-        keeps = parts[0].get("prepend_scheme") == "never" or parts[0].get("add_prefix_space") is False
-        return Spelling(replaced=((mark, " "),), drops="" if keeps else mark)
-    places = [order.index(kind) if kind in order else -1 for kind in kinds]
-    strips = [(part["content"], part["start"], part["stop"]) for part in parts if part["type"] == "Strip"]
-    patterns = [part["pattern"].get("String") for part in parts if part["type"] == "Replace"]
-    fits = places == sorted(places) and -1 not in places and None not in patterns
-    if not kinds or not fits or strips not in ([], [(" ", 1, 0)]) or (strips and "Fuse" not in kinds):
-        raise ValueError(f"its decoder is {excerpt(decoder)}; expected {DECODERS}")
-    replaced = tuple((part["pattern"]["String"], part["content"]) for part in parts if part["type"] == "Replace")
-    return Spelling(replaced=replaced, byte_fallback="ByteFallback" in kinds, strips=bool(strips))
-
-
 def _splits_lines(content: Mapping[str, Any]) -> bool:
     """Whether nothing looks across the end of a line: no step before the merges is known to, and no token does."""
     normalizers = [*steps(content.get("normalizer"), "normalizers")]
@@ -359,6 +317,25 @@ def _splits_lines(content: Mapping[str, Any]) -> bool:
     model = content["model"]
     fuses = model.get("unk_token") is not None and not model.get("byte_fallback")  # unknown characters become one
     return local and known and not fuses and not any(map(ACROSS_LINES.search, model["vocab"]))
+
+
+def _separated(backend: tokenizers.Tokenizer, free: str) -> tokenizers.Tokenizer:
+    """The backend with one more token, at which a text is split."""
+    backend.add_tokens([tokenizers.AddedToken(free, special=False, normalized=False)])
+    return backend
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The ids of `text`; lone surrogates are replaced. Raises TokenizerError if the library gives up on it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        _raise_if_other(error)
+        raise TokenizerError(f"the tokenizer cannot split a text of {len(text):,} characters: {error}") from error
 
 
 def _backend(content: Mapping[str, Any], config: Mapping[str, Any], raw: bytes) -> tokenizers.Tokenizer:
@@ -385,9 +362,3 @@ def _backend(content: Mapping[str, Any], config: Mapping[str, Any], raw: bytes) 
     backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in special])
     backend.encode_special_tokens = True
     return backend
-
-
-@lru_cache
-def _byte_of() -> dict[str, int]:
-    """The byte for which each of GPT-2's printable characters stands."""
-    return {character: b for b, character in byte_characters().items()}

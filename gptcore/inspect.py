@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gptcore.chat import chat_template
 from gptcore.cli import Parser
 from gptcore.config import Lora, ModelConfig
 from gptcore.devices import pick_device, pick_dtype
@@ -65,7 +66,20 @@ sequence, {gib(need.sequence)} GiB for {config.context_length:,}
 here: {served_here(package)}
 to train: {gib(need.training)} GiB for weights, gradients and AdamW's state in fp32, and activations, which depend on \
 the batch (train_job/plan.py computes them); {gib(need.tuning)} GiB with --lora-rank {adapters(config).rank} in \
-bfloat16"""
+bfloat16
+to chat: {chats(package)}"""
+
+
+def chats(package: Package) -> str:
+    """Whether it has a chat template, and whether that works here."""
+    try:
+        template = chat_template(package.tokenizer)
+        if template is None:
+            return "no: it has no chat template, so it only continues text"
+        tokens = template.encode([{"role": "user", "content": "Hello"}])
+    except FoundryError as error:
+        return f"no: {error}"
+    return f"by its own template, which makes {len(tokens)} tokens of a user's Hello"
 
 
 def served_here(package: Package) -> str:

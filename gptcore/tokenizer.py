@@ -28,10 +28,10 @@ from gptcore.hf_tokenizer import (
     TOKENIZER_BYTES,
     PublishedEncoding,
     read_encoding,
-    steps,
     without_tokenizer,
 )
 from gptcore.merges import Ranks, byte_characters, last_merge, learn_merges
+from gptcore.spelling import steps
 
 EOT = "<|endoftext|>"
 
@@ -82,6 +82,16 @@ class Tokenizer:
         return self.published.special if self.published else frozenset([self.eot])
 
     @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """How the special tokens are spelled, longest first."""
+        return self.published.special_tokens if self.published else (EOT,)
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """Special tokens by the names that `tokenizer_config.json` gives them, such as `eos_token`."""
+        return self.published.special_names if self.published else {"bos_token": EOT, "eos_token": EOT}
+
+    @property
     def bos(self) -> tuple[int, ...]:
         """What precedes every document and every prompt, as in `transformers`: Llama's BOS, none for ours."""
         return self.published.bos if self.published else ()
@@ -113,6 +123,18 @@ class Tokenizer:
         for piece in _cut_long_space(text):
             ids += self.encoding.encode_ordinary(piece)
         return ids
+
+    def encode_special(self, text: str, guard: str, free: str) -> list[int]:
+        """Token ids of `text`, without `bos`, in which a special token's characters are that token.
+
+        `guard`, a character that is dropped, keeps them from it. `free` is a character that the text does not contain.
+        """
+        if isinstance(self.encoding, PublishedEncoding):
+            return self.encoding.encode_special(text, guard, free)
+        ids: list[int] = []
+        for part in text.split(EOT):
+            ids += [*self.encode(part.replace(guard, "")), self.eot]
+        return ids[:-1]
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids that a model continues: `bos` and `text`. Without `bos`, an empty text is begun by `eot`."""

@@ -15,6 +15,7 @@ from gptcore.inspect import ADAPTERS, main, needs
 from gptcore.lora import check_adapters
 from gptcore.package import Package
 from gptcore.units import count, gib
+from tests.open_tokenizers import publish, write_tokenizer
 from tests.refusals import one_error
 
 PAGE = Path(__file__).parents[2] / "docs" / "open-models.md"
@@ -29,6 +30,18 @@ def test_the_report_has_the_network_its_needs_and_what_fits_here(
     assert "to serve: 0.0 GiB of weights in bfloat16, and 0 KiB for each token" in said
     assert re.search(r"here: in \w+ on \w+, at least 4 sequences of all 64 tokens fit", said)
     assert "to train: 0.0 GiB for weights, gradients and AdamW's state in fp32" in said
+    assert "to chat: no: it has no chat template, so it only continues text" in said
+
+
+def test_it_says_whether_the_model_can_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = publish(write_tokenizer("smollm2", tmp_path / "tokenizer"), tmp_path / "model", 512, "llama")
+    template = folder / "chat_template.jinja"
+    template.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}")
+    assert main([str(folder)]) == 0
+    assert re.search(r"to chat: by its own template, which makes \d+ tokens of a user's Hello", capsys.readouterr().out)
+    template.write_text("{{ raise_exception('no users here') }}")
+    assert main([str(folder)]) == 0
+    assert "to chat: no: the model's chat template refuses the messages: no users here" in capsys.readouterr().out
 
 
 def test_it_says_if_the_model_does_not_fit_here(

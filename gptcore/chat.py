@@ -1,0 +1,254 @@
+"""Chats as text: a model's chat template, and the tokens of a conversation.
+
+In: messages in OpenAI's form, and the template of the model's package, in Jinja as `transformers` has it. Out: the text
+that the template makes of them, and its ids, which are those of `apply_chat_template` with one exception: what was
+typed into a message never becomes a special token, whatever it spells.
+
+A template comes with a model that somebody else may have published. It runs in Jinja's sandbox, and its steps and its
+text are bounded.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from jinja2 import nodes
+
+from gptcore.errors import ConfigError, PackageError
+from gptcore.hf_tokenizer import CONFIG
+from gptcore.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+"""`role` and `content`, and whatever else a template knows."""
+
+MOST_STEPS = 1_000_000
+"""Iterations and calls of one rendering, about a second; 10,000 messages take a tenth of it."""
+MOST_CHARACTERS = 1 << 20
+"""A rendered text has at most so many more characters than twice its messages."""
+GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Unicode's noncharacters, which no text should contain."""
+_steps: ContextVar[list[int]] = ContextVar("steps")
+"""Steps and characters left to the rendering that is going on."""
+
+
+class ChatTemplate:
+    """A compiled template with the names of a tokenizer's special tokens.
+
+    Raises PackageError for a template that is not valid Jinja.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        try:
+            sandbox = _Sandbox()
+            self._template = sandbox.from_string(_watched(sandbox.parse(source)))
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+            raise PackageError(f"the chat template cannot be compiled: {_one_line(error)}") from error
+
+    def render(self, messages: Sequence[Message], generate: bool = True, **variables: Any) -> str:
+        """The text of a conversation, which ends with the beginning of an answer if that is to be generated.
+
+        Raises ConfigError if the template refuses the messages, fails, or takes too long.
+        """
+        size = sum(map(_characters, messages))
+        token = _steps.set([MOST_STEPS, MOST_CHARACTERS + 2 * size])
+        given = {"tools": None, "documents": None} | self.tokenizer.special_names | variables
+        try:
+            pieces = self._template.generate(messages=messages, add_generation_prompt=generate, **given)
+            return "".join(map(_counted, pieces))
+        except (jinja2.TemplateError, *_MISTAKES) as error:
+            raise ConfigError(
+                f"the model's chat template refuses the messages: {_one_line(error)}", "messages"
+            ) from error
+        finally:
+            _steps.reset(token)
+
+    def encode(self, messages: Sequence[Message], generate: bool = True, **variables: Any) -> list[int]:
+        """The ids of `render`'s text. Special tokens that are spelled in a message are text. Raises ConfigError."""
+        everything = json.dumps([*messages], ensure_ascii=False)
+        free = [guard for guard in GUARDS if guard not in everything]
+        if len(free) < 2:
+            raise ConfigError("the messages contain nearly all of Unicode's noncharacters U+FDD0 to U+FDEF", "messages")
+        guarded = [_guard(message, self._spelled, free[0]) for message in messages]
+        return self.tokenizer.encode_special(self.render(guarded, generate, **variables), *free[:2])
+
+    @cached_property
+    def _spelled(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self.tokenizer.special_tokens)))
+
+
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template that an open model's files have, the default one of several. Raises PackageError."""
+    source = template_source(tokenizer)
+    if isinstance(source, list):
+        named = {each.get("name"): each.get("template") for each in source}
+        source = named.get("default")
+    return None if source is None else ChatTemplate(source, tokenizer)
+
+
+def template_source(tokenizer: Tokenizer) -> str | list[dict[str, str]] | None:
+    """The Jinja template by which an open model's files format a chat, or several with names."""
+    if tokenizer.published is None:
+        return None
+    files = dict(tokenizer.published.files)
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    beside = json.loads(files.get("chat_template.json", b"{}"))
+    return beside.get("chat_template") or tokenizer.published.content(CONFIG).get("chat_template")
+
+
+# --- what was typed -----------------------------------------------------------------------------------------------
+
+
+def _guard(value: Any, spelled: re.Pattern[str], guard: str) -> Any:
+    """`value` with `guard` inside whatever spells a special token, so that it spells none."""
+    if isinstance(value, str):
+        return spelled.sub(lambda found: found[0][:1] + guard + found[0][1:], value)
+    if isinstance(value, Mapping):
+        return {key: _guard(each, spelled, guard) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_guard(each, spelled, guard) for each in value]
+    return value
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 1
+
+
+# --- the sandbox --------------------------------------------------------------------------------------------------
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The environment that `transformers` gives templates, with every iteration, call and text counted."""
+
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def __init__(self) -> None:
+        extensions = [_Generation, jinja2.ext.loopcontrols]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        self.filters |= {"tojson": _to_json, "replace": _replace, "counted": _iterated, "bounded": _bounded}
+        for name in ("batch", "center", "format", "indent", "slice"):
+            del self.filters[name]  # with a large number they fill the memory, and chats do without
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        _step()
+        for argument in (*args, *kwargs.values()):
+            _bounded(range(argument) if isinstance(argument, int) else argument)  # as in "x".ljust(10**9)
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, str) and function.__name__ == "replace":
+            return _replace(owner, *args)
+        return _bounded(super().call(context, function, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or (operator == "%" and isinstance(left, str)):
+            raise jinja2.TemplateError(f"{operator} is not supported")
+        for text, times in ((left, right), (right, left)):
+            if operator == "*" and isinstance(text, (str, list, tuple)) and isinstance(times, int):
+                _bounded(range(len(text) * times))
+        return _bounded(super().call_binop(context, operator, left, right))
+
+
+class _Generation(jinja2.ext.Extension):
+    """The tag `generation`, with which some templates mark an answer; it changes nothing here."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+_MISTAKES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+"""What Python raises for a template's mistake, as Jinja does not wrap it."""
+
+
+def _watched(tree: nodes.Template) -> nodes.Template:
+    """The template with counters in its loops, and limits on the texts that it puts together."""
+
+    def limited(node: Any) -> Any:
+        return _filtered(node, "bounded", node.lineno) if isinstance(node, nodes.Concat) else node
+
+    for node in [*tree.find_all(nodes.Node)]:
+        for name, value in [*node.iter_fields()]:
+            setattr(node, name, [*map(limited, value)] if isinstance(value, list) else limited(value))
+        if isinstance(node, nodes.For):
+            if node.recursive:
+                raise jinja2.TemplateSyntaxError("recursive loops are not supported", node.lineno)
+            node.iter = _filtered(node.iter, "counted", node.lineno)
+        if isinstance(node, nodes.AssignBlock):
+            node.filter = _filtered(node.filter, "bounded", node.lineno)
+    return tree
+
+
+def _filtered(node: nodes.Node | None, name: str, line: int) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=line)
+
+
+def _step() -> None:
+    left = _steps.get()
+    left[0] -= 1
+    if left[0] < 0:
+        raise jinja2.TemplateError(f"it takes more than {MOST_STEPS:,} steps")
+
+
+def _iterated(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        _step()
+        yield item
+
+
+def _counted(piece: str) -> str:
+    """A piece of the text."""
+    left = _steps.get()
+    left[1] -= len(piece)
+    if left[1] < 0:
+        raise jinja2.TemplateError("its text is too long")
+    return piece
+
+
+def _bounded(value: Any) -> Any:
+    """A value that a template has made."""
+    most = _steps.get()[1]
+    if isinstance(value, (str, list, tuple, range)) and len(value) > most:
+        raise jinja2.TemplateError("it makes a text or list that is too long")
+    if isinstance(value, int) and value.bit_length() > 1024:
+        raise jinja2.TemplateError("it computes a number of more than 1,024 bits")
+    return value
+
+
+def _replace(text: Any, old: Any, new: Any, count: int = -1) -> str:
+    text, old, new = str(text), str(old), str(new)
+    found = text.count(old) if count < 0 else min(count, text.count(old))
+    _bounded(range(len(text) + max(0, found * (len(new) - len(old)))))
+    return text.replace(old, new, count)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, **more: Any
+) -> str:
+    """As in `transformers`: JSON for a model, not for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **more)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
