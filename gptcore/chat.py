@@ -34,6 +34,8 @@ MOST_CHARACTERS = 1 << 20
 """A rendered text has at most so many more characters than twice its messages."""
 GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Unicode's noncharacters, which no text should contain."""
+CUT = "\U0001fffe "
+"""Another noncharacter, which ends a message that goes on; the space shows whether the template trims."""
 _steps: ContextVar[list[int]] = ContextVar("steps")
 """Steps and characters left to the rendering that is going on."""
 
@@ -52,32 +54,44 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError, ValueError) as error:
             raise PackageError(f"the chat template cannot be compiled: {_one_line(error)}") from error
 
-    def render(self, messages: Sequence[Message], generate: bool = True, **variables: Any) -> str:
-        """The text of a conversation, which ends with the beginning of an answer if that is to be generated.
+    def render(
+        self, messages: Sequence[Message], generate: bool = True, continues: bool = False, **variables: Any
+    ) -> str:
+        """The text of a conversation.
 
-        Raises ConfigError if the template refuses the messages, fails, or takes too long.
+        It ends with the beginning of an answer, if the template is told to `generate` one, or with the last message if
+        that `continues`. Raises ConfigError if the template refuses the messages, fails, or takes too long.
         """
+        if continues:
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + CUT}]
         size = sum(map(_characters, messages))
         token = _steps.set([MOST_STEPS, MOST_CHARACTERS + 2 * size])
         given = {"tools": None, "documents": None} | self.tokenizer.special_names | variables
         try:
             pieces = self._template.generate(messages=messages, add_generation_prompt=generate, **given)
-            return "".join(map(_counted, pieces))
+            text = "".join(map(_counted, pieces))
         except (jinja2.TemplateError, *_MISTAKES) as error:
-            raise ConfigError(
-                f"the model's chat template refuses the messages: {_one_line(error)}", "messages"
-            ) from error
+            why = f"the model's chat template refuses the messages: {_one_line(error)}"
+            raise ConfigError(why, "messages") from error
         finally:
             _steps.reset(token)
+        if not continues:
+            return text
+        before, mark, behind = text.rpartition(CUT.strip())
+        if not mark:
+            raise ConfigError("the model's chat template leaves out the last message, so it cannot go on", "messages")
+        return before if behind.startswith(CUT[-1]) else before.rstrip()  # a template that trims it trims more
 
-    def encode(self, messages: Sequence[Message], generate: bool = True, **variables: Any) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], generate: bool = True, continues: bool = False, **variables: Any
+    ) -> list[int]:
         """The ids of `render`'s text. Special tokens that are spelled in a message are text. Raises ConfigError."""
         everything = json.dumps([*messages], ensure_ascii=False)
         free = [guard for guard in GUARDS if guard not in everything]
         if len(free) < 2:
             raise ConfigError("the messages contain nearly all of Unicode's noncharacters U+FDD0 to U+FDEF", "messages")
         guarded = [_guard(message, self._spelled, free[0]) for message in messages]
-        return self.tokenizer.encode_special(self.render(guarded, generate, **variables), *free[:2])
+        return self.tokenizer.encode_special(self.render(guarded, generate, continues, **variables), *free[:2])
 
     @cached_property
     def _spelled(self) -> re.Pattern[str]:

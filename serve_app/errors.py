@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -201,11 +202,22 @@ def _describe(fault: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str 
         inner, near = str(place[-1])[:SHOWN_VALUE], did_you_mean(param, known) if len(place) == 2 else ""
         within = f" in {param}" if len(place) > 2 else ""
         return f"there is no field {shown(inner)}{within}.{near}", param, "unknown_parameter"
-    name = param + "".join(f"[{part}]" for part in place[2:] if isinstance(part, int))
     if fault["type"] == "missing":
-        within = f" in {name}" if len(place) > 2 else ""
+        within = f" in {_path(place[1:-1])}" if len(place) > 2 else ""
         return f"{place[-1]} is missing{within}", param, "missing_required_parameter"
-    return f"{name} is {shown(fault.get('input'))}: {_lower(fault['msg'])}", param, "invalid_value"
+    return (
+        f"{_path([param, *place[2:]])} is {shown(fault.get('input'))}: {_lower(fault['msg'])}",
+        param,
+        "invalid_value",
+    )
+
+
+def _path(place: Sequence[str | int]) -> str:
+    """Such as messages[0].role. A name behind an index is a field, and one behind another name is the type meant."""
+    path = str(place[0])
+    for before, part in pairwise(place):
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if isinstance(before, int) else ""
+    return path
 
 
 def without_folders(text: str) -> str:

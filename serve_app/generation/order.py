@@ -1,9 +1,12 @@
 """What one HTTP request asks to have generated, and the service's limits on it."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from gptcore.chat import ChatTemplate, Message
+from gptcore.errors import PackageError
 from gptcore.parameters import SamplingParams
 from gptcore.tokenizer import Tokenizer
 from serve_app.errors import ApiError
@@ -17,17 +20,36 @@ LONG_TEXT = 4096
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """Messages, of which the model's chat template makes a prompt."""
+
+    messages: Sequence[Message]
+    generate: bool = True
+    """The template begins an answer behind them."""
+    continues: bool = False
+    """The last message is continued."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template."""
+
+
+Prompt = str | Sequence[int] | Conversation
+"""A text, token ids, or what a template makes a text of."""
+
+
+@dataclass(frozen=True)
 class Order:
     """What one HTTP request wants generated."""
 
     model: str | None
-    prompts: Sequence[str | Sequence[int]]
-    """Texts or token ids; an empty one begins a document."""
+    prompts: Sequence[Prompt]
+    """An empty text, or no ids, begins a document."""
     params: SamplingParams
     n: int = 1
     echo: bool = False
     prompt_only: bool = False
     """Report on the prompts and generate nothing."""
+    prompt_field: str = "prompt"
+    """The route's name for the prompts."""
     length_field: str = "max_new_tokens"
     """The route's name for `params.max_new_tokens`."""
     default_length: bool = False
@@ -49,7 +71,9 @@ def within_limits(order: Order, served: ServedModel, settings: ServeSettings) ->
     # More than slots and queue together would never be admitted, so a 503 "try again later" would be wrong.
     places = min(settings.max_sequences, served.engine.info.slots + settings.max_queue)
     if order.size > places:
-        raise _too_much("n" if order.n > 1 else "prompt", "the number of prompts times n is", order.size, places)
+        raise _too_much(
+            "n" if order.n > 1 else order.prompt_field, "the number of prompts times n is", order.size, places
+        )
     if length > most:
         if not order.default_length:
             raise _too_much(order.length_field, f"{order.length_field} is", length, most)
@@ -61,7 +85,10 @@ def check_prompts(order: Order, prompts: Sequence[Sequence[int]], context: int, 
     """Raises ApiError if a prompt is too long, or if an unstreamed reply would hold too many log-probabilities."""
     longest, most = max(map(len, prompts)), settings.max_prompt_tokens
     if most and longest > most:  # 0: the context is the limit, which the engine checks
-        raise _too_much("prompt", "the prompt's length in tokens is", longest, most)
+        raise _too_much(order.prompt_field, "the prompt's length in tokens is", longest, most)
+    if order.prompt_field == "messages" and longest >= context:
+        message = f"the messages take {longest} tokens; this model's context is {context}, of which an answer needs one"
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
     if order.params.logprobs is None or order.stream:
         return
     length = 0 if order.prompt_only else order.params.max_new_tokens
@@ -77,10 +104,32 @@ def _too_much(param: str, what: str, value: int, most: int) -> ApiError:
     return ApiError(400, f"{what} {value}; at most {most} are allowed here", param=param, code="invalid_value")
 
 
-async def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], bos: bool = True) -> tuple[int, ...]:
-    """The prompt's token ids, with the tokenizer's `bos` before a text; those of an empty prompt begin a document."""
+async def encode_prompt(served: ServedModel, prompt: Prompt, bos: bool = True) -> tuple[int, ...]:
+    """The prompt's token ids, with the tokenizer's `bos` before a text; those of an empty prompt begin a document.
+
+    Raises ApiError for a conversation if the model has no chat template, and ConfigError if that refuses it.
+    """
+    tokenizer = served.package.tokenizer
+    if isinstance(prompt, Conversation):
+        template = _chat_template(served)
+        return tuple(
+            await asyncio.to_thread(
+                template.encode, prompt.messages, prompt.generate, prompt.continues, **prompt.variables
+            )
+        )
     ids = (*(tokenizer.bos if bos else ()), *await encode(tokenizer, prompt)) if isinstance(prompt, str) else prompt
     return tuple(ids or tokenizer.encode_prompt(""))
+
+
+def _chat_template(served: ServedModel) -> ChatTemplate:
+    why = "has no chat template, so it only continues text"
+    try:
+        if served.chat_template:
+            return served.chat_template
+    except PackageError as error:
+        why = f"cannot chat: {error}"
+    message = f"model {served.name!r} {why}; send a prompt to /v1/completions or /generate"
+    raise ApiError(400, message, param="model", code="no_chat_template")
 
 
 async def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

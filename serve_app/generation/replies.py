@@ -36,6 +36,10 @@ class Form:
     """The fields before the choices."""
     logprobs: Callable[[], Callable[[Sequence[TokenLogprob]], Any]]
     """Called once per choice; returns the function that converts its tokens, in one call or one per event."""
+    whole: Callable[[str], dict[str, Any]] = lambda text: {"text": text}
+    """The fields of a choice that hold its text."""
+    part: Callable[[str, bool], dict[str, Any]] = lambda text, first: {"text": text}
+    """The same in an event, and whether that is the first of the choice."""
     last_usage: bool = True
     """Whether the last event of a stream has the usage. A reply that is not streamed always has it."""
     null_usage: bool = False
@@ -114,7 +118,7 @@ def as_choices(form: Form) -> Write:
             "choices": [
                 {
                     "index": index,
-                    "text": choice.text,
+                    **form.whole(choice.text),
                     "logprobs": form.logprobs()(choice.logprobs) if asked else None,
                     "finish_reason": choice.finish_reason,
                 }
@@ -135,6 +139,7 @@ class Events:
         self._head = to_json({**form.head(generation), "choices": []})[:-2]
         self._tail = '],"usage":null}' if form.null_usage else "]}"
         asked = generation.order.params.logprobs is not None
+        self._begun: set[int] = set()
         self._logprobs = [form.logprobs() for _ in range(generation.order.size)] if asked else None
 
     def update(self, index: int, update: Update) -> str:
@@ -144,7 +149,9 @@ class Events:
             return ""
         logprobs = to_json(self._logprobs[index](tokens)) if self._logprobs else "null"
         reason = f'"{update.finish_reason}"' if update.finish_reason else "null"
-        choice = f'{{"index":{index},"text":{to_json(update.text)},"logprobs":{logprobs},"finish_reason":{reason}}}'
+        text = to_json(self._form.part(update.text, index not in self._begun))[1:-1]
+        self._begun.add(index)
+        choice = f'{{"index":{index},{text},"logprobs":{logprobs},"finish_reason":{reason}}}'
         return f"{self._head}{choice}{self._tail}"
 
     def last(self) -> str:

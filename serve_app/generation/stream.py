@@ -18,7 +18,7 @@ from typing import Any
 from gptcore.engine import FinishReason, Request, Stream, Update
 from gptcore.errors import EngineError, FoundryError
 from gptcore.sampling import choice_seed
-from serve_app.generation.order import Order, check_prompts, encode_prompt, within_limits
+from serve_app.generation.order import Conversation, Order, check_prompts, encode_prompt, within_limits
 from serve_app.metrics import SequenceTimer
 from serve_app.models.load import ServedModel
 from serve_app.state import AppState
@@ -79,6 +79,7 @@ class Generation:
     def _with_prompt(self, index: int, update: Update) -> Update:
         """`update` with the prompt's text before its own. Tokens that were put before that text have no text."""
         prompt, tokenizer = self.order.prompts[index // self.order.n], self.served.package.tokenizer
+        assert not isinstance(prompt, Conversation)  # no route echoes messages
         added = len(tokenizer.bos) if isinstance(prompt, str) and self.order.add_special_tokens else 0
         if not prompt:
             added = len(self._prompts[index // self.order.n])
@@ -152,9 +153,7 @@ async def generating(state: AppState, request_id: str, order: Order) -> AsyncIte
     since = time.perf_counter()
     async with state.models.lease(order.model, request_id) as served:
         order = within_limits(order, served, state.settings)
-        prompts = [
-            await encode_prompt(served.package.tokenizer, prompt, order.add_special_tokens) for prompt in order.prompts
-        ]
+        prompts = [await encode_prompt(served, prompt, order.add_special_tokens) for prompt in order.prompts]
         check_prompts(order, prompts, served.engine.info.context_length, state.settings)
         generation = Generation(order, served, prompts)
         try:

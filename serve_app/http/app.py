@@ -26,14 +26,14 @@ from serve_app.http.middleware import (
     ErrorReplies,
     RequestLog,
 )
-from serve_app.http.routes import compat, native, openai, ops, playground, tokens
+from serve_app.http.routes import chat, compat, native, openai, ops, playground, tokens
 from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading
 from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
 from serve_app.state import AppState
 
 DESCRIPTION = """\
-Continues text with models from an MLflow registry, a Hugging Face hub or a folder.
+Continues text, and answers conversations, with models from an MLflow registry, a Hugging Face hub or a folder.
 
 Every reply has the header `x-request-id` (the request's own, if it is short and plain), and a model's reply also
 `x-model-version: <name>/<version>`. Errors have OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
@@ -66,7 +66,7 @@ def create_api(
     add_handlers(app)
     # ApiKeys checks the key before a body is read; this only documents it in OpenAPI.
     documented = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
-    for routes in (native, openai, tokens, compat):
+    for routes in (native, openai, chat, tokens, compat):
         app.include_router(_answering_head(routes.router(state)), responses=error_responses(), dependencies=documented)
     app.include_router(_answering_head(ops.router(state, documented)))
     app.include_router(playground.router(state))

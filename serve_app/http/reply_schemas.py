@@ -156,6 +156,9 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int = Field(description="When it was loaded, in seconds since 1970; 0 if it is not loaded.")
     owned_by: str = Field(description="Always gpt-foundry.")
+    capabilities: list[Literal["completion", "chat"]] | None = Field(
+        description="chat: /v1/chat/completions answers with it, as it has a chat template; null: not loaded.",
+    )
 
 
 class ModelList(BaseModel):
@@ -181,7 +184,7 @@ class Detokenized(BaseModel):
 
 
 class TokenizerInfo(BaseModel):
-    """Reply of `GET /tokenizer_info`; the models have no chat format, so there is no chat template."""
+    """Reply of `GET /tokenizer_info`."""
 
     tokenizer_class: str = "PreTrainedTokenizerFast"
     bos_token: str
@@ -189,4 +192,4 @@ class TokenizerInfo(BaseModel):
     add_prefix_space: bool = False
     clean_up_tokenization_spaces: bool = False
     model_max_length: int = Field(description="The model's context length, in tokens.")
-    chat_template: None = None
+    chat_template: str | None = Field(description="In Jinja; null: the model only continues text.")

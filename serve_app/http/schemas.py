@@ -76,7 +76,7 @@ class Sampling(Parameters):
 
     def params(self, logprobs: int | None = None) -> SamplingParams:
         """What the engine takes."""
-        return _params(self, self.max_new_tokens, logprobs)
+        return sampling_params(self, self.max_new_tokens, logprobs)
 
 
 class GenerateRequest(Sampling):
@@ -134,6 +134,13 @@ class StreamOptions(Body):
     continuous_usage_stats: Off = Field(False, description="Not supported: usage is sent once, at the end.")
 
 
+def check_usage_option(options: StreamOptions | None, stream: bool) -> None:
+    """Raises ApiError if the usage is asked for at the end of a reply that is not streamed."""
+    if options is not None and options.include_usage and not stream:
+        message = "stream_options has include_usage, which needs stream to be true; other replies include the usage"
+        raise ApiError(400, message, param="stream_options", code="invalid_value")
+
+
 class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`: OpenAI's fields, and this service's other sampling parameters."""
 
@@ -166,15 +173,13 @@ class CompletionRequest(SamplingFields):
         if self.best_of not in (None, 1, self.n):
             message = f"best_of is {self.best_of} and n is {self.n}: best_of is supported only as 1 or the value of n"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
-        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
-            message = "stream_options has include_usage, which needs stream to be true; other replies include the usage"
-            raise ApiError(400, message, param="stream_options", code="invalid_value")
+        check_usage_option(self.stream_options, self.stream)
         _check_length("max_tokens", self.max_tokens, self.echo)
         return self
 
     def params(self) -> SamplingParams:
         """What the engine takes."""
-        return _params(self, self.max_tokens, self.logprobs)
+        return sampling_params(self, self.max_tokens, self.logprobs)
 
     def prompts(self) -> Sequence[str | Sequence[int]]:
         """The prompts as a list; an empty one begins a document."""
@@ -195,7 +200,8 @@ def _check_length(name: str, length: int, echo: bool) -> None:
         raise ApiError(400, message, param=name, code="invalid_value")
 
 
-def _params(body: SamplingFields, length: int, logprobs: int | None) -> SamplingParams:
+def sampling_params(body: SamplingFields, length: int, logprobs: int | None) -> SamplingParams:
+    """What the engine takes, of a body with so long a continuation."""
     values = {name: getattr(body, name) for name in SamplingFields.model_fields}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     values |= {"stop": tuple(text for text in stop if text), "stop_token_ids": tuple(body.stop_token_ids)}

@@ -25,10 +25,14 @@ UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "bad_words": NOTHING,
         "logits_processors": NOTHING,
     },
-    "these models have no chat format; send a prompt": {
+    "send messages to /v1/chat/completions, and a prompt here": {
         "messages": (),
-        "chat_template": (),
         "chat_template_kwargs": ({},),
+        "add_generation_prompt": (),
+        "continue_final_message": FALSE,
+    },
+    "the model's own chat template is used": {"chat_template": ()},
+    "there is no separate reasoning; see chat_template_kwargs": {
         "reasoning_effort": ("none",),
         "verbosity": ("medium",),
     },
@@ -211,7 +215,7 @@ def _is(value: Any, one: Any) -> bool:
 
 
 def _length(fields: Collection[str]) -> str:
-    return "max_tokens" if "max_tokens" in fields else "max_new_tokens"
+    return next(name for name in ("max_completion_tokens", "max_tokens", "max_new_tokens", "nothing") if name in fields)
 
 
 def _refused(name: str, value: Any, reason: str, off: tuple[Any, ...]) -> ApiError:

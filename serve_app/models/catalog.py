@@ -53,6 +53,8 @@ class ModelStatus:
     runner: str | None = None
     dtype: str | None = None
     slots: int | None = None
+    chat: bool | None = None
+    """Whether it answers conversations: whether it has a chat template that can be used."""
     caveats: tuple[str, ...] = ()
     """What its engine does less exactly than our own."""
     run_id: str | None = None
@@ -228,6 +230,7 @@ class Models:
             runner=info.runner,
             dtype=info.dtype,
             slots=info.slots,
+            chat=served.chats,
             caveats=info.caveats,
             run_id=lineage.run_id,
             run_url=lineage.run_url,

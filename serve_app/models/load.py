@@ -11,13 +11,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from gptcore.chat import ChatTemplate, chat_template
 from gptcore.engine import EngineSettings
 from gptcore.engine.async_engine import AsyncEngine
 from gptcore.engine.engines import make_engine
 from gptcore.engine.interface import Stepped
+from gptcore.errors import PackageError
 from gptcore.hf_format import count_parameters
 from gptcore.hub import resolve
 from gptcore.package import MANIFEST, Package, open_package
@@ -49,6 +52,19 @@ class ServedModel:
     def package(self) -> Package:
         """Its config, tokenizer and files."""
         return self.engine.package
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """How the model wants conversations. Raises PackageError if its template cannot be compiled."""
+        return chat_template(self.package.tokenizer)
+
+    @property
+    def chats(self) -> bool:
+        """Whether it has a chat template that can be used."""
+        try:
+            return self.chat_template is not None
+        except PackageError:
+            return False
 
     @property
     def name_version(self) -> str:

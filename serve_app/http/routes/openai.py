@@ -7,7 +7,7 @@ import codecs
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 
@@ -65,7 +65,9 @@ def router(state: AppState) -> APIRouter:
 def _card(status: ModelStatus) -> ModelCard:
     loaded = datetime.fromisoformat(status.loaded_at) if status.loaded_at else None
     created = int(loaded.timestamp()) if loaded else 0
-    return ModelCard(id=status.name, object="model", created=created, owned_by=OWNER)
+    able: list[Literal["completion", "chat"]] = ["completion", "chat"] if status.chat else ["completion"]
+    known = None if status.chat is None else able
+    return ModelCard(id=status.name, object="model", created=created, owned_by=OWNER, capabilities=known)
 
 
 class LegacyLogprobs:

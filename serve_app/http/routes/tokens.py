@@ -57,7 +57,12 @@ def router(state: AppState) -> APIRouter:
         async with state.models.lease(None, request.state.request_id) as served:
             tokenizer = served.package.tokenizer
             begin, end = (tokenizer.spelling(token) for token in (tokenizer.encode_prompt("")[0], tokenizer.eot))
-            info = TokenizerInfo(bos_token=begin, eos_token=end, model_max_length=served.engine.info.context_length)
+            info = TokenizerInfo(
+                bos_token=begin,
+                eos_token=end,
+                model_max_length=served.engine.info.context_length,
+                chat_template=served.chat_template.source if served.chats and served.chat_template else None,
+            )
             return await _answer(served, info.model_dump, 1)
 
     return routes

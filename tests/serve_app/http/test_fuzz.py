@@ -17,6 +17,7 @@ from schemathesis.checks import load_all_checks, positive_data_acceptance
 from gptcore.package import Package
 from serve_app.settings import ServeSettings
 from tests.chance import examples
+from tests.open_tokenizers import publish, write_tokenizer
 from tests.serve_app.running import Running, running
 from tests.waiting import eventually
 
@@ -26,9 +27,13 @@ EXCLUDED = [positive_data_acceptance]
 
 
 @pytest.fixture(scope="module")
-def service(package: Package) -> Iterator[Running]:
+def service(package: Package, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Checks at the end that the service gives the same answers and nothing is left behind."""
-    with running(ServeSettings(models=(f"tiny={package.path}",), dtype="float32")) as service:
+    root = tmp_path_factory.mktemp("talker")
+    talker = publish(write_tokenizer("smollm2", root / "tokenizer"), root / "model", 512, "llama")
+    (talker / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    models = (f"tiny={package.path}", f"talker={talker}")
+    with running(ServeSettings(models=models, dtype="float32")) as service:
         asked = dict(prompt="The future of AI is", seed=7, max_new_tokens=16)
         before = httpx2.post(f"{service.url}/generate", json=asked).json()["choices"]
         yield service
@@ -61,7 +66,7 @@ def attempt(operation: schemathesis.APIOperation, mode: GenerationMode) -> None:
     @examples(25)
     def send(case: schemathesis.Case, aimed: bool) -> None:
         if aimed and isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-            case.body["model"] = "tiny"
+            case.body["model"] = "talker" if "chat" in operation.path else "tiny"
         if aimed and "model" in (case.path_parameters or {}):
             case.path_parameters["model"] = "tiny"
         case.call_and_validate(excluded_checks=EXCLUDED)
