@@ -13,7 +13,7 @@ import pytest
 from tests.system.conftest import BIN, ROOT, SMALL, Cluster, Job, environment
 
 Sweeps = Callable[..., Job]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.release]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,6 @@ def test_the_sweep_leaves_a_table_figures_and_only_the_best_weights(swept: tuple
 SHORT_AND_LONG = "search: {max_steps: [20, 2000]}\ngrid: true\nconcurrency: 1\nasha: false\n"
 
 
-@pytest.mark.release
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_sweep_continues_where_it_was(sweeps: Sweeps, number: signal.Signals) -> None:
     name = f"sweep-{number.name.lower()}"
@@ -184,7 +183,6 @@ def test_a_stopped_sweep_continues_where_it_was(sweeps: Sweeps, number: signal.S
     assert steps(job, runs["02"], "val/bits_per_byte") == list(range(0, 2001, 200))
 
 
-@pytest.mark.release
 @pytest.mark.parametrize("working_dir", [False, True])
 def test_a_sweep_runs_through_ray_job_submit(
     cluster: Cluster, text_file: Path, tmp_path: Path, working_dir: bool
