@@ -11,6 +11,7 @@ import pytest
 
 from bench.gpu.__main__ import main
 from bench.gpu.report import failures, markdown
+from tests.memory import multiplies_bf16
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"device": "H100", "kind": "cuda", "torch": "2.13", "cuda": "13", "python": "3.11"}
@@ -25,6 +26,7 @@ sys.meta_path.insert(0, Absent())
 
 
 @pytest.mark.slow
+@multiplies_bf16
 def test_every_part_runs_in_tiny_shapes_from_a_checkout_with_torch_alone(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(BARE)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "GPT_FOUNDRY_HOME": str(tmp_path / "home")}
