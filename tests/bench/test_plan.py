@@ -5,9 +5,11 @@ import json
 import pytest
 
 from bench import plan
+from tests.memory import multiplies_bf16
 
 
 @pytest.mark.slow
+@multiplies_bf16
 def test_each_prediction_is_compared_with_a_run(capsys: pytest.CaptureFixture[str]):
     names = ("quick", "gpt2-124m, one sequence")
     found = plan.measure(1, names[:1], names[1:])

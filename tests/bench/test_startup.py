@@ -24,6 +24,7 @@ def test_the_time_of_a_mistyped_flag_has_two_phases(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_run_and_a_service_have_every_phase() -> None:
     command = [sys.executable, "-m", "bench.startup", "--times=1", "--steps=4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
