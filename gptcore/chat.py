@@ -55,7 +55,11 @@ class ChatTemplate:
             raise PackageError(f"the chat template cannot be compiled: {_one_line(error)}") from error
 
     def render(
-        self, messages: Sequence[Message], generate: bool = True, continues: bool = False, **variables: Any
+        self,
+        messages: Sequence[Message],
+        generate: bool = True,
+        continues: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation.
 
@@ -66,9 +70,9 @@ class ChatTemplate:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + CUT}]
         size = sum(map(_characters, messages))
         token = _steps.set([MOST_STEPS, MOST_CHARACTERS + 2 * size])
-        given = {"tools": None, "documents": None} | self.tokenizer.special_names | variables
+        given = {"tools": None, "documents": None} | self.tokenizer.special_names | dict(variables or {})
         try:
-            pieces = self._template.generate(messages=messages, add_generation_prompt=generate, **given)
+            pieces = self._template.generate(given | {"messages": messages, "add_generation_prompt": generate})
             text = "".join(map(_counted, pieces))
         except (jinja2.TemplateError, *_MISTAKES) as error:
             why = f"the model's chat template refuses the messages: {_one_line(error)}"
@@ -83,7 +87,11 @@ class ChatTemplate:
         return before if behind.startswith(CUT[-1]) else before.rstrip()  # a template that trims it trims more
 
     def encode(
-        self, messages: Sequence[Message], generate: bool = True, continues: bool = False, **variables: Any
+        self,
+        messages: Sequence[Message],
+        generate: bool = True,
+        continues: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The ids of `render`'s text. Special tokens that are spelled in a message are text. Raises ConfigError."""
         everything = json.dumps([*messages], ensure_ascii=False)
@@ -91,7 +99,7 @@ class ChatTemplate:
         if len(free) < 2:
             raise ConfigError("the messages contain nearly all of Unicode's noncharacters U+FDD0 to U+FDEF", "messages")
         guarded = [_guard(message, self._spelled, free[0]) for message in messages]
-        return self.tokenizer.encode_special(self.render(guarded, generate, continues, **variables), *free[:2])
+        return self.tokenizer.encode_special(self.render(guarded, generate, continues, variables), *free[:2])
 
     @cached_property
     def _spelled(self) -> re.Pattern[str]:

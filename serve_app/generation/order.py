@@ -114,7 +114,7 @@ async def encode_prompt(served: ServedModel, prompt: Prompt, bos: bool = True) -
         template = _chat_template(served)
         return tuple(
             await asyncio.to_thread(
-                template.encode, prompt.messages, prompt.generate, prompt.continues, **prompt.variables
+                template.encode, prompt.messages, prompt.generate, prompt.continues, prompt.variables
             )
         )
     ids = (*(tokenizer.bos if bos else ()), *await encode(tokenizer, prompt)) if isinstance(prompt, str) else prompt

@@ -148,7 +148,9 @@ def test_the_last_message_can_be_continued(client: openai.OpenAI, folder: Path) 
 
 
 def test_a_templates_own_variables_can_be_set(client: openai.OpenAI) -> None:
-    more = answer(client, extra_body={"chat_template_kwargs": {"thinking": True}}).usage.prompt_tokens
+    more = answer(
+        client, extra_body={"chat_template_kwargs": {"thinking": True, "generate": 1, "self": 1}}
+    ).usage.prompt_tokens
     assert more == answer(client).usage.prompt_tokens + 1
 
 
