@@ -174,22 +174,131 @@ void pack(Matrix<T>& m, const Source* weight, int N, int K) {
     }
 }
 
-// out (ROWS, 64) = a (ROWS, K) times one panel. One accumulator per output, k ascending.
-template <int ROWS>
-void product(const float* w, int K, const float* a, int stride, float* out) {
-    Vec acc[ROWS][GROUPS] = {};
-    for (int k = 0; k < K; k++, w += PANEL)
-        for (int g = 0; g < GROUPS; g++) {
-            Vec column = load(w + g * LANES);
-            for (int r = 0; r < ROWS; r++) acc[r][g] += column * a[(size_t)r * stride + k];
-        }
-    for (int r = 0; r < ROWS; r++)
-        for (int g = 0; g < GROUPS; g++) store(out + r * PANEL + g * LANES, acc[r][g]);
+// One register of fp32 numbers. The compiler keeps arrays of these in registers, but not of Vec where it takes two.
+#ifdef __AVX512F__
+constexpr int WIDTH = 16;
+#else
+constexpr int WIDTH = 8;
+#endif
+constexpr int MOST_ROWS = 6, K_BLOCK = 512, AHEAD = 64;
+typedef float Register __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
+
+// How many registers of columns are computed at a time: with ROWS of each and one for the weights, they fill the file.
+constexpr int columns_of(int rows) {
+    int columns = WIDTH == 16 ? 4 : rows == 1 ? 8 : rows <= 3 ? 4 : 2;
+    return std::min(columns, PANEL / WIDTH);
 }
 
-template <int ROWS>
-void product(const bf16* w, int K, const bf16* a, int stride, float* out) {
+inline Register load_register(const float* p) {
+    Register v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// acc (ROWS, COLUMNS) += a (ROWS, count) times `count` rows of a panel. One accumulator per output, k ascending. With many
+// rows, the weights of one k are loaded first and then each row's value, so that all accumulators stay in registers.
+// FETCH: the pass uses only a part of each cache line's neighbours, so the processor does not see what comes next.
+template <bool FETCH, int ROWS, int COLUMNS>
+inline void accumulate(Register (&acc)[ROWS][COLUMNS], const float* w, int count, const float* a, int stride) {
+    for (int k = 0; k < count; k++, w += PANEL) {
+        if (FETCH) prefetch(w + AHEAD * PANEL, PANEL);
+        if constexpr (ROWS < COLUMNS) {
+            for (int c = 0; c < COLUMNS; c++) {
+                Register column = load_register(w + c * WIDTH);
+                for (int r = 0; r < ROWS; r++) acc[r][c] += column * a[(size_t)r * stride + k];
+            }
+        } else {
+            Register columns[COLUMNS];
+            for (int c = 0; c < COLUMNS; c++) columns[c] = load_register(w + c * WIDTH);
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < COLUMNS; c++) acc[r][c] += columns[c] * a[(size_t)r * stride + k];
+        }
+    }
+}
+
+inline Register even(Register pairs) { return (Register)((Bits)pairs << 16); }
+inline Register odd(Register pairs) { return (Register)((Bits)pairs & 0xffff0000u); }
+
+template <bool FETCH, int ROWS, int COLUMNS>
+inline void accumulate(Register (&acc)[ROWS][COLUMNS], const bf16* weights, int count, const float* a, int stride) {
+    const float* w = (const float*)weights;  // pairs
+    for (int k = 0; k < count; k += 2, w += PANEL) {
+        if (FETCH) prefetch(w + AHEAD * PANEL, PANEL);
+        if constexpr (ROWS < COLUMNS) {
+            for (int c = 0; c < COLUMNS; c++) {
+                Register pairs = load_register(w + c * WIDTH);
+                for (int r = 0; r < ROWS; r++) acc[r][c] += even(pairs) * a[(size_t)r * stride + k];
+                for (int r = 0; r < ROWS; r++) acc[r][c] += odd(pairs) * a[(size_t)r * stride + k + 1];
+            }
+        } else {
+            Register columns[COLUMNS];
+            for (int c = 0; c < COLUMNS; c++) columns[c] = even(load_register(w + c * WIDTH));
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < COLUMNS; c++) acc[r][c] += columns[c] * a[(size_t)r * stride + k];
+            for (int c = 0; c < COLUMNS; c++) columns[c] = odd(load_register(w + c * WIDTH));
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < COLUMNS; c++) acc[r][c] += columns[c] * a[(size_t)r * stride + k + 1];
+        }
+    }
+}
+
+// out (ROWS, 64) += a (ROWS, count) times `count` rows of a panel.
+template <int ROWS, class T>
+void product(const T* w, int count, const float* a, int stride, float* out) {
+    constexpr int COLUMNS = columns_of(ROWS), PAIR = sizeof(T) == 2 ? 2 : 1;
+    for (int first = 0; first < PANEL; first += COLUMNS * WIDTH) {
+        Register acc[ROWS][COLUMNS];
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < COLUMNS; c++)
+                acc[r][c] = load_register(out + r * PANEL + first + c * WIDTH);
+        if (first == 0 && COLUMNS * WIDTH < PANEL)
+            accumulate<true>(acc, w, count, a, stride);
+        else
+            accumulate<false>(acc, w + first * PAIR, count, a, stride);
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < COLUMNS; c++)
+                std::memcpy(out + r * PANEL + first + c * WIDTH, &acc[r][c], sizeof(Register));
+    }
+}
+
+inline const float* as_floats(const float* a, int, int, int&, float*) { return a; }
+
+// Converts a (rows, count); `stride` becomes that of the result.
+inline const float* as_floats(const bf16* a, int rows, int count, int& stride, float* to) {
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < count; k += LANES) store(to + r * K_BLOCK + k, load(a + (size_t)r * stride + k));
+    stride = K_BLOCK;
+    return to;
+}
+
+// out (rows, 64) = a (rows, K) times one panel, a block of k at a time, which stays in the cache for all rows.
+template <class T>
+void products(const T* w, int K, const T* a, int stride, int rows, float* out) {
+    alignas(64) float converted[TILE_ROWS * K_BLOCK];
+    std::memset(out, 0, sizeof(float) * PANEL * rows);
+    int groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    for (int k = 0; k < K; k += K_BLOCK, a += K_BLOCK, w += (size_t)K_BLOCK * PANEL) {
+        int count = std::min(K_BLOCK, K - k), step = stride;
+        const float* x = as_floats(a, rows, count, step, converted);
+        for (int g = 0; g < groups; g++) {
+            int first = rows * g / groups, now = rows * (g + 1) / groups - first;
+            const float* from = x + (size_t)first * step;
+            float* to = out + first * PANEL;
+            if (now == 6) product<6>(w, count, from, step, to);
+            if (now == 5) product<5>(w, count, from, step, to);
+            if (now == 4) product<4>(w, count, from, step, to);
+            if (now == 3) product<3>(w, count, from, step, to);
+            if (now == 2) product<2>(w, count, from, step, to);
+            if (now == 1) product<1>(w, count, from, step, to);
+        }
+    }
+}
+
 #ifdef __AVX512BF16__
+// out (ROWS, 64) = a (ROWS, K) times one panel. One accumulator per output, k ascending.
+template <int ROWS>
+void bf16_product(const bf16* w, int K, const bf16* a, int stride, float* out) {
     __m512 acc[ROWS][GROUPS];
     for (int r = 0; r < ROWS; r++)
         for (int g = 0; g < GROUPS; g++) acc[r][g] = _mm512_setzero_ps();
@@ -205,26 +314,19 @@ void product(const bf16* w, int K, const bf16* a, int stride, float* out) {
     }
     for (int r = 0; r < ROWS; r++)
         for (int g = 0; g < GROUPS; g++) _mm512_storeu_ps(out + r * PANEL + g * LANES, acc[r][g]);
-#else
-    Vec acc[ROWS][GROUPS] = {};
-    for (int k = 0; k < K; k += 2, w += 2 * PANEL)
-        for (int g = 0; g < GROUPS; g++) {
-            BitVec pairs;
-            std::memcpy(&pairs, w + 2 * g * LANES, sizeof pairs);
-            Vec even = (Vec)(pairs << 16), odd = (Vec)(pairs & 0xffff0000u);
-            for (int r = 0; r < ROWS; r++) {
-                const bf16* x = a + (size_t)r * stride + k;
-                uint32_t bits[2] = {(uint32_t)x[0].bits << 16, (uint32_t)x[1].bits << 16};
-                float f[2];
-                std::memcpy(f, bits, sizeof f);
-                acc[r][g] += even * f[0];
-                acc[r][g] += odd * f[1];
-            }
-        }
-    for (int r = 0; r < ROWS; r++)
-        for (int g = 0; g < GROUPS; g++) store(out + r * PANEL + g * LANES, acc[r][g]);
-#endif
 }
+
+inline void products(const bf16* w, int K, const bf16* a, int stride, int rows, float* out) {
+    while (rows > 0) {
+        int now = std::min(rows, 4);
+        if (now == 4) bf16_product<4>(w, K, a, stride, out);
+        if (now == 3) bf16_product<3>(w, K, a, stride, out);
+        if (now == 2) bf16_product<2>(w, K, a, stride, out);
+        if (now == 1) bf16_product<1>(w, K, a, stride, out);
+        rows -= now, a += (size_t)now * stride, out += now * PANEL;
+    }
+}
+#endif
 
 #ifdef __AMX_BF16__
 // AMX multiplies tiles of 16 rows. Rows past the last one that was asked for hold garbage, which nothing reads.
@@ -280,14 +382,7 @@ void multiply(const Matrix<T>& m, int p, const T* a, int stride, int rows, float
     if constexpr (sizeof(T) == 2)
         if (amx_allowed()) return amx_product(w, m.K, a, stride, out);
 #endif
-    while (rows > 0) {
-        int now = std::min(rows, 4);
-        if (now == 4) product<4>(w, m.K, a, stride, out);
-        if (now == 3) product<3>(w, m.K, a, stride, out);
-        if (now == 2) product<2>(w, m.K, a, stride, out);
-        if (now == 1) product<1>(w, m.K, a, stride, out);
-        rows -= now, a += (size_t)now * stride, out += now * PANEL;
-    }
+    products(w, m.K, a, stride, rows, out);
 }
 
 // --- threads -------------------------------------------------------------------------------------------------------
