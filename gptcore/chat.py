@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -23,11 +24,16 @@ from jinja2 import nodes
 
 from gptcore.errors import ConfigError, PackageError
 from gptcore.hf_tokenizer import CONFIG
-from gptcore.tokenizer import Tokenizer
+from gptcore.tokenizer import CHAT, Tokenizer, with_chat_tokens
 
 Message = Mapping[str, Any]
 """`role` and `content`, and whatever else a template knows."""
 
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The template of models that have no other: OpenAI's ChatML."""
 MOST_STEPS = 1_000_000
 """Iterations and calls of one rendering, about a second; 10,000 messages take a tenth of it."""
 MOST_CHARACTERS = 1 << 20
@@ -94,20 +100,112 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The ids of `render`'s text. Special tokens that are spelled in a message are text. Raises ConfigError."""
-        everything = json.dumps([*messages], ensure_ascii=False)
-        free = [guard for guard in GUARDS if guard not in everything]
-        if len(free) < 2:
-            raise ConfigError("the messages contain nearly all of Unicode's noncharacters U+FDD0 to U+FDEF", "messages")
-        guarded = [_guard(message, self._spelled, free[0]) for message in messages]
-        return self.tokenizer.encode_special(self.render(guarded, generate, continues, variables), *free[:2])
+        guard, free = _unused(messages, 2)
+        text = self.render(
+            [_guard(message, self._spelled, guard) for message in messages], generate, continues, variables
+        )
+        return [number for number, _ in self.tokenizer.encode_special(text, guard, free)]
+
+    def answers(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """The ids of a whole conversation, and for each whether the assistant has to write it.
+
+        That is what a model is trained on: from where the template begins an answer to the token that ends its turn.
+        Raises ConfigError as `encode` does, and for a template that does not end an answer with a special token.
+        """
+        guard, free, opens, closes = _unused(messages, 4)
+        guarded = [_guard(message, self._spelled, guard) for message in messages]
+        text = self._marked(guarded, opens, closes)
+        (beginning, lead), spans, behind = self._beginning, [], 0
+        for found in re.finditer(f"{opens}.*?{closes}", text, re.DOTALL):
+            begun = text.rfind(beginning, behind, found.start()) if beginning else -1
+            lead_fits = text.endswith(lead, behind, found.start())
+            start = begun + len(beginning) if begun >= 0 else found.start() - len(lead) * lead_fits
+            behind = self._end_of_turn(text, found.end())
+            spans.append((start, behind))
+        ids, ours, number = [], [], 0
+        for token, place in self.tokenizer.encode_special(text, guard + opens + closes, free):
+            while number < len(spans) and place >= spans[number][1]:
+                number += 1
+            ids.append(token)
+            ours.append(number < len(spans) and place >= spans[number][0])
+        return ids, ours
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The token that ends an answer. Raises ConfigError if it is none of the special ones."""
+        ids, ours = self.answers([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        return [token for token, answered in zip(ids, ours, strict=True) if answered][-1]
+
+    def _end_of_turn(self, text: str, end: int) -> int:
+        """Where the special token ends that follows an answer, perhaps behind white space. Raises ConfigError."""
+        found = self._spelled.search(text, end)
+        if not found or text[end : found.start()].strip():
+            raise ConfigError("the model's chat template does not end an answer with a special token", "chat_template")
+        return found.end()
+
+    def _marked(self, messages: Sequence[Message], opens: str, closes: str) -> str:
+        """The text with `opens` and `closes` around each answer, as the template has it: perhaps trimmed.
+
+        Raises ConfigError.
+        """
+        plain = self.render(messages, generate=False)
+        for trim in (str, str.strip):
+            marked = self.render(
+                [
+                    {**m, "content": f"{opens}{trim(m['content'])}{closes}"} if m["role"] == "assistant" else m
+                    for m in messages
+                ],
+                generate=False,
+            )
+            if marked.replace(opens, "").replace(closes, "") == plain:
+                return marked
+        raise ConfigError("the model's chat template changes the text of an answer", "messages")
+
+    @cached_property
+    def _beginning(self) -> tuple[str, str]:
+        """What the template begins an answer with when it is told to, and what is between that and the answer."""
+        asked = [{"role": "user", "content": "a"}]
+        before, begun = (self.render(asked, generate) for generate in (False, True))
+        beginning = begun.removeprefix(before) if begun.startswith(before) else ""
+        whole = self.render([*asked, {"role": "assistant", "content": "b"}], generate=False)
+        lead = whole[len(begun) :].partition("b")[0] if whole.startswith(begun) else ""
+        return beginning, lead
 
     @cached_property
     def _spelled(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, self.tokenizer.special_tokens)))
 
 
+def chat_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of a model that answers: with its own chat template, or with ChatML.
+
+    What ends an answer ends a text. Raises PackageError for a template that cannot be trained with, and for an open
+    model without one whose vocabulary lacks ChatML's special tokens.
+    """
+    published = tokenizer.published
+    if template_source(tokenizer) is None:
+        if published is None:
+            return replace(with_chat_tokens(tokenizer), chat_template=CHATML)
+        if not {*CHAT} <= {*tokenizer.special_tokens}:
+            raise PackageError(
+                f"the model has no chat template, and its vocabulary lacks {' and '.join(CHAT)}, with which one could "
+                "be made; expected a model with a template, such as Qwen/Qwen3-0.6B or an instruct model"
+            )
+        tokenizer = replace(tokenizer, encoding=published.with_file("chat_template.jinja", CHATML.encode()))
+    template = chat_template(tokenizer)
+    if template is None:
+        raise PackageError("the model has several chat templates and none of them is called default")
+    try:
+        ends = template.end_of_turn
+    except ConfigError as error:
+        raise PackageError(str(error)) from error
+    if tokenizer.published and ends not in tokenizer.stops:
+        tokenizer = replace(tokenizer, encoding=tokenizer.published.with_stop(ends))
+    return tokenizer
+
+
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template that an open model's files have, the default one of several. Raises PackageError."""
+    """The tokenizer's own template, the default one of several. Raises PackageError."""
     source = template_source(tokenizer)
     if isinstance(source, list):
         named = {each.get("name"): each.get("template") for each in source}
@@ -116,9 +214,9 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
 
 
 def template_source(tokenizer: Tokenizer) -> str | list[dict[str, str]] | None:
-    """The Jinja template by which an open model's files format a chat, or several with names."""
+    """The Jinja template by which a chat is formatted; an open model's files may have several with names."""
     if tokenizer.published is None:
-        return None
+        return tokenizer.chat_template
     files = dict(tokenizer.published.files)
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
@@ -127,6 +225,15 @@ def template_source(tokenizer: Tokenizer) -> str | list[dict[str, str]] | None:
 
 
 # --- what was typed -----------------------------------------------------------------------------------------------
+
+
+def _unused(messages: Sequence[Message], count: int) -> list[str]:
+    """Noncharacters that the messages do not contain. Raises ConfigError for too few."""
+    everything = json.dumps([*messages], ensure_ascii=False)
+    unused = [guard for guard in GUARDS if guard not in everything]
+    if len(unused) < count:
+        raise ConfigError("the messages contain nearly all of Unicode's noncharacters U+FDD0 to U+FDEF", "messages")
+    return unused[:count]
 
 
 def _guard(value: Any, spelled: re.Pattern[str], guard: str) -> Any:

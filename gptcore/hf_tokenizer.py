@@ -8,8 +8,9 @@ exactly raises TokenizerError, which names the file, what was found and what is 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import tokenizers
 
 from gptcore.documents import MOST_BYTES, read_json, require_regular
 from gptcore.errors import TokenizerError, excerpt
+from gptcore.special import Part, special_pattern
 from gptcore.spelling import spelling_of, steps
 
 TOKENIZER_BYTES = 1 << 26
@@ -106,6 +108,16 @@ class PublishedEncoding:
             "pad_token_id": pad[0] if pad else self.stops[0],
         }
 
+    def with_file(self, name: str, content: bytes) -> "PublishedEncoding":
+        """The same tokenizer with one more file."""
+        return encoding_of((*self.files, (name, content)), self._model_ids)
+
+    def with_stop(self, token: int) -> "PublishedEncoding":
+        """The same tokenizer with one more token that ends a text."""
+        ids = dict(self._model_ids)
+        ids["eos_token_id"] = (*ids.get("eos_token_id", ()), token)
+        return encoding_of(self.files, tuple(sorted(ids.items())))
+
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """The ids of `text`, without `bos`. Unless it `begins`, it is the rest of one that was cut behind a line.
 
@@ -115,18 +127,25 @@ class PublishedEncoding:
             return self.encode(f"\n{text}")[len(self.encode("\n")) :]
         return _ids(self._backend, text)
 
-    def encode_special(self, text: str, guard: str, free: str) -> list[int]:
-        """The ids of `text`, in which a special token's characters are that token, unless `guard` is among them.
+    def encode_parts(self, parts: Iterable[Part], free: str) -> list[tuple[int, int]]:
+        """The ids of a text that was split at its special tokens, each with the place where it begins.
 
         `free` is a character that the text does not contain. It stands for the special tokens while the rest is
         encoded: the library splits there as it does at a special token.
         """
-        found = [match.strip() for match in self._special.findall(text)]
-        parts = [part.replace(guard, "") for part in self._special.split(text)]
-        backend = self._separated(free)
-        ids, separator = _ids(backend, free.join(parts)), backend.token_to_id(free)
-        specials: Iterator[Any] = (self._backend.token_to_id(token) for token in found)
-        return [next(specials) if number == separator else number for number in ids]
+        parts, backend = [*parts], self._separated(free)
+        whole = _encoding(backend, free.join(part.text for part in parts))
+        separator, starts = backend.token_to_id(free), [*accumulate((len(p.text) + 1 for p in parts), initial=0)]
+        ids: list[tuple[int, int]] = []
+        number = 0
+        for token, (start, _) in zip(whole.ids, whole.offsets, strict=True):
+            part = parts[number]
+            if token == separator:
+                ids.append((int(self._backend.token_to_id(part.special) or 0), part.end))
+                number += 1
+            else:
+                ids.append((token, part.place(max(0, start - starts[number]))))
+        return ids
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
@@ -134,16 +153,11 @@ class PublishedEncoding:
         return tuple(sorted(map(self.token, self.special), key=len, reverse=True))
 
     @cached_property
-    def _special(self) -> re.Pattern[str]:
+    def special_pattern(self) -> re.Pattern[str]:
         """Matches a special token as the library does, with the white space that it takes along."""
-        added = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
-        left, right = ({name for name, t in added.items() if getattr(t, side)} for side in ("lstrip", "rstrip"))
-        space = r"\s*"
-        return re.compile(
-            "|".join(
-                f"{space * (name in left)}{re.escape(name)}{space * (name in right)}" for name in self.special_tokens
-            )
-        )
+        added = self._backend.get_added_tokens_decoder().values()
+        left, right = ({t.content for t in added if getattr(t, side)} for side in ("lstrip", "rstrip"))
+        return special_pattern(self.special_tokens, left, right)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids` behind other text; an id without a token has none."""
@@ -326,13 +340,18 @@ def _separated(backend: tokenizers.Tokenizer, free: str) -> tokenizers.Tokenizer
 
 
 def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
-    """The ids of `text`; lone surrogates are replaced. Raises TokenizerError if the library gives up on it."""
+    """The ids of `text`. Raises TokenizerError."""
+    return _encoding(backend, text).ids
+
+
+def _encoding(backend: tokenizers.Tokenizer, text: str) -> Any:
+    """`text` encoded; lone surrogates are replaced. Raises TokenizerError if the library gives up on it."""
     try:
         text.encode()
     except UnicodeEncodeError:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     try:
-        return backend.encode(text, add_special_tokens=False).ids
+        return backend.encode(text, add_special_tokens=False)
     except BaseException as error:
         _raise_if_other(error)
         raise TokenizerError(f"the tokenizer cannot split a text of {len(text):,} characters: {error}") from error

@@ -1,6 +1,7 @@
 """The merges of a byte-level BPE: learned from text, or found again in a vocabulary; and how tokens are spelled."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -11,6 +12,10 @@ LONGEST_WORD = 512
 """In bytes. Longer stretches without a split are divided, since training takes quadratic time within one."""
 
 CHUNK_CHARS = 1 << 20
+LONG_SPACE = 100_000
+SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+SPACE_RUN = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONG_SPACE},}}")
+"""Matches only at the start of a run; trying every position within shorter runs would take quadratic time."""
 Ranks = dict[bytes, int]
 
 
@@ -75,3 +80,15 @@ def byte_characters() -> dict[int, str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(0x100 + i) for i, b in enumerate(hidden)}}
+
+
+def cut_long_space(text: str) -> list[str]:
+    """`text` in pieces that encode like the whole, without very long runs of white space before a word.
+
+    tiktoken's regex backtracks through such a run, and its stack overflows near a million characters. The pattern
+    splits before the run's last character anyway, so cutting there changes nothing.
+    """
+    if len(text) <= LONG_SPACE:
+        return [text]
+    cuts = [run.end() - 1 for run in SPACE_RUN.finditer(text) if run.end() < len(text)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]

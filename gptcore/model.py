@@ -8,6 +8,7 @@ Shapes: B sequences, T positions, C = hidden_size, H heads, K key/value heads, D
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -53,8 +54,9 @@ def make_norm(config: ModelConfig, size: int) -> nn.Module:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0):
-    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, K, S, D); `mask` (T, S) is true where allowed.
+    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, K, S, D).
 
+    `mask`, (T, S) or (B, 1, T, S), is true where allowed.
     torch's fused kernel, except for short bf16 sequences on a CPU, where plain matrix products take half its time.
     """
     B, H, T, D = q.shape
@@ -66,6 +68,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     bias = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(bias, q.reshape(-1, T, D), k.reshape(-1, T, D).mT, alpha=D**-0.5)  # (B*H, T, T)
     return torch.bmm(scores.softmax(-1), v.reshape(-1, T, D)).view(B, H, T, D)
+
+
+def own_text(positions: Tensor) -> Tensor:
+    """The mask (B, 1, T, T) by which each token of rows of texts, (B, T) positions from 0, sees its own text so far."""
+    text = (positions == 0).cumsum(1)  # (B, T)
+    return (text[:, :, None] == text[:, None, :]).tril().unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -82,7 +90,9 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = make_norm(config, D), make_norm(config, D)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
         D = self.config.head_size
         q = self.q_proj(x).view(B, T, -1, D)  # (B, T, H, D)
@@ -93,7 +103,6 @@ class Attention(nn.Module):
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, K, T, D)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        mask = None
         if cache is not None:
             past = cache.length
             k, v = cache.update(self.layer, k, v)
@@ -133,8 +142,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, cache))
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, cache, mask))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -199,25 +210,32 @@ class GPT(nn.Module):
         s = math.sqrt(3 / C)
         return p.uniform_(-s, s)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); with targets (B, T), the summed cross-entropy in nats instead.
 
         With a cache, `tokens` continue its sequences; the caller must keep cached and new tokens within
-        `context_length`. Targets equal to IGNORE do not count.
+        `context_length`. Targets equal to IGNORE do not count. With `positions` (B, T), a row holds several texts:
+        each begins at position 0 and does not see the others.
         """
-        T = tokens.size(1)
         past = cache.length if cache is not None else 0
+        at: Any = slice(past, past + tokens.size(1)) if positions is None else positions
         x = self.embed_tokens(tokens)  # (B, T, C)
-        rotary = None
+        rotary, mask = None, None if positions is None else own_text(positions)
         if not self.config.rotary:
-            x = x + self.embed_positions.weight[past : past + T]
+            x = x + self.embed_positions.weight[at]
         else:
-            rotary = (self.cos[past : past + T], self.sin[past : past + T])
+            rotary = (self.cos[at].unsqueeze(-3), self.sin[at].unsqueeze(-3))  # (1, T, D), or (B, 1, T, D)
         x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x, rotary, cache)
+            x = layer(x, rotary, cache, mask)
         if cache is not None:
-            cache.length += T
+            cache.length += tokens.size(1)
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x)  # (B, T, V)

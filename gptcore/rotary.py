@@ -30,7 +30,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its position's angle; cos, sin are (T, D)."""
+    """Turns each pair (x_i, x_{i+D/2}) of x (…, D) by its position's angle; cos and sin broadcast to x."""
     left, right = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
 

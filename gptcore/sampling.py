@@ -182,13 +182,13 @@ def top_indices(values: np.ndarray, count: int) -> np.ndarray:
     return np.flatnonzero(kept)
 
 
-def generate(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[int]:
-    """Generate tokens after `prompt`, up to the end of text or a stop token (both left out) or a limit.
+def generate(model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: SamplingParams) -> Iterator[int]:
+    """Generate tokens after `prompt`, a text or ids, up to the end of text or a stop token (both left out) or a limit.
 
     The limits are max_new_tokens and the context. An empty prompt begins a document. The model must be in eval mode.
     Raises ConfigError, before the first token, for a prompt that fills the context.
     """
-    tokens = tokenizer.encode_prompt(prompt)
+    tokens = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
     context = model.config.context_length
     if len(tokens) >= context:
         raise ConfigError(
@@ -218,10 +218,11 @@ def _generate(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: Sampl
         tokens.append(token)
 
 
-def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[str]:
+def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: SamplingParams) -> Iterator[str]:
     """`generate` as text, in pieces of whole characters, up to a stop string; invalid UTF-8 becomes U+FFFD."""
     tokens = generate(model, tokenizer, prompt, params)
-    return _decode(tokens, TextStream(tokenizer, params.stop, begins=not prompt))
+    begins = not prompt if isinstance(prompt, str) else tokenizer.special.issuperset(prompt)
+    return _decode(tokens, TextStream(tokenizer, params.stop, begins=begins))
 
 
 def _decode(tokens: Iterator[int], stream: TextStream) -> Iterator[str]:
@@ -234,6 +235,6 @@ def _decode(tokens: Iterator[int], stream: TextStream) -> Iterator[str]:
         yield rest
 
 
-def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> str:
+def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: SamplingParams) -> str:
     """The complete continuation of `prompt` as text, without the prompt."""
     return "".join(stream_text(model, tokenizer, prompt, params))

@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import tiktoken
 
 from gptcore.config import WHOLE
-from gptcore.documents import read_json, read_text
+from gptcore.documents import MOST_BYTES, read_json, read_text
 from gptcore.errors import TokenizerError, did_you_mean, excerpt
 from gptcore.hf_tokenizer import (
     CONFIG,
@@ -30,10 +30,13 @@ from gptcore.hf_tokenizer import (
     read_encoding,
     without_tokenizer,
 )
-from gptcore.merges import Ranks, byte_characters, last_merge, learn_merges
+from gptcore.merges import Ranks, byte_characters, cut_long_space, last_merge, learn_merges
+from gptcore.special import special_pattern, split_special
 from gptcore.spelling import steps
 
 EOT = "<|endoftext|>"
+CHAT = ("<|im_start|>", "<|im_end|>")
+"""What begins and ends a message in ChatML; a tokenizer of ours for chats has them behind <|endoftext|>."""
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 """GPT-2's pattern for splitting text before merging, in tiktoken's faster form: contractions, letters, digits, other
@@ -46,10 +49,6 @@ DOWNLOAD_SECONDS = 30
 
 BYTES_PER_TOKEN = 25
 """Approximate text needed to train a vocabulary: 50 kB of English give 2048 tokens."""
-LONG_SPACE = 100_000
-SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-SPACE_RUN = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONG_SPACE},}}")
-"""Matches only at the start of a run; trying every position within shorter runs would take quadratic time."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ class Tokenizer:
     encoding: tiktoken.Encoding | PublishedEncoding = field(repr=False)
     eot: int
     """The token that ends a document in training; <|endoftext|>, or what an open model's files name first."""
+    chat_template: str | None = field(default=None, repr=False)
+    """The Jinja template by which a chat is formatted; an open model's files have their own."""
 
     @property
     def published(self) -> PublishedEncoding | None:
@@ -74,17 +75,17 @@ class Tokenizer:
     @property
     def stops(self) -> tuple[int, ...]:
         """The tokens that end a generated text, `eot` first. An open model may have several."""
-        return self.published.stops if self.published else (self.eot,)
+        return self.published.stops if self.published else (self.eot, *range(self.eot + 2, self.vocab_size))
 
     @property
     def special(self) -> frozenset[int]:
         """The special tokens: no text encodes to them, and a stream leaves them out."""
-        return self.published.special if self.published else frozenset([self.eot])
+        return self.published.special if self.published else frozenset(range(self.eot, self.vocab_size))
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """How the special tokens are spelled, longest first."""
-        return self.published.special_tokens if self.published else (EOT,)
+        return self.published.special_tokens if self.published else (EOT, *CHAT)[: self.vocab_size - self.eot]
 
     @property
     def special_names(self) -> dict[str, str]:
@@ -109,7 +110,8 @@ class Tokenizer:
         digest = hashlib.sha256(PATTERN.encode())
         for token, rank in _ranks(self.encoding).items():
             digest.update(f"\n{rank} {token.hex()}".encode())
-        digest.update(f"\n{self.eot} {EOT}".encode())
+        for number, name in enumerate(self.special_tokens, start=self.eot):
+            digest.update(f"\n{number} {name}".encode())
         return digest.hexdigest()
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
@@ -120,21 +122,29 @@ class Tokenizer:
         if isinstance(self.encoding, PublishedEncoding):
             return self.encoding.encode(text, begins)
         ids: list[int] = []
-        for piece in _cut_long_space(text):
+        for piece in cut_long_space(text):
             ids += self.encoding.encode_ordinary(piece)
         return ids
 
-    def encode_special(self, text: str, guard: str, free: str) -> list[int]:
+    def encode_special(self, text: str, dropped: str, free: str) -> list[tuple[int, int]]:
         """Token ids of `text`, without `bos`, in which a special token's characters are that token.
 
-        `guard`, a character that is dropped, keeps them from it. `free` is a character that the text does not contain.
+        Each comes with the place in `text` where it begins. The characters of `dropped` are left out, and keep others
+        around them from being a special token. `free` is a character that the text does not contain.
         """
+        parts = split_special(text, self._special, dropped)
         if isinstance(self.encoding, PublishedEncoding):
-            return self.encoding.encode_special(text, guard, free)
-        ids: list[int] = []
-        for part in text.split(EOT):
-            ids += [*self.encode(part.replace(guard, "")), self.eot]
-        return ids[:-1]
+            return self.encoding.encode_parts(parts, free)
+        ids: list[tuple[int, int]] = []
+        for part in parts:
+            plain = self.encode(part.text)
+            ids += zip(plain, map(part.place, self.encoding.decode_with_offsets(plain)[1]), strict=True)
+            ids += [(self.eot + self.special_tokens.index(part.special), part.end)] if part.special else []
+        return ids
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return self.published.special_pattern if self.published else special_pattern(self.special_tokens)
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids that a model continues: `bos` and `text`. Without `bos`, an empty text is begun by `eot`."""
@@ -161,7 +171,9 @@ class Tokenizer:
         if self.published:
             return self.published.token(token)
         shown = byte_characters()
-        return EOT if token == self.eot else "".join(shown[b] for b in self.decode_bytes([token]))
+        if token >= self.eot:
+            return self.special_tokens[token - self.eot]
+        return "".join(shown[b] for b in self.decode_bytes([token]))
 
 
 def parse_tokenizer(spec: str) -> int:
@@ -215,13 +227,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             (folder / name).write_bytes(content_bytes)
         return
     # The generic class uses tokenizer.json unchanged; GPT2Tokenizer would rebuild it.
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": EOT,
         "eos_token": EOT,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
     for name, value in ((TOKENIZER, tokenizer_json(tokenizer)), (CONFIG, config)):
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -238,11 +252,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     merges = [last_merge(token, ranks) for token in ranks if len(token) > 1]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = {token: number for number, token in enumerate(tokenizer.special_tokens, start=tokenizer.eot)}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": tokenizer.eot, "content": EOT, **flags}],
+        "added_tokens": [{"id": number, "content": token, **flags} for token, number in special.items()],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,
@@ -256,7 +271,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {**{spell(token): rank for token, rank in ranks.items()}, EOT: tokenizer.eot},
+            "vocab": {**{spell(token): rank for token, rank in ranks.items()}, **special},
             "merges": [[spell(left), spell(right)] for left, right in merges],
         },
     }
@@ -287,13 +302,21 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             lines = read_text(files[1], TOKENIZER_BYTES, TokenizerError).split("\n")
             merges = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
             specials = {EOT: vocab[EOT]} if EOT in vocab else {}
-        return _from_vocab(vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], specials)
+        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+        return replace(_from_vocab(vocab, pairs, specials), chat_template=_chat_template(folder))
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         if len(files) > 1:
             raise TokenizerError(f"the tokenizer in {folder} is not a readable GPT-2-style BPE: {error}") from error
     encoding = read_encoding(folder)
     kind = "byte-level BPE" if encoding.spelling.byte_level else "sentencepiece BPE"
     return Tokenizer(kind, encoding, encoding.stops[0])
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The chat template in tokenizer_config.json, if there is one."""
+    file = folder / CONFIG
+    found = read_json(file, MOST_BYTES, TokenizerError).get("chat_template") if file.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _check_ours(content: dict[str, Any]) -> None:
@@ -315,42 +338,37 @@ def _from_vocab(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: 
     """A tokenizer from tokens spelled in GPT-2's byte characters. Raises ValueError if it is not one of ours."""
     if any(type(number) is not int for number in (*vocab.values(), *specials.values())):
         raise ValueError("some of its ids are no whole numbers")
-    if set(specials) != {EOT}:
+    if set(specials) not in ({EOT}, {EOT, *CHAT}):
         raise ValueError(f"its special tokens are {excerpt(sorted(specials))}, expected only {EOT!r}")
     byte_of = {character: b for b, character in byte_characters().items()}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocab.items() if token not in specials}
-    if sorted([*ranks.values(), specials[EOT]]) != list(range(len(ranks) + 1)) or specials[EOT] != len(ranks):
-        raise ValueError(f"its ids are not 0 to {len(ranks)} with {EOT} last")
+    behind = [specials[token] for token in (EOT, *CHAT) if token in specials]
+    if [*sorted(ranks.values()), *behind] != list(range(len(ranks) + len(behind))):
+        raise ValueError(f"its ids are not 0 to {len(ranks) + len(behind) - 1} with {EOT} behind the others")
     if any(bytes([b]) not in ranks for b in range(256)):
         raise ValueError("it lacks some of the 256 single bytes")
     order = [vocab[left + right] for left, right in merges]
     if len(order) != len(ranks) - 256 or any(a >= b for a, b in pairwise(order)):
         raise ValueError("its merges are not in the order of its ids")
-    if not order:
-        return _build(ranks, "bytes")
-    return _build(ranks, "gpt2" if ranks[b"!"] == 0 and len(ranks) == 50256 else f"bpe:{len(ranks) + 1}")
+    name = "gpt2" if ranks[b"!"] == 0 and len(ranks) == 50256 else f"bpe:{len(ranks) + 1}"
+    return _build(ranks, name if order else "bytes", chats=len(specials) > 1)
 
 
-def _cut_long_space(text: str) -> list[str]:
-    """`text` in pieces that encode like the whole, without very long runs of white space before a word.
-
-    tiktoken's regex backtracks through such a run, and its stack overflows near a million characters. The pattern
-    splits before the run's last character anyway, so cutting there changes nothing.
-    """
-    if len(text) <= LONG_SPACE:
-        return [text]
-    cuts = [run.end() - 1 for run in SPACE_RUN.finditer(text) if run.end() < len(text)]
-    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
-
-
-def _build(ranks: Ranks, name: str) -> Tokenizer:
+def _build(ranks: Ranks, name: str, chats: bool = False) -> Tokenizer:
     eot = len(ranks)
-    encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: eot})
+    special = {token: eot + number for number, token in enumerate((EOT, *CHAT) if chats else (EOT,))}
+    encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
     return Tokenizer(name, encoding, eot)
 
 
+def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer of ours with the special tokens of CHAT, and their ids behind all others."""
+    assert isinstance(tokenizer.encoding, tiktoken.Encoding)
+    return _build(_ranks(tokenizer.encoding), tokenizer.name, chats=True)
+
+
 def _ranks(encoding: tiktoken.Encoding) -> Ranks:
-    """The ids of all tokens but <|endoftext|>, which is the last, in ascending order."""
+    """The ids of all tokens but the special ones, which are the last, in ascending order."""
     return {token: rank for rank, token in enumerate(encoding.decode_tokens_bytes(range(encoding.eot_token)))}
 
 

@@ -174,6 +174,15 @@ def test_cached_decoding_equals_the_full_forward(
         torch.testing.assert_close(torch.cat(parts, dim=1), model(x), atol=1e-4, rtol=0)
 
 
+def test_texts_in_one_row_are_computed_as_each_alone(config: ModelConfig, random_model: MakeModel) -> None:
+    model, x = random_model(config), tokens(config)
+    lengths = (20, 1, 30, 13)
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand_as(x)
+    with torch.no_grad():
+        alone = torch.cat([model(text) for text in x.split(lengths, dim=1)], dim=1)
+        torch.testing.assert_close(model(x, positions=positions), alone, atol=1e-5, rtol=0)
+
+
 def test_no_token_sees_a_later_one(config: ModelConfig, random_model: MakeModel) -> None:
     model, x = random_model(config), tokens(config)
     changed = x.clone()

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from gptcore.errors import TokenizerError
+from gptcore.merges import LONG_SPACE
 from gptcore.tokenizer import (
     EOT,
-    LONG_SPACE,
     Tokenizer,
     load_tokenizer,
     parse_tokenizer,
