@@ -17,8 +17,9 @@ from typing import Any
 from gptcore.cli import Parser
 from gptcore.config import MODEL_FIELDS
 from gptcore.errors import ConfigError, did_you_mean
-from train_job.config import HINTS, TrainConfig, read_yaml
+from train_job.config import HINTS, TrainConfig
 from train_job.fields import bare
+from train_job.yaml_files import read_yaml
 
 PRESET_GROUP, MODEL_GROUP = "Preset", "Shape of the model"
 WIDEST = 110

@@ -5,13 +5,10 @@ its default, help, unit, bounds, choices, and whether a resumed run may change i
 the checks are all made from that line.
 """
 
-import functools
 import math
-import re
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from gptcore.config import ALL_LINEAR, LORA_TARGETS, MODEL_FIELDS, MODEL_PRESETS, Lora, ModelConfig
@@ -29,7 +26,7 @@ from train_job.fields import (
     convert,
     setting,
 )
-from train_job.files import one_line, written_whole
+from train_job.presets import CHAT, LORA, PRESETS
 
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "linear", "cosine")
@@ -38,6 +35,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 PARALLEL = ("ddp", "fsdp")
 REDUCE_PRECISIONS = ("fp32", "bf16")
 PROMOTIONS = ("if-better", "always", "never")
+OBJECTIVES = ("text", "chat")
 LOG_INTERVAL, EVAL_INTERVAL = 10, 100
 """Steps, where neither the user nor the preset sets them and the run is long enough."""
 UNBOUNDED = 2**40
@@ -53,8 +51,17 @@ class TrainConfig:
     """Every setting of one run. `model` holds the settings of the model's shape (see gptcore.config.ModelConfig)."""
 
     preset: str = setting("quick", "Preset to start from: a model shape and its training settings.")
+    objective: str = setting(
+        "text",
+        "text: the model continues texts. chat: it answers, learned from the assistant's turns in conversations.",
+        choices=OBJECTIVES,
+        added=True,
+    )
     # Text
-    data: str = setting("builtin", "builtin, shakespeare, or a file, folder, glob or URL (text, jsonl, csv, parquet).")
+    data: str = setting(
+        "builtin",
+        "builtin, builtin-chat, shakespeare, or a file, folder, glob or URL (text, jsonl, csv, parquet).",
+    )
     val_data: str | None = setting(None, "Validation corpus; default: the end of the training corpus.")
     val_fraction: float = setting(0.1, "Share of the corpus, taken from its end, used for validation.", "0..1", SHARE)
     text_column: str = setting("text", "Column that holds the text in json, jsonl, csv, tsv and parquet files.")
@@ -226,6 +233,7 @@ class TrainConfig:
                 f"num_workers {self.num_workers} is more than batch_size {self.batch_size}: one would be idle"
             )
         self.model_config(vocab_size=1)  # raises for an inconsistent shape
+        self._check_objective()
         if self.lora_rank is None:
             idle = ("lora_alpha", "lora_targets", "lora_dropout")
             if given := [name for name in idle if getattr(self, name) != getattr(TrainConfig, name)]:
@@ -236,6 +244,17 @@ class TrainConfig:
                 "hf:Qwen/Qwen3-0.6B-Base"
             )
         self.lora  # noqa: B018 (raises for an unknown target)
+
+    def _check_objective(self) -> None:
+        chats = self.objective == "chat"
+        for data in filter(None, (self.data, self.val_data)):
+            if chats and data in ("builtin", "shakespeare"):
+                raise ConfigError(f"{data} is text; with objective chat, expected conversations, such as builtin-chat")
+            if not chats and data == "builtin-chat":
+                raise ConfigError(f"{data} holds conversations; expected objective chat with it, or builtin")
+        for name in ("stride", "document_separator", "text_column") if chats else ():
+            if getattr(self, name) != getattr(TrainConfig, name):
+                raise ConfigError(f"{name} has no effect with objective chat; leave it out")
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -304,33 +323,6 @@ RESUMABLE = frozenset(f.name for f in fields(TrainConfig) if f.metadata.get("res
 ADDED = frozenset(f.name for f in fields(TrainConfig) if f.metadata.get("added"))
 """Settings that earlier versions did not have; runs without them started with the default."""
 
-_GPT2_ADAMW = dict(optimizer="adamw", tokenizer="gpt2", beta1=0.9, schedule="cosine", min_lr_fraction=0.1)
-
-_LORA: dict[str, Any] = dict(optimizer="adamw", learning_rate=2e-4, weight_decay=0.0, beta1=0.9, schedule="cosine")
-"""The recipe of adapters, over the preset's: a small rate, since they change a model that is good already."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(max_epochs=3, max_steps=600, learning_rate=6e-3, cooldown_fraction=0.45, eval_interval=50),
-    "gpt2-124m": _GPT2_ADAMW
-    | dict(batch_size=480, micro_batch_size=16, learning_rate=6e-4, warmup_steps=700, max_tokens=10_000_000_000)
-    | dict(eval_interval=1000),
-    "foundry-124m": dict(
-        tokenizer="gpt2",
-        batch_size=512,
-        micro_batch_size=16,
-        warmup_steps=200,
-        max_tokens=2_500_000_000,
-        eval_interval=500,
-    ),
-    # The published settings of this project's predecessors.
-    "tiny": _GPT2_ADAMW | dict(batch_size=16, learning_rate=1e-3, max_steps=500),
-    "shakespeare": _GPT2_ADAMW
-    | dict(data="shakespeare", batch_size=16, sequence_length=128, learning_rate=3e-4, max_epochs=10),
-    "story": _GPT2_ADAMW
-    | dict(batch_size=2, learning_rate=4e-4, stride=128, max_epochs=10, warmup_steps=0, eval_interval=50),
-    "mini": _GPT2_ADAMW | dict(batch_size=16, learning_rate=1e-3, max_epochs=5),
-}
-
 _TRAIN_FIELDS = {f.name: f for f in fields(TrainConfig) if f.name != "model"}
 _FIELDS = _TRAIN_FIELDS | {f.name: f for f in MODEL_FIELDS}
 HINTS = typing.get_type_hints(ModelConfig) | typing.get_type_hints(TrainConfig)
@@ -356,48 +348,14 @@ def build_config(*layers: Mapping[str, Any]) -> TrainConfig:
             raise ConfigError(f"init_from brings its own model and tokenizer; leave out {', '.join(taken)}")
     recipe, shape = dict(PRESETS[preset]), dict(MODEL_PRESETS[preset])
     if given.get("lora_rank"):
-        recipe |= _LORA
+        recipe |= LORA
+    if given.get("objective") == "chat":
+        recipe |= CHAT
     if given.keys() & LIMITS:  # a user's limit replaces the preset's
         recipe = {k: v for k, v in recipe.items() if k not in LIMITS}
     recipe.pop("eval_interval", None)  # `intervals` reads it from PRESETS, and shortens it for a short run
     values = recipe | {k: v for k, v in given.items() if k in _TRAIN_FIELDS}
     return TrainConfig(model=shape | {k: v for k, v in given.items() if k not in _TRAIN_FIELDS}, **values)
-
-
-@functools.cache
-def _loader() -> Any:
-    """YAML's safe loader, except that 1:4 is text: YAML 1.1 reads it as a number in base 60."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Reads no numbers in base 60."""
-
-    text = ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$"))
-    Loader.yaml_implicit_resolvers = {
-        first: [text, *rules] for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    return Loader
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Reads settings from a YAML file. Raises ConfigError if it cannot be read or is not a mapping."""
-    import yaml
-
-    try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _loader())  # a subclass of SafeLoader
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an invalid date
-        raise ConfigError(f"cannot read the config file {path}: {one_line(error)}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"the config file {path} holds no settings; expected lines such as `batch_size: 16`")
-    return loaded
-
-
-def write_yaml(settings: Mapping[str, Any], path: Path) -> None:
-    """Writes settings in the form that `read_yaml` reads."""
-    import yaml
-
-    with written_whole(path) as file:
-        file.write(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
 
 
 def resume_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:

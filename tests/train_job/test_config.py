@@ -13,9 +13,10 @@ from gptcore.config import MODEL_PRESETS
 from gptcore.errors import ConfigError
 from gptcore.units import count
 from train_job.cli import EXAMPLES, WIDEST, groups, parse_settings
-from train_job.config import PRESETS, UNBOUNDED, build_config, read_yaml, resume_config, write_yaml
+from train_job.config import PRESETS, UNBOUNDED, build_config, resume_config
 from train_job.planning import presets
 from train_job.training.devices import assumed_rates, find_device
+from train_job.yaml_files import read_yaml, write_yaml
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -23,6 +23,7 @@ from train_job.cluster.connect import (
     workers_text,
 )
 from train_job.cluster.failures import SMALLER, Failure, last_line, why
+from train_job.data.inputs import initial_parameters
 from train_job.files import storage_problem
 from train_job.session.session import Session, Trained, label, resume_command
 from train_job.training.events import Evaluation, Finished, Progress, Started
@@ -107,7 +108,7 @@ class Training:
             tokenizer=inputs.tokenizer,
             train=inputs.train_corpus,
             validation=inputs.validation_corpus,
-            initial={n: ray.put(t) for n, t in inputs.parent.parameters(dtype=None)} if inputs.parent else {},
+            initial={name: ray.put(weight) for name, weight in initial_parameters(inputs)},
             base=inputs.parent.weights_hash() if inputs.parent and s.config.lora else "",
             run_id=s.run_id,
             tracking_uri=s.uri,

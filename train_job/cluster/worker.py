@@ -33,7 +33,7 @@ from gptcore.tokenizer import Tokenizer
 from train_job.cluster.exporter import Exporter
 from train_job.config import TrainConfig
 from train_job.data.corpus import Corpus
-from train_job.data.inputs import build_model, cache_dir, seeded_weights, shard_store
+from train_job.data.inputs import build_model, cache_dir, sample_prompt, seeded_weights, shard_store
 from train_job.data.shards import prepare
 from train_job.files import read_json, storage_problem, write_json
 from train_job.tracking.runs import PEAK, SystemMetrics
@@ -276,7 +276,8 @@ def _samples(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, str]:
             # Sharded weights are fetched in autocast's dtype, and frozen ones are kept in it.
             trainer.autocast() if trainer.sharded or config.lora else nullcontext(),
         ):
-            return {prompt: generate_text(model, tokenizer, prompt, params) for prompt in config.sample_prompts}
+            prompts = {prompt: sample_prompt(config, tokenizer, prompt) for prompt in config.sample_prompts}
+            return {prompt: generate_text(model, tokenizer, ids, params) for prompt, ids in prompts.items()}
     finally:
         unused_after(model)
         model.train()

@@ -98,6 +98,10 @@ class Batches:
         phase = epoch_keys(self.seed, epoch, purpose=1) % np.uint64(self.stride)
         return ((window * np.uint64(self.stride) + phase) % np.uint64(self.starts)).astype(np.int64)
 
+    def targets(self, step: int) -> int:
+        """The tokens to predict in global batch `step`, which are the same number in each."""
+        return self.batch_size * self.context_length
+
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
         """The rank's rows of global batch `step` (from 0): inputs and targets, int64 (b, T) each."""
         starts = self.window_starts(step, rank, world_size)

@@ -21,10 +21,11 @@ from gptcore.errors import ConfigError, CorpusError, did_you_mean
 from gptcore.files import sha256
 from gptcore.home import expanded
 from train_job.data import formats
+from train_job.data.conversations import CONVERSATION
 from train_job.data.fetch import Origin, copy_name, download, fetch_all, in_store, list_objects
 from train_job.data.folders import LeftOut, files_below, files_matching, summarize
 from train_job.data.formats import HEAD_BYTES, NotText
-from train_job.data.pieces import PIECE_BYTES, Piece, Scan, builtin_piece, cut_piece, scan
+from train_job.data.pieces import BUILTIN, PIECE_BYTES, Piece, Scan, builtin_piece, cut_piece, scan
 from train_job.files import write_json, written_whole
 
 MEMO_BYTES = 8 * 2**20
@@ -32,7 +33,7 @@ MEMO_BYTES = 8 * 2**20
 SCAN_FORMAT = 2
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-NAMED = ("builtin", "shakespeare")
+NAMED = (*BUILTIN, "shakespeare")
 WEB = ("http://", "https://")
 
 
@@ -49,6 +50,11 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 of what determines the text: equal fingerprints mean the same documents in the same order."""
         return hashlib.sha256(json.dumps([piece.identity for piece in self.pieces]).encode()).hexdigest()
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether its documents are conversations, as `train_job.data.conversations` has them."""
+        return self.pieces[0].column == CONVERSATION
 
     @property
     def num_bytes(self) -> int:
@@ -87,8 +93,8 @@ def open_corpus(
     """
     if not data:
         raise CorpusError(f"no corpus given; expected {', '.join(NAMED)}, a path, a glob or a URL")
-    if data == "builtin":
-        return Corpus(data, (builtin_piece(),))
+    if data in BUILTIN:
+        return Corpus(data, (builtin_piece(data),))
     objects: Sequence[Origin] = ()
     left: list[LeftOut] = []
     sources: list[tuple[Path, Origin | None]]
@@ -205,6 +211,8 @@ def open_file(path: Path, origin: Origin | None, column: str, separator: str, ca
     if packed:
         path = unpacked_copy(path, label, column, cache_dir)
     kind = kind_of(path, label, column)
+    if column == CONVERSATION and kind not in ("jsonl", "json", "parquet"):
+        raise NotText(f"{label} is {kind}; expected conversations in JSON lines, JSON or Parquet", f"{kind}")
     column = "" if kind == "text" else column
     found = remembered_scan(path, kind, column, separator, label, cache_dir)
     pieces = [
@@ -255,6 +263,21 @@ def stamp(path: Path, *more: str | int) -> str:
     status = path.stat()
     facts = [str(path), status.st_size, status.st_mtime_ns, *more]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def without(corpus: Corpus, other: Corpus) -> tuple[Corpus, int]:
+    """The corpus without the conversations that `other` has as well, and how many these are."""
+    known = {hashlib.blake2b(text.encode(), digest_size=16).digest() for text in other.documents()}
+    pieces, count = [], 0
+    for piece in corpus.pieces:
+        left_out = tuple(
+            number
+            for number, text in piece.numbered()
+            if hashlib.blake2b(text.encode(), digest_size=16).digest() in known
+        )
+        pieces.append(replace(piece, left_out=left_out))
+        count += len(left_out)
+    return replace(corpus, pieces=tuple(pieces)), count
 
 
 def split(corpus: Corpus, val_fraction: float) -> tuple[Corpus, Corpus]:

@@ -21,6 +21,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from gptcore.errors import CorpusError
+from train_job.data.conversations import CONVERSATION, FIELDS
 
 HEAD_BYTES = 2**16
 """The number of first bytes that are examined."""
@@ -295,7 +296,8 @@ def is_json_line(head: bytes, column: str) -> bool:
     if not line.startswith(b"{") or not (newline or len(head) < HEAD_BYTES):
         return False
     try:
-        return column in json.loads(line)
+        record = json.loads(line)
+        return bool({*FIELDS} & {*record}) if column == CONVERSATION else column in record
     except (ValueError, RecursionError):
         return False
 

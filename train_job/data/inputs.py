@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gptcore.chat import chat_template, chat_tokenizer
 from gptcore.config import ModelConfig
 from gptcore.devices import pick_device
 from gptcore.errors import ConfigError, CorpusError
@@ -33,9 +34,11 @@ from gptcore.tokenizer import (
 )
 from train_job.config import TUNED_LENGTH, TrainConfig
 from train_job.data.batches import Batches
-from train_job.data.corpus import Corpus, open_corpus, split
+from train_job.data.conversations import CONVERSATION, contents
+from train_job.data.corpus import Corpus, open_corpus, split, without
 from train_job.data.fetch import Origin
 from train_job.data.folders import summarize
+from train_job.data.packing import ConversationBatches, training_batches
 from train_job.data.shards import TokenSet, prepare
 from train_job.files import writing
 
@@ -97,25 +100,32 @@ def prepare_inputs(
     def opened(data: str) -> Corpus:
         origins = (begun or {}).get(data, ())
         with doing(f"reading {data}"):
-            return open_corpus(data, config.text_column, cache, refresh, origins, config.document_separator or "")
+            column = CONVERSATION if config.objective == "chat" else config.text_column
+            return open_corpus(data, column, cache, refresh, origins, config.document_separator or "")
 
     corpus = opened(config.data)
     if config.val_data:
         train, validation = corpus, opened(config.val_data)
     else:
         train, validation = split(corpus, config.val_fraction)
+    shared = 0
+    if config.objective == "chat":
+        with doing(f"looking for conversations of {train.name} among those for validation"):
+            validation, shared = without(validation, train)
     parent = open_package(resolve(config.init_from)) if config.init_from else None
     if not parent:
         check_size(config, train)
     tokenizer = parent.tokenizer if parent else _tokenizer(config, train)
-    shape = _child_shape(config, parent.config) if parent else config.model_config(padded(tokenizer.vocab_size))
+    if config.objective == "chat":
+        tokenizer = chat_tokenizer(tokenizer)
+    shape = _child_shape(config, parent, tokenizer) if parent else config.model_config(padded(tokenizer.vocab_size))
     if parent and config.sequence_length is None:
         config = replace(config, sequence_length=min(shape.context_length, TUNED_LENGTH))
     check_context(config, shape)
     if config.lora:
         check_adapters(shape, config.lora)
     for prompt in config.sample_prompts:
-        if (length := len(tokenizer.encode_prompt(prompt))) >= shape.context_length:
+        if (length := len(sample_prompt(config, tokenizer, prompt))) >= shape.context_length:
             raise ConfigError(
                 f"the sample prompt {prompt[:40]!r} has {length} tokens; the model's context "
                 f"of {shape.context_length} leaves no room for a continuation"
@@ -123,10 +133,11 @@ def prepare_inputs(
     store = shard_store(config)
     tokens, judge = (prepare(corpus, tokenizer, cache, mapper, store) for corpus in (train, validation))
     # Raises if the text is too short.
-    batches = Batches(tokens, config.context, config.batch_size, config.seed, config.stride)
+    check_answers(judge)
+    batches = training_batches(tokens, config.context, config.batch_size, config.seed, config.stride)
     log, every = config.intervals(config.planned_steps(batches.steps_per_epoch)[0])
     config = replace(config, log_interval=log, eval_interval=every)
-    notes = tuple(notes_on(config, (train, validation), look=refresh))
+    notes = (*notes_on(config, (train, validation), look=refresh), *notes_on_rows(batches, tokens, shared))
     return Inputs(config, tokenizer, train, validation, tokens, judge, shape, batches.steps_per_epoch, parent, notes)
 
 
@@ -144,6 +155,36 @@ def notes_on(config: TrainConfig, corpora: Sequence[Corpus], look: bool) -> Iter
     separator = config.document_separator
     if separator and look and not any(separator in text for piece in pieces for text in piece.texts()):
         yield f"document_separator {separator!r} has no effect: it does not occur in {names}"
+
+
+def notes_on_rows(batches: Batches | ConversationBatches, tokens: TokenSet, shared: int) -> Iterator[str]:
+    """How conversations fill the rows of a batch, and what became of those that do not fit."""
+    if isinstance(batches, Batches):
+        return
+    rows, length = len(batches.rows), batches.context_length
+    answered = tokens.num_targets / tokens.num_tokens
+    yield (
+        f"{tokens.num_documents:,} conversations in {rows:,} rows of {length} tokens; {answered:.0%} of their tokens "
+        "are answers, and only these are learned"
+    )
+    if batches.rows.cut:
+        yield f"{batches.rows.cut:,} conversations are longer than {length} tokens, and cut into parts"
+    if shared:
+        yield f"left out of validation: {shared:,} conversations that are in the training split as well"
+
+
+def check_answers(validation: TokenSet) -> None:
+    """Raises CorpusError if nothing is left to judge a chat by."""
+    if validation.holds_conversations and not validation.num_targets:
+        raise CorpusError("no answer is left for validation; expected more conversations, or a val_data of its own")
+
+
+def sample_prompt(config: TrainConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids that a sample continues: those of the text, or of a conversation that it begins."""
+    if config.objective == "text":
+        return tokenizer.encode_prompt(prompt)
+    template = chat_template(tokenizer)
+    return template.encode([{"role": "user", "content": prompt}]) if template else []
 
 
 def check_size(config: TrainConfig, train: Corpus) -> None:
@@ -173,6 +214,14 @@ def check_context(config: TrainConfig, shape: ModelConfig) -> None:
         )
 
 
+def initial_parameters(inputs: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of each of the parent's parameters, with rows for all tokens; none without a parent."""
+    if inputs.parent:
+        for name, weight in inputs.parent.parameters(dtype=None):
+            per_token = name in ("embed_tokens.weight", "lm_head.weight")
+            yield name, grown(weight, inputs.model.vocab_size) if per_token else weight
+
+
 def build_model(config: TrainConfig, shape: ModelConfig, parent: Mapping[str, torch.Tensor] | None = None) -> GPT:
     """A GPT with weights from the seed, or with the parent's parameters, tied ones once."""
     torch.manual_seed(config.seed)
@@ -193,13 +242,17 @@ def seeded_weights(config: TrainConfig, shape: ModelConfig) -> Iterator[tuple[st
 def _tokenizer(config: TrainConfig, train: Corpus) -> Tokenizer:
     """The tokenizer that the config names; a learned one is cached."""
     parse_tokenizer(config.tokenizer)
+
+    def texts() -> Iterator[str]:
+        return contents(train.documents()) if train.holds_conversations else train.documents()
+
     if not config.tokenizer.startswith("bpe:"):
-        return load_tokenizer(config.tokenizer, train.documents)
+        return load_tokenizer(config.tokenizer, texts)
     key = hashlib.sha256(f"{config.tokenizer} {train.fingerprint}".encode()).hexdigest()[:32]
     folder = cache_dir(config) / "tokenizers" / key
     if not (folder / "tokenizer.json").exists():
         with doing(f"learning the tokenizer {config.tokenizer}"):
-            learned = load_tokenizer(config.tokenizer, train.documents)
+            learned = load_tokenizer(config.tokenizer, texts)
         shutil.rmtree(folder, ignore_errors=True)  # an earlier version could leave a part of one
         with writing(folder.parent), whole_folder(folder, replace=False) as draft:  # another run may learn the same
             save_tokenizer(learned, draft)
@@ -211,5 +264,26 @@ def padded(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def _child_shape(config: TrainConfig, parent: ModelConfig) -> ModelConfig:
-    return replace(parent, dropout=config.model.get("dropout", 0.0))
+def _child_shape(config: TrainConfig, parent: Package, tokenizer: Tokenizer) -> ModelConfig:
+    """The parent's shape, with rows for more tokens if it lacks them.
+
+    Raises ConfigError if adapters would have to learn those.
+    """
+    if config.lora_rank and tokenizer.vocab_size > parent.tokenizer.vocab_size:
+        raise ConfigError(
+            f"lora_rank is {config.lora_rank}, but the model has no chat template yet, and adapters cannot learn the "
+            "tokens of one; leave lora_rank out, or start from a model that chats"
+        )
+    rows = max(parent.config.vocab_size, padded(tokenizer.vocab_size) if tokenizer != parent.tokenizer else 0)
+    return replace(parent.config, dropout=config.model.get("dropout", 0.0), vocab_size=rows)
+
+
+def grown(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """A matrix (V, C) of one row per token with as many `rows`; each new one is the mean of the others.
+
+    A new token then begins as an average one (Hewitt 2021).
+    """
+    if len(weight) >= rows:
+        return weight
+    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows - len(weight), -1)])

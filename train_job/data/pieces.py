@@ -6,6 +6,7 @@ pieces, a reader yields a piece's documents, and `cut_piece` splits a piece in t
 
 import codecs
 import hashlib
+import json
 import os
 import re
 from bisect import bisect_right
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from gptcore.errors import CorpusError
 from gptcore.files import sha256
-from train_job.data import records
+from train_job.data import parquet, records, tasks
+from train_job.data.conversations import CONVERSATION
 from train_job.data.fetch import Origin, fetch
 from train_job.data.formats import wrong_text
 
@@ -30,7 +32,7 @@ class Piece:
     `digest` is the whole source's SHA-256, so (digest, kind, start, end, column) identifies the text independently of
     its path. `num_bytes` is its size as the split counts it: bytes, for Parquet those of the text column only. If the
     source is a copy, `origin` is its source; `name` is the name in messages. A document ends at the string `separator`,
-    if there is one.
+    if there is one. The records with the numbers in `left_out`, from 0, are not read.
     """
 
     path: str
@@ -43,12 +45,13 @@ class Piece:
     origin: Origin | None = None
     name: str = ""
     separator: str = ""
+    left_out: tuple[int, ...] = ()
 
     @property
     def identity(self) -> tuple[str | int, ...]:
         """What determines the piece's documents."""
         text = self.digest, self.kind, self.start, self.end, self.column
-        return (*text, self.separator) if self.separator else text
+        return (*text, self.separator, *self.left_out) if self.separator or self.left_out else text
 
     @property
     def label(self) -> str:
@@ -67,12 +70,24 @@ class Piece:
         except OSError as error:
             raise CorpusError(f"cannot read {self.label}: {error.strerror or error}") from error
 
+    def numbered(self) -> Iterator[tuple[int, str]]:
+        """`texts` with the number of each record, from 0, without those left out."""
+        return ((number, text) for number, text in enumerate(self.texts()) if number not in self.left_out)
+
+    def place(self, number: int) -> str:
+        """Where a record is, for messages."""
+        if self.kind == "jsonl":
+            return f"{self.label}, line {records.line_number(self.path, self.start) + number}"
+        return (
+            f"{self.label}, row {self.start + number}" if self.kind == "parquet" else f"{self.label}, record {number}"
+        )
+
     def parts(self) -> Iterator[tuple[str, bool]]:
         """The piece's documents in order, without empty ones, each with whether it ends here.
 
         Only the last document of a piece of a text file may continue in the next piece.
         """
-        for text in self.texts():
+        for _, text in self.numbered():
             *ended, last = text.split(self.separator) if self.separator else [text]
             yield from ((document, True) for document in ended if document)
             if last:
@@ -100,7 +115,7 @@ def scan(path: Path, kind: str, column: str = "", separator: str = "", label: st
     """Reads a file once, some kinds twice. Raises CorpusError, with the position, if it is malformed."""
     label = label or str(path)
     if kind == "parquet":
-        borders, sizes = records.scan_parquet(path, column, label, PIECE_BYTES)
+        borders, sizes = parquet.scan_parquet(path, column, label, PIECE_BYTES)
         return Scan(sha256(path), borders, sizes)
     found = scan_text(path, "jsonl" if kind == "jsonl" else "text", separator if kind == "text" else "", label)
     start = found.borders[0]
@@ -208,26 +223,35 @@ def builtin_documents() -> list[str]:
     return documents
 
 
-def builtin_bytes() -> bytes:
-    return "".join(builtin_documents()).encode()
+def builtin_conversations() -> list[str]:
+    """The built-in conversations, each as JSON."""
+    return [json.dumps(messages) for messages in tasks.conversations()]
 
 
-def builtin_piece() -> Piece:
-    """The whole built-in text."""
-    data = builtin_bytes()
-    return Piece("builtin", "literal", 0, len(data), "", hashlib.sha256(data).hexdigest(), len(data))
+BUILTIN: dict[str, tuple[Callable[[], list[str]], str]] = {
+    "builtin": (builtin_documents, ""),
+    "builtin-chat": (builtin_conversations, CONVERSATION),
+}
+"""What makes the documents of each built-in corpus, and their column."""
+
+
+def builtin_piece(name: str) -> Piece:
+    """The whole of a built-in corpus."""
+    documents, column = BUILTIN[name]
+    data = "".join(documents()).encode()
+    return Piece(name, "literal", 0, len(data), column, hashlib.sha256(data).hexdigest(), len(data))
 
 
 def read_literal(piece: Piece) -> Iterator[str]:
     first = 0  # first byte of the current document
-    for document in builtin_documents():
+    for document in BUILTIN[piece.path][0]():
         data = document.encode()
         yield data[max(piece.start - first, 0) : max(piece.end - first, 0)].decode()
         first += len(data)
 
 
 def read_records(piece: Piece) -> Iterator[str]:
-    read = {"jsonl": records.read_jsonl, "json": records.read_json, "parquet": records.read_parquet}[piece.kind]
+    read = {"jsonl": records.read_jsonl, "json": records.read_json, "parquet": parquet.read_parquet}[piece.kind]
     return read(piece.path, piece.start, piece.end, piece.column, piece.label)
 
 
@@ -251,8 +275,8 @@ def cut_piece(piece: Piece, offset: int) -> tuple[Piece, Piece]:
     if offset in (0, piece.num_bytes):
         border, size = (piece.end, offset) if offset else (piece.start, 0)
     elif piece.kind == "parquet":
-        file = records.open_parquet(piece.path, piece.column, piece.label)
-        lengths = records.row_bytes(file, piece.column, list(range(file.num_row_groups)), piece.label)
+        file = parquet.open_parquet(piece.path, piece.column, piece.label)
+        lengths = parquet.row_bytes(file, piece.column, list(range(file.num_row_groups)), piece.label)
         ends = list(accumulate(lengths[piece.start : piece.end]))
         rows = bisect_right(ends, offset)
         border, size = piece.start + rows, ends[rows - 1] if rows else 0
@@ -269,8 +293,11 @@ def byte_border(piece: Piece, offset: int) -> int:
     if piece.kind in ("json", "csv", "tsv"):
         starts = records.record_starts(piece.path, start, piece.kind, piece.column, piece.label)
         return max((byte for byte in takewhile(lambda byte: byte <= end, starts)), default=start)
+    if piece.column == CONVERSATION and piece.kind == "literal":
+        ends = accumulate(len(document.encode()) for document in BUILTIN[piece.path][0]())
+        return max((byte for byte in ends if byte <= end), default=start)
     whole = piece.kind == "literal"
-    data = builtin_bytes()[start : piece.end] if whole else read_bytes(piece.path, start, piece.end)
+    data = b"".join(map(str.encode, read_literal(piece))) if whole else read_bytes(piece.path, start, piece.end)
     if piece.kind == "jsonl":
         return start + data.rfind(b"\n", 0, offset) + 1
     border, mark = character_border(data, offset), piece.separator.encode()

@@ -1,4 +1,4 @@
-"""Reads files of many documents: JSON, JSON lines, CSV, Parquet. In: a range of a file. Out: its texts, one at a time.
+"""Reads files of many documents: JSON, JSON lines, CSV. In: a range of a file. Out: its texts, one at a time.
 
 Each format has a `scan_…`, which reads the whole file once and finds where it can be split, and a `read_…`, which
 yields the texts of a part. Memory holds one record, for any size of file.
@@ -9,11 +9,11 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gptcore.errors import CorpusError, did_you_mean
+from train_job.data.conversations import CONVERSATION, conversation_text
 
 BLOCK_BYTES = 2**20
 LONGEST_RECORD = 2**28
@@ -54,7 +54,12 @@ def line_number(path: str, position: int) -> int:
 
 
 def field_of(record: Any, column: str) -> str:
-    """The text in the field `column` of a JSON object; null is empty. Raises ValueError."""
+    """The text in the field `column` of a JSON object; null is empty. Raises ValueError.
+
+    If `column` is CONVERSATION, the object is one, and its text is JSON.
+    """
+    if column == CONVERSATION:
+        return conversation_text(record)
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with a field {column!r}, found {type(record).__name__}")
     if column not in record:
@@ -200,7 +205,8 @@ def scan_json(path: Path, start: int, column: str, label: str, most: int) -> lis
 
 def _misplaced(found: str, wanted: str, column: str) -> str:
     if found.startswith(f"{wanted}["):
-        return f"expected an object with a field {column!r}, found list"
+        field = "messages" if column == CONVERSATION else column
+        return f"expected an object with a field {field!r}, found list"
     return f"not JSON ({found[:9]!r} where {repr(wanted) if wanted else 'nothing'} is expected before the next value)"
 
 
@@ -261,13 +267,13 @@ def csv_layout(path: str, start: int, kind: str, column: str, label: str) -> tup
         except BadRecord as error:
             raise CorpusError(f"{label}, line {line_number(path, error.position)}: {error}") from None
         if column in names or not names:
-            return delimiter, _once(names, column, label)
+            return delimiter, once(names, column, label)
         layouts.append(names)
     names = max(layouts, key=len)
     raise CorpusError(f"{label} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}")
 
 
-def _once(names: list[str], column: str, label: str) -> list[str]:
+def once(names: list[str], column: str, label: str) -> list[str]:
     """The names. Raises CorpusError if `column` occurs more than once."""
     if names.count(column) > 1:
         raise CorpusError(f"{label} has {names.count(column)} columns {column!r}, expected one; rename the others")
@@ -313,80 +319,3 @@ def text_start(path: str) -> int:
     """The first byte after a byte order mark, if there is one."""
     with open(path, "rb") as file:
         return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
-
-
-# --- Parquet --------------------------------------------------------------------------------------------------------
-
-
-def open_parquet(path: str | Path, column: str, label: str) -> Any:
-    """Opens the file with pyarrow and checks that the column is text. Raises CorpusError."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise CorpusError(f"reading {label} needs pyarrow, which is not installed: pip install pyarrow") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise CorpusError(f"{label} is not a complete Parquet file: {error}") from None
-    names = file.schema_arrow.names
-    if column not in names:
-        raise CorpusError(f"{label} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}")
-    _once(names, column, label)
-    types, kind = pyarrow.types, file.schema_arrow.field(column).type
-    held = kind.value_type if types.is_dictionary(kind) else kind
-    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    raw = (types.is_binary, types.is_large_binary, types.is_binary_view)  # from writers that have no text type
-    if not any(fits(held) for fits in (*texts, *raw)):
-        raise CorpusError(f"{label}: column {column!r} holds {kind}, expected text")
-    return file
-
-
-def parquet_texts(table: Any, label: str) -> Any:
-    """The only column of a table or batch as large strings. Raises CorpusError for text that is not UTF-8."""
-    import pyarrow
-
-    column = table.column(0)
-    try:
-        if pyarrow.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        texts = column.cast(pyarrow.large_binary()).cast(pyarrow.large_string())  # a cast from bytes checks them
-    except pyarrow.ArrowInvalid as error:
-        name = table.schema.names[0]
-        raise CorpusError(f"{label}: column {name!r} has a row that is not UTF-8: {error}") from None
-    return texts
-
-
-def scan_parquet(path: Path, column: str, label: str, most: int) -> tuple[list[int], list[int]]:
-    """Reads the text column once: the row borders of parts, which are whole row groups, and their UTF-8 bytes."""
-    file = open_parquet(path, column, label)
-    borders, sizes = [0], [0]
-    for group in range(file.num_row_groups):
-        lengths = row_bytes(file, column, [group], label)
-        if sizes[-1] and sizes[-1] + sum(lengths) > most:
-            borders.append(borders[-1])
-            sizes.append(0)
-        sizes[-1] += sum(lengths)
-        borders[-1] += len(lengths)
-    return [0, *borders], sizes
-
-
-def row_bytes(file: Any, column: str, groups: list[int], label: str) -> list[int]:
-    """UTF-8 bytes of each row's text; 0 for null."""
-    from pyarrow import compute
-
-    texts = parquet_texts(file.read_row_groups(groups, columns=[column]), label)
-    return compute.fill_null(compute.binary_length(texts), 0).to_pylist()
-
-
-def read_parquet(path: str, start: int, end: int, column: str, label: str) -> Iterator[str]:
-    """The texts of rows [start, end)."""
-    file = open_parquet(path, column, label)
-    first = 0  # first row of the current group
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if first < end and first + rows > start:
-            batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=[column])
-            texts = (text.as_py() or "" for batch in batches for text in parquet_texts(batch, label))
-            yield from islice(texts, max(start - first, 0), end - first)
-        first += rows

@@ -2,9 +2,10 @@
 
 The stream of a split starts with one end-of-text token, and one follows every document, so each token of text is
 predicted from something. If the tokenizer has a token for the beginning of a text (Llama's BOS), the stream starts with
-that, and one follows every end-of-text token. The stream is stored in shard files, named after a hash of text,
-tokenizer and format: a second run finds them and starts at once, and a corpus larger than memory is read from disk.
-Missing shards are fetched from a `store`, a URL that machines share, if there is one; else they are tokenised through
+that, and one follows every end-of-text token. Conversations have another stream, which
+`train_job.data.conversation_tokens` makes. The stream is stored in shard files, named after a hash of text, tokenizer
+and format: a second run finds them and starts at once, and a corpus larger than memory is read from disk. Missing
+shards are fetched from a `store`, a URL that machines share, if there is one; else they are tokenised through
 `mapper`: `map`, or Ray Data's (`train_job.cluster.ray_data.ray_map`).
 """
 
@@ -15,18 +16,21 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from gptcore.chat import template_source
 from gptcore.errors import CorpusError, FoundryError
 from gptcore.progress import at, doing
 from gptcore.stores import file_system
 from gptcore.tokenizer import Tokenizer
+from train_job.data.conversation_tokens import WORD, ConversationWords
+from train_job.data.conversations import CONVERSATION, messages_of
 from train_job.data.corpus import Corpus, Piece
 from train_job.files import write_json, written_whole
 
@@ -45,15 +49,22 @@ class ShardTask:
     opens: bool
     closes: bool
 
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether the documents are conversations."""
+        return self.pieces[0].column == CONVERSATION
+
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of token ids, and its counts; `num_bytes` is the UTF-8 length of its text."""
+    """One file of token ids, and its counts; `num_bytes` is the UTF-8 length of its text, or of the answers in it."""
 
     path: str
     num_tokens: int
     num_bytes: int
     num_documents: int
+    num_answered: int = 0
+    """Tokens of answers, in conversations."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class TokenSet:
     starts: tuple[int, ...]  # of each shard in the stream
     dtype: str
     fingerprint: str
+    holds_conversations: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -71,8 +83,20 @@ class TokenSet:
         return self.starts[-1] + self.shards[-1].num_tokens
 
     @property
+    def num_targets(self) -> int:
+        """Tokens that a model has to predict: all but the first, or those of the answers in conversations."""
+        if self.holds_conversations:
+            return sum(shard.num_answered for shard in self.shards)
+        return self.num_tokens - 1
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that end in the stream."""
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text, for bits per byte."""
+        """UTF-8 bytes of the text, or of the answers in conversations, for bits per byte."""
         return sum(shard.num_bytes for shard in self.shards)
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -140,8 +164,9 @@ def prepare(
     return TokenSet(
         shards=filled,
         starts=tuple(accumulate((shard.num_tokens for shard in filled[:-1]), initial=0)),
-        dtype=token_dtype(tokenizer),
+        dtype=WORD if corpus.holds_conversations else token_dtype(tokenizer),
         fingerprint=hashlib.sha256("".join(path.stem for path in paths).encode()).hexdigest(),
+        holds_conversations=corpus.holds_conversations,
     )
 
 
@@ -167,6 +192,7 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 def shard_key(task: ShardTask, tokenizer: Tokenizer) -> str:
     """A hash of everything that determines the shard's content."""
     parts = [SHARD_FORMAT, tokenizer.fingerprint, task.opens, task.closes, [piece.identity for piece in task.pieces]]
+    parts += [template_source(tokenizer)] if task.holds_conversations else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -183,27 +209,44 @@ def read_shard(path: Path) -> Shard | None:
 def write_shard(task: ShardTask, tokenizer: Tokenizer, folder: Path, store: str | None = None) -> None:
     """Tokenises one task into `folder` and `store`. The .json is written last and marks the shard as complete."""
     path = folder / f"{shard_key(task, tokenizer)}.bin"
-    dtype = token_dtype(tokenizer)
-    begin = np.array(tokenizer.encode_prompt(""), dtype=dtype).tobytes()
-    between = np.array([tokenizer.eot, *tokenizer.bos], dtype=dtype).tobytes()
-    num_bytes = num_documents = 0
     with written_whole(path) as file:
-        if task.opens:
-            file.write(begin)
-        for text, closes in documents(task):
-            for number, block in enumerate(blocks(text) if tokenizer.splits_lines else (text,)):
-                file.write(np.array(tokenizer.encode(block, begins=number == 0), dtype=dtype).tobytes())
-            num_bytes += len(text.encode())
-            num_documents += closes
-            file.write(between if closes else b"")
+        write = write_conversations if task.holds_conversations else write_text
+        counts = write(task, tokenizer, file)
         size = file.tell()
-    shard = Shard(str(path), size // np.dtype(dtype).itemsize, num_bytes, num_documents)
-    meta = {name: value for name, value in asdict(shard).items() if name != "path"} | {"file_size": size}
+    meta = counts | {"file_size": size}
     write_json(path.with_suffix(".json"), meta)
     if store:
         with store_used(store) as (fs, there):
             for part in (path, path.with_suffix(".json")):
                 fs.put_file(str(part), f"{there}/{part.name}")
+
+
+def write_text(task: ShardTask, tokenizer: Tokenizer, file: IO[bytes]) -> dict[str, int]:
+    """Writes the ids of the task's documents; returns the counts of a Shard."""
+    dtype = token_dtype(tokenizer)
+    begin = np.array(tokenizer.encode_prompt(""), dtype=dtype).tobytes()
+    between = np.array([tokenizer.eot, *tokenizer.bos], dtype=dtype).tobytes()
+    num_bytes = num_documents = 0
+    if task.opens:
+        file.write(begin)
+    for text, closes in documents(task):
+        for number, block in enumerate(blocks(text) if tokenizer.splits_lines else (text,)):
+            file.write(np.array(tokenizer.encode(block, begins=number == 0), dtype=dtype).tobytes())
+        num_bytes += len(text.encode())
+        num_documents += closes
+        file.write(between if closes else b"")
+    num_tokens = file.tell() // np.dtype(dtype).itemsize
+    return {"num_tokens": num_tokens, "num_bytes": num_bytes, "num_documents": num_documents}
+
+
+def write_conversations(task: ShardTask, tokenizer: Tokenizer, file: IO[bytes]) -> dict[str, int]:
+    """Writes the words of the task's conversations; returns the counts of a Shard."""
+    words = ConversationWords(tokenizer)
+    for piece in task.pieces:
+        for number, text in piece.numbered():
+            if text:
+                file.write(words.of(messages_of(text), partial(piece.place, number)))
+    return words.counts
 
 
 def fetch_shard(path: Path, store: str) -> bool:

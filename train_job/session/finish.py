@@ -149,7 +149,7 @@ def _package(session: Session, checkpoint: Path) -> Package:
     config, inputs = session.config, session.inputs
     kept = TrainState(**verified(checkpoint)["state"])
     step, loss = kept.step, kept.loss
-    bits = loss * (inputs.validation.num_tokens - 1) / math.log(2) / inputs.validation.num_bytes
+    bits = loss * (inputs.validation.num_targets) / math.log(2) / inputs.validation.num_bytes
     training = {
         "run": config.name,
         "run_id": session.run_id,

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import RecordError
 from gptcore.redact import without_password
-from train_job.config import ADDED, build_config, read_yaml
+from train_job.config import ADDED, build_config
 from train_job.files import read_json, write_json
+from train_job.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from train_job.data.fetch import Origin

@@ -17,6 +17,7 @@ from gptcore.package import Package
 from gptcore.sampling import SamplingParams, generate_text
 from gptcore.units import duration
 from train_job.config import LIMITS, TrainConfig
+from train_job.data.inputs import sample_prompt
 from train_job.session.history import read_history
 from train_job.session.record import RUN, read_record, tracked_at
 from train_job.session.session import Session, Trained, resume_command
@@ -75,7 +76,9 @@ def show(say: Callable[[str], None], package: Package, record: Mapping[str, Any]
     say(f"          {record['reason']}")
     params = SamplingParams(max_new_tokens=60, temperature=0.8, top_k=50, seed=config.seed)
     prompt = config.sample_prompts[0]
-    say("sample    " + prompt + generate_text(package.load_model(), package.tokenizer, prompt, params))
+    ids = sample_prompt(config, package.tokenizer, prompt)
+    between = " " if config.objective == "chat" else ""
+    say("sample    " + prompt + between + generate_text(package.load_model(), package.tokenizer, ids, params))
 
 
 def show_again(config: TrainConfig, run_dir: Path, package: Package, record: Mapping[str, Any]) -> int:

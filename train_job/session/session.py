@@ -16,7 +16,7 @@ from gptcore.errors import FoundryError, TrainingError
 from gptcore.hf_format import empty_model
 from gptcore.home import home
 from gptcore.redact import without_password
-from train_job.config import TrainConfig, write_yaml
+from train_job.config import TrainConfig
 from train_job.session.console import Console, model_text
 from train_job.session.history import History
 from train_job.session.record import CONFIG, RUN, read_record, write_record
@@ -26,6 +26,7 @@ from train_job.tracking import runs as tracking
 from train_job.tracking.pages import NOTE
 from train_job.training.events import Finished, Started
 from train_job.training.storage import keep_record
+from train_job.yaml_files import write_yaml
 
 if TYPE_CHECKING:
     from train_job.data.inputs import Inputs

@@ -11,10 +11,10 @@ from typing import Any
 
 from gptcore.errors import ConfigError, RecordError, did_you_mean
 from train_job.cli import add_flag, given_settings, settings_parser
-from train_job.config import read_yaml
 from train_job.session.begin import begun, new_folder, places
 from train_job.session.lock import claimed, locked
 from train_job.sweeps.space import FIELDS, FLAGS, HINTS, SweepConfig, build_sweep
+from train_job.yaml_files import read_yaml
 
 EXAMPLES = {
     "train_job/sweeps/quick.yaml": "the sweep that comes along, on text that Python brings along",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gptcore.errors import TrainingError
 from gptcore.home import home
 from train_job.cluster.prepare import prepare_on_cluster
-from train_job.config import build_config, write_yaml
+from train_job.config import build_config
 from train_job.session.begin import absolute
 from train_job.session.console import Console
 from train_job.session.record import RUN, origins_of, read_record, write_record
@@ -29,6 +29,7 @@ from train_job.sweeps.trials import Trial
 from train_job.tracking import runs as tracking
 from train_job.tracking.pages import NOTE
 from train_job.tracking.registry import pin
+from train_job.yaml_files import write_yaml
 
 if TYPE_CHECKING:
     from train_job.data.inputs import Inputs

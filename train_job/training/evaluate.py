@@ -12,8 +12,8 @@ from torch import Tensor
 from gptcore import progress
 from gptcore.model import GPT
 from gptcore.package import Package
-from train_job.data.batches import validation_batches
 from train_job.data.corpus import Corpus
+from train_job.data.packing import all_batches
 from train_job.data.shards import TokenSet, prepare
 
 
@@ -26,16 +26,16 @@ def validation_nats(
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    done, share = 0, (tokens.num_tokens - 1) / world_size
-    for x, y in validation_batches(tokens, context_length, batch_size, rank, world_size):  # (b, T) each
-        total += model(x.to(device), y.to(device))
-        progress.at(done := done + x.numel(), share)
+    done, share = 0, tokens.num_tokens / world_size
+    for parts in all_batches(tokens, context_length, batch_size, rank, world_size):  # (b, T) each
+        total += model(*(part.to(device) for part in parts))
+        progress.at(done := done + parts[0].numel(), share)
     model.train(training)
     return total
 
 
 def bits_per_byte(package: Package, corpus: Corpus, cache_dir: Path, device: str = "cpu") -> float:
-    """Bits per UTF-8 byte of a corpus, with the package's model and tokenizer, in fp32.
+    """Bits per UTF-8 byte of a corpus, or of the answers in it, with the package's model and tokenizer, in fp32.
 
     Windows are as long as the sequences that the model was trained on, or its context if that is not recorded.
     """

@@ -27,7 +27,7 @@ from gptcore.loss import IGNORE
 from gptcore.model import GPT
 from gptcore.progress import doing
 from train_job.config import UNBOUNDED, TrainConfig
-from train_job.data.batches import Batches
+from train_job.data.packing import training_batches
 from train_job.data.shards import TokenSet
 from train_job.training.checkpoint import Identity, TrainState, read_checkpoint
 from train_job.training.evaluate import validation_nats
@@ -70,7 +70,7 @@ class Trainer:
         self.config, self.device, self.stop_asked, self.base = config, device, stop_asked, base
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = world_size()
-        self.batches = Batches(train, config.context, config.batch_size, config.seed, config.stride)
+        self.batches = training_batches(train, config.context, config.batch_size, config.seed, config.stride)
         self.train, self.validation = train, validation
         self.model, self.sharded = model, is_sharded(config)
         prepare_model(model, config)
@@ -174,7 +174,7 @@ class Trainer:
             nats = validation_nats(self.model, self.validation, self.config.context, micro, self.rank, self.world_size)
             unused_after(self.model)
         nats = self._all_reduce(nats)
-        loss = float(nats) / (self.validation.num_tokens - 1)
+        loss = float(nats) / (self.validation.num_targets)
         if not math.isfinite(loss):
             raise diverged(f"validation loss is {loss}", state.step)
         best = loss < state.best_loss and not untrained
@@ -198,21 +198,22 @@ class Trainer:
 
     def _step(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns this rank's part of the mean loss, and the gradient norm."""
-        x, y = self.batches.batch(step, self.rank, self.world_size)  # (b, T) each
+        batch = self.batches.batch(step, self.rank, self.world_size)  # tokens, targets, perhaps positions, (b, T) each
         if self.device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()  # so that copying them does not wait for the device
+            batch = tuple(part.pin_memory() for part in batch)  # so that copying them does not wait for the device
         if self.model.config.dropout or self.config.lora_dropout:
             torch.manual_seed(((self.config.seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
         share = math.ceil(self.config.batch_size / self.world_size)
         size = self.config.micro_batch_size or share
-        scale = self.world_size / self.tokens_per_step  # gradients are averaged over ranks, so each multiplies
+        scale = self.world_size / self.batches.targets(step)  # gradients are averaged over ranks, so each multiplies
         total = torch.zeros((), device=self.device)
-        if self.sharded and len(x) <= (math.ceil(share / size) - 1) * size:  # all ranks make as many passes
-            x, y = torch.cat([x, x[:1]]), torch.cat([y, torch.full_like(y[:1], IGNORE)])
-        for start in range(0, len(x), size):
-            xs, ys = (t[start : start + size].to(self.device, non_blocking=True) for t in (x, y))
-            with self._sync(start + size >= len(x)), self.autocast():
-                loss = self.runner(xs, ys) * scale
+        rows = len(batch[0])
+        if self.sharded and rows <= (math.ceil(share / size) - 1) * size:  # all ranks make as many passes
+            batch, rows = with_idle_row(batch), rows + 1
+        for start in range(0, rows, size):
+            parts = (part[start : start + size].to(self.device, non_blocking=True) for part in batch)
+            with self._sync(start + size >= rows), self.autocast():
+                loss = self.runner(*parts) * scale
                 loss.backward()
             total += loss.detach()
         if self.sharded:
@@ -270,7 +271,7 @@ class Trainer:
             step * self.tokens_per_step,
             step / self.batches.steps_per_epoch,
             loss,
-            loss * self.train.num_tokens / self.train.num_bytes / math.log(2),
+            loss * self.train.num_targets / self.train.num_bytes / math.log(2),
             norm,
             self.config.learning_rate * learning_rate_factor(self.config, step - 1, self.total_steps),
             rate,
@@ -311,7 +312,14 @@ class Trainer:
 
     def _bits_per_byte(self, loss: float) -> float:
         """Converts a validation loss from nats per token to bits per UTF-8 byte."""
-        return loss * (self.validation.num_tokens - 1) / math.log(2) / self.validation.num_bytes
+        return loss * (self.validation.num_targets) / math.log(2) / self.validation.num_bytes
+
+
+def with_idle_row(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The batch with one more row, without targets."""
+    x, y, *more = batch
+    idle = torch.full_like(y[:1], IGNORE)
+    return torch.cat([x, x[:1]]), torch.cat([y, idle]), *(torch.cat([part, part[:1]]) for part in more)
 
 
 def diverged(what: str, step: int) -> TrainingError:

@@ -18,9 +18,10 @@ import pytest
 from tests.refusals import PROGRESS, one_error
 from tests.train_job.sweeps.test_sweep_input import GOOD
 from train_job import run, sweep
-from train_job.config import build_config, write_yaml
+from train_job.config import build_config
 from train_job.session import begin, lock
 from train_job.session.lock import LOCK, Taken, claimed, locked, this_process
+from train_job.yaml_files import write_yaml
 
 AT_ONCE = 8
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from gptcore.errors import ConfigError
-from train_job.config import build_config, read_yaml
+from train_job.config import build_config
 from train_job.sweeps.space import build_sweep, described, shown
+from train_job.yaml_files import read_yaml
 
 SWEEPS = sorted((Path(__file__).resolve().parents[3] / "train_job" / "sweeps").glob("*.yaml"))
 SEARCH: dict[str, Any] = {
