@@ -1,15 +1,15 @@
 """What one HTTP request asks to have generated, and the service's limits on it."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from gptcore.chat import ChatTemplate, Message
+from gptcore.chat import ChatTemplate
 from gptcore.errors import PackageError
 from gptcore.parameters import SamplingParams
 from gptcore.tokenizer import Tokenizer
 from serve_app.errors import ApiError
+from serve_app.generation.conversation import Conversation, Encoded, encode_conversation
 from serve_app.models.load import ServedModel
 from serve_app.settings import ServeSettings
 
@@ -17,19 +17,8 @@ MOST_LOGPROBS = 100_000
 """Log-probabilities in a reply that is not streamed: about 8 MB of JSON, a second's work."""
 LONG_TEXT = 4096
 """Characters from which a prompt is encoded in a thread, so that the event loop can serve other streams meanwhile."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages, of which the model's chat template makes a prompt."""
-
-    messages: Sequence[Message]
-    generate: bool = True
-    """The template begins an answer behind them."""
-    continues: bool = False
-    """The last message is continued."""
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    """Further variables of the template."""
+ANSWER_SHARE = 4
+"""A truncated conversation leaves one part in so many of the context to an answer of no given length."""
 
 
 Prompt = str | Sequence[int] | Conversation
@@ -81,13 +70,24 @@ def within_limits(order: Order, served: ServedModel, settings: ServeSettings) ->
     return order
 
 
+def room_for_prompt(order: Order, context: int, settings: ServeSettings) -> int:
+    """Most tokens of a truncated conversation, so that its answer may have the length that the client asks for."""
+    answer = order.params.max_new_tokens
+    if order.default_length:
+        answer = min(answer, context // ANSWER_SHARE or 1)
+    return min(context - answer, settings.max_prompt_tokens or context)
+
+
 def check_prompts(order: Order, prompts: Sequence[Sequence[int]], context: int, settings: ServeSettings) -> None:
     """Raises ApiError if a prompt is too long, or if an unstreamed reply would hold too many log-probabilities."""
     longest, most = max(map(len, prompts)), settings.max_prompt_tokens
     if most and longest > most:  # 0: the context is the limit, which the engine checks
         raise _too_much(order.prompt_field, "the prompt's length in tokens is", longest, most)
-    if order.prompt_field == "messages" and longest >= context:
-        message = f"the messages take {longest} tokens; this model's context is {context}, of which an answer needs one"
+    conversation = order.prompts[0]
+    if isinstance(conversation, Conversation) and longest >= context:
+        what = "last turn takes" if conversation.truncate else "messages take"
+        most_here = f"this model's maximum context length is {context}"  # words by which litellm knows the error
+        message = f"the {what} {longest} tokens; {most_here}, of which an answer needs one"
         raise ApiError(400, message, param="messages", code="context_length_exceeded")
     if order.params.logprobs is None or order.stream:
         return
@@ -104,21 +104,18 @@ def _too_much(param: str, what: str, value: int, most: int) -> ApiError:
     return ApiError(400, f"{what} {value}; at most {most} are allowed here", param=param, code="invalid_value")
 
 
-async def encode_prompt(served: ServedModel, prompt: Prompt, bos: bool = True) -> tuple[int, ...]:
+async def encode_prompt(served: ServedModel, prompt: Prompt, bos: bool, room: int) -> Encoded:
     """The prompt's token ids, with the tokenizer's `bos` before a text; those of an empty prompt begin a document.
+
+    A conversation that may be truncated has at most `room` tokens if its last turn has.
 
     Raises ApiError for a conversation if the model has no chat template, and ConfigError if that refuses it.
     """
     tokenizer = served.package.tokenizer
     if isinstance(prompt, Conversation):
-        template = _chat_template(served)
-        return tuple(
-            await asyncio.to_thread(
-                template.encode, prompt.messages, prompt.generate, prompt.continues, prompt.variables
-            )
-        )
+        return await asyncio.to_thread(encode_conversation, _chat_template(served), prompt, room)
     ids = (*(tokenizer.bos if bos else ()), *await encode(tokenizer, prompt)) if isinstance(prompt, str) else prompt
-    return tuple(ids or tokenizer.encode_prompt(""))
+    return Encoded(tuple(ids or tokenizer.encode_prompt("")))
 
 
 def _chat_template(served: ServedModel) -> ChatTemplate:

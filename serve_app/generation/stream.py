@@ -18,7 +18,8 @@ from typing import Any
 from gptcore.engine import FinishReason, Request, Stream, Update
 from gptcore.errors import EngineError, FoundryError
 from gptcore.sampling import choice_seed
-from serve_app.generation.order import Conversation, Order, check_prompts, encode_prompt, within_limits
+from serve_app.generation.conversation import Conversation, Encoded
+from serve_app.generation.order import Order, check_prompts, encode_prompt, room_for_prompt, within_limits
 from serve_app.metrics import SequenceTimer
 from serve_app.models.load import ServedModel
 from serve_app.state import AppState
@@ -33,12 +34,14 @@ class Generation:
     The j-th continuation of the i-th prompt has index i * n + j.
     """
 
-    def __init__(self, order: Order, served: ServedModel, prompts: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, order: Order, served: ServedModel, prompts: Sequence[Encoded]) -> None:
         self.order = order
         self.served = served
         self.id = uuid.uuid4().hex  # not the request's: a client may use that one twice
         self.seed = secrets.randbits(SEED_BITS) if order.params.seed is None else order.params.seed
-        self._prompts = prompts
+        self.dropped = sum(prompt.dropped for prompt in prompts)
+        """Messages that were left out."""
+        self._prompts = [prompt.ids for prompt in prompts]
         self._streams: list[Stream] = []
         self._timers: list[SequenceTimer] = []
         self._latest: list[Update | None] = [None] * order.size
@@ -153,8 +156,10 @@ async def generating(state: AppState, request_id: str, order: Order) -> AsyncIte
     since = time.perf_counter()
     async with state.models.lease(order.model, request_id) as served:
         order = within_limits(order, served, state.settings)
-        prompts = [await encode_prompt(served, prompt, order.add_special_tokens) for prompt in order.prompts]
-        check_prompts(order, prompts, served.engine.info.context_length, state.settings)
+        context = served.engine.info.context_length
+        room = room_for_prompt(order, context, state.settings)
+        prompts = [await encode_prompt(served, prompt, order.add_special_tokens, room) for prompt in order.prompts]
+        check_prompts(order, [prompt.ids for prompt in prompts], context, state.settings)
         generation = Generation(order, served, prompts)
         try:
             generation.submit(state, since)

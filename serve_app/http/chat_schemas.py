@@ -6,7 +6,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from gptcore.parameters import SAMPLING, SamplingParams
 from serve_app.errors import ApiError
-from serve_app.generation.order import Conversation
+from serve_app.generation.conversation import Conversation
 from serve_app.http.parameters import INT32, Body, SamplingFields
 from serve_app.http.reply_schemas import FinishReason, Usage
 from serve_app.http.schemas import Choices, Stream, StreamOptions, check_usage_option, sampling_params
@@ -70,6 +70,11 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="Further variables of the model's template, such as Qwen3's enable_thinking."
     )
+    truncate: Literal["oldest"] | None = Field(
+        None,
+        description="oldest: leave out the oldest turns of a conversation that has no room in the context beside an "
+        "answer of the length asked for (a quarter of the context if none is); none: refuse one that is too long.",
+    )
     user: str | None = Field(None, max_length=256, description="Accepted for OpenAI's clients; it has no effect.")
 
     @model_validator(mode="before")
@@ -117,6 +122,7 @@ class ChatRequest(SamplingFields):
             generate=self.add_generation_prompt,
             continues=self.continue_final_message,
             variables=self.chat_template_kwargs,
+            truncate=self.truncate == "oldest",
         )
 
 
@@ -162,6 +168,12 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
+class Truncated(BaseModel):
+    """What was left out of a conversation."""
+
+    messages: int = Field(description="How many messages, the oldest; 0: none.")
+
+
 class ChatCompletion(BaseModel):
     """Reply of `POST /v1/chat/completions`.
 
@@ -176,3 +188,4 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str = Field(description="Name and version of the model that answered.")
     choices: list[ChatChoice]
     usage: Usage
+    truncated: Truncated | None = Field(None, description="Only with truncate, and in every event of a stream.")

@@ -148,7 +148,7 @@ UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "include_reasoning": (bool,),
         "response_fields": ([],),
     },
-    "prompts are never shortened": {
+    "prompts are never shortened, and conversations only with truncate": {
         "truncate_prompt_tokens": (),
         "truncate": (),
         "truncation": FALSE,

@@ -43,7 +43,7 @@ def router(state: AppState) -> APIRouter:
         )
         usage = body.stream_options is not None and body.stream_options.include_usage
         form = Form(
-            _head,
+            lambda generation: _head(generation, truncates=body.truncate is not None),
             lambda: _logprobs,
             whole=lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
             part=_delta,
@@ -73,11 +73,12 @@ def _alternative(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": token.logprob, "bytes": token.bytes}
 
 
-def _head(generation: Generation) -> dict[str, Any]:
-    return {
+def _head(generation: Generation, truncates: bool) -> dict[str, Any]:
+    head = {
         "id": f"chatcmpl-{generation.id}",
         "object": "chat.completion.chunk" if generation.order.stream else "chat.completion",
         "created": int(time.time()),
         "model": generation.served.name,
         "system_fingerprint": generation.served.name_version,
     }
+    return head | {"truncated": {"messages": generation.dropped}} if truncates else head

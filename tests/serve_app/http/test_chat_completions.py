@@ -174,6 +174,48 @@ def test_a_reply_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
     assert again.choices[0].message.role == "assistant"
 
 
+SYSTEM: dict[str, Any] = {"role": "system", "content": "Be kind."}
+TURNS: list[Any] = [
+    message
+    for place in range(8)
+    for message in ({"role": "user", "content": f"The {place}?"}, {"role": "assistant", "content": "Yes."})
+][:-1]
+OLDEST: dict[str, Any] = {"truncate": "oldest", "ignore_eos": True}
+
+
+def test_a_long_conversation_can_lose_its_oldest_turns_and_the_reply_says_how_many(client: openai.OpenAI) -> None:
+    assert "the messages take" in refused(client, messages=[SYSTEM, *TURNS]).message
+    reply = answer(client, messages=[SYSTEM, *TURNS], extra_body=OLDEST)
+    dropped = reply.truncated["messages"]
+    assert dropped > 0
+    assert dropped % 2 == 0
+    same = answer(client, messages=[SYSTEM, *TURNS[dropped:]], extra_body={"ignore_eos": True})
+    assert (reply.choices, reply.usage.completion_tokens) == (same.choices, 12)
+    *parts, last = answer(
+        client, messages=[SYSTEM, *TURNS], stream=True, stream_options={"include_usage": True}, extra_body=OLDEST
+    )
+    assert joined(parts) == reply.choices[0].message.content
+    assert [part.truncated for part in (*parts, last)] == [{"messages": dropped}] * (len(parts) + 1)
+
+
+def test_a_conversation_that_fits_loses_nothing(client: openai.OpenAI) -> None:
+    reply, usual = answer(client, extra_body={"truncate": "oldest"}), answer(client)
+    assert (reply.choices, reply.truncated) == (usual.choices, {"messages": 0})
+    assert "truncated" not in usual.model_dump()
+
+
+def test_without_a_length_a_truncated_conversation_leaves_a_quarter_of_the_context(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(model="talker", messages=[SYSTEM, *TURNS], extra_body=OLDEST)
+    assert reply.usage.total_tokens == CONTEXT
+    assert reply.usage.completion_tokens >= CONTEXT // 4
+
+
+def test_a_last_turn_without_room_for_the_whole_answer_gets_a_shorter_one(client: openai.OpenAI) -> None:
+    reply = answer(client, messages=TURNS, max_completion_tokens=CONTEXT, extra_body=OLDEST)
+    assert reply.truncated == {"messages": len(TURNS) - 1}
+    assert reply.usage.total_tokens == CONTEXT
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
@@ -190,7 +232,15 @@ def test_a_reply_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
             "messages[0].content[0].type",
         ),
         (dict(messages=[*HELLO, {"role": "system", "content": "x"}]), "messages", "the system comes first"),
-        (dict(messages=[{"role": "user", "content": "x " * 99}]), "messages", f"this model's context is {CONTEXT}"),
+        (dict(messages=[{"role": "user", "content": "x " * 99}]), "messages", f"maximum context length is {CONTEXT}"),
+        (
+            dict(messages=[*HELLO, {"role": "user", "content": "x " * 99}], extra_body={"truncate": "oldest"}),
+            "messages",
+            f"tokens; this model's maximum context length is {CONTEXT}, of which an answer needs one",
+        ),
+        (dict(extra_body={"truncate": "newest"}), "truncate", "truncate is \"newest\": input should be 'oldest'"),
+        (dict(extra_body={"truncate": True}), "truncate", "truncate is true: input should be 'oldest'"),
+        (dict(extra_body={"truncation": "auto"}), "truncation", "only with truncate"),
         (dict(messages=[HELLO[0]] * 10_001), "messages", "at most 10000"),
         (dict(tools=[{"type": "function"}]), "tools", "cannot call tools"),
         (dict(response_format={"type": "json_object"}), "response_format", "structured output"),
