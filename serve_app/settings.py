@@ -61,6 +61,11 @@ class ServeSettings:
         "A model that answers a share of the default model's requests, as SOURCE:SHARE or NAME:SHARE, such as "
         "models:/gpt@candidate:0.1. A hash of the request's id decides which requests.",
     )
+    system_prompt: str = setting(
+        "",
+        "The system message of every conversation at /v1/chat/completions, which may then have no other. Default: the "
+        "client's, if it sends one.",
+    )
     tracking_uri: str = setting(
         "",
         "MLflow's tracking URI for models:/ and runs:/. Default: $MLFLOW_TRACKING_URI, else the embedded database.",

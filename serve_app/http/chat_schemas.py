@@ -115,10 +115,17 @@ class ChatRequest(SamplingFields):
         """What the engine takes."""
         return sampling_params(self, self.length or INT32, self.top_logprobs if self.logprobs else None)
 
-    def conversation(self) -> Conversation:
-        """What the model's template takes."""
+    def conversation(self, system_prompt: str = "") -> Conversation:
+        """What the model's template takes. Raises ApiError for a system message beside the service's own."""
+        messages = [message.message() for message in self.messages]
+        if system_prompt:
+            for place, message in enumerate(self.messages):
+                if messages[place]["role"] == "system":
+                    why = "this service sets the system prompt of every conversation; leave the message out"
+                    raise _invalid("messages", f"messages[{place}].role is {message.role!r}: {why}")
+            messages.insert(0, {"role": "system", "content": system_prompt})
         return Conversation(
-            [message.message() for message in self.messages],
+            messages,
             generate=self.add_generation_prompt,
             continues=self.continue_final_message,
             variables=self.chat_template_kwargs,

@@ -33,7 +33,7 @@ def router(state: AppState) -> APIRouter:
     async def completions(request: Request, body: ChatRequest) -> Response:
         order = Order(
             model=body.model,
-            prompts=[body.conversation()],
+            prompts=[body.conversation(state.settings.system_prompt)],
             prompt_field="messages",
             params=body.params(),
             n=body.n,

@@ -263,6 +263,25 @@ def test_bad_input_is_refused_by_name(client: openai.OpenAI, fields: dict[str, A
     assert says in error.message
 
 
+def test_the_service_can_set_the_system_prompt_of_every_conversation(client: openai.OpenAI, folder: Path) -> None:
+    settings = ServeSettings(models=(f"talker={folder}",), dtype="float32", system_prompt=SYSTEM["content"])
+    with (
+        running(settings) as strict,
+        openai.OpenAI(base_url=f"{strict.url}/v1", api_key="any", max_retries=0) as theirs,
+    ):
+        assert answer(theirs).choices == answer(client, messages=[SYSTEM, *HELLO]).choices
+        shorter = answer(theirs, messages=TURNS, extra_body=OLDEST)
+        usual = answer(client, messages=[SYSTEM, *TURNS], extra_body=OLDEST)
+        assert (shorter.choices, shorter.truncated) == (usual.choices, usual.truncated)
+        for role in ("system", "developer"):
+            error = refused(theirs, messages=[{"role": role, "content": "Be rude."}, *HELLO])
+            assert error.param == "messages"
+            assert f"messages[0].role is '{role}': this service sets the system prompt" in error.message
+        assert theirs.completions.create(
+            model="talker", prompt="The", max_tokens=2
+        ).choices  # text has no system prompt
+
+
 def test_noncharacters_are_answered_and_half_a_character_is_refused(service: Running) -> None:
     body = b'{"model": "talker", "max_tokens": 2, "messages": [{"role": "user", "content": "\\ufdd0 \\u0000 %s"}]}'
     with httpx2.Client(base_url=service.url, timeout=60) as client:
