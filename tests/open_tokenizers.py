@@ -59,11 +59,11 @@ def write_tokenizer(kind: str, folder: Path) -> Path:
     return folder
 
 
-def publish(tokenizer: Path, folder: Path, vocab_size: int, family: str = "qwen3") -> Path:
+def publish(tokenizer: Path, folder: Path, vocab_size: int, family: str = "qwen3", context: int = 64) -> Path:
     """Writes a small model of random weights with that tokenizer into `folder`, as the hub has it; returns it."""
     shutil.copytree(tokenizer, folder)
     shape: dict[str, Any] = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
-    config = ModelConfig(family=family, vocab_size=vocab_size, tie_embeddings=True, context_length=64, **shape)
+    config = ModelConfig(family=family, vocab_size=vocab_size, tie_embeddings=True, context_length=context, **shape)
     generator = torch.Generator().manual_seed(1)
     state = {
         name: torch.randn(value.shape, generator=generator) * 0.1 + (value.ndim == 1 and "norm" in name)

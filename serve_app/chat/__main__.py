@@ -28,6 +28,7 @@ examples:
   python -m serve_app.chat
   python -m serve_app.chat --url http://127.0.0.1:8001 --temperature 0.7
   python -m serve_app.chat --prompt "Once upon a time" --max-new-tokens 50
+  python -m serve_app.chat --model qwen --system "Answer in one word."
   python -m serve_app.chat < prompts.txt"""
 
 
@@ -58,8 +59,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Values]:
     parser.add_argument(
         "--history",
         action=argparse.BooleanOptionalAction,
-        help="append each line to the text so far (default: yes at a terminal, no for piped input)",
+        help="go on with the conversation or text at each line (default: yes at a terminal, no for piped input)",
     )
+    parser.add_argument("--system", default="", metavar="TEXT", help="tell a model that chats how to answer")
     parser.add_argument(
         "--wait",
         type=float,
@@ -123,6 +125,8 @@ def answer_each(chat: Chat, lines: Iterable[str]) -> int:
         answer = chat.prompt(line)
         if answer.end == "stopped":
             return 130
+        if isinstance(answer.problem, ConfigError):
+            return 2
         well = well and answer.problem is None
         lost = isinstance(answer.problem, ServiceError) and answer.problem.status in (0, 401)
         if lost or is_temporary(answer.problem):
@@ -136,12 +140,10 @@ def run(flags: argparse.Namespace, values: Values) -> int:
     patience = flags.wait if flags.wait is not None else (math.inf if interactive else PIPED_PATIENCE_SECONDS)
     remembers = interactive if flags.history is None else flags.history
     service = Service(flags.url, os.environ.get(KEY_VARIABLE, "").strip())
-    chat = Chat(service, Screen(interactive), values, patience, remembers, flags.model)
+    chat = Chat(service, Screen(interactive), values, patience, remembers, flags.model, encodable(flags.system.strip()))
     try:
         if interactive:
             return converse(chat)
-        if remembers:
-            chat.look(quietly=True)  # how much text a model holds
         if flags.prompt is not None:
             return answer_each(chat, [flags.prompt])
         return answer_each(chat, (line.rstrip("\r\n") for line in sys.stdin))

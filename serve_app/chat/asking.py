@@ -5,13 +5,12 @@ requested again: if its stream breaks off, the partial text is kept, since a ret
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 from gptcore.errors import FoundryError
-from serve_app.chat.client import BrokenOff, Piece, Service, ServiceError, Unreachable
+from serve_app.chat.client import Piece, ServiceError, Unreachable
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 8.0
 STREAMED_SECONDS = 0.1
@@ -86,25 +85,27 @@ class ChatAnswer:
 
 
 def ask(
-    service: Service,
-    body: Mapping[str, Any],
+    attempt: Callable[[], Generator[Piece, None, None]],
     show: Callable[[str], None],
     tell: Callable[[str], None],
     patience: float,
 ) -> ChatAnswer:
-    """Get an answer. If the service cannot answer now, retry for `patience` seconds."""
+    """Get an answer from the stream that an `attempt` opens.
+
+    If the service cannot answer now, retry for `patience` seconds.
+    """
     answer, reported = ChatAnswer(), ""
     started, wait = time.monotonic(), FIRST_WAIT_SECONDS
     try:
         while True:
             answer.asked = time.perf_counter()
             try:
-                with closing(service.generate(body)) as pieces:
+                with closing(attempt()) as pieces:
                     for piece in pieces:
                         answer.take(piece)
                         show(piece.text)
                 return answer
-            except (Unreachable, ServiceError, BrokenOff) as error:
+            except FoundryError as error:
                 pause = error.retry_after if isinstance(error, ServiceError) and error.retry_after else wait
                 late = time.monotonic() + pause > started + patience
                 if answer.begun or late or not is_temporary(error):

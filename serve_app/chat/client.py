@@ -8,9 +8,10 @@ its connection, so the service frees the slot.
 import json
 import os
 import ssl
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import httpx2
@@ -43,11 +44,17 @@ class ServiceError(FoundryError):
     """An error reply. `status` is 0 if the reply is not from a service of ours."""
 
     def __init__(
-        self, message: str, status: int = 0, param: str | None = None, retry_after: float | None = None
+        self,
+        message: str,
+        status: int = 0,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
         self.retry_after = retry_after
         """Seconds, if the service sent Retry-After."""
 
@@ -73,6 +80,8 @@ class ModelEntry:
     name: Name
     state: Name = ""
     default: bool = False
+    chat: bool | None = None
+    """Whether it answers conversations; None: not known before it is loaded."""
     version: Name | None = None
     context_length: Count | None = None
     parameters: Count | None = None
@@ -89,11 +98,17 @@ class Piece:
 
     model: str
     version: str
-    seed: int
+    seed: int | None
     text: str = ""
     tokens: int = 0
     end: str | None = None
     total_tokens: int | None = None
+    dropped: int = 0
+    """Messages of the conversation that were left out."""
+
+
+Read = Callable[[Mapping[str, Any], Mapping[str, Any]], Piece]
+"""Reads the piece in an event and its choice, as one route writes them."""
 
 
 class Service:
@@ -124,50 +139,47 @@ class Service:
             raise self._foreign("GET /models has no list of models") from None
 
     def generate(self, body: Mapping[str, Any]) -> Generator[Piece, None, None]:
-        """Stream the pieces of an answer."""
+        """Stream the pieces of a continuation."""
         # With logprobs 0, each event lists its tokens, so that the tokens of a stopped answer can be counted too.
-        wanted = {**body, "stream": True, "logprobs": 0}
-        with self._talking(), self._client.sse("generate", method="POST", json=wanted) as source:
-            reply = source.response
-            if reply.status_code != 200:
-                reply.read()
-                raise self._refusal(reply)
-            if reply.headers.get("content-type", "").partition(";")[0].strip() != "text/event-stream":
-                raise self._foreign("POST /generate sends no events")
-            yield from self._pieces(source)
+        return self._stream("generate", {**body, "logprobs": 0}, _continued)
+
+    def reply(self, body: Mapping[str, Any]) -> Generator[Piece, None, None]:
+        """Stream the pieces of an answer to a conversation. They repeat the body's `seed`, which the events lack."""
+        wanted = {**body, "logprobs": True, "stream_options": {"include_usage": True}}
+        return self._stream("v1/chat/completions", wanted, partial(_answered, seed=body.get("seed")))
 
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
 
-    def _pieces(self, source: httpx2.EventSource) -> Iterator[Piece]:
+    def _stream(self, route: str, body: Mapping[str, Any], read: Read) -> Generator[Piece, None, None]:
+        with self._talking(), self._client.sse(route, method="POST", json={**body, "stream": True}) as source:
+            reply = source.response
+            if reply.status_code != 200:
+                reply.read()
+                raise self._refusal(reply)
+            if reply.headers.get("content-type", "").partition(";")[0].strip() != "text/event-stream":
+                raise self._foreign(f"POST /{route} sends no events")
+            yield from self._pieces(source, read)
+
+    def _pieces(self, source: httpx2.EventSource, read: Read) -> Iterator[Piece]:
         try:
             for event in source:
                 if event.data == "[DONE]":
                     return
-                yield self._piece(event.data)
+                yield self._piece(event.data, read)
         except httpx2.ReadTimeout:
             raise BrokenOff(f"the service sent nothing for {SILENT_SECONDS:g} s") from None
         except httpx2.TransportError:
             raise BrokenOff("the connection was lost before the text was complete") from None
         raise BrokenOff("the connection was closed before the text was complete")
 
-    def _piece(self, data: str) -> Piece:
+    def _piece(self, data: str, read: Read) -> Piece:
         try:
             event = json.loads(data)
             if "error" in event:
                 raise ServiceError(_message(event) or "the service stopped the answer", 200)
-            choice = event["choices"][0] if event["choices"] else {}
-            usage = event.get("usage") or {}
-            return Piece(
-                model=encodable(str(event["model"]))[:SHOWN],
-                version=encodable(str(event["version"]))[:SHOWN],
-                seed=int(event["seed"]),
-                text=encodable(str(choice.get("text") or "")),
-                tokens=len(choice.get("logprobs") or ()),
-                end=encodable(str(choice.get("finish_reason") or "")) or None,
-                total_tokens=min(int(usage["total_tokens"]), LARGEST) if usage else None,
-            )
+            return read(event, event["choices"][0] if event["choices"] else {})
         except NONSENSE:
             raise self._foreign("an event has an unexpected form") from None
 
@@ -199,11 +211,38 @@ class Service:
             what = "" if known or status >= 500 else "; is it the address of a GPT Foundry service?"
             message = f"{self.url} returned status {status}{what}"
         error = body.get("error") if isinstance(body, dict) else None
-        param = error.get("param") if isinstance(error, dict) else None
-        return ServiceError(message, status, param, _seconds(reply.headers.get("retry-after")))
+        param, code = (error.get(key) if isinstance(error, dict) else None for key in ("param", "code"))
+        return ServiceError(message, status, param, code, _seconds(reply.headers.get("retry-after")))
 
     def _foreign(self, what: str) -> ServiceError:
         return ServiceError(f"{self.url} does not answer as a GPT Foundry service does: {what}")
+
+
+def _continued(event: Mapping[str, Any], choice: Mapping[str, Any]) -> Piece:
+    tokens = len(choice.get("logprobs") or ())
+    return _read(event, choice, event["version"], int(event["seed"]), choice.get("text"), tokens)
+
+
+def _answered(event: Mapping[str, Any], choice: Mapping[str, Any], seed: int | None) -> Piece:
+    text = (choice.get("delta") or {}).get("content")
+    tokens = len((choice.get("logprobs") or {}).get("content") or ())
+    return _read(event, choice, str(event["system_fingerprint"]).partition("/")[2], seed, text, tokens)
+
+
+def _read(
+    event: Mapping[str, Any], choice: Mapping[str, Any], version: Any, seed: int | None, text: Any, tokens: int
+) -> Piece:
+    usage = event.get("usage") or {}
+    return Piece(
+        model=encodable(str(event["model"]))[:SHOWN],
+        version=encodable(str(version))[:SHOWN],
+        seed=seed,
+        text=encodable(str(text or "")),
+        tokens=tokens,
+        end=encodable(str(choice.get("finish_reason") or "")) or None,
+        total_tokens=min(int(usage["total_tokens"]), LARGEST) if usage else None,
+        dropped=min(int((event.get("truncated") or {}).get("messages", 0)), LARGEST),
+    )
 
 
 def _client(url: httpx2.URL) -> httpx2.Client:

@@ -37,6 +37,8 @@ class Values:
 
     def __init__(self) -> None:
         self._set: dict[str, Any] = {}
+        self.replies = False
+        """The model answers conversations. Then its answers have no default length."""
 
     def set(self, name: str, text: str) -> None:
         """Set a value from text; `default` resets it. Raises ConfigError."""
@@ -52,11 +54,14 @@ class Values:
 
     def body(self) -> dict[str, Any]:
         """The fields for a request's body."""
-        return dict(self._set)
+        body = dict(self._set)
+        if self.replies and "max_new_tokens" in body:
+            body["max_completion_tokens"] = body.pop("max_new_tokens")
+        return body
 
     def value(self, name: str) -> Any:
         """The current value."""
-        return self._set.get(name, default(name))
+        return self._set.get(name, self._default(name))
 
     def is_set(self, name: str) -> bool:
         """Whether a value was set."""
@@ -70,8 +75,11 @@ class Values:
         """(name, value and default, help) of each parameter."""
         return [(name, self._stated(name), about(name)) for name in SHAPES]
 
+    def _default(self, name: str) -> Any:
+        return None if self.replies and name == "max_new_tokens" else default(name)
+
     def _stated(self, name: str) -> str:
-        usual = f" (default {written(default(name))})" if self.is_set(name) else ""
+        usual = f" (default {written(self._default(name))})" if self.is_set(name) else ""
         return written(self.value(name)) + usual
 
 

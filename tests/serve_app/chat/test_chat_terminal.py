@@ -24,6 +24,8 @@ TYPED = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cc",)) | st.sampled_from("\n\\ a"), min_size=1
 ).filter(lambda line: not line.endswith("\\") and line.strip())
 """Lines from the keyboard. None ends with a backslash, which continues the line."""
+NO_LIST = b"HTTP/1.1 404 Not Found\r\nconnection: close\r\n\r\n"
+"""The reply to the question which models there are, from which the chat learns nothing."""
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
 
 
@@ -142,7 +144,8 @@ def test_the_terminal_is_restored_at_the_end(tmp_path: Path) -> None:
 
 def test_the_old_answer_stays_until_a_new_one_begins() -> None:
     shown = io.StringIO()
-    with saying(answering("one"), b"", b"", answering("two"), b"") as url:  # between them the models are asked for
+    replies = (NO_LIST, answering("one"), NO_LIST, NO_LIST, b"", NO_LIST, answering("two"), NO_LIST)
+    with saying(*replies) as url:  # before and after each answer the models are asked for
         chat = Chat(Service(url), Screen(True, shown), Values(), patience=0, remembers=True)
         chat.take("x")
         chat.take("/retry")
@@ -154,7 +157,7 @@ def test_the_old_answer_stays_until_a_new_one_begins() -> None:
 
 
 def test_input_that_is_not_text_is_not_kept() -> None:
-    with saying(answering(r"a\ud800b"), answering("c")) as url:
+    with saying(NO_LIST, answering(r"a\ud800b"), NO_LIST, answering("c")) as url:
         chat = Chat(Service(url), Screen(False, io.StringIO(), io.StringIO()), Values(), patience=0, remembers=True)
         chat.prompt("x\udcff")
         assert chat.prompt("y").problem is None
