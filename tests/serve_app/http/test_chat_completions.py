@@ -232,7 +232,11 @@ def test_a_last_turn_without_room_for_the_whole_answer_gets_a_shorter_one(client
             "messages[0].content[0].type",
         ),
         (dict(messages=[*HELLO, {"role": "system", "content": "x"}]), "messages", "the system comes first"),
-        (dict(messages=[{"role": "user", "content": "x " * 99}]), "messages", f"maximum context length is {CONTEXT}"),
+        (
+            dict(messages=[{"role": "user", "content": "x " * 99}]),
+            "messages",
+            f"this model's maximum context length is {CONTEXT}",
+        ),
         (
             dict(messages=[*HELLO, {"role": "user", "content": "x " * 99}], extra_body={"truncate": "oldest"}),
             "messages",
