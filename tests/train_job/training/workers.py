@@ -45,7 +45,8 @@ def workers(count: int) -> Iterator[Workers]:
     """`count` idle workers, of which a call uses as many as it needs."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))  # what torch frees, the process no longer has
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))  # what torch frees, the process no longer has
+        patch.setenv("MALLOC_ARENA_MAX", "1")  # a part for each thread would grow with the number of threads that run
         pipes, processes = [], []
         for _ in range(count):
             ours, theirs = context.Pipe()
