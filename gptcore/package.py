@@ -324,6 +324,12 @@ def _model_card(package: Package) -> str:
     facts = "\n".join(f"- {line}" for line in describe(package).splitlines())
     parent = package.info["training"].get("parent")
     made = f"fine-tuned from {parent}" if parent else "trained from scratch"
+    chats = package.info["training"].get("objective") == "chat"
+    ability = (
+        "It answers conversations that are formatted by its chat template."
+        if chats
+        else "It continues text; it does not follow instructions."
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -331,7 +337,7 @@ tags: [gpt-foundry]
 ---
 # {package.path.name}
 
-A language model {made} with GPT Foundry. It continues text; it does not follow instructions.
+A language model {made} with GPT Foundry. {ability}
 
 {facts}
 

@@ -24,7 +24,7 @@ from tests.conftest import SHARED
 from tests.ports import free_port
 from tests.system.conftest import ROOT, Cluster, environment
 from tests.waiting import await_server, is_up
-from train_job.data.pieces import builtin_bytes
+from train_job.data.pieces import builtin_documents
 
 STARTERS = (
     *(".venv/", ".venv-vllm/", "curl ", "ray ", "docker ", "make ", "cat ", "ls ", "echo ", "export ", "mlflow "),
@@ -199,7 +199,7 @@ def checkout(folder: Path, cluster: Cluster) -> Iterator[Checkout]:
 
 def write_texts(folder: Path) -> None:
     """notes.txt and all the others."""
-    text = builtin_bytes()[:200_000].decode(errors="ignore")
+    text = "".join(builtin_documents())[:200_000]
     names = "notes.txt mine.txt input.txt story.txt data.txt held_out.txt books/one.txt books/more/two.txt"
     for name in names.split():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -158,6 +158,7 @@ def _package(session: Session, checkpoint: Path) -> Package:
         "sequence_length": config.context,
         "validation_loss": loss,
         "bits_per_byte": bits,
+        "objective": config.objective if config.objective != "text" else None,
         "data": inputs.train_corpus.name,
         "data_fingerprint": inputs.train_corpus.fingerprint,
         "validation_fingerprint": inputs.validation_corpus.fingerprint,

@@ -123,5 +123,5 @@ def ended(
         version=f"{record['name']} version {record['version']}" if record else "",
         promote="" if promoted else f"{resume} --promote always",
         resume=f"{resume} --max-steps {2 * step}" if record and step else resume,
-        prompt=config.sample_prompts[0],
+        prompt=config.sample_prompts[0] if config.objective == "text" else "",
     )

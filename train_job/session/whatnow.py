@@ -42,8 +42,9 @@ def lines(ended: Ended) -> list[str]:
     if ended.package:
         steps.append(("serve it", serve_command(ended.package)))
         steps.append(("chat", chat_command() + comment("once it serves, in another terminal")))
-        generate = [python(), "-m", "gptcore.generate", near(ended.package), "--prompt", ended.prompt]
-        steps.append(("ask it", shlex.join(generate) + comment("without a service")))
+        if ended.prompt:  # a model that answers does not continue one
+            generate = [python(), "-m", "gptcore.generate", near(ended.package), "--prompt", ended.prompt]
+            steps.append(("ask it", shlex.join(generate) + comment("without a service")))
     if ended.experiment_id:
         steps += page_steps(ended)
     if ended.promote:
