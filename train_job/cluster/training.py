@@ -79,8 +79,8 @@ class Training:
         low, high = s.config.workers
         workers = str(low) if low == high else f"{low} to {high}"
         say(f"model     {without_password(label(i))}")
-        say(f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes, {i.train.num_tokens:,} tokens by")
-        say(f"          {i.tokenizer.name}; {i.validation.num_bytes:,} bytes more are kept for validation")
+        say(f"text      {i.train_corpus.name}: {i.train.size}, {i.train.num_tokens:,} tokens by")
+        say(f"          {i.tokenizer.name}; {i.validation.size} more are kept for validation")
         for note in i.notes:
             say(f"          {note}")
         say(f"workers   {workers}, each with {resources_text(self._resources)}")

@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.train
@@ -28,7 +28,8 @@ from gptcore.hf_format import empty_model
 from gptcore.lora import add_adapters, initial_adapters
 from gptcore.model import GPT
 from gptcore.progress import doing
-from gptcore.sampling import SamplingParams, generate_text
+from gptcore.sampling import SamplingParams, generate
+from gptcore.text import TextStream
 from gptcore.tokenizer import Tokenizer
 from train_job.cluster.exporter import Exporter
 from train_job.config import TrainConfig
@@ -67,6 +68,13 @@ class WorkerSpec:
     tracking_uri: str = field(repr=False)  # it may have a password, and Ray's dashboard shows a run's config
     run_dir: Path
     channel: Any
+
+
+class Sample(NamedTuple):
+    """A continuation, and whether the model ended it."""
+
+    text: str
+    ended: bool
 
 
 class StopFlag:
@@ -227,16 +235,23 @@ class Reporter:
                 "tokens_seen": event.tokens,
                 "epoch": event.epoch,
             }
-            self.spool.metrics(event.step, figures | ({"mfu": event.mfu} if event.mfu is not None else {}))
+            some = {"mfu": event.mfu, "train/answered": event.answered}
+            self.spool.metrics(event.step, figures | {name: value for name, value in some.items() if value is not None})
         elif isinstance(event, Evaluation):
             self.spool.metrics(event.step, {"val/loss": event.loss, "val/bits_per_byte": event.bits_per_byte})
 
-    def keep_samples(self, step: int, samples: dict[str, str]) -> None:
-        """Adds the model's continuation of every prompt to a table that MLflow's UI shows."""
+    def keep_samples(self, step: int, samples: dict[str, Sample]) -> None:
+        """Adds the model's continuation of every prompt to a table that MLflow's UI shows.
+
+        In a chat, the share of answers that end by themselves is a metric.
+        """
         if not samples:
             return
+        if self.spec.config.objective == "chat":
+            ended = sum(sample.ended for sample in samples.values()) / len(samples)
+            self.spool.metrics(step, {"val/answers_ended": ended})
         rows = [row for row in self._samples() if row[0] < step]
-        rows += [[step, prompt, text] for prompt, text in samples.items()]
+        rows += [[step, prompt, sample.text] for prompt, sample in samples.items()]
         write_json(self.samples, {"columns": ["step", "prompt", "continuation"], "data": rows})
         self.spool.artifact(self.samples, table=True)
 
@@ -263,7 +278,7 @@ class Reporter:
             )
 
 
-def _samples(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, str]:
+def _samples(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, Sample]:
     """The model's continuation of every prompt, in evaluation mode."""
     config, model = trainer.config, trainer.model
     if not config.sample_tokens:
@@ -277,7 +292,13 @@ def _samples(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, str]:
             trainer.autocast() if trainer.sharded or config.lora else nullcontext(),
         ):
             prompts = {prompt: sample_prompt(config, tokenizer, prompt) for prompt in config.sample_prompts}
-            return {prompt: generate_text(model, tokenizer, ids, params) for prompt, ids in prompts.items()}
+            made = {prompt: [*generate(model, tokenizer, ids, params)] for prompt, ids in prompts.items()}
     finally:
         unused_after(model)
         model.train()
+    return {prompt: Sample(_text(tokenizer, ids), len(ids) < config.sample_tokens) for prompt, ids in made.items()}
+
+
+def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    stream = TextStream(tokenizer, begins=False)
+    return "".join([*map(stream.push, ids), stream.flush()])

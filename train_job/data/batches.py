@@ -98,6 +98,9 @@ class Batches:
         phase = epoch_keys(self.seed, epoch, purpose=1) % np.uint64(self.stride)
         return ((window * np.uint64(self.stride) + phase) % np.uint64(self.starts)).astype(np.int64)
 
+    def answered(self, steps: range) -> None:
+        """None: text has no answers."""
+
     def targets(self, step: int) -> int:
         """The tokens to predict in global batch `step`, which are the same number in each."""
         return self.batch_size * self.context_length

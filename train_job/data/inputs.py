@@ -164,8 +164,8 @@ def notes_on_rows(batches: Batches | ConversationBatches, tokens: TokenSet, shar
     rows, length = len(batches.rows), batches.context_length
     answered = tokens.num_targets / tokens.num_tokens
     yield (
-        f"{tokens.num_documents:,} conversations in {rows:,} rows of {length} tokens; {answered:.0%} of their tokens "
-        "are answers, and only these are learned"
+        f"packed into {rows:,} rows of {length} tokens; {answered:.0%} of the tokens are answers, and only these are "
+        "learned"
     )
     if batches.rows.cut:
         yield f"{batches.rows.cut:,} conversations are longer than {length} tokens, and cut into parts"

@@ -125,6 +125,10 @@ class ConversationBatches:
         """The tokens of answers in global batch `step`."""
         return int(self.rows.targets[self.row_numbers(step)].sum())
 
+    def answered(self, steps: range) -> float:
+        """The share of the tokens in these batches that are targets."""
+        return sum(map(self.targets, steps)) / (len(steps) * self.batch_size * self.context_length)
+
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, ...]:
         """The rank's rows of global batch `step` (from 0): inputs, targets and positions, int64 (b, T) each."""
         return filled(self.tokens, self.rows, self.row_numbers(step, rank, world_size), self.context_length)

@@ -72,7 +72,8 @@ class Piece:
 
     def numbered(self) -> Iterator[tuple[int, str]]:
         """`texts` with the number of each record, from 0, without those left out."""
-        return ((number, text) for number, text in enumerate(self.texts()) if number not in self.left_out)
+        left_out = frozenset(self.left_out)
+        return ((number, text) for number, text in enumerate(self.texts()) if number not in left_out)
 
     def place(self, number: int) -> str:
         """Where a record is, for messages."""

@@ -90,6 +90,11 @@ class TokenSet:
         return self.num_tokens - 1
 
     @property
+    def size(self) -> str:
+        """How much there is, in words."""
+        return f"{self.num_documents:,} conversations" if self.holds_conversations else f"{self.num_bytes:,} bytes"
+
+    @property
     def num_documents(self) -> int:
         """Documents that end in the stream."""
         return sum(shard.num_documents for shard in self.shards)

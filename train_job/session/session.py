@@ -105,7 +105,7 @@ def _start(inputs: Inputs, uri: str, title: str, tags: Mapping[str, str]) -> str
     config = inputs.config
     settings = config.flat()
     del settings["name"]  # it differs between all runs, so it would only add noise to MLflow's comparison
-    text = f"{inputs.train_corpus.name} ({inputs.train.num_bytes:,} bytes, {inputs.tokenizer.name})"
+    text = f"{inputs.train_corpus.name} ({inputs.train.size}, {inputs.tokenizer.name})"
     own = {
         "tokenizer": inputs.tokenizer.fingerprint,
         NOTE: without_password(f"{label(inputs)}; on {text}"),

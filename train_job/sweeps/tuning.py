@@ -50,9 +50,7 @@ class Tuning:
         how = "every combination" if c.grid else f"drawn with seed {c.draw_seed}"
         say(f"sweep     {s.name}: {len(s.trials)} trials, {how}")
         say(f"search    {described(c.search)}")
-        say(
-            f"text      {i.train_corpus.name}: {i.train.num_bytes:,} bytes; {i.validation.num_bytes:,} bytes more judge"
-        )
+        say(f"text      {i.train_corpus.name}: {i.train.size}; {i.validation.size} more judge")
         for note in i.notes:
             say(f"          {note}")
         rungs = ", ".join(f"{s.grace_steps * c.reduction**n:.0f}" for n in range(3))

@@ -33,6 +33,8 @@ class Progress:
     seconds_left: float
     total_steps: int | None
     """None if only max_minutes ends the run."""
+    answered: float | None = None
+    """The share of tokens that were targets, for conversations."""
 
 
 @dataclass(frozen=True)

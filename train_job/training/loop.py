@@ -278,6 +278,7 @@ class Trainer:
             rate * flops / (peak * self.world_size) if peak else None,
             left,
             self.total_steps if self.total_steps < UNBOUNDED else None,
+            self.batches.answered(range(step - steps, step)),
         )
 
     def _evaluation_due(self, reason: str) -> bool:

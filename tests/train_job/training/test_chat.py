@@ -142,3 +142,11 @@ def test_a_model_without_a_template_cannot_be_judged_by_conversations(base: dict
     corpus = open_corpus(str(base["data"]), "*conversation", tmp_path)
     with pytest.raises(PackageError, match="it has no chat template, so it only continues text"):
         bits_per_byte(open_package(folder), corpus, tmp_path)
+
+
+def test_progress_says_which_share_of_the_tokens_are_answers(base: dict[str, Any]) -> None:
+    trainer = made(base)
+    shares = [event.answered for event in trainer.run() if isinstance(event, Progress)]
+    tokens = trainer.tokens_per_step
+    assert shares == [trainer.batches.targets(step) / tokens for step in range(12)]
+    assert all(share is not None and 0 < share < 1 for share in shares)

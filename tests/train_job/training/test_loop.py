@@ -331,7 +331,8 @@ class _PoisonedAt:
 
     def __init__(self, trainer: Trainer, step: int) -> None:
         self.trainer, self.step, self.inner = trainer, step, trainer.batches
-        self.steps_per_epoch = self.inner.steps_per_epoch
+        self.steps_per_epoch, self.targets = self.inner.steps_per_epoch, self.inner.targets
+        self.answered = self.inner.answered
 
     def batch(self, step: int, rank: int, world_size: int) -> Any:
         if step + 1 == self.step:
