@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.chat", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL", nargs="?", default="models:/gpt@champion", help=hub.KINDS)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="models:/gpt-chat@champion", help=hub.KINDS)
     parser.add_argument("--base", help="the model before it learned from conversations, to compare with")
     parser.add_argument("--count", type=int, default=40, help="questions of each kind")
     parser.add_argument("--dtype", default="auto", help="the engine's precision: auto, bfloat16 or float32")

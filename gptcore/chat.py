@@ -10,20 +10,27 @@ text are bounded.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
-from jinja2 import nodes
 
 from gptcore.errors import ConfigError, PackageError
 from gptcore.hf_tokenizer import CONFIG
+from gptcore.template_sandbox import (
+    FIXED_DAY,
+    MISTAKES,
+    MOST_CHARACTERS,
+    MOST_STEPS,
+    Sandbox,
+    counted,
+    left_over,
+    one_line,
+    today,
+    watched,
+)
 from gptcore.tokenizer import CHAT, Tokenizer, with_chat_tokens
 
 Message = Mapping[str, Any]
@@ -34,16 +41,10 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """The template of models that have no other: OpenAI's ChatML."""
-MOST_STEPS = 1_000_000
-"""Iterations and calls of one rendering, about a second; 10,000 messages take a tenth of it."""
-MOST_CHARACTERS = 1 << 20
-"""A rendered text has at most so many more characters than twice its messages."""
 GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Unicode's noncharacters, which no text should contain."""
 CUT = "\U0001fffe "
 """Another noncharacter, which ends a message that goes on; the space shows whether the template trims."""
-_steps: ContextVar[list[int]] = ContextVar("steps")
-"""Steps and characters left to the rendering that is going on."""
 
 
 class ChatTemplate:
@@ -55,10 +56,10 @@ class ChatTemplate:
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         self.source, self.tokenizer = source, tokenizer
         try:
-            sandbox = _Sandbox()
-            self._template = sandbox.from_string(_watched(sandbox.parse(source)))
+            sandbox = Sandbox()
+            self._template = sandbox.from_string(watched(sandbox.parse(source)))
         except (jinja2.TemplateError, RecursionError, ValueError) as error:
-            raise PackageError(f"the chat template cannot be compiled: {_one_line(error)}") from error
+            raise PackageError(f"the chat template cannot be compiled: {one_line(error)}") from error
 
     def render(
         self,
@@ -75,16 +76,16 @@ class ChatTemplate:
         if continues:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + CUT}]
         size = sum(map(_characters, messages))
-        token = _steps.set([MOST_STEPS, MOST_CHARACTERS + 2 * size])
+        token = left_over.set([MOST_STEPS, MOST_CHARACTERS + 2 * size])
         given = {"tools": None, "documents": None} | self.tokenizer.special_names | dict(variables or {})
         try:
             pieces = self._template.generate(given | {"messages": messages, "add_generation_prompt": generate})
-            text = "".join(map(_counted, pieces))
-        except (jinja2.TemplateError, *_MISTAKES) as error:
-            why = f"the model's chat template refuses the messages: {_one_line(error)}"
+            text = "".join(map(counted, pieces))
+        except (jinja2.TemplateError, *MISTAKES) as error:
+            why = f"the model's chat template refuses the messages: {one_line(error)}"
             raise ConfigError(why, "messages") from error
         finally:
-            _steps.reset(token)
+            left_over.reset(token)
         if not continues:
             return text
         before, mark, behind = text.rpartition(CUT.strip())
@@ -109,26 +110,52 @@ class ChatTemplate:
     def answers(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """The ids of a whole conversation, and for each whether the assistant has to write it.
 
-        That is what a model is trained on: from where the template begins an answer to the token that ends its turn.
-        Raises ConfigError as `encode` does, and for a template that does not end an answer with a special token.
+        That is what a model is trained on: from where the template begins an answer to the token that ends its turn,
+        unless the message has the weight 0, as in OpenAI's format. A template that writes the date writes FIXED_DAY.
+        Raises ConfigError as `encode` does, and for a template that does not keep each answer and end it with a special
+        token.
         """
         guard, free, opens, closes = _unused(messages, 4)
         guarded = [_guard(message, self._spelled, guard) for message in messages]
-        text = self._marked(guarded, opens, closes)
-        (beginning, lead), spans, behind = self._beginning, [], 0
-        for found in re.finditer(f"{opens}.*?{closes}", text, re.DOTALL):
-            begun = text.rfind(beginning, behind, found.start()) if beginning else -1
-            lead_fits = text.endswith(lead, behind, found.start())
-            start = begun + len(beginning) if begun >= 0 else found.start() - len(lead) * lead_fits
-            behind = self._end_of_turn(text, found.end())
-            spans.append((start, behind))
+        before = today.set(FIXED_DAY)
+        try:
+            text = self._marked(guarded, opens, closes)
+            spans = self._spans(text, opens, closes)
+        finally:
+            today.reset(before)
+        weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+        if len(spans) != len(weights):
+            raise ConfigError("the model's chat template leaves out an answer", "messages")
         ids, ours, number = [], [], 0
         for token, place in self.tokenizer.encode_special(text, guard + opens + closes, free):
             while number < len(spans) and place >= spans[number][1]:
                 number += 1
             ids.append(token)
-            ours.append(number < len(spans) and place >= spans[number][0])
+            ours.append(number < len(spans) and place >= spans[number][0] and bool(weights[number]))
         return ids, ours
+
+    def _spans(self, text: str, opens: str, closes: str) -> list[tuple[int, int]]:
+        """Where each answer begins, and where its turn ends. Raises ConfigError.
+
+        A template may drop the mark `opens` with the thinking at the beginning of an answer.
+        """
+        (beginning, lead), spans, behind = self._beginning, [], 0
+        for closed in re.finditer(closes, text):
+            opened = text.find(opens, behind, closed.start())
+            limit = closed.start() if opened < 0 else opened
+            begun = text.rfind(beginning, behind, limit) if beginning else -1
+            led = text.rfind(lead.rstrip(), behind, limit) if lead.strip() else -1
+            if begun >= 0:
+                start = begun + len(beginning)
+            elif led >= 0:
+                start = led
+            elif opened >= 0:
+                start = behind + len(text[behind:opened].rstrip())
+            else:
+                raise ConfigError("the model's chat template changes the text of an answer", "messages")
+            behind = self._end_of_turn(text, closed.end())
+            spans.append((start, behind))
+        return spans
 
     @cached_property
     def end_of_turn(self) -> int:
@@ -144,22 +171,17 @@ class ChatTemplate:
         return found.end()
 
     def _marked(self, messages: Sequence[Message], opens: str, closes: str) -> str:
-        """The text with `opens` and `closes` around each answer, as the template has it: perhaps trimmed.
+        """The text with `opens` and `closes` around each answer, inside the white space that a template may trim.
 
         Raises ConfigError.
         """
-        plain = self.render(messages, generate=False)
-        for trim in (str, str.strip):
-            marked = self.render(
-                [
-                    {**m, "content": f"{opens}{trim(m['content'])}{closes}"} if m["role"] == "assistant" else m
-                    for m in messages
-                ],
-                generate=False,
-            )
-            if marked.replace(opens, "").replace(closes, "") == plain:
-                return marked
-        raise ConfigError("the model's chat template changes the text of an answer", "messages")
+        marked = [
+            {**m, "content": _edged(m["content"], opens, closes)} if m["role"] == "assistant" else m for m in messages
+        ]
+        text = self.render(marked, generate=False)
+        if text.translate({ord(opens): None, ord(closes): None}) != self.render(messages, generate=False):
+            raise ConfigError("the model's chat template changes the text of an answer", "messages")
+        return text
 
     @cached_property
     def _beginning(self) -> tuple[str, str]:
@@ -247,137 +269,16 @@ def _guard(value: Any, spelled: re.Pattern[str], guard: str) -> Any:
     return value
 
 
+def _edged(content: str, opens: str, closes: str) -> str:
+    """The content with marks around all but its outer white space."""
+    core = content.strip()
+    before, _, after = content.partition(core) if core else (content, "", "")
+    return f"{before}{opens}{core}{closes}{after}"
+
+
 def _characters(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(map(_characters, value.values()))
     if isinstance(value, (list, tuple)):
         return sum(map(_characters, value))
     return len(value) if isinstance(value, str) else 1
-
-
-# --- the sandbox --------------------------------------------------------------------------------------------------
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The environment that `transformers` gives templates, with every iteration, call and text counted."""
-
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
-
-    def __init__(self) -> None:
-        extensions = [_Generation, jinja2.ext.loopcontrols]
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        self.filters |= {"tojson": _to_json, "replace": _replace, "counted": _iterated, "bounded": _bounded}
-        for name in ("batch", "center", "format", "indent", "slice"):
-            del self.filters[name]  # with a large number they fill the memory, and chats do without
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-
-    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        _step()
-        for argument in (*args, *kwargs.values()):
-            _bounded(range(argument) if isinstance(argument, int) else argument)  # as in "x".ljust(10**9)
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, str) and function.__name__ == "replace":
-            return _replace(owner, *args)
-        return _bounded(super().call(context, function, *args, **kwargs))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or (operator == "%" and isinstance(left, str)):
-            raise jinja2.TemplateError(f"{operator} is not supported")
-        for text, times in ((left, right), (right, left)):
-            if operator == "*" and isinstance(text, (str, list, tuple)) and isinstance(times, int):
-                _bounded(range(len(text) * times))
-        return _bounded(super().call_binop(context, operator, left, right))
-
-
-class _Generation(jinja2.ext.Extension):
-    """The tag `generation`, with which some templates mark an answer; it changes nothing here."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-_MISTAKES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
-"""What Python raises for a template's mistake, as Jinja does not wrap it."""
-
-
-def _watched(tree: nodes.Template) -> nodes.Template:
-    """The template with counters in its loops, and limits on the texts that it puts together."""
-
-    def limited(node: Any) -> Any:
-        return _filtered(node, "bounded", node.lineno) if isinstance(node, nodes.Concat) else node
-
-    for node in [*tree.find_all(nodes.Node)]:
-        for name, value in [*node.iter_fields()]:
-            setattr(node, name, [*map(limited, value)] if isinstance(value, list) else limited(value))
-        if isinstance(node, nodes.For):
-            if node.recursive:
-                raise jinja2.TemplateSyntaxError("recursive loops are not supported", node.lineno)
-            node.iter = _filtered(node.iter, "counted", node.lineno)
-        if isinstance(node, nodes.AssignBlock):
-            node.filter = _filtered(node.filter, "bounded", node.lineno)
-    return tree
-
-
-def _filtered(node: nodes.Node | None, name: str, line: int) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=line)
-
-
-def _step() -> None:
-    left = _steps.get()
-    left[0] -= 1
-    if left[0] < 0:
-        raise jinja2.TemplateError(f"it takes more than {MOST_STEPS:,} steps")
-
-
-def _iterated(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        _step()
-        yield item
-
-
-def _counted(piece: str) -> str:
-    """A piece of the text."""
-    left = _steps.get()
-    left[1] -= len(piece)
-    if left[1] < 0:
-        raise jinja2.TemplateError("its text is too long")
-    return piece
-
-
-def _bounded(value: Any) -> Any:
-    """A value that a template has made."""
-    most = _steps.get()[1]
-    if isinstance(value, (str, list, tuple, range)) and len(value) > most:
-        raise jinja2.TemplateError("it makes a text or list that is too long")
-    if isinstance(value, int) and value.bit_length() > 1024:
-        raise jinja2.TemplateError("it computes a number of more than 1,024 bits")
-    return value
-
-
-def _replace(text: Any, old: Any, new: Any, count: int = -1) -> str:
-    text, old, new = str(text), str(old), str(new)
-    found = text.count(old) if count < 0 else min(count, text.count(old))
-    _bounded(range(len(text) + max(0, found * (len(new) - len(old)))))
-    return text.replace(old, new, count)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, **more: Any
-) -> str:
-    """As in `transformers`: JSON for a model, not for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **more)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

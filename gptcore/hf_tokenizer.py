@@ -66,7 +66,7 @@ class PublishedEncoding:
         self.splits_lines = _splits_lines(content)
         """Whether a text may be cut behind a line break between visible characters, without a change to its ids."""
         self._backend = _backend(content, config, dict(files)[TOKENIZER])
-        self._separated = cache(lambda free: _separated(_backend(content, config, dict(files)[TOKENIZER]), free))
+        self._separated = lru_cache(2)(lambda free: _separated(_backend(content, config, dict(files)[TOKENIZER]), free))
         self._bytes = cache(lambda number: self.spelling.middle(self.token(number)))
         added = self._backend.get_added_tokens_decoder()
         self.special = frozenset(number for number, token in added.items() if token.special)

@@ -60,6 +60,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     torch's fused kernel, except for short bf16 sequences on a CPU, where plain matrix products take half its time.
     """
     B, H, T, D = q.shape
+    if mask is not None and q.device.type == "cuda" and k.size(1) != H:  # no fused kernel has both a mask and groups
+        k, v = (heads.repeat_interleave(H // heads.size(1), dim=1) for heads in (k, v))
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and causal and T <= 512 and k.size(1) == H
     if not plain or dropout or T == 1:
         return F.scaled_dot_product_attention(

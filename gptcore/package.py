@@ -257,7 +257,8 @@ def describe(package: Package) -> str:
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     if tokenizer.published:
         return tokenizer.published.special_ids()
-    return {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    ends = tokenizer.eot if len(tokenizer.stops) == 1 else [*tokenizer.stops]
+    return {"bos_token_id": tokenizer.eot, "eos_token_id": ends}
 
 
 def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -351,6 +351,7 @@ def build_config(*layers: Mapping[str, Any]) -> TrainConfig:
         recipe |= LORA
     if given.get("objective") == "chat":
         recipe |= CHAT
+        recipe.pop("stride", None)  # a text's
     if given.keys() & LIMITS:  # a user's limit replaces the preset's
         recipe = {k: v for k, v in recipe.items() if k not in LIMITS}
     recipe.pop("eval_interval", None)  # `intervals` reads it from PRESETS, and shortens it for a short run

@@ -73,7 +73,7 @@ def within_limits(order: Order, served: ServedModel, settings: ServeSettings) ->
 def room_for_prompt(order: Order, context: int, settings: ServeSettings) -> int:
     """Most tokens of a truncated conversation, so that its answer may have the length that the client asks for."""
     answer = order.params.max_new_tokens
-    if order.default_length:
+    if order.default_length or answer >= context:  # no conversation leaves so much room
         answer = min(answer, context // ANSWER_SHARE or 1)
     return min(context - answer, settings.max_prompt_tokens or context)
 

@@ -142,12 +142,60 @@ def test_an_open_model_without_a_template_gets_chatml_if_it_has_its_tokens(tmp_p
         chat_tokenizer(read_tokenizer(write_tokenizer("llama2", tmp_path / "llama2")))
 
 
+def answers_of(source: str, messages: list[dict[str, str]]) -> list[str]:
+    """What a model learns of a conversation, without what ends each answer."""
+    ours = load_tokenizer("bytes")
+    ids, answered = ChatTemplate(source, ours).answers(messages)
+    groups = groupby(zip(ids, answered, strict=True), lambda pair: pair[1])
+    return [ours.decode([token for token, _ in group][:-1]) for is_answer, group in groups if is_answer]
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+
+
+THINKS = """{%- for m in messages %}
+    {%- set content = m.content %}
+    {%- if m.role == 'assistant' %}
+        {%- set thought = '' %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.last %}{{- '>assistant\\n<think>\\n' + thought + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}{{- '>assistant\\n' + content }}{%- endif %}
+    {%- else %}{{- '>' + m.role + '\\n' + content }}{%- endif %}
+    {{- eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '>assistant\\n' }}{%- endif %}"""
+
+
+def test_a_template_that_shows_only_the_last_thinking_loses_no_answer() -> None:
+    said = answers_of(THINKS, turns("a", "<think>\nfirst\n</think>\n\none", "b", "<think>\nthen\n</think>\n\ntwo"))
+    assert said == ["one", "<think>\nthen\n</think>\n\ntwo"]
+    assert answers_of(THINKS, turns("a", "\n\none ", "b", "\n\ntwo \n")) == [
+        "\n\none ",
+        "<think>\n\n</think>\n\ntwo \n",
+    ]
+
+
+def test_a_template_with_the_date_gives_the_same_tokens_on_every_day() -> None:
+    source = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    ids, _ = ChatTemplate(source, load_tokenizer("bytes")).answers(turns("a", "b"))
+    assert bytes(ids[:4]) == b"2026"
+
+
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "does not end an answer"),
         ("{% for m in messages %}{{ m.content | upper }}{{ eos_token }}{% endfor %}", None),
-        ("{% for m in messages %}{{ m.content[:1] }}{{ eos_token }}{% endfor %}", "changes the text of an answer"),
+        (
+            "{% for m in messages %}{{ m.content[:1] }}{{ eos_token }}{% endfor %}",
+            "leaves out an answer|changes the text",
+        ),
+        ("{{ messages[0].content }}{{ eos_token }}", "leaves out an answer"),
+        ("{% for m in messages %}{{ m.content | length }}{{ eos_token }}{% endfor %}", "changes the text of an answer"),
     ],
 )
 def test_a_template_that_cannot_be_learned_from_is_refused(source: str, problem: str | None) -> None:

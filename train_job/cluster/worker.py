@@ -296,7 +296,11 @@ def _samples(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, Sample]:
     finally:
         unused_after(model)
         model.train()
-    return {prompt: Sample(_text(tokenizer, ids), len(ids) < config.sample_tokens) for prompt, ids in made.items()}
+    room = {prompt: model.config.context_length - len(ids) for prompt, ids in prompts.items()}
+    return {
+        prompt: Sample(_text(tokenizer, ids), len(ids) < min(config.sample_tokens, room[prompt]))
+        for prompt, ids in made.items()
+    }
 
 
 def _text(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -18,7 +18,7 @@ FIELDS = ("messages", "conversations", "prompt", "completion")
 ROLES = ("system", "user", "assistant")
 OTHER_ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names."""
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 def conversation_text(record: Any) -> str:
@@ -38,8 +38,13 @@ def contents(documents: Iterator[str]) -> Iterator[str]:
 
 
 def answer_bytes(messages: Messages) -> int:
-    """The UTF-8 length of what the assistant says."""
-    return sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
+    """The UTF-8 length of the answers to learn."""
+    return sum(len(message["content"].encode()) for message in messages if is_learned(message))
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether a message is an answer to learn: OpenAI's `weight` 0 marks others."""
+    return bool(message["role"] == "assistant" and message.get("weight", 1))
 
 
 def messages_in(record: Any) -> Messages:
@@ -57,8 +62,8 @@ def messages_in(record: Any) -> Messages:
             "no field 'messages', nor 'conversations', nor 'prompt' with 'completion'; there are "
             f"{', '.join(map(str, record)) or 'none'}"
         )
-    if not any(message["role"] == "assistant" for message in found):
-        raise ValueError("no message is the assistant's; expected at least one, since only these are learned")
+    if not any(map(is_learned, found)):
+        raise ValueError("no message is an answer of the assistant to learn; expected at least one")
     return found
 
 
@@ -73,7 +78,7 @@ def _listed(value: Any, field: str, role: str = "") -> Messages:
     return [_message(message, f"{field}[{number}]") for number, message in enumerate(value)]
 
 
-def _message(message: Any, name: str) -> dict[str, str]:
+def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f"{name} is {type(message).__name__}, expected an object with 'role' and 'content'")
     role = _first(message, ("role", "from"), name)
@@ -91,7 +96,10 @@ def _message(message: Any, name: str) -> dict[str, str]:
         content.encode()
     except UnicodeEncodeError:
         raise ValueError(f"the content of {name} has half of a surrogate pair, expected Unicode text") from None
-    return {"role": role, "content": content}
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"the weight of {name} is {excerpt(weight)}; expected 0 (not learned) or 1")
+    return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
 
 
 def _first(message: Mapping[str, Any], names: tuple[str, str], where: str) -> Any:

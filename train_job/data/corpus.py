@@ -267,14 +267,15 @@ def stamp(path: Path, *more: str | int) -> str:
 
 def without(corpus: Corpus, other: Corpus) -> tuple[Corpus, int]:
     """The corpus without the conversations that `other` has as well, and how many these are."""
-    known = {hashlib.blake2b(text.encode(), digest_size=16).digest() for text in other.documents()}
+
+    def digest(text: str) -> bytes:
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    ours = {digest(text) for text in corpus.documents()}
+    both = {found for text in other.documents() if (found := digest(text)) in ours}
     pieces, count = [], 0
     for piece in corpus.pieces:
-        left_out = tuple(
-            number
-            for number, text in piece.numbered()
-            if hashlib.blake2b(text.encode(), digest_size=16).digest() in known
-        )
+        left_out = tuple(number for number, text in piece.numbered() if digest(text) in both)
         pieces.append(replace(piece, left_out=left_out))
         count += len(left_out)
     return replace(corpus, pieces=tuple(pieces)), count

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gptcore.chat import chat_template, chat_tokenizer
+from gptcore.chat import chat_template, chat_tokenizer, template_source
 from gptcore.config import ModelConfig
 from gptcore.devices import pick_device
 from gptcore.errors import ConfigError, CorpusError
@@ -112,8 +112,13 @@ def prepare_inputs(
     if config.objective == "chat":
         with doing(f"looking for conversations of {train.name} among those for validation"):
             validation, shared = without(validation, train)
+        if next(validation.documents(), None) is None:
+            raise CorpusError(
+                f"every conversation for validation is in the training split too: {shared:,}; expected others, or a "
+                "val_data of its own"
+            )
     parent = open_package(resolve(config.init_from)) if config.init_from else None
-    if not parent:
+    if not parent and config.objective == "text":
         check_size(config, train)
     tokenizer = parent.tokenizer if parent else _tokenizer(config, train)
     if config.objective == "chat":
@@ -133,7 +138,6 @@ def prepare_inputs(
     store = shard_store(config)
     tokens, judge = (prepare(corpus, tokenizer, cache, mapper, store) for corpus in (train, validation))
     # Raises if the text is too short.
-    check_answers(judge)
     batches = training_batches(tokens, config.context, config.batch_size, config.seed, config.stride)
     log, every = config.intervals(config.planned_steps(batches.steps_per_epoch)[0])
     config = replace(config, log_interval=log, eval_interval=every)
@@ -171,12 +175,6 @@ def notes_on_rows(batches: Batches | ConversationBatches, tokens: TokenSet, shar
         yield f"{batches.rows.cut:,} conversations are longer than {length} tokens, and cut into parts"
     if shared:
         yield f"left out of validation: {shared:,} conversations that are in the training split as well"
-
-
-def check_answers(validation: TokenSet) -> None:
-    """Raises CorpusError if nothing is left to judge a chat by."""
-    if validation.holds_conversations and not validation.num_targets:
-        raise CorpusError("no answer is left for validation; expected more conversations, or a val_data of its own")
 
 
 def sample_prompt(config: TrainConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -219,7 +217,8 @@ def initial_parameters(inputs: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
     if inputs.parent:
         for name, weight in inputs.parent.parameters(dtype=None):
             per_token = name in ("embed_tokens.weight", "lm_head.weight")
-            yield name, grown(weight, inputs.model.vocab_size) if per_token else weight
+            sizes = inputs.parent.tokenizer.vocab_size, inputs.tokenizer.vocab_size, inputs.model.vocab_size
+            yield name, grown(weight, *sizes) if per_token else weight
 
 
 def build_model(config: TrainConfig, shape: ModelConfig, parent: Mapping[str, torch.Tensor] | None = None) -> GPT:
@@ -269,21 +268,25 @@ def _child_shape(config: TrainConfig, parent: Package, tokenizer: Tokenizer) -> 
 
     Raises ConfigError if adapters would have to learn those.
     """
-    if config.lora_rank and tokenizer.vocab_size > parent.tokenizer.vocab_size:
+    if config.lora_rank and config.objective == "chat" and template_source(parent.tokenizer) is None:
         raise ConfigError(
             f"lora_rank is {config.lora_rank}, but the model has no chat template yet, and adapters cannot learn the "
             "tokens of one; leave lora_rank out, or start from a model that chats"
         )
-    rows = max(parent.config.vocab_size, padded(tokenizer.vocab_size) if tokenizer != parent.tokenizer else 0)
+    rows = parent.config.vocab_size
+    rows = rows if tokenizer.vocab_size <= rows else padded(tokenizer.vocab_size)
     return replace(parent.config, dropout=config.model.get("dropout", 0.0), vocab_size=rows)
 
 
-def grown(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """A matrix (V, C) of one row per token with as many `rows`; each new one is the mean of the others.
+def grown(weight: torch.Tensor, known: int, tokens: int, rows: int) -> torch.Tensor:
+    """A matrix (V, C) of one row per token with as many `rows`, of which the first `known` were trained.
 
-    A new token then begins as an average one (Hewitt 2021).
+    The rows of new tokens, up to `tokens`, and all that are added become the mean of those: a new token begins as an
+    average one (Hewitt 2021).
     """
-    if len(weight) >= rows:
+    if tokens <= known:
         return weight
-    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+    mean = weight[:known].float().mean(0).to(weight.dtype)
+    weight = torch.cat([weight, mean.expand(max(0, rows - len(weight)), -1)])
+    weight[known:tokens] = mean
+    return weight

@@ -71,6 +71,12 @@ def pack(tokens: TokenSet, context_length: int) -> Rows:
     return Rows(np.concatenate(starts)[kept], all_lengths, np.concatenate(answered)[kept], order, borders, cut)
 
 
+def longest(tokens: TokenSet) -> int:
+    """Tokens of the longest conversation, less the last one, which is only a target."""
+    streams = ((map_shard(shard.path, tokens.dtype)) for shard in tokens.shards)
+    return max(int(np.diff(np.flatnonzero(words & FIRST), append=len(words)).max()) for words in streams) - 1
+
+
 def best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Packs items into rows, the longest first, each into the fullest row that has room (best-fit decreasing).
 

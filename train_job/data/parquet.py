@@ -76,7 +76,8 @@ def row_bytes(file: Any, column: str, groups: list[int], label: str) -> list[int
 
     if column == CONVERSATION:
         first = sum(file.metadata.row_group(group).num_rows for group in range(groups[0]))
-        rows = chain.from_iterable(file.read_row_group(n, columns=_fields(file)).to_pylist() for n in groups)
+        batches = file.iter_batches(batch_size=1024, row_groups=groups, columns=_fields(file))
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         return [len(text.encode()) for text in _conversations(rows, label, first)]
     texts = parquet_texts(file.read_row_groups(groups, columns=[column]), label)
     return compute.fill_null(compute.binary_length(texts), 0).to_pylist()

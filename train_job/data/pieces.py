@@ -12,6 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 
@@ -80,7 +81,9 @@ class Piece:
         if self.kind == "jsonl":
             return f"{self.label}, line {records.line_number(self.path, self.start) + number}"
         return (
-            f"{self.label}, row {self.start + number}" if self.kind == "parquet" else f"{self.label}, record {number}"
+            f"{self.label}, row {self.start + number}"
+            if self.kind == "parquet"
+            else f"{self.label}, record {number} from byte {self.start}"
         )
 
     def parts(self) -> Iterator[tuple[str, bool]]:
@@ -211,6 +214,7 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
     return data
 
 
+@cache
 def builtin_documents() -> list[str]:
     """Python's language reference from this interpreter: a document per topic, without repeated paragraphs."""
     from pydoc_data.topics import topics
@@ -224,6 +228,7 @@ def builtin_documents() -> list[str]:
     return documents
 
 
+@cache
 def builtin_conversations() -> list[str]:
     """The built-in conversations, each as JSON."""
     return [json.dumps(messages) for messages in tasks.conversations()]

@@ -34,7 +34,7 @@ from train_job.data.conversations import CONVERSATION, messages_of
 from train_job.data.corpus import Corpus, Piece
 from train_job.files import write_json, written_whole
 
-SHARD_FORMAT = 1
+SHARD_FORMAT, CONVERSATION_FORMAT = 1, 1
 SHARD_BYTES = 4 * 2**20
 """Adjacent pieces share a shard up to this size, so that many small files do not become many shards."""
 BLOCK_CHARS = 2**20
@@ -197,7 +197,7 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 def shard_key(task: ShardTask, tokenizer: Tokenizer) -> str:
     """A hash of everything that determines the shard's content."""
     parts = [SHARD_FORMAT, tokenizer.fingerprint, task.opens, task.closes, [piece.identity for piece in task.pieces]]
-    parts += [template_source(tokenizer)] if task.holds_conversations else []
+    parts += [CONVERSATION_FORMAT, template_source(tokenizer)] if task.holds_conversations else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

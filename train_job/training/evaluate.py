@@ -13,7 +13,7 @@ from gptcore import progress
 from gptcore.model import GPT
 from gptcore.package import Package
 from train_job.data.corpus import Corpus
-from train_job.data.packing import all_batches
+from train_job.data.packing import all_batches, longest
 from train_job.data.shards import TokenSet, prepare
 
 
@@ -41,5 +41,7 @@ def bits_per_byte(package: Package, corpus: Corpus, cache_dir: Path, device: str
     """
     tokens = prepare(corpus, package.tokenizer, cache_dir)
     window = package.info.get("training", {}).get("sequence_length", package.config.context_length)
+    if tokens.holds_conversations:
+        window = min(window, longest(tokens))  # rows need not be longer, and the mask of long ones takes memory
     nats = validation_nats(package.load_model(device), tokens, window, batch_size=8)
     return float(nats) / math.log(2) / tokens.num_bytes

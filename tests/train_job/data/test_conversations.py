@@ -95,7 +95,7 @@ def test_a_conversation_may_be_in_any_of_the_usual_forms(record: dict[str, Any],
         ([ASKED], "expected an object with the field 'messages', found list"),
         ({"messages": "hello"}, "field 'messages' is str, expected a list of messages"),
         ({"messages": []}, "field 'messages' is an empty list"),
-        ({"messages": [ASKED]}, "no message is the assistant's"),
+        ({"messages": [ASKED]}, "no message is an answer of the assistant to learn"),
         ({"messages": [ASKED, "4"]}, r"messages\[1\] is str, expected an object"),
         ({"messages": [{"role": "usr", "content": "x"}]}, r"messages\[0\] has the role 'usr'.* Did you mean 'user'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\] has the role 'tool'; expected system, user"),
@@ -106,6 +106,8 @@ def test_a_conversation_may_be_in_any_of_the_usual_forms(record: dict[str, Any],
             {"messages": [ASKED, {"role": "assistant", "content": "\ud800"}]},
             r"the content of messages\[1\] has half of a surrogate pair",
         ),
+        ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, r"the weight of messages\[1\] is 0\.5; expected 0 .* or 1"),
+        ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "no message is an answer of the assistant to learn"),
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\] has no 'content'"),
         ({"prompt": "x"}, "no field 'messages'"),
     ],
@@ -186,6 +188,16 @@ def test_only_the_answers_and_what_ends_them_are_targets(tmp_path: Path, tokeniz
         expected = [m["content"] for m in messages if m["role"] == "assistant"]
         typed = ["".join(map(tokenizer.spelling, tokenizer.encode(text))) for text in expected]
         assert answers == [f"{text}<|im_end|>" for text in typed]
+
+
+def test_an_answer_with_weight_0_is_read_but_not_learned(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    skipped = ANSWERED | {"weight": 0}
+    tokens = prepare(opened(written(tmp_path, [[ASKED, skipped, ASKED, ANSWERED]])), tokenizer, tmp_path)
+    stream = words(tokens)
+    spans = [[*group] for answered, group in groupby(stream, lambda word: bool(word & ANSWER)) if answered]
+    assert len(spans) == 1
+    assert (stream[-1 - len(spans[0]) : -1] == spans[0]).all()
+    assert tokens.num_bytes == len("4 ≠ 5".encode())
 
 
 def test_what_is_counted_are_the_answers(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -303,9 +315,13 @@ def test_settings_that_do_not_fit_the_objective_are_refused(settings: dict[str, 
         build_config({"objective": "chat"} | settings)
 
 
+def test_a_preset_for_text_may_be_used_for_chat() -> None:
+    assert build_config({"preset": "story", "objective": "chat"}).stride is None
+
+
 def test_too_few_conversations_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, [[ASKED, ANSWERED]] * 30)
-    with pytest.raises(CorpusError, match=r"no answer is left for validation|holds no text"):
+    with pytest.raises(CorpusError, match="every conversation for validation is in the training split too: 3;"):
         prepare_inputs(build_config(dict(objective="chat", data=str(path), tokenizer="bytes", cache_dir=str(tmp_path))))
 
 
