@@ -69,8 +69,8 @@ def test_nothing_is_left_out_unless_it_is_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("length", "default", "most", "room"),
-    [(10, False, 0, 90), (100, False, 0, 0), (4096, True, 0, 75), (10, True, 0, 90), (10, False, 50, 50)],
-    ids=["asked for", "the whole context", "a quarter", "the service's own limit", "the limit on prompts"],
+    [(10, False, 0, 90), (100, False, 0, 75), (4096, True, 0, 75), (10, True, 0, 90), (10, False, 50, 50)],
+    ids=["asked for", "more than there is", "a quarter", "the service's own limit", "the limit on prompts"],
 )
 def test_room_is_left_for_the_answer(length: int, default: bool, most: int, room: int) -> None:
     order = Order(None, [conversation("u")], SamplingParams(max_new_tokens=length), default_length=default)
