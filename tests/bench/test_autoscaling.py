@@ -138,6 +138,7 @@ def test_wrong_arguments_are_refused_in_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_command_plays_a_day_without_a_failed_request(capsys: pytest.CaptureFixture[str]) -> None:
     command = "--minutes=0.5 --min-replicas=1 --max-replicas=2 --slots=2 --new-tokens=8 --peak=2 --price=1"
     assert main(command.split()) == 0

@@ -195,6 +195,7 @@ def test_a_ratio_is_the_median_over_the_rounds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_command_reports_engine_floor_and_named_peers_for_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
     command = "--preset tiny --batch 1 2 --dtype float32 --prompt-tokens 5 --new-tokens 4 --turns 1 --threads 1"
     assert main([*command.split(), "--peers", "transformers"]) == 0

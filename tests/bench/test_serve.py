@@ -107,6 +107,7 @@ def test_the_service_is_compared_with_the_others_round_by_round() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_command_measures_the_running_service(capsys: pytest.CaptureFixture[str]) -> None:
     command = "--preset tiny --concurrency 2 --prompt-tokens 20 --new-tokens 8 --requests 1 --turns 1 --threads 1"
     assert main(command.split()) == 0

@@ -92,6 +92,13 @@ def family(cluster: Cluster) -> list[psutil.Process]:
     return head.children(recursive=True)
 
 
+def name_of(process: psutil.Process) -> str:
+    """The process's name; empty if it has just ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
+
+
 def title(process: psutil.Process) -> str:
     """The title of a Ray worker's process."""
     with contextlib.suppress(psutil.Error):

@@ -23,7 +23,7 @@ from serve_app.front import haproxy
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, TestRegistry, make_package, registry_in
 from tests.system.conftest import Cluster, started
-from tests.system.serving import BODY, QUICK, Service, family, said, served, title
+from tests.system.serving import BODY, QUICK, Service, family, name_of, said, served, title
 from tests.waiting import eventually
 
 __all__ = ["make_package"]  # a fixture, used here too
@@ -162,7 +162,7 @@ def service(cluster: Cluster, registry: TestRegistry, port: int, start: Witness)
 
 def named(service: Service, name: str) -> list[psutil.Process]:
     """The processes of that name. A front that is just being reloaded has none for a moment."""
-    return [process for process in family(service.cluster) if name in (process.name(), title(process).split(".")[0])]
+    return [process for process in family(service.cluster) if name in (name_of(process), title(process).split(".")[0])]
 
 
 def kill(service: Service, name: str) -> float:

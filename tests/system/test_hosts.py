@@ -16,7 +16,7 @@ from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage, make_package, registry_in
 from tests.system.conftest import BIN, SMALL, Cluster, Job
 from tests.system.hosts import Host, hosts, start_ray
-from tests.system.serving import BODY, QUICK, START_SECONDS, Load, Service, said
+from tests.system.serving import BODY, QUICK, START_SECONDS, Load, Service, name_of, said
 from tests.system.tracking import TrackingServer
 from tests.waiting import eventually
 
@@ -126,4 +126,4 @@ def test_losing_a_host_only_fails_the_requests_that_it_was_answering(
 
 
 def replicas_of(host: Host) -> int:
-    return sum("ServeReplica" in process.name() for process in host.processes())
+    return sum("ServeReplica" in name_of(process) for process in host.processes())

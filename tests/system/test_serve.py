@@ -27,6 +27,7 @@ from tests.system.serving import (
     await_figures,
     family,
     in_ray,
+    name_of,
     said,
     served,
     title,
@@ -73,7 +74,7 @@ def service(cluster: Cluster, registry: TestRegistry) -> Iterator[Service]:
 
 
 def test_the_front_is_the_chosen_one(service: Service, request: pytest.FixtureRequest):
-    names = {process.name() for process in family(service.cluster)}
+    names = {name_of(process) for process in family(service.cluster)}
     assert ("haproxy" in names) == (request.node.callspec.params["cluster"] == "haproxy")
 
 

@@ -353,7 +353,12 @@ def within(settings: dict[str, Any], room: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux limits what a process allocates")
-def test_a_model_too_large_for_one_worker_trains_on_four(crew: Workers, base: dict[str, Any]):
+def test_a_model_too_large_for_one_worker_trains_on_four(base: dict[str, Any]):
+    with workers(4) as fresh:  # what earlier tests have left in a process would count
+        trains_on_four_alone(fresh, base)
+
+
+def trains_on_four_alone(crew: Workers, base: dict[str, Any]) -> None:
     crew.call(4, train, base | {"parallel": "fsdp", "max_steps": 1})  # imports what a step needs
     # So large that what a process takes besides, for threads and messages, does not decide.
     large = base | dict(hidden_size=384, num_layers=16, num_heads=4, optimizer="adamw", max_steps=2, eval_interval=2)
