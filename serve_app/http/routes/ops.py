@@ -37,6 +37,9 @@ class Listing(BaseModel):
     """Reply of `GET /models`."""
 
     models: list[ModelStatus] = Field(description="The default model first.")
+    system_prompt: bool = Field(
+        description="Whether the service sets the system message of every conversation, and refuses another."
+    )
 
 
 def router(state: AppState, guarded: Sequence[Depends] = ()) -> APIRouter:
@@ -79,6 +82,6 @@ def router(state: AppState, guarded: Sequence[Depends] = ()) -> APIRouter:
     )
     async def listing() -> Listing:
         """Every model, loaded or not: version, alias, run, bits per byte, data, commit, and errors."""
-        return Listing(models=models.describe())
+        return Listing(models=models.describe(), system_prompt=state.settings.system_prompt != "")
 
     return routes
