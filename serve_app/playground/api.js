@@ -1,4 +1,4 @@
-// A client for the service's HTTP routes: lists the models, and streams a generation's events.
+// A client for the service's HTTP routes: lists the models, and streams the events of a text or an answer.
 //
 // URLs are relative to the page, so that it also works behind a proxy that serves it under a path.
 
@@ -38,15 +38,25 @@ async function call(path, options = {}) {
   throw new ServiceError(response.status, body.error);
 }
 
-// The entries of GET /models.
+// The reply of GET /models.
 export async function fetchModels() {
-  return (await (await call("models")).json()).models;
+  return (await call("models")).json();
 }
 
-// Posts to /generate and yields each event's data as it arrives, until [DONE]. Throws a ServiceError if the stream
-// contains an error or breaks off, and an AbortError when `signal` is aborted.
-export async function* generate(body, signal) {
-  const response = await call("generate", { method: "POST", body: JSON.stringify({ ...body, stream: true }), signal });
+// Posts to /generate and yields each event as it arrives. Throws what `stream` does.
+export function generate(body, signal) {
+  return stream("generate", body, signal);
+}
+
+// Posts a conversation to OpenAI's route and yields each event as it arrives. Throws what `stream` does.
+export function converse(body, signal) {
+  return stream("v1/chat/completions", body, signal);
+}
+
+// Yields each event's data until [DONE]. Throws a ServiceError if the stream contains an error or breaks off, and an
+// AbortError when `signal` is aborted.
+async function* stream(path, body, signal) {
+  const response = await call(path, { method: "POST", body: JSON.stringify({ ...body, stream: true }), signal });
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const event = JSON.parse(data);
@@ -57,8 +67,8 @@ export async function* generate(body, signal) {
 }
 
 // Yields the data of each server-sent event as a string.
-async function* events(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+async function* events(bytes) {
+  const reader = bytes.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {

@@ -6,7 +6,7 @@ import { TokenText } from "./tokens.js";
 
 const CONTEXT = 400; // how many characters of the prompt are shown before the text
 const NAMES = [{ model: "Model", answer: "Answer" }, { model: "Second model", answer: "Second answer" }];
-const ENDS = { stop: "end of text", length: "length reached", abort: "stopped", error: "failed" };
+export const ENDS = { stop: "end of text", length: "length reached", abort: "stopped", error: "failed" };
 
 export class Pane {
   // `place`, 0 or 1, is the position of the default choice in the list of models. `on` has the page's functions:
@@ -184,7 +184,8 @@ function figures({ started, first, last, atFirst, tokens, end, seed, by, loads, 
   });
 }
 
-function seedButton(seed) {
+// Shows a seed, and makes it a setting when pressed.
+export function seedButton(seed) {
   const button = document.createElement("button");
   return Object.assign(button, { type: "button", textContent: seed, title: "Use this seed again" });
 }

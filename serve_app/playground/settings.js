@@ -1,10 +1,10 @@
 // The sampling settings: one table, from which the form, the request and the shared link are made.
 //
-// Takes the form's container and, from a shared link, values as text; returns a request's fields.
+// Takes, from a shared link, values as text; returns a request's fields.
 
-export const CONTROLS = [
+const CONTROLS = [
   {
-    name: "max_new_tokens", label: "Max new tokens", group: "Length",
+    name: "max_new_tokens", label: "Max new tokens", group: "Length", limited: true,
     min: 1, max: 512, step: 1, value: 128, help: "At most this many tokens are generated.",
   },
   {
@@ -55,15 +55,30 @@ export const CONTROLS = [
   },
 ];
 
+// An answer is as long as it has to be, and the chat shows text instead of tokens.
+const CHAT_CONTROLS = [
+  {
+    name: "max_completion_tokens", label: "Most tokens of an answer", group: "Length", limited: true,
+    min: 0, max: 512, step: 1, value: 0, none: 0, help: "0: what the service and the model's context allow.",
+  },
+  ...CONTROLS.filter(({ name }) => !["max_new_tokens", "logprobs"].includes(name)),
+];
+
 export class Settings {
-  // Builds the form inside `container`; `changed` is called without arguments after any change by hand.
-  constructor(container, changed) {
+  // Makes the form of a continuation or, with `chat`, of an answer; `show` puts it into the page. `changed` is called
+  // without arguments after any change by hand.
+  constructor(changed, { chat = false } = {}) {
+    this.controls = chat ? CHAT_CONTROLS : CONTROLS;
     this.fields = new Map();
-    const groups = new Map();
-    for (const control of CONTROLS) {
-      if (!groups.has(control.group)) groups.set(control.group, addGroup(container, control.group));
-      this.fields.set(control.name, addField(groups.get(control.group), control, changed));
+    this.groups = new Map();
+    for (const control of this.controls) {
+      if (!this.groups.has(control.group)) this.groups.set(control.group, newGroup(control.group));
+      this.fields.set(control.name, addField(this.groups.get(control.group), control, changed));
     }
+  }
+
+  show(container) {
+    container.replaceChildren(...this.groups.values());
   }
 
   // A request's fields. An empty seed is chosen here, so that it can be shown, shared and used again.
@@ -76,14 +91,15 @@ export class Settings {
 
   // [name, text] of each setting that differs from its default, for a link.
   differing() {
-    return CONTROLS.map(({ name, value }) => [name, this.fields.get(name).text(), String(value)])
+    return this.controls
+      .map(({ name, value }) => [name, this.fields.get(name).text(), String(value)])
       .filter(([, text, usual]) => text !== usual)
       .map(([name, text]) => [name, text]);
   }
 
   // Applies a link's values. Missing and invalid values get the default.
   restore(params) {
-    for (const { name, value } of CONTROLS) this.fields.get(name).write(params.get(name) ?? String(value));
+    for (const { name, value } of this.controls) this.fields.get(name).write(params.get(name) ?? String(value));
   }
 
   set(name, text) {
@@ -92,7 +108,7 @@ export class Settings {
 
   // Limits the number of tokens to the model's context.
   limit(context) {
-    this.fields.get("max_new_tokens").limit(context);
+    for (const { name, limited } of this.controls) if (limited) this.fields.get(name).limit(context);
   }
 
   // Marks the setting that the service refused, if the error names one, and scrolls to it.
@@ -101,8 +117,8 @@ export class Settings {
   }
 }
 
-function addGroup(container, title) {
-  const group = container.appendChild(document.createElement("fieldset"));
+function newGroup(title) {
+  const group = document.createElement("fieldset");
   group.appendChild(document.createElement("legend")).textContent = title;
   return group;
 }
@@ -137,7 +153,7 @@ function addField(group, control, changed) {
 
 // For each kind of control: adds its inputs to a row; returns how to read it for a request, and as text.
 const KINDS = {
-  number(row, { min, max, step, value }) {
+  number(row, { min, max, step, value, none }) {
     const input = element("input", { type: "number", min, max, step, value, inputMode: "decimal" });
     const slider = element("input", { type: "range", min, max, step, value, tabIndex: -1, ariaHidden: "true" });
     const follow = () => {
@@ -154,7 +170,7 @@ const KINDS = {
     return {
       input,
       text,
-      read: () => Number(text()),
+      read: () => (Number(text()) === none ? undefined : Number(text())),
       write(wanted) {
         input.value = Number.isFinite(Number.parseFloat(wanted)) ? Number.parseFloat(wanted) : value;
         follow();

@@ -7,19 +7,18 @@ from typing import Any
 
 import httpx2
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Route, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from serve_app.http.routes.playground import FOLDER
 from serve_app.http.schemas import GenerateRequest
 from serve_app.settings import ServeSettings
 from tests.serve_app.conftest import MakePackage
-from tests.serve_app.playground.browser import chromium, chromium_path, ended, open_page, run
+from tests.serve_app.playground.browser import ended, open_page, run
+from tests.serve_app.playground.conftest import needs_chromium
 from tests.serve_app.running import Running, running
 from tests.waiting import eventually
 
-needs_chromium = pytest.mark.skipif(chromium_path() is None, reason="no chromium on PATH: apt-get install chromium")
 LONG, KEY = 4000, "key-of-the-playgrounds-test"
-LOOPBACK = ("http://127.0.0.1:", "about:blank")
 BROKEN_WORDS = """() => [...document.querySelectorAll(".lineage :is(dt, dd)")].flatMap((cell) =>
   [...cell.childNodes].flatMap((node) => [...node.textContent.matchAll(/[\\w.]+/g)].filter((word) => {
     if (node.nodeType !== Node.TEXT_NODE) return false;
@@ -54,37 +53,6 @@ def running_service(models: tuple[str, ...]) -> Iterator[Running]:
 def service(running_service: Running) -> str:
     """The address of a service with two models and no key."""
     return running_service.url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens pages. At the end, none may have contacted another host, violated the policy or had a script error."""
-    contexts, faults = [], []
-
-    def make(**options: Any) -> Page:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 840}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: request.url.startswith(LOOPBACK) or faults.append(request.url))
-        page.on("pageerror", lambda error: faults.append(error.message))
-        page.on("console", lambda message: "Content Security Policy" in message.text and faults.append(message.text))
-        return page
-
-    yield make
-    for context in contexts:
-        context.close()
-    assert faults == []
-
-
-@pytest.fixture
-def page(new_page: Callable[..., Page]) -> Page:
-    return new_page()
 
 
 def answer_with(page: Page, *events: dict[str, Any], end: str = "data: [DONE]\n\n") -> None:
