@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,6 @@ def test_a_row_of_parquet_that_does_not_fit_is_named(tmp_path: Path) -> None:
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    from dataclasses import replace
-
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('no system role') }}{% endif %}"
     path = written(tmp_path, [[ASKED, ANSWERED], [SYSTEM, ASKED, ANSWERED]])
     strict += "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
@@ -207,8 +206,6 @@ def test_what_is_counted_are_the_answers(tmp_path: Path, tokenizer: Tokenizer) -
 
 
 def test_shards_of_another_template_are_other_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    from dataclasses import replace
-
     corpus = opened(written(tmp_path, some(5)))
     assert tokenizer.chat_template
     other = replace(tokenizer, chat_template=tokenizer.chat_template.replace("\n", " ", 1))

@@ -56,10 +56,6 @@ def contents(tokens: TokenSet) -> list[bytes]:
     return [Path(shard.path).read_bytes() for shard in tokens.shards]
 
 
-def num_documents(tokens: TokenSet) -> int:
-    return sum(shard.num_documents for shard in tokens.shards)
-
-
 def stream(tokens: TokenSet) -> list[int]:
     return tokens.read(0, tokens.num_tokens).tolist()
 
@@ -72,7 +68,7 @@ def test_every_document_ends_with_end_of_text_and_the_first_also_begins_with_it(
         expected += [*bytes_tokenizer.encode(text), bytes_tokenizer.eot]
     assert len(tokens.shards) > 3
     assert stream(tokens) == expected
-    assert num_documents(tokens) == 61
+    assert tokens.num_documents == 61
     assert tokens.num_bytes == sum(len(text.encode()) for text in corpus.documents())
 
 
@@ -163,7 +159,7 @@ def test_every_validation_byte_is_counted_exactly_once(many, tmp_path, spec):
     text = "".join(validation.documents())
     assert tokenizer.decode_bytes([t for t in targets if t != tokenizer.eot]) == text.encode()
     assert tokens.num_bytes == len(text.encode())
-    assert targets.count(tokenizer.eot) == num_documents(tokens)
+    assert targets.count(tokenizer.eot) == tokens.num_documents
 
 
 def test_a_file_read_in_pieces_has_the_same_tokens_as_the_whole_file(tmp_path, monkeypatch):
@@ -178,7 +174,7 @@ def test_a_file_read_in_pieces_has_the_same_tokens_as_the_whole_file(tmp_path, m
     tokens = prepare(corpus, tokenizer, tmp_path / "b")
     assert len(corpus.pieces) > len(tokens.shards) > 5
     assert stream(tokens) == whole == [tokenizer.eot, *tokenizer.encode(text), tokenizer.eot]
-    assert num_documents(tokens) == 1
+    assert tokens.num_documents == 1
 
 
 def test_tiny_shakespeare_has_as_many_gpt2_tokens_as_nanogpt_counts(shakespeare, gpt2_cache, tmp_path):
@@ -327,7 +323,7 @@ def test_a_separator_ends_a_document_wherever_the_text_is_split(
         corpus = open_corpus(str(tmp_path / name), cache_dir=tmp_path, separator=separator)
         tokens = prepare(corpus, bytes_tokenizer, tmp_path)
         assert documents_of(tokens, bytes_tokenizer) == expected
-        assert num_documents(tokens) == len(expected)
+        assert tokens.num_documents == len(expected)
     corpus = open_corpus(str(tmp_path / "a.txt"), cache_dir=tmp_path, separator=separator)
     for fraction in (0.1, 0.313, 0.5, 0.77):
         halves = [prepare(half, bytes_tokenizer, tmp_path) for half in split(corpus, fraction)]
@@ -340,8 +336,8 @@ def test_the_characters_of_end_of_text_are_text_unless_they_are_the_separator(tm
     (tmp_path / "none.txt").write_text("one tale of some length, " * 40)
     plain = prepare_inputs(small(data=str(tmp_path / "a.txt")))
     parted = prepare_inputs(small(data=str(tmp_path / "a.txt"), document_separator=END))
-    assert num_documents(plain.train) == 1
-    assert num_documents(parted.train) == 36
+    assert plain.train.num_documents == 1
+    assert parted.train.num_documents == 36
     assert parted.train.fingerprint != plain.train.fingerprint
     assert parted.train_corpus.fingerprint != plain.train_corpus.fingerprint
     assert (plain.notes, parted.notes) == ((), ())

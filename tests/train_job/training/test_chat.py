@@ -10,7 +10,7 @@ import torch
 
 from gptcore.chat import chat_template, chat_tokenizer
 from gptcore.config import ModelConfig
-from gptcore.errors import ConfigError
+from gptcore.errors import ConfigError, PackageError
 from gptcore.model import GPT
 from gptcore.package import open_package, save_package
 from gptcore.tokenizer import Tokenizer, load_tokenizer
@@ -19,6 +19,7 @@ from tests.train_job.data.test_conversations import some, written
 from tests.train_job.training.test_sharded import made, train
 from tests.train_job.training.workers import Workers, workers
 from train_job.config import build_config
+from train_job.data.conversations import CONVERSATION
 from train_job.data.corpus import open_corpus
 from train_job.data.inputs import build_model, initial_parameters, prepare_inputs
 from train_job.training.checkpoint import save_checkpoint
@@ -139,10 +140,8 @@ def test_adapters_cannot_learn_new_tokens(base: dict[str, Any], tmp_path: Path) 
 
 
 def test_a_model_without_a_template_cannot_be_judged_by_conversations(base: dict[str, Any], tmp_path: Path) -> None:
-    from gptcore.errors import PackageError
-
     folder = parent(tmp_path / "base", load_tokenizer("bytes"), 320)
-    corpus = open_corpus(str(base["data"]), "*conversation", tmp_path)
+    corpus = open_corpus(str(base["data"]), CONVERSATION, tmp_path)
     with pytest.raises(PackageError, match="it has no chat template, so it only continues text"):
         bits_per_byte(open_package(folder), corpus, tmp_path)
 
