@@ -131,6 +131,7 @@ def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[RunTurn
         slots=task.batch,
         prefill_tokens=task.batch * task.prompt_tokens,
         max_queue=task.batch,
+        max_context=task.prompt_tokens + task.new_tokens,  # else two engines take half of the memory each
         dtype=precision,
         device=task.device,
         backend=backend,

@@ -222,6 +222,16 @@ def _check(name: str, value: Any) -> None:
 MODEL_PRESETS: dict[str, dict[str, Any]] = {
     # The demo: learns tiny corpora on a laptop's CPU in about two minutes.
     "quick": dict(family="qwen3", num_layers=4, num_heads=2, hidden_size=256, context_length=256),
+    # The chat demo: short wavelengths, since its tasks are to copy and rearrange what stands close by.
+    "chat": dict(
+        family="qwen3",
+        num_layers=4,
+        num_heads=2,
+        hidden_size=96,
+        intermediate_size=128,
+        context_length=256,
+        rope_theta=500.0,
+    ),
     # GPT-2 small as OpenAI published it, and the qwen3 family at the same size.
     "gpt2-124m": dict(family="gpt2", num_layers=12, num_heads=12, hidden_size=768, context_length=1024),
     "foundry-124m": dict(

@@ -1,5 +1,7 @@
 """The second half of `make demo`: starts the service, streams one reply and prints what to try next.
 
+With the argument `chat` it is that of `make demo-chat`: the chat demo's model answers three questions.
+
 In a terminal the service runs until Ctrl-C; otherwise it is stopped. A service that already runs is used and left
 running.
 """
@@ -23,6 +25,8 @@ from serve_app.settings import load_settings
 
 PROMPT = "The"
 REQUEST = {"prompt": PROMPT, "max_new_tokens": 60, "temperature": 0.8, "stream": True}
+CHAT_MODEL = "models:/gpt-chat@champion"
+QUESTIONS = ("Spell the word kitten.", "Nora has a green kite. What does Nora have?", "Sort the digits 7 2 5.")
 START_SECONDS = 600
 """Enough for a busy machine; two idle cores take a quarter of a minute."""
 WORD_SECONDS = 5.0
@@ -30,8 +34,10 @@ WORD_SECONDS = 5.0
 STOP_SECONDS = 60
 
 
-def demo() -> int:
+def demo(chat: bool = False) -> int:
     """Run the demo; return the exit code."""
+    if chat:
+        os.environ.setdefault("GPT_MODEL", CHAT_MODEL)
     try:
         settings = load_settings()
     except FoundryError as error:
@@ -48,11 +54,10 @@ def demo() -> int:
                 output.seek(0)
                 print(f"{output.read()[-4000:]}\nerror: {problem}", file=sys.stderr)
                 return 1
-        ask(url)
-        print(f"""
-playground {url}
-ask it     curl {url}/generate -d '{{"prompt": "{PROMPT}", "temperature": 0.8}}'
-serve it   .venv/bin/serve run serve_app:app""")
+        if problem := converse(url, settings.default_model) if chat else ask(url):
+            print(f"error: {problem}", file=sys.stderr)
+            return 1
+        print(next_steps(url, chat))
         if process and sys.stdout.isatty():
             print("           the service runs until Ctrl-C", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
@@ -109,14 +114,16 @@ def is_ready(url: str) -> bool:
     return answer.is_success and "json" in answer.headers.get("content-type", "")
 
 
-def ask(url: str) -> None:
-    """Stream one reply to the terminal, and print which model gave it."""
+def ask(url: str) -> str | None:
+    """Stream one reply to the terminal, and print which model gave it. Returns what went wrong, if anything did."""
     begun, tokens = time.monotonic(), 0
     with (
         httpx2.Client(base_url=url, timeout=60, trust_env=False) as client,
         client.sse("/generate", method="POST", json=REQUEST) as events,
     ):
-        version = events.response.raise_for_status().headers["x-model-version"]
+        if not events.response.is_success:
+            return refusal(url, events.response)
+        version = events.response.headers["x-model-version"]
         print(f"answer    POST {url}/generate, from {version}\n\n{PROMPT}", end="", flush=True)
         for event in events:
             if event.data == "[DONE]":
@@ -126,11 +133,50 @@ def ask(url: str) -> None:
                 print(choice["text"], end="", flush=True)
             tokens = reply.get("usage", {}).get("completion_tokens", tokens)
     print(f"\n\n          {tokens} tokens in {1000 * (time.monotonic() - begun):.0f} ms")
+    return None
+
+
+def converse(url: str, model: str) -> str | None:
+    """Ask three questions, each in a conversation of its own. Returns what went wrong, if anything did."""
+    with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+        for question in QUESTIONS:
+            messages = [{"role": "user", "content": question}]
+            body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 64}
+            reply = client.post("/v1/chat/completions", json=body)
+            if not reply.is_success:
+                return refusal(url, reply)
+            if question == QUESTIONS[0]:
+                print(f"answers   POST {url}/v1/chat/completions, from {reply.headers['x-model-version']}\n")
+            print(f"> {question}\n{reply.json()['choices'][0]['message']['content']}", flush=True)
+    return None
+
+
+def refusal(url: str, reply: httpx2.Response) -> str:
+    """Why a service that runs already does not answer the demo's requests."""
+    reply.read()
+    try:
+        said = reply.json()["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        said = f"status {reply.status_code}"
+    return f"the service at {url} refused: {said}. Stop it, or set GPT_PORT to another port"
+
+
+def next_steps(url: str, chat: bool) -> str:
+    """What to try when the demo has answered."""
+    if chat:
+        return f"""
+playground {url}
+talk to it .venv/bin/python -m serve_app.chat --url {url}
+serve it   GPT_MODEL={CHAT_MODEL} .venv/bin/serve run serve_app:app"""
+    return f"""
+playground {url}
+ask it     curl {url}/generate -d '{{"prompt": "{PROMPT}", "temperature": 0.8}}'
+serve it   .venv/bin/serve run serve_app:app"""
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(demo())
+        sys.exit(demo(chat="chat" in sys.argv[1:]))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -30,6 +30,7 @@ from gptcore.engine.settings import target_ongoing_requests
 from gptcore.engine.vllm_engine import require_vllm
 from gptcore.errors import ConfigError
 from gptcore.home import home
+from serve_app.feedback import open_log
 from serve_app.front import haproxy
 from serve_app.front.unavailable import RETRY_AFTER_SECONDS
 from serve_app.http.app import create_api
@@ -118,6 +119,7 @@ def build_app(args: Mapping[str, Any], make_engine: MakeEngine = make_engine) ->
     """
     try:
         settings = load_settings(args)
+        open_log(settings.feedback, settings.feedback_bytes)  # a wrong place is an error here, not in every replica
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
     command = click.get_current_context(silent=True)

@@ -65,6 +65,9 @@ RELOADS = Metric(
     "Attempts to load a new version from the registry, by outcome: success, or failure (the old version stays).",
     ("model", "outcome"),
 )
+FEEDBACK = Metric(
+    "gpt_feedback_total", "counter", "Votes on answers, by score: 1 (good) or -1 (bad).", (*MODEL, "score")
+)
 RUNNING = Metric("gpt_num_requests_running", "gauge", "Sequences that have a slot.", MODEL)
 WAITING = Metric("gpt_num_requests_waiting", "gauge", "Sequences waiting for a slot.", MODEL)
 SLOTS = Metric("gpt_slots", "gauge", "Slots of the engine: how many sequences it decodes together.", MODEL)
@@ -82,6 +85,7 @@ METRICS = (
     LATENCY,
     QUEUE,
     RELOADS,
+    FEEDBACK,
     RUNNING,
     WAITING,
     SLOTS,
@@ -117,6 +121,10 @@ class Metrics:
     def reload(self, model: str, succeeded: bool) -> None:
         """Count an attempt to load a new version from the registry."""
         self._record(RELOADS, (model, "success" if succeeded else "failure"))
+
+    def feedback(self, model: str, version: str, score: int) -> None:
+        """Count a vote on an answer."""
+        self._record(FEEDBACK, (model, version, str(score)))
 
     def sequence(self, model: str, version: str, since: float) -> "SequenceTimer":
         """A timer for a sequence of a request that came at `since` (perf_counter); pass it every update, then close."""

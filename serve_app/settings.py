@@ -66,6 +66,12 @@ class ServeSettings:
         "The system message of every conversation at /v1/chat/completions, which may then have no other. Default: the "
         "client's, if it sends one.",
     )
+    feedback: str = setting(
+        "",
+        "Folder or URL (s3://…) for the votes on answers that POST /v1/feedback takes, with their conversations. "
+        "Default: none, and no text is kept.",
+    )
+    feedback_bytes: int = setting(100_000_000, "Most bytes of votes that are kept; the oldest are deleted.", "bytes")
     tracking_uri: str = setting(
         "",
         "MLflow's tracking URI for models:/ and runs:/. Default: $MLFLOW_TRACKING_URI, else the embedded database.",
@@ -283,7 +289,9 @@ class ServeSettings:
 
 
 # The least value of a number, where it is not 0; and numbers that must be greater than 0. EngineSettings has its own.
-LEAST = dict.fromkeys(("max_new_tokens", "max_sequences", "max_body_bytes", "max_replicas"), 1)
+LEAST = dict.fromkeys(("max_new_tokens", "max_sequences", "max_body_bytes", "max_replicas"), 1) | {
+    "feedback_bytes": 2_000_000
+}
 POSITIVE = ("load_seconds", "poll_seconds", "body_timeout_s", "request_timeout_s")
 
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(ServeSettings)}
@@ -346,7 +354,15 @@ def _absolute(settings: ServeSettings, environ: Mapping[str, str]) -> ServeSetti
     if canary is not None:
         source = canary.source if canary.source in settings.sources else absolute_source(canary.source)
         absolute = f"{source}:{canary.share}"
-    return replace(settings, tracking_uri=uri, models=models, model=settings.default_model, canary=absolute)
+    feedback = settings.feedback and absolute_source(settings.feedback)
+    return replace(
+        settings,
+        tracking_uri=uri,
+        models=models,
+        model=settings.default_model,
+        canary=absolute,
+        feedback=feedback,
+    )
 
 
 def absolute_source(source: str) -> str:

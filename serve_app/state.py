@@ -1,7 +1,8 @@
-"""What every route can use: settings, models and metrics."""
+"""What every route can use: settings, models, metrics, and where votes are kept."""
 
 from dataclasses import dataclass
 
+from serve_app.feedback import FeedbackLog
 from serve_app.metrics import Metrics
 from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
@@ -14,3 +15,4 @@ class AppState:
     settings: ServeSettings
     models: Models
     metrics: Metrics
+    feedback: FeedbackLog | None = None

@@ -11,6 +11,7 @@ CHAT: dict[str, Any] = dict(data="builtin-chat", register_as="gpt-chat", sample_
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(max_epochs=3, max_steps=600, learning_rate=6e-3, cooldown_fraction=0.45, eval_interval=50),
+    "chat": dict(tokenizer="bytes", max_steps=1000, learning_rate=8e-3, eval_interval=250, val_fraction=0.02),
     "gpt2-124m": _GPT2_ADAMW
     | dict(batch_size=480, micro_batch_size=16, learning_rate=6e-4, warmup_steps=700, max_tokens=10_000_000_000)
     | dict(eval_interval=1000),

@@ -27,12 +27,11 @@ SETUP = {"temperature": "0.8", "max_new_tokens": "120", "seed": "7"}
 
 
 @contextmanager
-def service() -> Iterator[str]:
-    """Runs a service with the pictures' model as its champion until the block ends. Yields its address."""
-    trained_run()
+def service(**settings: str) -> Iterator[str]:
+    """Runs a service of the pictures' registry until the block ends, by default of `gpt`. Yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    env = environment() | {"GPT_PORT": str(port)}
+    env = environment() | {"GPT_PORT": str(port)} | {f"GPT_{name.upper()}": value for name, value in settings.items()}
     os.environ.clear()  # this process's environment, which the service inherits
     os.environ.update(env)
     url = f"http://127.0.0.1:{port}"
@@ -83,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.url:
         keep(screenshot(args.url.rstrip("/"), *look), args.name)
         return
+    trained_run()
     with service() as url:
         keep(screenshot(url, *look), args.name)
 

@@ -113,12 +113,13 @@ async def encode_prompt(served: ServedModel, prompt: Prompt, bos: bool, room: in
     """
     tokenizer = served.package.tokenizer
     if isinstance(prompt, Conversation):
-        return await asyncio.to_thread(encode_conversation, _chat_template(served), prompt, room)
+        return await asyncio.to_thread(encode_conversation, template_of(served), prompt, room)
     ids = (*(tokenizer.bos if bos else ()), *await encode(tokenizer, prompt)) if isinstance(prompt, str) else prompt
     return Encoded(tuple(ids or tokenizer.encode_prompt("")))
 
 
-def _chat_template(served: ServedModel) -> ChatTemplate:
+def template_of(served: ServedModel) -> ChatTemplate:
+    """The model's chat template. Raises ApiError if it has none that works."""
     why = "has no chat template, so it only continues text"
     try:
         if served.chat_template:

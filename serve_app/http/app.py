@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from serve_app.errors import add_handlers, error_responses
+from serve_app.feedback import open_log
 from serve_app.http.hosts import is_loopback
 from serve_app.http.logs import configure_logging
 from serve_app.http.middleware import (
@@ -26,7 +27,7 @@ from serve_app.http.middleware import (
     ErrorReplies,
     RequestLog,
 )
-from serve_app.http.routes import chat, compat, native, openai, ops, playground, tokens
+from serve_app.http.routes import chat, compat, feedback, native, openai, ops, playground, tokens
 from serve_app.metrics import LOADED, RUNNING, SLOTS, SLOTS_USED, WAITING, Metrics, Reading
 from serve_app.models.catalog import Models
 from serve_app.settings import ServeSettings
@@ -53,7 +54,7 @@ def create_api(
     metrics = metrics or Metrics()
     metrics.gauges = lambda: _gauges(models)
     models.on_reload(metrics.reload)
-    state = AppState(settings, models, metrics)
+    state = AppState(settings, models, metrics, open_log(settings.feedback, settings.feedback_bytes))
     app = FastAPI(
         title="GPT Foundry",
         version=version("gpt-foundry"),
@@ -66,7 +67,7 @@ def create_api(
     add_handlers(app)
     # ApiKeys checks the key before a body is read; this only documents it in OpenAPI.
     documented = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
-    for routes in (native, openai, chat, tokens, compat):
+    for routes in (native, openai, chat, feedback, tokens, compat):
         app.include_router(_answering_head(routes.router(state)), responses=error_responses(), dependencies=documented)
     app.include_router(_answering_head(ops.router(state, documented)))
     app.include_router(playground.router(state))

@@ -1,5 +1,6 @@
 """Body and replies of `POST /v1/chat/completions`, as OpenAI's clients send and read them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
@@ -44,6 +45,21 @@ class ChatMessage(Body):
         return {"role": role, "content": content} | ({"name": self.name} if self.name else {})
 
 
+def conversation_of(messages: Sequence[ChatMessage], system_prompt: str = "") -> list[dict[str, str]]:
+    """The messages as templates have them, behind the service's own system prompt if there is one.
+
+    Raises ApiError for a system message beside that.
+    """
+    found = [message.message() for message in messages]
+    if system_prompt:
+        for place, message in enumerate(messages):
+            if found[place]["role"] == "system":
+                why = "this service sets the system prompt of every conversation; leave the message out"
+                raise invalid("messages", f"messages[{place}].role is {message.role!r}: {why}")
+        found.insert(0, {"role": "system", "content": system_prompt})
+    return found
+
+
 class ChatRequest(SamplingFields):
     """Body of `POST /v1/chat/completions`: OpenAI's fields, and this service's other sampling parameters."""
 
@@ -86,24 +102,24 @@ class ChatRequest(SamplingFields):
     def _fit_together(self) -> "ChatRequest":
         check_usage_option(self.stream_options, self.stream)
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _invalid(
+            raise invalid(
                 "max_tokens",
                 f"max_tokens is {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}"
                 "; send one of them, or the same value",
             )
         if self.top_logprobs and not self.logprobs:
-            raise _invalid("top_logprobs", f"top_logprobs is {self.top_logprobs}, which needs logprobs to be true")
+            raise invalid("top_logprobs", f"top_logprobs is {self.top_logprobs}, which needs logprobs to be true")
         if self.continue_final_message and self.add_generation_prompt:
-            raise _invalid(
+            raise invalid(
                 "continue_final_message",
                 "continue_final_message is true, which needs add_generation_prompt to be false",
             )
         for name in RESERVED:
             if name in self.chat_template_kwargs:
-                raise _invalid("chat_template_kwargs", f"chat_template_kwargs has {name!r}, which it cannot set")
+                raise invalid("chat_template_kwargs", f"chat_template_kwargs has {name!r}, which it cannot set")
         for number, message in enumerate(self.messages):
             if not message.message()["content"]:
-                raise _invalid("messages", f"messages.{number} has an empty content; expected a text")
+                raise invalid("messages", f"messages.{number} has an empty content; expected a text")
         return self
 
     @property
@@ -117,15 +133,8 @@ class ChatRequest(SamplingFields):
 
     def conversation(self, system_prompt: str = "") -> Conversation:
         """What the model's template takes. Raises ApiError for a system message beside the service's own."""
-        messages = [message.message() for message in self.messages]
-        if system_prompt:
-            for place, message in enumerate(self.messages):
-                if messages[place]["role"] == "system":
-                    why = "this service sets the system prompt of every conversation; leave the message out"
-                    raise _invalid("messages", f"messages[{place}].role is {message.role!r}: {why}")
-            messages.insert(0, {"role": "system", "content": system_prompt})
         return Conversation(
-            messages,
+            conversation_of(self.messages, system_prompt),
             generate=self.add_generation_prompt,
             continues=self.continue_final_message,
             variables=self.chat_template_kwargs,
@@ -133,7 +142,8 @@ class ChatRequest(SamplingFields):
         )
 
 
-def _invalid(param: str, message: str) -> ApiError:
+def invalid(param: str, message: str) -> ApiError:
+    """The error for a field that does not fit."""
     return ApiError(400, message, param=param, code="invalid_value")
 
 

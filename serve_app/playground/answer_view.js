@@ -2,13 +2,17 @@
 
 import { markdown } from "./markdown.js";
 import { ENDS, seedButton } from "./pane.js";
+import { Votes } from "./votes.js";
 
 export class AnswerView {
-  // `on` has copy(text), kept(seed), and again() to ask for another answer.
+  // `on` has copy(text), kept(seed), again() to ask for another answer, voted(score, better), and votes(), whether the
+  // service takes votes.
   constructor(answer, on) {
     this.answer = answer;
     this.shown = null; // what the body shows
     this.element = document.getElementById("answer").content.cloneNode(true).firstElementChild;
+    this.votes = new Votes(this.element, answer, on.voted);
+    this.takesVotes = on.votes;
     this.find(".copy").addEventListener("click", () => on.copy(answer.text));
     this.find(".again").addEventListener("click", () => on.again());
     this.find(".about").addEventListener("click", (event) => {
@@ -33,6 +37,8 @@ export class AnswerView {
     this.find(".about").replaceChildren(...(arriving ? [] : about(this.answer)));
     this.find(".copy").hidden = arriving || !text;
     this.find(".again").hidden = !again;
+    const { id, by, end } = this.answer;
+    this.votes.show(this.takesVotes() && id && by && text.trim() !== "" && ["stop", "length"].includes(end));
   }
 
   // Leaves a text as it is if it is already shown, so that a selection and the focus stay where they are.

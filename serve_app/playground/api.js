@@ -53,6 +53,11 @@ export function converse(body, signal) {
   return stream("v1/chat/completions", body, signal);
 }
 
+// Sends a vote on an answer.
+export async function vote(body) {
+  await call("v1/feedback", { method: "POST", body: JSON.stringify(body) });
+}
+
 // Yields each event's data until [DONE]. Throws a ServiceError if the stream contains an error or breaks off, and an
 // AbortError when `signal` is aborted.
 async function* stream(path, body, signal) {

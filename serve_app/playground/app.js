@@ -15,12 +15,13 @@ const settings = { text: new Settings(remember), chat: new Settings(remember, { 
 const roomy = matchMedia("(min-width: 60rem)").matches; // on smaller screens the settings start folded
 let models = []; // the entries of GET /models
 let setsSystem = false; // whether the service sets the system prompt of every conversation
+let votes = false; // whether it keeps votes on answers
 let wantedView = ""; // "chat" or "text" if the link or the user has chosen one
 let shownView = ""; // the one that is in the page
 let remembering = 0; // the timer of `remember`
 const hooks = { models: () => models, changed, said, copy, further, kept, refused, stale: load };
 const panes = [new Pane(0, card, hooks), new Pane(1, card, hooks)];
-const chat = new ChatView({ ...hooks, request, picked, compared, setsSystem: () => setsSystem });
+const chat = new ChatView({ ...hooks, request, picked, compared, setsSystem: () => setsSystem, votes: () => votes });
 
 function shown() {
   return find("compare").checked ? panes : panes.slice(0, 1);
@@ -72,7 +73,7 @@ function restore() {
 // because an open page would then keep a service from scaling to zero.
 async function load() {
   try {
-    ({ models, system_prompt: setsSystem = false } = await fetchModels());
+    ({ models, system_prompt: setsSystem = false, feedback: votes = false } = await fetchModels());
     problem(null);
     find("unlock").hidden = true;
   } catch (error) {

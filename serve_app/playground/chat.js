@@ -1,8 +1,8 @@
 // One conversation with a model, or with two side by side, and the answers that are arriving. No part of the page.
 //
 // A conversation is {id, system, turns}, and a turn {question, answers}, with one answer from each model: {text, seed,
-// by: "name/version", end, problem, leftOut}. `problem` is an error's message, and `leftOut` counts the messages at the
-// beginning that the model did not get.
+// by: "name/version", id, end, problem, leftOut, vote}. `problem` is an error's message, `leftOut` counts the messages at
+// the beginning that the model did not get, and `vote` is 1 or -1 once the user has judged the answer.
 
 import { converse } from "./api.js";
 
@@ -65,7 +65,7 @@ export class Chat {
 
   async #answer(turn, column, request, signal) {
     const answer = turn.answers[column];
-    const body = { ...request, messages: this.#messages(column), truncate: "oldest" };
+    const body = { ...request, messages: this.messages(turn, column), truncate: "oldest" };
     let failure = null;
     try {
       for await (const event of converse(body, signal)) {
@@ -86,21 +86,20 @@ export class Chat {
     this.ended(answer, failure);
   }
 
-  // What a model gets: its own answers, or those of the first where it was not asked. A question without an answer is
-  // left out: the service refuses empty messages, and some templates refuse two questions in a row.
-  #messages(column) {
+  // What a model gets to answer a turn: its own answers, or those of the first where it was not asked. A question
+  // without an answer is left out: the service refuses empty messages, and some templates two questions in a row.
+  messages(turn, column) {
     const { system } = this.conversation;
-    const asked = this.turns.at(-1);
-    const earlier = this.turns.slice(0, -1).flatMap(({ question, answers }) => {
+    const earlier = this.turns.slice(0, this.turns.indexOf(turn)).flatMap(({ question, answers }) => {
       const { text } = answers[column] ?? answers[0];
       return text ? [message("user", question), message("assistant", text)] : [];
     });
     const first = this.ownSystem && system.trim() ? [message("system", system)] : [];
-    return [...first, ...earlier, message("user", asked.question)];
+    return [...first, ...earlier, message("user", turn.question)];
   }
 }
 
-function message(role, content) {
+export function message(role, content) {
   return { role, content };
 }
 
@@ -109,5 +108,6 @@ function take(answer, event) {
   answer.text += choice?.delta.content ?? "";
   answer.end = choice?.finish_reason ?? answer.end;
   answer.by = event.system_fingerprint;
+  answer.id = event.id;
   answer.leftOut = event.truncated?.messages ?? 0;
 }

@@ -1,6 +1,7 @@
 // The chat: a conversation with one model or two, and the list of earlier ones.
 
-import { Chat, fresh } from "./chat.js";
+import { vote } from "./api.js";
+import { Chat, fresh, message } from "./chat.js";
 import { History } from "./history.js";
 import { facts } from "./lineage.js";
 import { ENDS } from "./pane.js";
@@ -12,7 +13,7 @@ const NEAR = 80; // pixels from the end of the conversation within which the pag
 export class ChatView {
   // `on` has the page's functions: those of a pane, and request() for the sampling parameters, picked(name) when a
   // model is chosen, compared(name) for the second one or none, and setsSystem(), whether the service sets the system
-  // prompt itself.
+  // prompt itself, and votes(), whether it takes votes on answers.
   constructor(on) {
     this.element = document.getElementById("chat").content.cloneNode(true).firstElementChild;
     this.on = on;
@@ -48,6 +49,7 @@ export class ChatView {
     const entry = entries.find((one) => one.name === name);
     this.find(".facts").textContent = entry ? facts(entry).join(" · ") : "";
     this.#system();
+    this.#draw(); // whether the service takes votes is known now
   }
 
   stop() {
@@ -149,9 +151,36 @@ export class ChatView {
   }
 
   #view(turn) {
-    const { copy, kept } = this.on;
-    const ask = (question) => this.#send(question, this.chat.turns.indexOf(turn));
-    return new TurnView(turn, { copy, kept, asked: ask });
+    const { copy, kept, votes } = this.on;
+    const asked = (question) => this.#send(question, this.chat.turns.indexOf(turn));
+    const voted = (column, score, better) => this.#vote(turn, column, score, better);
+    return new TurnView(turn, { copy, kept, votes, asked, voted });
+  }
+
+  // Sends a vote on an answer. Resolves to whether the service has kept it.
+  async #vote(turn, column, score, better) {
+    const answer = turn.answers[column];
+    const { id, by } = answer;
+    try {
+      await vote({
+        id,
+        score,
+        ...(better ? { better } : {}),
+        model: by.slice(0, by.lastIndexOf("/")),
+        system_fingerprint: by,
+        messages: [...this.chat.messages(turn, column), message("assistant", answer.text)],
+      });
+    } catch (error) {
+      answer.problem = `The vote was not kept: ${error.message}`;
+      this.#draw();
+      this.on.refused(error);
+      return false;
+    }
+    Object.assign(answer, { vote: score, problem: undefined });
+    this.#draw();
+    this.#keep();
+    this.on.said("Your vote is kept. Thank you.");
+    return true;
   }
 
   #ended(answer, error) {

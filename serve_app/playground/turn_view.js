@@ -3,12 +3,16 @@
 import { AnswerView } from "./answer_view.js";
 
 export class TurnView {
-  // `on` has copy(text), kept(seed), and asked(question) to ask this turn anew, with the same or an edited question.
+  // `on` has copy(text), kept(seed), asked(question) to ask this turn anew, with the same or an edited question,
+  // voted(column, score, better) for one of its answers, and votes(), whether the service takes votes.
   constructor(turn, on) {
     this.turn = turn;
     this.element = document.getElementById("turn").content.cloneNode(true).firstElementChild;
     const again = () => on.asked(turn.question);
-    this.answers = turn.answers.map((answer) => new AnswerView(answer, { ...on, again }));
+    this.answers = turn.answers.map((answer, column) => {
+      const voted = (score, better) => on.voted(column, score, better);
+      return new AnswerView(answer, { ...on, again, voted });
+    });
     this.find(".answers").append(...this.answers.map((view) => view.element));
     this.find(".asked").textContent = turn.question;
     this.find(".copy").addEventListener("click", () => on.copy(turn.question));

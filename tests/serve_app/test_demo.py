@@ -1,9 +1,13 @@
 """Claims about the second half of `make demo`, with a service that runs already."""
 
+from pathlib import Path
+
 import pytest
 
+from gptcore.chat import CHATML
 from serve_app import demo
 from serve_app.settings import ServeSettings
+from tests.open_tokenizers import publish, write_tokenizer
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage
 from tests.serve_app.running import running
@@ -20,6 +24,24 @@ def test_a_reply_is_streamed_with_its_model_and_the_number_of_its_tokens(
     assert "\n\nThe" in said
     assert " tokens in " in said
     assert "\n          0 tokens" not in said
+
+
+def test_the_chat_demo_asks_its_three_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = publish(write_tokenizer("smollm2", tmp_path / "tokenizer"), tmp_path / "model", 512, "llama", context=128)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    with running(ServeSettings(models=(f"gpt-chat={folder}",), log_level="warning")) as service:
+        assert demo.converse(service.url, "gpt-chat") is None
+    said = capsys.readouterr().out
+    assert said.startswith(f"answers   POST {service.url}/v1/chat/completions, from gpt-chat/")
+    assert [line[2:] for line in said.splitlines() if line.startswith("> ")] == [*demo.QUESTIONS]
+
+
+def test_another_service_at_the_address_is_named(make_package: MakePackage):
+    with running(ServeSettings(models=(f"tiny={make_package().path}",), log_level="warning")) as service:
+        problem = demo.converse(service.url, "gpt-chat")
+    assert problem is not None
+    assert problem.startswith(f"the service at {service.url} refused: ")
+    assert problem.endswith("Stop it, or set GPT_PORT to another port")
 
 
 def test_without_a_service_it_is_not_ready():

@@ -22,8 +22,12 @@ Messages = list[dict[str, Any]]
 
 
 def conversation_text(record: Any) -> str:
-    """The record's messages as JSON. Raises ValueError that says what does not fit."""
-    return json.dumps(messages_in(record), ensure_ascii=False)
+    """The record's messages as JSON, or "" if each of its answers has the weight 0, so that there is nothing to learn.
+
+    Raises ValueError that says what does not fit.
+    """
+    messages = messages_in(record)
+    return json.dumps(messages, ensure_ascii=False) if any(map(is_learned, messages)) else ""
 
 
 def messages_of(document: str) -> Messages:
@@ -62,8 +66,8 @@ def messages_in(record: Any) -> Messages:
             "no field 'messages', nor 'conversations', nor 'prompt' with 'completion'; there are "
             f"{', '.join(map(str, record)) or 'none'}"
         )
-    if not any(map(is_learned, found)):
-        raise ValueError("no message is an answer of the assistant to learn; expected at least one")
+    if not any(message["role"] == "assistant" for message in found):
+        raise ValueError("no message is an answer of the assistant; expected at least one")
     return found
 
 

@@ -40,6 +40,7 @@ class Listing(BaseModel):
     system_prompt: bool = Field(
         description="Whether the service sets the system message of every conversation, and refuses another."
     )
+    feedback: bool = Field(description="Whether POST /v1/feedback keeps votes on answers.")
 
 
 def router(state: AppState, guarded: Sequence[Depends] = ()) -> APIRouter:
@@ -82,6 +83,10 @@ def router(state: AppState, guarded: Sequence[Depends] = ()) -> APIRouter:
     )
     async def listing() -> Listing:
         """Every model, loaded or not: version, alias, run, bits per byte, data, commit, and errors."""
-        return Listing(models=models.describe(), system_prompt=state.settings.system_prompt != "")
+        return Listing(
+            models=models.describe(),
+            system_prompt=state.settings.system_prompt != "",
+            feedback=state.feedback is not None,
+        )
 
     return routes

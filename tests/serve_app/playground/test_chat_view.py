@@ -409,3 +409,73 @@ def test_two_models_answer_one_conversation_side_by_side(page: Page, service: st
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] <= right["x"]
     expect(page.get_by_role("button", name="Regenerate")).to_have_count(1)
+
+
+@pytest.fixture
+def voting(folders: dict[str, Path], tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The address of a service that keeps votes, and their folder."""
+    settings = ServeSettings(models=(f"talker={folders['talker']}",), feedback=str(tmp_path), log_level="warning")
+    with running(settings) as service:
+        yield service.url, tmp_path
+
+
+def votes(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text("utf-8").splitlines()]
+
+
+def test_a_good_answer_is_voted_for_with_its_conversation(page: Page, voting: tuple[str, Path]) -> None:
+    url, folder = voting
+    answer_with(page, said("Paris.", "stop") | {"id": "chatcmpl-7"})
+    open_chat(page, url)
+    ask(page, "Capital of France?")
+    good = page.get_by_role("button", name="Good answer")
+    good.click()
+    expect(good).to_have_attribute("aria-pressed", "true")
+    (vote,) = votes(folder)
+    messages = [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris."}]
+    assert vote["messages"] == messages
+    assert (vote["id"], vote["score"], vote["model"]) == ("chatcmpl-7", 1, "talker/1")
+    page.reload()
+    expect(good).to_have_attribute("aria-pressed", "true")
+
+
+def test_a_bad_answer_may_get_a_better_one(page: Page, voting: tuple[str, Path]) -> None:
+    url, folder = voting
+    answer_with(page, said("Lyon.", "stop") | {"id": "chatcmpl-8"})
+    open_chat(page, url)
+    ask(page, "Capital of France?")
+    ask(page, "Really?", turns=2)
+    page.get_by_role("button", name="Bad answer").first.press("Enter")
+    better = page.get_by_role("textbox", name="A better answer")
+    expect(better).to_be_focused()
+    (vote,) = votes(folder)
+    assert (vote["score"], vote["messages"][-1]) == (-1, {"role": "assistant", "content": "Lyon.", "weight": 0})
+    better.fill("Paris.")
+    page.locator(".better:visible").get_by_role("button", name="Send").click()
+    expect(better).to_be_hidden()
+    expect(page.get_by_role("button", name="Bad answer").first).to_be_focused()
+    (vote,) = votes(folder)
+    asked, answer = vote["messages"]
+    assert (asked["content"], answer, vote["answer"]) == (
+        "Capital of France?",
+        {"role": "assistant", "content": "Paris."},
+        "Lyon.",
+    )
+
+
+def test_a_vote_that_was_not_kept_says_why(page: Page, voting: tuple[str, Path]) -> None:
+    url, _ = voting
+    answer_with(page, said("Paris.", "stop") | {"id": "chatcmpl-9", "system_fingerprint": "gone/1"})
+    open_chat(page, url)
+    ask(page, "Capital of France?")
+    page.get_by_role("button", name="Good answer").click()
+    expect(page.locator(".answer .problem")).to_contain_text("The vote was not kept: ")
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "false")
+
+
+def test_a_service_that_keeps_no_votes_offers_none(page: Page, service: str) -> None:
+    answer_with(page, said("Paris.", "stop") | {"id": "chatcmpl-9"})
+    open_chat(page, service)
+    ask(page, "Capital of France?")
+    expect(page.get_by_role("button", name="Copy answer")).to_be_visible()
+    expect(page.get_by_role("button", name="Good answer")).to_be_hidden()

@@ -96,7 +96,7 @@ def test_a_conversation_may_be_in_any_of_the_usual_forms(record: dict[str, Any],
         ([ASKED], "expected an object with the field 'messages', found list"),
         ({"messages": "hello"}, "field 'messages' is str, expected a list of messages"),
         ({"messages": []}, "field 'messages' is an empty list"),
-        ({"messages": [ASKED]}, "no message is an answer of the assistant to learn"),
+        ({"messages": [ASKED]}, "no message is an answer of the assistant; expected at least one"),
         ({"messages": [ASKED, "4"]}, r"messages\[1\] is str, expected an object"),
         ({"messages": [{"role": "usr", "content": "x"}]}, r"messages\[0\] has the role 'usr'.* Did you mean 'user'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\] has the role 'tool'; expected system, user"),
@@ -108,7 +108,6 @@ def test_a_conversation_may_be_in_any_of_the_usual_forms(record: dict[str, Any],
             r"the content of messages\[1\] has half of a surrogate pair",
         ),
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, r"the weight of messages\[1\] is 0\.5; expected 0 .* or 1"),
-        ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "no message is an answer of the assistant to learn"),
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\] has no 'content'"),
         ({"prompt": "x"}, "no field 'messages'"),
     ],
@@ -197,6 +196,13 @@ def test_an_answer_with_weight_0_is_read_but_not_learned(tmp_path: Path, tokeniz
     assert len(spans) == 1
     assert (stream[-1 - len(spans[0]) : -1] == spans[0]).all()
     assert tokens.num_bytes == len("4 ≠ 5".encode())
+
+
+def test_a_conversation_without_an_answer_to_learn_is_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    wrong = [ASKED, ANSWERED | {"weight": 0}]
+    tokens = prepare(opened(written(tmp_path, [wrong, [ASKED, ANSWERED], wrong])), tokenizer, tmp_path)
+    assert tokens.num_documents == 1
+    assert sum(map(bool, words(tokens) & FIRST)) == 1
 
 
 def test_what_is_counted_are_the_answers(tmp_path: Path, tokenizer: Tokenizer) -> None:

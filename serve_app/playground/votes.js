@@ -1,0 +1,52 @@
+// The vote on an answer: good, bad, and what would have been a better one.
+
+export class Votes {
+  // `element` is the answer's. `voted(score, better)` sends a vote and resolves to whether the service has kept it.
+  constructor(element, answer, voted) {
+    this.element = element;
+    this.answer = answer;
+    this.voted = voted;
+    this.find(".votes").addEventListener("click", (event) => this.#click(event.target.closest("button")));
+    this.find(".better .cancel").addEventListener("click", () => this.#close());
+    this.find(".better").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#send(-1, this.find(".better textarea").value.trim());
+    });
+    this.find(".better").addEventListener("keydown", (event) => {
+      if (event.key !== "Escape") return;
+      event.stopPropagation(); // or the page would stop the running answer as well
+      this.#close();
+    });
+  }
+
+  find(selector) {
+    return this.element.querySelector(selector);
+  }
+
+  show(offered) {
+    this.find(".votes").hidden = !offered;
+    for (const button of this.find(".votes").children) {
+      button.setAttribute("aria-pressed", Number(button.value) === this.answer.vote);
+    }
+  }
+
+  async #click(button) {
+    if (!button) return;
+    const score = Number(button.value);
+    if (!(await this.#send(score, "")) || score > 0) return;
+    this.find(".better").hidden = false;
+    this.find(".better textarea").focus();
+  }
+
+  async #send(score, better) {
+    const kept = await this.voted(score, better);
+    if (kept && (score > 0 || better)) this.#close();
+    return kept;
+  }
+
+  #close() {
+    const held = this.find(".better").contains(document.activeElement);
+    this.find(".better").hidden = true;
+    if (held) this.find(".votes [value='-1']").focus();
+  }
+}
