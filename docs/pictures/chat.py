@@ -7,7 +7,7 @@ The first is the page of a desktop, the second that of a phone in the dark.
 
 from playwright.sync_api import Browser, Page, expect
 
-from docs.pictures import keep, trained_run
+from docs.pictures import environment, keep, trained_run
 from docs.pictures.playground import service
 from tests.serve_app.playground.browser import chromium
 
@@ -52,7 +52,8 @@ def phone(browser: Browser, url: str) -> bytes:
 
 def main() -> None:
     trained_run("demo-chat", "train_job/demo.py", "chat")
-    with service(model="models:/gpt-chat@champion", feedback="votes") as url, chromium() as browser:
+    votes = f"{environment()['GPT_FOUNDRY_HOME']}/votes"
+    with service(model="models:/gpt-chat@champion", feedback=votes) as url, chromium() as browser:
         keep(desktop(browser, url), "chat")
         keep(phone(browser, url), "chat-phone")
 

@@ -205,5 +205,9 @@ def write_texts(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "stories.jsonl").write_text("".join(json.dumps({"story": line}) + "\n" for line in text.splitlines()))
+    said = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
+    for name in ("tea.jsonl", "votes/earlier.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("".join(json.dumps({"messages": said, "id": n}) + "\n" for n in range(60)))
     (folder / "web").mkdir()
     parquet.write_table(pyarrow.table({"text": text.splitlines()}), folder / "web" / "a.parquet")

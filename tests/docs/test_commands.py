@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gptcore.chat import CHATML
 from tests.docs.commands import Checkout, blocks_of, checkout, commands_of, shared_out
 from tests.hugging_face import publish_gpt2, put_into_cache
 from tests.open_tokenizers import QWEN_RANKS, publish, write_tokenizer
@@ -23,7 +24,7 @@ COMMANDS = {page.name: commands_of(page) for page in PAGES}
 EVERY = [command for commands in COMMANDS.values() for command in commands]
 
 ELSEWHERE = {
-    r"^make (demo|test|check)$|^make demo PYTHON": "tests/system/test_demo.py; this is one; .ci/run",
+    r"^make (demo|demo-chat|test|check)$|^make demo PYTHON": "tests/system/test_demo.py; this is one; .ci/run",
     r"make ui$": "tests/train_job/tracking/test_tracking.py",
     r"^docker ": "no Docker here: tests/deploy/test_image.py builds the image by buildah and runs its entry points",
     r"^(ray |export RAY|RAY_)": "tests/system/conftest.py starts and stops clusters, test_job_ends.py submits to them",
@@ -76,8 +77,8 @@ def test_every_command_is_run_once_or_listed_as_an_exception() -> None:
     assert [command for command in twice if "serve run " not in command] == []
 
 
-LONG = (PREDECESSORS, ROOT / "docs" / "training.md")
-"""Pages with a dozen jobs each, which only run before a release. All settings on them are checked below."""
+LONG = (PREDECESSORS, ROOT / "docs" / "training.md", ROOT / "docs" / "chat.md")
+"""Pages with several jobs each, which only run before a release. All settings on them are checked below."""
 TRAINING = [command for command in EVERY if "train_job/run.py --" in command and "--config" not in command]
 
 
@@ -107,6 +108,8 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         tokenizer = write_tokenizer("qwen3" if QWEN_RANKS.exists() else "smollm2", folder / "tokenizer")
         qwen = publish(tokenizer, folder / "qwen", 151936)
         put_into_cache(folder / "hub" / "hub", "Qwen/Qwen3-0.6B-Base", qwen)
+        (qwen / "chat_template.jinja").write_text(CHATML)
+        put_into_cache(folder / "hub" / "hub", "Qwen/Qwen3-0.6B", qwen)
         for name in ("demo", "NAME"):
             place.run(f".venv/bin/python train_job/run.py --name {name}")
         yield place

@@ -157,6 +157,7 @@ def test_the_sink_gets_everything_that_prometheus_shows():
     timer.update(update(2, 3, end=FinishReason.STOP))
     metrics.request("/generate", 200, "gpt", "7")
     metrics.reload("gpt", False)
+    metrics.feedback("gpt", "7", 1)
     metrics.gauges = lambda: [(module.SLOTS, ("gpt", "7"), 16)]
     metrics.push_gauges()
     for metric in METRICS:

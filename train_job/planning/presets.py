@@ -12,6 +12,7 @@ from train_job.config import PRESETS, UNBOUNDED, build_config
 
 NOTES = {
     "quick": "4.3M parameters; the default: minutes on two CPU cores",
+    "chat": "357.6k parameters; learns short conversations, a byte at a time: minutes on two CPU cores",
     "gpt2-124m": "124.5M parameters; GPT-2 small as OpenAI published it; needs a GPU, better several",
     "foundry-124m": "123.6M parameters; the same size with Qwen3's layers and Muon; needs a GPU, better several",
     "tiny": "6.9M parameters; a small GPT-2: minutes on a CPU",
