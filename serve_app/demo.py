@@ -54,7 +54,8 @@ def demo(chat: bool = False) -> int:
                 output.seek(0)
                 print(f"{output.read()[-4000:]}\nerror: {problem}", file=sys.stderr)
                 return 1
-        if problem := converse(url, settings.default_model) if chat else ask(url):
+        key = {"authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else None
+        if problem := converse(url, settings.default_model, key) if chat else ask(url, key):
             print(f"error: {problem}", file=sys.stderr)
             return 1
         print(next_steps(url, chat))
@@ -114,11 +115,11 @@ def is_ready(url: str) -> bool:
     return answer.is_success and "json" in answer.headers.get("content-type", "")
 
 
-def ask(url: str) -> str | None:
+def ask(url: str, key: dict[str, str] | None = None) -> str | None:
     """Stream one reply to the terminal, and print which model gave it. Returns what went wrong, if anything did."""
     begun, tokens = time.monotonic(), 0
     with (
-        httpx2.Client(base_url=url, timeout=60, trust_env=False) as client,
+        httpx2.Client(base_url=url, timeout=60, trust_env=False, headers=key) as client,
         client.sse("/generate", method="POST", json=REQUEST) as events,
     ):
         if not events.response.is_success:
@@ -136,9 +137,9 @@ def ask(url: str) -> str | None:
     return None
 
 
-def converse(url: str, model: str) -> str | None:
+def converse(url: str, model: str, key: dict[str, str] | None = None) -> str | None:
     """Ask three questions, each in a conversation of its own. Returns what went wrong, if anything did."""
-    with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+    with httpx2.Client(base_url=url, timeout=60, trust_env=False, headers=key) as client:
         for question in QUESTIONS:
             messages = [{"role": "user", "content": question}]
             body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 64}

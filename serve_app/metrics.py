@@ -66,7 +66,10 @@ RELOADS = Metric(
     ("model", "outcome"),
 )
 FEEDBACK = Metric(
-    "gpt_feedback_total", "counter", "Votes on answers, by score: 1 (good) or -1 (bad).", (*MODEL, "score")
+    "gpt_feedback_total",
+    "counter",
+    "Votes on answers, by score: 1 (good) or -1 (bad); model and version are those the client names, if loaded.",
+    (*MODEL, "score"),
 )
 RUNNING = Metric("gpt_num_requests_running", "gauge", "Sequences that have a slot.", MODEL)
 WAITING = Metric("gpt_num_requests_waiting", "gauge", "Sequences waiting for a slot.", MODEL)

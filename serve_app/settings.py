@@ -71,7 +71,9 @@ class ServeSettings:
         "Folder or URL (s3://…) for the votes on answers that POST /v1/feedback takes, with their conversations. "
         "Default: none, and no text is kept.",
     )
-    feedback_bytes: int = setting(100_000_000, "Most bytes of votes that are kept; the oldest are deleted.", "bytes")
+    feedback_bytes: int = setting(
+        100_000_000, "About the most bytes of votes that are kept; the oldest are deleted.", "bytes"
+    )
     tracking_uri: str = setting(
         "",
         "MLflow's tracking URI for models:/ and runs:/. Default: $MLFLOW_TRACKING_URI, else the embedded database.",

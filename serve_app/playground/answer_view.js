@@ -34,7 +34,7 @@ export class AnswerView {
     this.#show(text, arriving);
     this.#say(".left-out", leftOut ? omission(leftOut) : "");
     this.#say(".problem", problem ?? "");
-    this.find(".about").replaceChildren(...(arriving ? [] : about(this.answer)));
+    this.#describe(arriving ? [] : about(this.answer));
     this.find(".copy").hidden = arriving || !text;
     this.find(".again").hidden = !again;
     const { id, by, end } = this.answer;
@@ -50,6 +50,13 @@ export class AnswerView {
     body.setAttribute("aria-busy", arriving);
     body.replaceChildren(markdown(text));
     if (!arriving) body.querySelectorAll("pre").forEach(addCopy);
+  }
+
+  // Leaves the facts as they are if nothing has changed, for the focus's sake.
+  #describe(facts) {
+    const text = facts.map((fact) => fact.textContent).join();
+    const shown = [...this.find(".about").children].map((fact) => fact.textContent).join();
+    if (text !== shown) this.find(".about").replaceChildren(...facts);
   }
 
   // Screen readers read an alert again when its text is set, even to the same.

@@ -1,8 +1,9 @@
 // One conversation with a model, or with two side by side, and the answers that are arriving. No part of the page.
 //
-// A conversation is {id, system, turns}, and a turn {question, answers}, with one answer from each model: {text, seed,
-// by: "name/version", id, end, problem, leftOut, vote}. `problem` is an error's message, `leftOut` counts the messages at
-// the beginning that the model did not get, and `vote` is 1 or -1 once the user has judged the answer.
+// A conversation is {id, system, turns}, and a turn {question, system, answers}, with the system prompt when it was
+// asked and one answer from each model: {text, seed, by: "name/version", id, end, problem, leftOut, vote}. `problem` is
+// an error's message, `leftOut` counts the messages at the beginning that the model did not get, and `vote` is 1 or -1
+// once the user has judged the answer.
 
 import { converse } from "./api.js";
 
@@ -48,7 +49,8 @@ export class Chat {
   async ask(question, requests, place = this.turns.length) {
     this.stop();
     this.aborter = new AbortController();
-    const turn = { question, answers: requests.map(({ seed }) => ({ text: "", seed })) };
+    const system = this.ownSystem ? this.conversation.system : "";
+    const turn = { question, system, answers: requests.map(({ seed }) => ({ text: "", seed })) };
     this.turns.splice(place, Infinity, turn);
     this.arriving = new Set(turn.answers);
     this.changed();
@@ -89,13 +91,14 @@ export class Chat {
   // What a model gets to answer a turn: its own answers, or those of the first where it was not asked. A question
   // without an answer is left out: the service refuses empty messages, and some templates two questions in a row.
   messages(turn, column) {
-    const { system } = this.conversation;
+    const { system = "" } = turn;
     const earlier = this.turns.slice(0, this.turns.indexOf(turn)).flatMap(({ question, answers }) => {
       const { text } = answers[column] ?? answers[0];
       return text ? [message("user", question), message("assistant", text)] : [];
     });
-    const first = this.ownSystem && system.trim() ? [message("system", system)] : [];
-    return [...first, ...earlier, message("user", turn.question)];
+    const first = system.trim() ? [message("system", system)] : [];
+    const leftOut = turn.answers[column].leftOut ?? 0; // by the service, once it has answered
+    return [...first, ...[...earlier, message("user", turn.question)].slice(leftOut)];
   }
 }
 

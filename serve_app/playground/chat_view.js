@@ -157,8 +157,9 @@ export class ChatView {
     return new TurnView(turn, { copy, kept, votes, asked, voted });
   }
 
-  // Sends a vote on an answer. Resolves to whether the service has kept it.
+  // Sends a vote on an answer. Rejects with a ServiceError if the service has not kept it.
   async #vote(turn, column, score, better) {
+    const { conversation } = this.chat;
     const answer = turn.answers[column];
     const { id, by } = answer;
     try {
@@ -171,16 +172,13 @@ export class ChatView {
         messages: [...this.chat.messages(turn, column), message("assistant", answer.text)],
       });
     } catch (error) {
-      answer.problem = `The vote was not kept: ${error.message}`;
-      this.#draw();
       this.on.refused(error);
-      return false;
+      throw error;
     }
-    Object.assign(answer, { vote: score, problem: undefined });
-    this.#draw();
-    this.#keep();
-    this.on.said("Your vote is kept. Thank you.");
-    return true;
+    answer.vote = score;
+    if (this.chat.conversation === conversation) this.#draw();
+    else if (!stored().some(({ id }) => id === conversation.id)) return; // deleted meanwhile
+    this.#keep(conversation);
   }
 
   #ended(answer, error) {
@@ -194,10 +192,9 @@ export class ChatView {
     if (error || (answer.by && !known)) this.on.stale();
   }
 
-  #keep() {
-    const { conversation } = this.chat;
+  #keep(conversation = this.chat.conversation) {
     if (!keep(conversation)) this.on.said("The browser has no room to keep this conversation.");
-    this.history.list(conversation.id);
+    this.history.list(this.chat.conversation.id);
   }
 }
 

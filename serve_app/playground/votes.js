@@ -1,7 +1,7 @@
 // The vote on an answer: good, bad, and what would have been a better one.
 
 export class Votes {
-  // `element` is the answer's. `voted(score, better)` sends a vote and resolves to whether the service has kept it.
+  // `element` is the answer's. `voted(score, better)` sends a vote, and rejects if the service has not kept it.
   constructor(element, answer, voted) {
     this.element = element;
     this.answer = answer;
@@ -10,7 +10,8 @@ export class Votes {
     this.find(".better .cancel").addEventListener("click", () => this.#close());
     this.find(".better").addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#send(-1, this.find(".better textarea").value.trim());
+      const better = this.find(".better textarea").value.trim();
+      if (better) this.#send(-1, better);
     });
     this.find(".better").addEventListener("keydown", (event) => {
       if (event.key !== "Escape") return;
@@ -33,15 +34,28 @@ export class Votes {
   async #click(button) {
     if (!button) return;
     const score = Number(button.value);
-    if (!(await this.#send(score, "")) || score > 0) return;
+    const again = score === this.answer.vote; // a better answer that was sent stays
+    if ((!again && !(await this.#send(score, ""))) || score > 0) return;
     this.find(".better").hidden = false;
-    this.find(".better textarea").focus();
+    if (button.contains(document.activeElement)) this.find(".better textarea").focus();
   }
 
+  // Resolves to whether the vote is kept.
   async #send(score, better) {
-    const kept = await this.voted(score, better);
-    if (kept && (score > 0 || better)) this.#close();
-    return kept;
+    try {
+      await this.voted(score, better);
+    } catch (error) {
+      this.#say(`The vote was not kept: ${error.message}`);
+      return false;
+    }
+    this.#say("The service has kept your vote with this conversation.");
+    if (score > 0 || better) this.#close();
+    return true;
+  }
+
+  #say(text) {
+    this.find(".voted").textContent = text;
+    this.find(".voted").hidden = false;
   }
 
   #close() {

@@ -16,6 +16,7 @@ from gptcore.hub import resolve
 from gptcore.model import GPT
 from gptcore.package import Package, open_package, save_package
 from gptcore.tokenizer import load_tokenizer
+from serve_app.feedback import FeedbackLog
 from serve_app.settings import load_settings
 from tests.deploy.conftest import Store
 from tests.refusals import one_error
@@ -246,3 +247,13 @@ def test_a_run_in_a_bucket_resumes_on_another_machine(s3: Store, text_file: Path
     assert [row["step"] for row in there.rows if "train_loss" in row] == list(range(5, 41, 5))
     assert [row["step"] for row in there.rows if "val_loss" in row] == [0, 20, 40]
     assert all(row in there.rows for row in here.rows), "the loss curve begins where the run began"
+
+
+def test_votes_on_answers_go_to_a_bucket(bucket: str, s3: Store) -> None:
+    log = FeedbackLog(f"{bucket}/votes", 10_000_000)
+    for number in ("1", "2"):
+        log.add({"id": number, "answer": "x", "messages": [{"role": "user", "content": "?"}, {"role": "assistant"}]})
+    folder = f"{bucket.removeprefix('s3://')}/votes"
+    (file,) = s3.files(folder)
+    lines = s3.filesystem().cat_file(f"{folder}/{file}").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["1", "2"]

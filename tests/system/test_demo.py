@@ -38,7 +38,6 @@ def test_the_chat_demo_tunes_a_base_serves_it_and_asks_three_questions(tmp_path:
         train = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert train.returncode == 0, train.stdout + train.stderr
         assert words in train.stdout
-        assert "fine-tunes" in train.stdout or "finished" in train.stdout
     answer = [sys.executable, "-m", "serve_app.demo", "chat"]
     asked = subprocess.run(answer, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert asked.returncode == 0, asked.stdout + asked.stderr

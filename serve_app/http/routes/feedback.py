@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
+from gptcore.errors import QueueFull
 from serve_app.errors import RETRY_LATER, ApiError
 from serve_app.generation.order import template_of
 from serve_app.http.chat_schemas import MOST_MESSAGES, ChatMessage, conversation_of, invalid
@@ -84,22 +85,26 @@ def router(state: AppState) -> APIRouter:
         async with state.models.lease(body.model, request.state.request_id) as served:
             # A conversation that the template refuses would end a training run.
             await asyncio.to_thread(template_of(served).answers, messages)
-            name, version = served.name, served.version
         vote = {
             "messages": messages,
             "id": body.id,
             "score": body.score,
             "answer": body.messages[-1].message()["content"],
-            "model": body.system_fingerprint or name,
+            "model": body.system_fingerprint or body.model,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
-            await asyncio.to_thread(state.feedback.add, vote)
-        except OSError as error:
+            replaced = await state.feedback.keep(vote)
+        except QueueFull:
+            raise
+        except Exception as error:  # clients of stores raise errors of many kinds
             log.error("a vote could not be written", exc_info=error)
             message = "the vote could not be written; the service's log has the reason"
             raise ApiError(503, message, code="feedback_unavailable", headers=RETRY_LATER) from error
-        state.metrics.feedback(name, version, body.score)
+        if replaced is None or replaced["score"] != body.score:
+            # Only versions that are loaded become labels, since clients could send any number of names.
+            known = next((one for one in state.models.loaded() if one.name_version == body.system_fingerprint), None)
+            state.metrics.feedback(*((known.name, known.version) if known else ("", "")), body.score)
         return Feedback(id=body.id, score=body.score)
 
     return routes

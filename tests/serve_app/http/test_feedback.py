@@ -1,6 +1,9 @@
 """Votes on answers: what `POST /v1/feedback` takes, and the files that it leaves."""
 
+import asyncio
 import json
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,8 @@ import httpx2
 import openai
 import pytest
 
-from gptcore.errors import ConfigError
+from gptcore.errors import ConfigError, QueueFull
+from gptcore.files import write_file
 from serve_app.feedback import FILE_BYTES, FeedbackLog
 from serve_app.settings import ServeSettings
 from tests.open_tokenizers import publish, write_tokenizer
@@ -40,7 +44,7 @@ def serve(folder: Path, package: Any) -> Iterator[Serve]:
 
     def start(**settings: Any) -> httpx2.Client:
         models = (f"talker={folder}", f"tiny={package.path}")
-        context = running(ServeSettings(models=models, dtype="float32", **settings))
+        context = running(ServeSettings(**{"models": models, "dtype": "float32"} | settings))
         service = context.__enter__()
         opened.append(context)
         return httpx2.Client(base_url=service.url)
@@ -82,6 +86,8 @@ def test_a_vote_on_an_answer_is_kept_with_the_conversation_and_trains(serve: Ser
     name, version = str(fingerprint).split("/")
     counted = f'gpt_feedback_total{{model="{name}",score="1",version="{version}"}} 1.0'
     assert counted in client.get("/metrics").text
+    vote(client, id=reply.id, messages=[QUESTION, answer], system_fingerprint=fingerprint, better="5")
+    assert counted in client.get("/metrics").text  # one answer, one vote
 
 
 def test_only_the_answer_voted_on_is_learned_and_a_bad_one_never(serve: Serve, tmp_path: Path) -> None:
@@ -110,12 +116,13 @@ def test_the_last_of_several_votes_on_an_answer_counts(serve: Serve, tmp_path: P
 def test_the_system_prompt_of_the_service_is_part_of_the_conversation(
     folder: Path, serve: Serve, tmp_path: Path
 ) -> None:
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    client = serve(feedback=str(tmp_path), system_prompt="Be brief.")
+    place = tmp_path / "votes"
+    free = shutil.copytree(folder, tmp_path / "free")
+    (free / "chat_template.jinja").write_text(TEMPLATE)
+    client = serve(models=(f"talker={free}",), feedback=str(place), system_prompt="Be brief.")
     assert vote(client).status_code == 200
-    (record,) = kept(tmp_path)
+    (record,) = kept(place)
     assert record["messages"][0] == {"role": "system", "content": "Be brief."}
-    (folder / "chat_template.jinja").write_text(STRICT)
 
 
 def test_a_service_without_a_place_for_votes_keeps_none_and_says_so(serve: Serve, tmp_path: Path) -> None:
@@ -155,14 +162,15 @@ def test_a_vote_that_does_not_fit_is_refused_and_not_kept(
     assert kept(tmp_path / "votes") == []
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a store's own error")])
 def test_a_full_disk_is_an_error_of_the_service_and_earlier_votes_stay(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     client = serve(feedback=str(tmp_path))
     vote(client, id="first")
 
     def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("serve_app.feedback.write_file", full)
     reply = vote(client, id="second")
@@ -189,6 +197,45 @@ def test_files_rotate_and_the_oldest_are_deleted(tmp_path: Path) -> None:
     assert numbers == list(range(numbers[0], 20))
     assert len(numbers) >= 4
     assert other.exists()
+
+
+def test_a_file_that_was_edited_moved_or_deleted_is_not_written_again(tmp_path: Path) -> None:
+    log = FeedbackLog(str(tmp_path / "votes"), 10 * FILE_BYTES)
+    log.add(record(1))
+    (file,) = (tmp_path / "votes").iterdir()
+    assert file.stat().st_mode & 0o077 == 0
+    file.write_text("")
+    log.add(record(2))
+    assert file.read_text() == ""
+    assert [one["id"] for one in kept(tmp_path / "votes")] == ["2"]
+    shutil.rmtree(tmp_path / "votes")
+    log.add(record(3))
+    assert [one["id"] for one in kept(tmp_path / "votes")] == ["3"]
+
+
+def test_a_vote_larger_than_a_file_is_kept_and_counts(tmp_path: Path) -> None:
+    log = FeedbackLog(str(tmp_path), 3 * FILE_BYTES)
+    for number in range(4):
+        log.add(record(number, 2 * FILE_BYTES))
+    assert [one["id"] for one in kept(tmp_path)] == ["3"]
+
+
+def test_votes_beyond_those_that_may_wait_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, full = FeedbackLog(str(tmp_path), 10 * FILE_BYTES), threading.Event()
+    write = write_file
+    monkeypatch.setattr("serve_app.feedback.MOST_WAITING", 2)
+    monkeypatch.setattr("serve_app.feedback.write_file", lambda *args: (full.wait(60), write(*args)))
+
+    async def vote_thrice() -> None:
+        waiting = [asyncio.create_task(log.keep(record(number))) for number in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await log.keep(record(2))
+        full.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(vote_thrice())
+    assert [one["id"] for one in kept(tmp_path)] == ["0", "1"]
 
 
 def test_replicas_share_a_place(tmp_path: Path) -> None:

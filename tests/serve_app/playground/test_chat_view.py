@@ -454,6 +454,8 @@ def test_a_bad_answer_may_get_a_better_one(page: Page, voting: tuple[str, Path])
     page.locator(".better:visible").get_by_role("button", name="Send").click()
     expect(better).to_be_hidden()
     expect(page.get_by_role("button", name="Bad answer").first).to_be_focused()
+    page.get_by_role("button", name="Bad answer").first.click()
+    expect(better).to_be_visible()
     (vote,) = votes(folder)
     asked, answer = vote["messages"]
     assert (asked["content"], answer, vote["answer"]) == (
@@ -469,7 +471,7 @@ def test_a_vote_that_was_not_kept_says_why(page: Page, voting: tuple[str, Path])
     open_chat(page, url)
     ask(page, "Capital of France?")
     page.get_by_role("button", name="Good answer").click()
-    expect(page.locator(".answer .problem")).to_contain_text("The vote was not kept: ")
+    expect(page.locator(".answer .voted")).to_contain_text("The vote was not kept: ")
     expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "false")
 
 
