@@ -205,9 +205,9 @@ def write_texts(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "stories.jsonl").write_text("".join(json.dumps({"story": line}) + "\n" for line in text.splitlines()))
-    said = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
+    talks = [[{"role": "user", "content": f"Tea {n}?"}, {"role": "assistant", "content": "Yes."}] for n in range(60)]
     for name in ("tea.jsonl", "votes/earlier.jsonl"):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("".join(json.dumps({"messages": said, "id": n}) + "\n" for n in range(60)))
+        (folder / name).write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     (folder / "web").mkdir()
     parquet.write_table(pyarrow.table({"text": text.splitlines()}), folder / "web" / "a.parquet")
