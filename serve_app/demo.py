@@ -56,7 +56,8 @@ def demo(chat: bool = False) -> int:
                 return 1
         key = {"authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else None
         if problem := converse(url, settings.default_model, key) if chat else ask(url, key):
-            print(f"error: {problem}", file=sys.stderr)
+            advice = "" if process else ". Stop it, or set GPT_PORT to another port"  # somebody else's service
+            print(f"error: {problem}{advice}", file=sys.stderr)
             return 1
         print(next_steps(url, chat))
         if process and sys.stdout.isatty():
@@ -153,13 +154,13 @@ def converse(url: str, model: str, key: dict[str, str] | None = None) -> str | N
 
 
 def refusal(url: str, reply: httpx2.Response) -> str:
-    """Why a service that runs already does not answer the demo's requests."""
+    """What the service says to a request that it does not answer."""
     reply.read()
     try:
         said = reply.json()["error"]["message"]
     except (ValueError, LookupError, TypeError):
         said = f"status {reply.status_code}"
-    return f"the service at {url} refused: {said}. Stop it, or set GPT_PORT to another port"
+    return f"the service at {url} refused: {said}"
 
 
 def next_steps(url: str, chat: bool) -> str:

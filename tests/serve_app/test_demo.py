@@ -41,7 +41,7 @@ def test_another_service_at_the_address_is_named(make_package: MakePackage):
         problem = demo.converse(service.url, "gpt-chat")
     assert problem is not None
     assert problem.startswith(f"the service at {service.url} refused: ")
-    assert problem.endswith("Stop it, or set GPT_PORT to another port")
+    assert "gpt-chat" in problem
 
 
 def test_without_a_service_it_is_not_ready():

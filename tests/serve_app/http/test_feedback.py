@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 
+from gptcore.chat import CHATML
 from gptcore.errors import ConfigError, QueueFull
 from gptcore.files import write_file
 from serve_app.feedback import FILE_BYTES, FeedbackLog
@@ -20,10 +21,7 @@ from tests.open_tokenizers import publish, write_tokenizer
 from tests.serve_app.running import running
 from train_job.data.conversations import conversation_text
 
-TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('a user begins') }}{% endif %}" + TEMPLATE
+STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('a user begins') }}{% endif %}" + CHATML
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
 ANSWER = {"role": "assistant", "content": "6"}
 Serve = Callable[..., httpx2.Client]
@@ -118,7 +116,7 @@ def test_the_system_prompt_of_the_service_is_part_of_the_conversation(
 ) -> None:
     place = tmp_path / "votes"
     free = shutil.copytree(folder, tmp_path / "free")
-    (free / "chat_template.jinja").write_text(TEMPLATE)
+    (free / "chat_template.jinja").write_text(CHATML)
     client = serve(models=(f"talker={free}",), feedback=str(place), system_prompt="Be brief.")
     assert vote(client).status_code == 200
     (record,) = kept(place)

@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from gptcore.chat import CHATML
 from serve_app.settings import ServeSettings
 from tests.open_tokenizers import publish, write_tokenizer
 from tests.serve_app.running import running
@@ -23,9 +24,6 @@ HEADERS = {
     "X-OpenWebUI-User-Email": "ada@example.org",
     "X-OpenWebUI-User-Role": "admin",
 }
-TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 TALK = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "The cat?"},
@@ -39,7 +37,7 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Clie
     """What Open WebUI sends its requests with, to a service that asks for a key."""
     root = tmp_path_factory.mktemp("webui")
     folder: Path = publish(write_tokenizer("smollm2", root / "tokenizer"), root / "model", 512, "llama", context=128)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(CHATML)
     with running(ServeSettings(models=(f"talker={folder}",), dtype="float32", api_keys=("secret",))) as service:
         yield httpx2.Client(base_url=f"{service.url}/v1", headers=HEADERS)
 
