@@ -31,11 +31,11 @@ Marks = list[tuple[str, float]]
 """(phase, when it began in seconds since the process was started)."""
 FIRST = "Python starts, and the command's imports"
 TRACED_FUNCTIONS = (
-    ("train_job.run", "begin", "flags are read, MLflow and Ray imported, the text tokenised"),
-    ("ray", "init", "Ray starts"),
+    ("train_job.run", "begin", "flags are read, Ray imported, the text tokenised"),
+    ("ray", "init", "Ray starts; MLflow is imported"),
     ("train_job.session.session", "open_session", "MLflow's run is opened"),
     ("train_job.cluster.training", "Training.introduce", "the plan is printed"),
-    ("train_job.cluster.training", "torch_trainer", "Ray Train starts a controller and a worker; both import torch"),
+    ("train_job.cluster.training", "torch_trainer", "Ray Train starts"),
     ("train_job.session.finish", "build", "the package is written"),
     ("train_job.session.finish", "_figures", "figures are drawn"),
     ("train_job.tracking.registry", "publish", "the version is registered and tested"),

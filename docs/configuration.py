@@ -21,7 +21,7 @@ from serve_app import settings as service
 from serve_app.front.haproxy import FRONT, HARD_STOP, SWITCH
 from serve_app.models.registry import HTTP_PATIENCE
 from train_job.cli import groups
-from train_job.cluster.connect import LOCAL_RAY
+from train_job.cluster.connect import LOCAL_RAY, PRELOAD
 from train_job.config import LIMITS, PRESETS, RESUMABLE, TrainConfig, build_config
 from train_job.data.inputs import VOCAB_MULTIPLE
 from train_job.figures import short_count
@@ -118,6 +118,11 @@ SET = (
         Variable(n, f"For a Ray that is started for one run{' or service' * (n in FRONT)}.", f"`{v}`")
         for n, v in LOCAL_RAY.items()
     ),
+    *(
+        Variable(n, "For a Ray that is started for one run on CPUs: its processes import early.", f"`{v}`")
+        for n, v in PRELOAD.items()
+    ),
+    Variable("GPT_FOUNDRY_LIGHT", "Set for those of its processes that import nothing early."),
     *(Variable(n, "For vLLM's processes, unless it is set.", f"`{v}`") for n, v in VLLM_ENV.items()),
     Variable("OMP_NUM_THREADS", "For vLLM's processes on a CPU: compute threads.", "the setting `threads`"),
     Variable("PYTHONUNBUFFERED", "`make demo`: the service's lines appear as they are written.", "`1`"),

@@ -21,3 +21,6 @@ for _name, _value in DEFAULTS.items():
 if (Path.home() / ".ray" / "auth_token").exists():
     # Ray shows its token by itself only to a cluster that it found by itself; it looks when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+LIGHT = "GPT_FOUNDRY_LIGHT"
+"""Set for a process of Ray's that needs nothing of what training imports (`train_job.cluster.preload`)."""

@@ -212,7 +212,7 @@ def _odds_axes(panels: Sequence[Any], tokens: int) -> None:
         axes.set_yscale("log")
         axes.set_ylim(low, high * (high / low) ** 0.45)
         axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.minorticks_off()
 
 
 def short_count(value: float) -> str:

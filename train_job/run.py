@@ -61,7 +61,7 @@ class TrainingJob:
         from train_job.cluster.prepare import prepare_on_cluster
         from train_job.session.finish import ended_with
         from train_job.session.report import show_again
-        from train_job.tracking.client import check_server, check_user
+        from train_job.tracking.client import check_server, check_user, import_beside
         from train_job.tracking.registry import pin
 
         if ended := ended_with(self._run_dir, self._config):
@@ -73,11 +73,13 @@ class TrainingJob:
             self._config = replace(self._config, init_from=pin(self._config.init_from, self._uri))
         with contextlib.ExitStack() as stack:
             # Wrong input should not have to wait for Ray: it starts when there is much to tokenise, or now.
-            cluster = functools.cache(lambda: stack.enter_context(ray_cluster()))
+            workers = 0 if self._config.use_gpu else self._config.workers[0]
+            cluster = functools.cache(lambda: stack.enter_context(ray_cluster(workers)))
             with doing("preparing the text"):
                 inputs = prepare_on_cluster(self._config, cluster, record.text if record else None)
             self._config = inputs.config
             check_user(self._uri)
+            import_beside(self._uri)
             ray, own_ray = cluster()
             resources = resources_per_worker(self._config, ray.nodes(), own_ray)
             if own_ray and not self._config.use_gpu:

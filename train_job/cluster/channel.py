@@ -7,6 +7,7 @@ import asyncio
 from typing import Any
 
 from gptcore.errors import FoundryError
+from train_job.environment import LIGHT
 from train_job.training.events import Event
 
 
@@ -47,4 +48,5 @@ class Channel:
 def start_channel(ray: Any) -> Any:
     """Starts a channel on this node, so that it ends with its driver and not with another machine; it takes no CPU."""
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(Channel).options(num_cpus=0, label_selector=here).remote()
+    light = {"env_vars": {LIGHT: "1"}}
+    return ray.remote(Channel).options(num_cpus=0, label_selector=here, runtime_env=light).remote()

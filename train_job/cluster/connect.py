@@ -23,7 +23,7 @@ from gptcore.memory import free_memory, require_memory
 from gptcore.package import Package
 from gptcore.progress import doing
 from train_job.cluster.discovery import OWN, cluster_address
-from train_job.cluster.internals import drop_raylet_reports, use_own_process_groups
+from train_job.cluster.internals import drop_raylet_reports, start_bare, use_own_process_groups
 from train_job.config import TrainConfig
 from train_job.session.console import without_log_lines
 from train_job.training.hardware import WORKER_ENV
@@ -37,21 +37,29 @@ LOCAL_RAY = {
     "RAY_raylet_report_resources_period_milliseconds": "1000",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "3600000",
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",  # processes that were started in advance
 }
+PRELOAD = {"RAY_preload_python_modules": "train_job.cluster.preload"}
+RAY_TRAINS_OWN = 2
+"""Ray Train's own processes: its controller, and a barrier for the workers."""
 
 
 @contextlib.contextmanager
-def ray_cluster() -> Iterator[tuple[Any, bool]]:
-    """Connects to Ray within the block; yields the module, and whether this Ray was started for this run alone."""
+def ray_cluster(workers: int = 0) -> Iterator[tuple[Any, bool]]:
+    """Connects to Ray within the block; yields the module, and whether this Ray was started for this run alone.
+
+    One that was has the processes of so many `workers` that train on CPUs ready, and of Ray Train's own.
+    """
     import ray
 
     quiet: dict[str, Any] = dict(logging_level=logging.ERROR, log_to_driver=False)
     address = cluster_address(os.environ.get("RAY_ADDRESS"))
     alone = address is None
     if alone:
-        for name, value in LOCAL_RAY.items():
+        for name, value in (LOCAL_RAY | (WORKER_ENV | PRELOAD if workers else {})).items():
             os.environ.setdefault(name, value)
         use_own_process_groups()
+        start_bare(workers + RAY_TRAINS_OWN if workers else 0)
         with doing("starting a Ray of this job's own"):
             _connect(ray, address="local", include_dashboard=False, **quiet)
     else:
@@ -148,17 +156,19 @@ def require_room(config: TrainConfig, shape: ModelConfig, parent: Package | None
     require_memory("training this model", what, free_memory(cpu))
 
 
-def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float]) -> Any:
-    """Ray Train's trainer for a `WorkerSpec`: workers, storage, retries."""
+def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float], own_ray: bool) -> Any:
+    """Ray Train's trainer for a `WorkerSpec`: workers, storage, retries. `own_ray`: no other job shares this Ray."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from train_job.cluster.failures import Restarts
+    from train_job.cluster.own import OwnTrainer
 
     low, high = spec.config.workers
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={"spec": spec},
+    trainer: Any = OwnTrainer if own_ray else TorchTrainer
+    return trainer(
+        # Not as `train_loop_config`: Ray Train's controller would import all that the workers need.
+        lambda: train_worker(spec),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=spec.config.use_gpu,
@@ -167,7 +177,7 @@ def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float]) -> 
         run_config=RunConfig(
             name=spec.config.name,
             storage_path=spec.config.storage_path,
-            worker_runtime_env={} if spec.config.use_gpu else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
+            worker_runtime_env={} if spec.config.use_gpu or own_ray else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
             callbacks=[Restarts(spec.channel)],  # type: ignore[list-item]  # typed for Tune's callbacks
             failure_config=FailureConfig(max_failures=spec.config.max_failures),
         ),

@@ -22,6 +22,27 @@ def use_own_process_groups() -> None:
     services.ConsolePopen = functools.partial(subprocess.Popen, process_group=0)  # type: ignore[assignment,misc]
 
 
+def start_bare(processes: int) -> None:
+    """Makes Ray start without servers for a dashboard, an autoscaler and a terminal.
+
+    `ray.init` waits for the dashboard's server even if there is no dashboard. `processes` is how many Python processes
+    start in advance; 0 leaves it at the number of CPUs.
+    """
+    from ray._private import node, services
+
+    for server in ("start_api_server", "start_monitor", "start_log_monitor"):
+        setattr(node.Node, server, lambda *_, **__: None)
+    start = services.start_ray_process
+    wanted = ("--num_prestart_python_workers=", "--maximum_startup_concurrency=")
+
+    def start_with(command: list[str], *arguments: Any, **named: Any) -> Any:
+        command = [f"{part.partition('=')[0]}={processes}" if part.startswith(wanted) else part for part in command]
+        return start(command, *arguments, **named)
+
+    if processes:
+        services.start_ray_process = start_with
+
+
 def drop_raylet_reports() -> None:
     """Keeps what Ray's servers report off the terminal; `log_to_driver=False` covers the workers alone."""
     from ray._private import worker

@@ -115,7 +115,7 @@ class Training:
             run_dir=s.run_dir,
             channel=channel,
         )
-        trainer = torch_trainer(train_worker, spec, self._resources)
+        trainer = torch_trainer(train_worker, spec, self._resources, self._own_ray)
         ended: list[Any] = []
 
         def fit() -> None:

@@ -90,9 +90,8 @@ class StopFlag:
         return self.asked
 
 
-def train_worker(settings: dict[str, WorkerSpec]) -> dict[str, float]:
+def train_worker(spec: WorkerSpec) -> dict[str, float]:
     """Trains one rank; returns every rank's peak memory in MiB. A FoundryError ends the run without restarts."""
-    spec = settings["spec"]
     # Rank 0 reports progress, through the driver.
     say: Any = spec.channel.post.remote if ray.train.get_context().get_world_rank() == 0 else len
     progress.set_output(say)
@@ -287,7 +286,8 @@ def _samples(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, Sample]:
     model.eval()
     try:
         with (
-            torch.compiler.set_stance("force_eager"),  # its many lengths would be compiled, and training again
+            # A compiled model would be compiled for many lengths, and for training again.
+            torch.compiler.set_stance("force_eager") if config.compile else nullcontext(),
             # Sharded weights are fetched in autocast's dtype, and frozen ones are kept in it.
             trainer.autocast() if trainer.sharded or config.lora else nullcontext(),
         ):

@@ -36,6 +36,19 @@ def mlflow_client(uri: str) -> Any:
         return MlflowClient(uri)
 
 
+def import_beside(uri: str) -> None:
+    """Imports MLflow in a thread, and makes an SQLite database's tables: seconds in which the caller waits for Ray.
+
+    An error is left to the first real call.
+    """
+
+    def ready() -> None:
+        with contextlib.suppress(Exception), connected(uri):
+            pass
+
+    threading.Thread(target=ready, daemon=True).start()
+
+
 @contextlib.contextmanager
 def request_limits(timeout_s: int, retries: int) -> Iterator[None]:
     """Shortens the time limits of MLflow's HTTP calls within the block; by default they take minutes.

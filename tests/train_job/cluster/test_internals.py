@@ -90,6 +90,32 @@ print(found["ray_version"] == ray.__version__, "python_version" in found)
         assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
 
 
+def test_a_ray_of_the_jobs_own_has_a_worker_ready_and_no_helpers(tmp_path: Path) -> None:
+    code = f"""
+import sys
+import psutil
+from ray.train import RunConfig, ScalingConfig
+from train_job.cluster.connect import ray_cluster
+from train_job.cluster.own import OwnTrainer
+
+def loop():
+    ready = "train_job.cluster.worker" in sys.modules
+    processes = [" ".join(p.cmdline()) for p in psutil.Process().parent().parent().children(recursive=True)]
+    helpers = [p for p in processes if "Cleaner" in p or "Dataset" in p or "Coordinator" in p or "dashboard.py" in p]
+    return {{"ready": ready, "helpers": helpers, "controller": any("TrainController" in p for p in processes)}}
+
+with ray_cluster(1) as (ray, own):
+    run = RunConfig(name="own", storage_path={str(tmp_path)!r})
+    scaling = ScalingConfig(num_workers=1, resources_per_worker={{"CPU": 1}})
+    print(own, OwnTrainer(loop, scaling_config=scaling, run_config=run).fit().return_value)
+"""
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    with blamed("start_bare or train_job.cluster.own"):
+        last = done.stdout.strip().splitlines()[-1:]
+        assert last == ["True {'ready': True, 'helpers': [], 'controller': True}"], done.stdout + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(("bits", "decision"), [(1.5, "CONTINUE"), (9.0, "STOP")])
 def test_asha_judges_a_trial_by_those_that_ended_before_the_sweep_went_on(
     tmp_path: Path, bits: float, decision: str
