@@ -2,8 +2,10 @@
 
 Builds an application from settings, for `serve run`, `serve build` and Serve configs. App and engines share a replica
 because a second hop would halve the request rate. Ray scales, replaces and drains replicas; `serve_app.models` decides
-which model version answers.
+which model version answers. What only a replica needs, torch above all, is imported there.
 """
+
+from __future__ import annotations
 
 import asyncio
 import errno
@@ -11,34 +13,36 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import httpx2
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import metrics as ray_metrics
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from gptcore.engine.engines import make_engine
-from gptcore.engine.native import available_cores
+from gptcore.cores import available_cores
 from gptcore.engine.settings import target_ongoing_requests
-from gptcore.engine.vllm_engine import require_vllm
 from gptcore.errors import ConfigError
 from gptcore.home import home
 from serve_app.feedback import open_log
 from serve_app.front import haproxy
 from serve_app.front.unavailable import RETRY_AFTER_SECONDS
-from serve_app.http.app import create_api
-from serve_app.metrics import METRICS, Metric, Metrics
-from serve_app.models.catalog import Models
-from serve_app.models.load import MakeEngine
-from serve_app.ray_private import hide_lines, listening_host, wait_for_proxies
+from serve_app.ray_private import dashboard_later, hide_lines, listening_host, started_ray, wait_for_proxies
 from serve_app.settings import ServeSettings, load_settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from serve_app.metrics import Metric
+    from serve_app.models.catalog import Models
+    from serve_app.models.load import MakeEngine
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,8 @@ START_SECONDS = 600
 """How long `serve run` waits for a proxy on a busy machine."""
 LOOK_BACK_S = 15.0
 """The autoscaler's time window. Replicas report every 10 s, and the window must contain at least one report."""
+PRELOAD = {"RAY_preload_python_modules": "ray.serve"}
+"""For a Ray of our own: all of its first processes are Serve's."""
 SERVE_LOGGING = LoggingConfig(log_level="WARNING")
 """For Serve's controller and proxies. Replicas use the service's own logging. Ray's log folder has everything."""
 MISLEADING = re.compile(
@@ -66,9 +72,14 @@ MISLEADING = re.compile(
 class Service:
     """A replica: the models and the HTTP app."""
 
-    def __init__(self, settings: ServeSettings, make_engine: MakeEngine = make_engine) -> None:
+    def __init__(self, settings: ServeSettings, make_engine: MakeEngine | None = None) -> None:
+        from gptcore.engine.engines import make_engine as ours
+        from serve_app.http.app import create_api
+        from serve_app.metrics import Metrics
+        from serve_app.models.catalog import Models
+
         settings = replace(settings, threads=settings.threads or threads_of(settings), host=listening_host())
-        self.models = Models(settings, make_engine=make_engine)
+        self.models = Models(settings, make_engine=make_engine or ours)
         self.metrics = Metrics(RaySink())
         self.api = create_api(settings, self.models, self.metrics, tag_replies=False)
 
@@ -98,6 +109,8 @@ class RaySink:
     """Sends the metrics to Ray's exporter, which adds the deployment and the replica as labels."""
 
     def __init__(self) -> None:
+        from serve_app.metrics import METRICS
+
         self._kept: dict[str, Any] = {metric.name: _ray_metric(metric) for metric in METRICS}
 
     def __call__(self, metric: Metric, labels: dict[str, str], value: float) -> None:
@@ -112,7 +125,7 @@ class RaySink:
                 kept.observe(value, labels)
 
 
-def build_app(args: Mapping[str, Any], make_engine: MakeEngine = make_engine) -> serve.Application:
+def build_app(args: Mapping[str, Any], make_engine: MakeEngine | None = None) -> serve.Application:
     """`build` from named settings, which override the environment's. Errors are those of Serve's command line.
 
     Under `serve run`, this also starts Serve on the configured host and port.
@@ -131,11 +144,11 @@ def build_app(args: Mapping[str, Any], make_engine: MakeEngine = make_engine) ->
                 _require_vllm()
             haproxy.use_haproxy(body_seconds=settings.body_timeout_s, request_seconds=settings.request_timeout_s)
         _listen(settings, command.params)
-    return build(settings, make_engine)
+    return build(settings, make_engine, local=started_ray())
 
 
-def build(settings: ServeSettings, make_engine: MakeEngine = make_engine) -> serve.Application:
-    """The application, with Ray's part of the settings."""
+def build(settings: ServeSettings, make_engine: MakeEngine | None = None, local: bool = False) -> serve.Application:
+    """The application, with Ray's part of the settings; `local` if replicas have this process's environment."""
     models = len({*settings.sources, settings.canary_name} - {""})
     deployment: Any = serve.deployment(
         name=NAME,
@@ -160,7 +173,8 @@ def build(settings: ServeSettings, make_engine: MakeEngine = make_engine) -> ser
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.gpus,
-            "runtime_env": {"env_vars": {"GPT_FOUNDRY_HOME": str(home())}},  # the same caches as here
+            # The same caches as here. With an environment of its own, a replica starts a second later.
+            "runtime_env": {} if local else {"env_vars": {"GPT_FOUNDRY_HOME": str(home())}},
         },
     )
     return deployment(serve.ingress()(Service)).bind(settings, make_engine)
@@ -208,6 +222,8 @@ def _check_address(settings: ServeSettings, ray_address: str | None) -> None:
 
 def _require_vllm() -> None:
     """End `serve run` if vLLM is not installed; a replica could only say so in /models."""
+    from gptcore.engine.vllm_engine import require_vllm
+
     try:
         require_vllm()
     except ConfigError as error:
@@ -236,8 +252,20 @@ def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> None:
             "host and port cannot be combined with a runtime environment; put both into a config like deploy/serve.yaml"
         )
     wait_for_proxies(START_SECONDS)
+    for name, value in (PRELOAD | {"GPT_FOUNDRY_HOME": str(home())}).items():
+        os.environ.setdefault(name, value)
+    start_dashboard = dashboard_later()
     ray.init(address=flags.get("address"), namespace="serve")
     serve.start(http_options=wanted, logging_config=SERVE_LOGGING)
+    threading.Thread(target=_once_deployed, args=(start_dashboard,), daemon=True).start()
+
+
+def _once_deployed(start_dashboard: Callable[[], None]) -> None:
+    """Call the function once an application runs or has failed, so that it takes no time from its start."""
+    on_their_way = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING)
+    while all(app.status in on_their_way for app in serve.status().applications.values()):
+        time.sleep(1)
+    start_dashboard()
 
 
 def _ray_metric(metric: Metric) -> Any:

@@ -5,10 +5,15 @@ state has one owner: `scheduler` the queue, `cache` the slots, the runner the ke
 interface for asyncio.
 """
 
-from gptcore.engine.async_engine import AsyncEngine, Stream
-from gptcore.engine.engine import Engine
-from gptcore.engine.interface import EngineInfo, EngineStats, FinishReason, Request, TokenLogprob, Update
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gptcore.engine.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from gptcore.engine.async_engine import AsyncEngine, Stream
+    from gptcore.engine.engine import Engine
+    from gptcore.engine.interface import EngineInfo, EngineStats, FinishReason, Request, TokenLogprob, Update
 
 __all__ = [
     "AsyncEngine",
@@ -22,3 +27,13 @@ __all__ = [
     "TokenLogprob",
     "Update",
 ]
+
+PLACES = {"AsyncEngine": "async_engine", "Stream": "async_engine", "Engine": "engine"}
+"""Modules of the names that are not in `interface`."""
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: `serve run` needs the settings alone, and torch takes a second."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{PLACES.get(name, 'interface')}"), name)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gptcore.config import ModelConfig
+from gptcore.cores import available_cores
 from gptcore.engine.interface import Chunk
 from gptcore.errors import FoundryError
 from gptcore.home import home
@@ -227,11 +228,6 @@ def check_shape(config: ModelConfig) -> None:
     for name, width in widths.items():
         if width % LANES:
             raise NativeUnavailable(f"{name} is {width}; the native kernel needs a multiple of {LANES}")
-
-
-def available_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

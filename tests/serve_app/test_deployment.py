@@ -1,6 +1,8 @@
 """serve_app.deployment: what Ray is told about replicas, from the settings."""
 
 import logging
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,17 @@ from serve_app.settings import load_settings
 def told(**said: Any) -> Any:
     """Ray's settings of the deployment."""
     return build(load_settings(said, {}))._bound_deployment._deployment_config
+
+
+def test_serve_run_starts_without_importing_torch():
+    code = "import sys, serve_app.deployment; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_replicas_use_the_caches_of_the_process_that_starts_them(local: bool):
+    options = build(load_settings({}, {}), local=local)._bound_deployment.ray_actor_options
+    assert ("GPT_FOUNDRY_HOME" in options["runtime_env"].get("env_vars", {})) == (not local)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,5 @@ import os
 from train_job.environment import LIGHT
 
 if LIGHT not in os.environ:
-
     import train_job.cluster.own
     import train_job.cluster.worker  # noqa: F401
