@@ -243,6 +243,7 @@ def run(arguments: argparse.Namespace, scratch: Path, times: Sequence[float], fe
     package = random_package(scratch / "package", PRESET, VOCABULARY)
     load = Load(str(package.path), 1, 1, arguments.prompt_tokens, arguments.new_tokens, threads=1)
     settings: dict[str, Any] = dict(model=load.package, device="cpu", threads=1, slots=arguments.slots)
+    settings |= dict(speculation="false")  # a step is a token, as `capacity` assumes
     settings |= dict(min_replicas=fewest, max_replicas=most, step_ms=arguments.step_ms)
     settings |= dict(upscale_delay_s=arguments.upscale_delay_s, downscale_delay_s=arguments.downscale_delay_s)
     settings |= dict(target_ongoing_requests=arguments.target or 0)

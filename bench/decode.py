@@ -67,6 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of every contestant")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--backend", default="auto", help="the engine's backend: auto, native or torch")
+    parser.add_argument(
+        "--speculation", action="store_true", help="let the engine speculate; random models soon repeat themselves"
+    )
     arguments = parser.parse_args(argv)
     for name in ("batch", "prompt_tokens", "new_tokens", "turns", "threads"):
         value = getattr(arguments, name)
@@ -120,11 +123,12 @@ def machine(threads: int, device: str) -> dict[str, Any]:
 # --- the engine as a contestant --------------------------------------------------------------------------------
 
 
-def engine(precision: str, backend: str) -> Contestant:
-    return Contestant(ENGINE, precision, functools.partial(open_engine, backend=backend))
+def engine(precision: str, arguments: argparse.Namespace) -> Contestant:
+    open_it = functools.partial(open_engine, backend=arguments.backend, speculation=arguments.speculation)
+    return Contestant(ENGINE, precision, open_it)
 
 
-def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[RunTurn, str]:
+def open_engine(task: DecodeTask, precision: str, backend: str, speculation: bool) -> tuple[RunTurn, str]:
     """Opens the engine with a slot per sequence. All prompts run in the first step, so later steps only decode."""
     package = open_package(Path(task.package), verify=False)
     settings = EngineSettings(
@@ -137,6 +141,7 @@ def open_engine(task: DecodeTask, precision: str, backend: str) -> tuple[RunTurn
         backend=backend,
         threads=task.threads,
         prefix_cache=False,  # every turn has the same prompts, so a cache would skip them
+        speculation=speculation,
     )
     runner = Engine(package, settings)
     runner.warm_up()
@@ -186,12 +191,12 @@ class ContestantResult:
 
 def measure_batch(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, Any]:
     """One batch size: the floor, the engine and the peers in turn; the table is printed."""
-    ours = engine(arguments.dtype, arguments.backend)
+    ours = engine(arguments.dtype, arguments)
     floor = Contestant(FLOOR, arguments.dtype, open_floor)
     contestants = [floor, ours]
     if arguments.peers is not None:
         other = "float32" if arguments.dtype == "bfloat16" else "bfloat16"
-        contestants += [*chosen(PEERS, arguments), engine(other, arguments.backend)]
+        contestants += [*chosen(PEERS, arguments), engine(other, arguments)]
     results = run_in_turn(contestants, task, arguments.turns)
     for label in (floor.label, ours.label):
         if label in results.absent:
@@ -264,7 +269,7 @@ def chosen(peers: list[Contestant], arguments: argparse.Namespace) -> list[Conte
 
 def agreement(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, Any]:
     """For each sequence, how many of the first greedy tokens each peer shares with the engine, both in fp32."""
-    ours = engine("float32", arguments.backend)
+    ours = engine("float32", arguments)
     results = run_in_turn([ours, *chosen(REFERENCES, arguments)], task, turns=1)
     if ours.label in results.absent:
         raise SystemExit(f"{ours.label}: {results.absent[ours.label]}")

@@ -110,7 +110,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def measure_level(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures the contestants in turn at one concurrency."""
-    settings = EngineSettings(dtype=arguments.dtype, device="cpu", threads=load.threads)
+    settings = EngineSettings(dtype=arguments.dtype, device="cpu", threads=load.threads, speculation=False)
     contestants = [
         Contestant(ENGINE, arguments.dtype, functools.partial(open_engine, settings=settings)),
         *(
@@ -165,6 +165,7 @@ def print_level(concurrency: int, found: dict[str, dict[str, Any]], compared: di
 def service(load: Load, dtype: str, scratch: Path, engine: str = "foundry") -> Iterator[str]:
     """Starts the service as a user does, with its own Ray. Yields its address."""
     settings = dict(model=load.package, dtype=dtype, device="cpu", threads=load.threads, engine=engine)
+    settings |= dict(speculation="false")  # random models repeat themselves, and nobody else here would profit from it
     with serve_run("serve_app:build_app", scratch, **settings) as (url, _):
         yield url
 

@@ -49,6 +49,12 @@ SEQUENCES = Metric(
 PROMPT_TOKENS = Metric("gpt_prompt_tokens_total", "counter", "Prompt tokens of started sequences.", MODEL)
 CACHED_TOKENS = Metric("gpt_prompt_tokens_cached_total", "counter", "Prompt tokens found in the prefix cache.", MODEL)
 GENERATED_TOKENS = Metric("gpt_generation_tokens_total", "counter", "Generated tokens.", MODEL)
+DRAFT_TOKENS = Metric(
+    "gpt_spec_decode_num_draft_tokens_total", "counter", "Guesses of tokens that were computed (speculation).", MODEL
+)
+ACCEPTED_TOKENS = Metric(
+    "gpt_spec_decode_num_accepted_tokens_total", "counter", "Guesses that were right; each saved a step.", MODEL
+)
 FIRST_TOKEN = Metric(
     "gpt_time_to_first_token_seconds", "histogram", "Time from the request to its first token.", MODEL, WAITS
 )
@@ -83,6 +89,8 @@ METRICS = (
     PROMPT_TOKENS,
     CACHED_TOKENS,
     GENERATED_TOKENS,
+    DRAFT_TOKENS,
+    ACCEPTED_TOKENS,
     FIRST_TOKEN,
     NEXT_TOKEN,
     LATENCY,
@@ -199,6 +207,9 @@ class SequenceTimer:
         if tokens:
             self._record(GENERATED_TOKENS, self._labels, tokens)
             self._latest = now
+        if update.draft_tokens:
+            self._record(DRAFT_TOKENS, self._labels, update.draft_tokens)
+            self._record(ACCEPTED_TOKENS, self._labels, update.accepted_tokens)
         if update.finish_reason:
             self._end(str(update.finish_reason), now)
 

@@ -141,6 +141,11 @@ class ServeSettings:
     )
     compile: bool = setting(False, "Use torch.compile: slower startup, faster steps.")
     prefix_cache: bool = setting(True, "Reuse cached keys and values of prompts that start the same.")
+    speculation: bool = setting(
+        True,
+        "Compute several tokens in a step where a text repeats itself. The text is the same with and without. Only the "
+        "native kernel does; elsewhere this has no effect.",
+    )
     tensor_parallel: int = setting(
         1, "With vllm: GPUs among which each matrix of a model is split; Ray reserves as many per replica.", "GPUs"
     )

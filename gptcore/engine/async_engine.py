@@ -73,7 +73,14 @@ class Mailbox:
         """Add a last update with the finish reason ERROR."""
         self.put(
             replace(
-                self.latest, text="", token_ids=(), logprobs=(), prompt_logprobs=(), finish_reason=FinishReason.ERROR
+                self.latest,
+                text="",
+                token_ids=(),
+                logprobs=(),
+                prompt_logprobs=(),
+                draft_tokens=0,
+                accepted_tokens=0,
+                finish_reason=FinishReason.ERROR,
             )
         )
 

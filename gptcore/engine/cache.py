@@ -48,6 +48,7 @@ class SlotCache:
         self, slots: int, context_length: int, invariant: bool = True, granularity: int = 1, reuse: bool = True
     ) -> None:
         self.slots = slots
+        self.context_length = context_length
         self.invariant = invariant
         self.granularity = granularity
         self.reuse = reuse

@@ -7,6 +7,7 @@ engine the sampling and text of each request.
 import secrets
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from gptcore.engine.sampler import SampledToken, describe, sample, token_logprob
 from gptcore.engine.scheduler import ScheduledStep, Scheduler
 from gptcore.engine.sequence import Phase, Sequence
 from gptcore.engine.settings import EngineSettings
+from gptcore.engine.speculation import LONGEST, Speculation, row_cost
 from gptcore.errors import ConfigError, EngineError
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams, SamplingState
@@ -43,6 +45,15 @@ class ActiveRequest:
     continuation: Continuation
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Those not yet returned in an update."""
+
+    def rows(self) -> list[SamplingState]:
+        """The states for sampling the next token, and the one after each token of the draft, as if that were right."""
+        row, draft = self.row, self.sequence.draft
+        after = (
+            SamplingState(row.params, row.seed, [*row.tokens, *draft[: i + 1]], row.prompt_length)
+            for i in range(len(draft))
+        )
+        return [row, *after]
 
 
 class Engine:
@@ -62,11 +73,13 @@ class Engine:
             self.runner.reuse_granularity,
             settings.prefix_cache,
         )
-        self._scheduler = Scheduler(cache, settings.prefill_tokens, settings.max_queue)
+        exact = self.runner.invariant and self.runner.reuse_granularity == 1  # drafts run in chunks of any length
+        self._speculation = Speculation() if settings.speculation and exact else None
+        self._scheduler = Scheduler(cache, settings.prefill_tokens, settings.max_queue, self._speculation)
         self._vocab_size = package.tokenizer.vocab_size
         self._active: dict[str, ActiveRequest] = {}
         self._aborted: list[str] = []
-        self._reused = self._prompts = self._generated = self._steps = 0
+        self._reused = self._prompts = self._generated = self._steps = self._drafted = self._accepted = 0
 
     @property
     def info(self) -> EngineInfo:
@@ -145,6 +158,8 @@ class Engine:
             prompt_tokens_total=self._prompts,
             generated_tokens_total=self._generated,
             steps_total=self._steps,
+            draft_tokens_total=self._drafted,
+            accepted_tokens_total=self._accepted,
         )
 
     def check(self) -> None:
@@ -156,7 +171,7 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run the model once for prefill and decoding, so that the first request is not slow.
+        """Run the model once for prefill and decoding, so that the first request is not slow, and time a row.
 
         Raises EngineError if requests are open, or if the model's logits are not finite.
         """
@@ -172,24 +187,36 @@ class Engine:
             raise EngineError(f"the logits of the model in {self.package.path} are not finite")
         row = SamplingState(SamplingParams(), 0, prompt, len(prompt))
         sample(logits, [row], self._vocab_size, self.runner.next_tokens)
+        if self._speculation and room > LONGEST:
+            self._speculation.row_cost = row_cost(self._fastest(1), self._fastest(1 + LONGEST))
 
     def close(self) -> None:
         """Free the model and the cache; the engine cannot be used afterwards."""
         self.runner.close()
 
+    def _fastest(self, rows: int) -> float:
+        """Seconds for a step with so many rows: the fastest of three, since other processes only make it slower."""
+        chunk, seconds = Chunk(0, 0, [self.package.tokenizer.eot] * rows, rows), []
+        for _ in range(3):
+            start = time.perf_counter()
+            self.runner.forward([chunk])
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         start, end = sequence.computed, sequence.computed + count
+        if sequence.phase is Phase.DECODE:
+            return Chunk(sequence.slot, start, [sequence.tokens[-1], *sequence.draft], count)
         wanted = 1 if end == len(sequence.tokens) else 0
-        if sequence.phase is Phase.PREFILL:
-            if sequence.request.prompt_logprobs:
-                wanted = count
-            if start == sequence.cached:
-                self._prompts += sequence.prompt_length
-                self._reused += sequence.cached
+        if sequence.request.prompt_logprobs:
+            wanted = count
+        if start == sequence.cached:
+            self._prompts += sequence.prompt_length
+            self._reused += sequence.cached
         return Chunk(sequence.slot, start, sequence.tokens[start:end], wanted)
 
     def _postprocess(self, step: ScheduledStep, chunks: list[Chunk], logits: Tensor) -> list[Update]:
-        """Sample a token for every sequence whose tokens have all been run.
+        """Sample the next token of each sequence whose tokens have all been run, and more while its draft is right.
 
         A request with `prompt_only` ends when its prompt has been run.
         """
@@ -208,24 +235,41 @@ class Engine:
                 scored.append(active)
             else:
                 ready.append(active)
-                picked.append(row - 1)
+                picked += range(row - 1 - len(sequence.draft), row)
         updates = [self._update(active, "", (), (), FinishReason.LENGTH) for active in scored]
         if not ready:
             return updates
         if len(picked) < row:
             logits = logits[picked]
-        choices = sample(logits, [active.row for active in ready], self._vocab_size, self.runner.next_tokens)
-        self._generated += len(choices)
-        return updates + [self._follow(active, choice) for active, choice in zip(ready, choices, strict=True)]
+        rows = [row for active in ready for row in active.rows()]
+        choices = iter(sample(logits, rows, self._vocab_size, self.runner.next_tokens))
+        return updates + [
+            self._follow(active, list(islice(choices, 1 + len(active.sequence.draft)))) for active in ready
+        ]
 
-    def _follow(self, active: ActiveRequest, choice: SampledToken) -> Update:
-        """Append a sampled token to the sequence, and end it if it is complete."""
-        sequence, token = active.sequence, choice.token
-        sequence.tokens.append(token)
-        text, reason = active.continuation.add(token)
-        asked = active.row.params.logprobs is not None
-        logprobs = (describe(choice, self.package.tokenizer, generated=True),) if asked else ()
-        return self._update(active, text, (token,), logprobs, reason)
+    def _follow(self, active: ActiveRequest, choices: list[SampledToken]) -> Update:
+        """Append sampled tokens to the sequence while its draft is right, and end it if it is complete.
+
+        A choice is what would have been sampled if the draft before it is right. The first that differs from the draft
+        is the last that counts.
+        """
+        sequence, tokenizer = active.sequence, self.package.tokenizer
+        asked, drafted = active.row.params.logprobs is not None, len(sequence.draft)
+        text, tokens, logprobs, reason = "", [], [], None
+        for choice, guess in zip(choices, [*sequence.draft, None], strict=True):
+            more, reason = active.continuation.add(choice.token)
+            text += more
+            tokens.append(choice.token)
+            if asked:
+                logprobs.append(describe(choice, tokenizer, generated=True))
+            if reason is not None or choice.token != guess:
+                break
+        sequence.accept(tokens)
+        accepted = len(tokens) - 1
+        self._generated += len(tokens)
+        self._drafted += drafted
+        self._accepted += accepted
+        return self._update(active, text, tuple(tokens), tuple(logprobs), reason, drafted, accepted)
 
     def _update(
         self,
@@ -234,6 +278,8 @@ class Engine:
         token_ids: tuple[int, ...],
         logprobs: tuple[TokenLogprob, ...],
         reason: FinishReason | None,
+        drafted: int = 0,
+        accepted: int = 0,
     ) -> Update:
         sequence = active.sequence
         if reason is not None:
@@ -251,6 +297,8 @@ class Engine:
             sequence.cached,
             prompt_logprobs,
             sequence.admitted - sequence.arrived,
+            drafted,
+            accepted,
         )
 
     def _end_aborted(self) -> list[Update]:

@@ -81,6 +81,10 @@ class Update:
     """Those of the prompt, in the first update, if requested."""
     queue_seconds: float = 0.0
     """How long the request waited for its slot."""
+    draft_tokens: int = 0
+    """Guesses of tokens that were computed since the previous update."""
+    accepted_tokens: int = 0
+    """How many of them were right, each of which saved a step."""
 
 
 def merge(updates: list[Update]) -> Update:
@@ -93,6 +97,8 @@ def merge(updates: list[Update]) -> Update:
         token_ids=tuple(token for update in updates for token in update.token_ids),
         logprobs=tuple(entry for update in updates for entry in update.logprobs),
         prompt_logprobs=tuple(entry for update in updates for entry in update.prompt_logprobs),
+        draft_tokens=sum(update.draft_tokens for update in updates),
+        accepted_tokens=sum(update.accepted_tokens for update in updates),
     )
 
 
@@ -127,6 +133,10 @@ class EngineStats:
     """Of started prompts, including tokens found in the cache."""
     generated_tokens_total: int
     steps_total: int
+    draft_tokens_total: int = 0
+    """Guesses of tokens that were computed (speculation)."""
+    accepted_tokens_total: int = 0
+    """How many of them were right."""
 
 
 class Stepped(Protocol):
@@ -217,7 +227,7 @@ class Chunk:
     """Position of tokens[0] in the sequence; earlier positions are already in the slot."""
     tokens: Sequence[int]
     wanted: int
-    """How many of the last tokens need logits: 0 (more of the prompt follows), 1, or all (prompt logprobs)."""
+    """How many of the last tokens need logits: 0 (more of the prompt follows), 1, or all (prompt logprobs, a draft)."""
 
 
 class Runner(Protocol):

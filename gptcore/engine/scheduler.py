@@ -1,10 +1,10 @@
 """Decides which sequences run in the next step, and how many of their tokens. Plain Python without torch.
 
-Every decoding sequence is in every `ScheduledStep`. In addition, at most `prefill_tokens` prompt tokens are computed,
-the earliest admitted first, so a long prompt takes several steps and decoding never waits for it. Admission is first
-come, first served: a request is admitted when a slot is free and the step has prompt tokens left. It waits, with all
-requests after it, while a prompt being computed starts like its own, so that it can copy that prefix. That prompt grows
-with every step, so the wait ends.
+Every decoding sequence is in every `ScheduledStep`, with its last token and perhaps a draft (speculation.py). In
+addition, at most `prefill_tokens` prompt tokens are computed, the earliest admitted first, so a long prompt takes
+several steps and decoding never waits for it. Admission is first come, first served: a request is admitted when a slot
+is free and the step has prompt tokens left. It waits, with all requests after it, while a prompt being computed starts
+like its own, so that it can copy that prefix. That prompt grows with every step, so the wait ends.
 """
 
 from collections import deque
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from gptcore.engine.cache import WORTHWHILE, Match, SlotCache
 from gptcore.engine.sequence import Phase, Sequence
+from gptcore.engine.speculation import Speculation
 from gptcore.errors import EngineError, QueueFull
 
 
@@ -20,7 +21,8 @@ from gptcore.errors import EngineError, QueueFull
 class ScheduledStep:
     """One step: first `copies` (source slot, target slot, positions), in order, then `work`.
 
-    `work` lists sequences with the number of tokens to run, from `computed` on; decoding sequences come first.
+    `work` lists sequences with the number of tokens to run, from `computed` on, with their drafts; decoding sequences
+    come first.
     """
 
     work: list[tuple[Sequence, int]]
@@ -30,10 +32,14 @@ class ScheduledStep:
 class Scheduler:
     """The queue, the running sequences, and the rules for admission."""
 
-    def __init__(self, cache: SlotCache, prefill_tokens: int, max_queue: int) -> None:
+    def __init__(
+        self, cache: SlotCache, prefill_tokens: int, max_queue: int, speculation: Speculation | None = None
+    ) -> None:
+        """Without `speculation` there are no drafts."""
         g = cache.granularity
         self.cache = cache
         self.max_queue = max_queue
+        self.speculation = speculation
         self.prefill_tokens = -(-prefill_tokens // g) * g  # whole chunks, so that every prompt makes progress
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
@@ -60,7 +66,9 @@ class Scheduler:
 
     def schedule(self, now: float = 0.0) -> ScheduledStep:
         """Schedule the next step. Newly admitted sequences get a slot, and `now` as their time of admission."""
-        step = ScheduledStep([(sequence, 1) for sequence in self.decoding])
+        if self.speculation:
+            self._draft(self.speculation)
+        step = ScheduledStep([(sequence, 1 + len(sequence.draft)) for sequence in self.decoding])
         budget = self.prefill_tokens
         for sequence in self.prefilling:
             budget -= self._share(step, sequence, budget)
@@ -76,10 +84,14 @@ class Scheduler:
         return step
 
     def advance(self, sequence: Sequence, count: int) -> bool:
-        """Record that `count` more tokens of `sequence` were run; return whether its next token can be sampled."""
-        sequence.computed += count
+        """Record that `count` more tokens of `sequence` were run; return whether its next token can be sampled.
+
+        Of a decoding sequence only the last token counts: whether its draft is right is not known yet.
+        """
         if sequence.phase is Phase.DECODE:
+            sequence.computed += 1
             return True
+        sequence.computed += count
         self.cache.advance(sequence.slot, sequence.computed)
         if sequence.computed < sequence.prompt_length:
             return False
@@ -112,6 +124,18 @@ class Scheduler:
         if len(owners) < len(at_work):
             raise EngineError(f"a sequence is at work twice: {sorted(sequence.id for sequence in at_work)}")
         self.cache.check(owners)
+
+    def _draft(self, speculation: Speculation) -> None:
+        """Give the decoding sequences drafts, of no more tokens than they may still generate but one."""
+        for sequence in self.decoding:
+            sequence.lookup.catch_up()
+        lengths = speculation.lengths([sequence.lookup.agreed for sequence in self.decoding])
+        for sequence, length in zip(self.decoding, lengths, strict=True):
+            if length:
+                request = sequence.request
+                end = min(sequence.prompt_length + request.params.max_new_tokens, self.cache.context_length)
+                length = min(length, end - len(sequence.tokens) - 1)
+            sequence.draft = sequence.lookup.draft(length) if length > 0 else []
 
     def _affordable(self, missing: int, budget: int) -> bool:
         """Whether `budget` allows the first chunk of a prompt that lacks `missing` tokens."""

@@ -8,6 +8,7 @@ from enum import Enum, auto
 import numpy as np
 
 from gptcore.engine.interface import Request
+from gptcore.engine.speculation import Lookup
 
 
 class Phase(Enum):
@@ -22,7 +23,10 @@ class Phase(Enum):
 class Sequence:
     """One request's state. In phase DECODE, `computed` is `len(tokens) - 1`: the last token was sampled but not run."""
 
-    __slots__ = ("admitted", "arrived", "cached", "computed", "id", "phase", "prompt", "request", "slot", "tokens")
+    __slots__ = (
+        "admitted", "arrived", "cached", "computed", "draft", "id", "lookup", "phase", "prompt", "request", "slot",
+        "tokens",
+    )  # fmt: skip
 
     def __init__(self, request: Request, arrived: float = 0.0) -> None:
         self.request = request
@@ -32,6 +36,9 @@ class Sequence:
         """The prompt and the generated tokens."""
         self.computed = 0
         """Positions whose keys and values are in the slot."""
+        self.lookup = Lookup(self.tokens)
+        self.draft: list[int] = []
+        """Guesses of the next tokens, to be run in this step after the last token."""
         self.cached = 0
         """Prompt tokens found in the cache when the sequence was admitted."""
         self.slot = -1
@@ -48,3 +55,9 @@ class Sequence:
     def generated(self) -> int:
         """Tokens sampled so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    def accept(self, sampled: list[int]) -> None:
+        """Append what a step sampled: as much of the draft as was right, which is computed, and one more token."""
+        self.tokens += sampled
+        self.computed += len(sampled) - 1
+        self.draft = []

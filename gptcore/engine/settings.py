@@ -45,6 +45,9 @@ class EngineSettings:
     """Use torch.compile (backend torch): slower startup, faster steps."""
     prefix_cache: bool = True
     """Reuse cached keys and values of prompts that start the same."""
+    speculation: bool = True
+    """Compute several tokens in a step where text repeats itself; the text is the same. Native kernel only; others
+    ignore it."""
     tensor_parallel: int = 1
     """GPUs among which each matrix of the model is split (engine vllm)."""
     gpu_share: float = 0.45

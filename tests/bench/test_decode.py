@@ -102,7 +102,7 @@ def test_vllm_continues_every_prompt_like_the_plain_model(tmp_path: Path) -> Non
 
 
 def test_the_engine_does_the_same_work(package: Package, task: DecodeTask) -> None:
-    run_turn, _ = open_engine(task, "float32", "auto")
+    run_turn, _ = open_engine(task, "float32", "auto", speculation=False)
     turn = run_turn()
     model = package.load_model()
     assert turn.tokens == [greedy(model, prompt, task.new_tokens) for prompt in task.prompts()]

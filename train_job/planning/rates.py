@@ -166,7 +166,12 @@ def decode_times(
     engine = Engine(
         package,
         EngineSettings(
-            slots=batch, prefill_tokens=batch * prompt_tokens, max_queue=batch, prefix_cache=False, device=device
+            slots=batch,
+            prefill_tokens=batch * prompt_tokens,
+            max_queue=batch,
+            prefix_cache=False,
+            speculation=False,
+            device=device,
         ),
     )
     engine.warm_up()
