@@ -30,7 +30,7 @@ from gptcore.engine.sampler import SampledToken, describe, sample, token_logprob
 from gptcore.engine.scheduler import ScheduledStep, Scheduler
 from gptcore.engine.sequence import Phase, Sequence
 from gptcore.engine.settings import EngineSettings
-from gptcore.engine.speculation import LONGEST, Speculation, row_cost
+from gptcore.engine.speculation import Speculation
 from gptcore.errors import ConfigError, EngineError
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams, SamplingState
@@ -48,12 +48,11 @@ class ActiveRequest:
 
     def rows(self) -> list[SamplingState]:
         """The states for sampling the next token, and the one after each token of the draft, as if that were right."""
-        row, draft = self.row, self.sequence.draft
-        after = (
-            SamplingState(row.params, row.seed, [*row.tokens, *draft[: i + 1]], row.prompt_length)
-            for i in range(len(draft))
-        )
-        return [row, *after]
+        row, rows, tokens = self.row, [self.row], self.row.tokens
+        for token in self.sequence.draft:
+            tokens = [*tokens, token]
+            rows.append(SamplingState(row.params, row.seed, tokens, row.prompt_length))
+        return rows
 
 
 class Engine:
@@ -74,8 +73,8 @@ class Engine:
             settings.prefix_cache,
         )
         exact = self.runner.invariant and self.runner.reuse_granularity == 1  # drafts run in chunks of any length
-        self._speculation = Speculation() if settings.speculation and exact else None
-        self._scheduler = Scheduler(cache, settings.prefill_tokens, settings.max_queue, self._speculation)
+        speculation = Speculation.on(self.runner.name) if settings.speculation and exact else None
+        self._scheduler = Scheduler(cache, settings.prefill_tokens, settings.max_queue, speculation)
         self._vocab_size = package.tokenizer.vocab_size
         self._active: dict[str, ActiveRequest] = {}
         self._aborted: list[str] = []
@@ -171,7 +170,7 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run the model once for prefill and decoding, so that the first request is not slow, and time a row.
+        """Run the model once for prefill and decoding, so that the first request is not slow.
 
         Raises EngineError if requests are open, or if the model's logits are not finite.
         """
@@ -187,21 +186,10 @@ class Engine:
             raise EngineError(f"the logits of the model in {self.package.path} are not finite")
         row = SamplingState(SamplingParams(), 0, prompt, len(prompt))
         sample(logits, [row], self._vocab_size, self.runner.next_tokens)
-        if self._speculation and room > LONGEST:
-            self._speculation.row_cost = row_cost(self._fastest(1), self._fastest(1 + LONGEST))
 
     def close(self) -> None:
         """Free the model and the cache; the engine cannot be used afterwards."""
         self.runner.close()
-
-    def _fastest(self, rows: int) -> float:
-        """Seconds for a step with so many rows: the fastest of three, since other processes only make it slower."""
-        chunk, seconds = Chunk(0, 0, [self.package.tokenizer.eot] * rows, rows), []
-        for _ in range(3):
-            start = time.perf_counter()
-            self.runner.forward([chunk])
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         start, end = sequence.computed, sequence.computed + count

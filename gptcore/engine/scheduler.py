@@ -127,15 +127,14 @@ class Scheduler:
 
     def _draft(self, speculation: Speculation) -> None:
         """Give the decoding sequences drafts, of no more tokens than they may still generate but one."""
-        for sequence in self.decoding:
-            sequence.lookup.catch_up()
-        lengths = speculation.lengths([sequence.lookup.agreed for sequence in self.decoding])
-        for sequence, length in zip(self.decoding, lengths, strict=True):
+        agreed = [sequence.lookup.catch_up() for sequence in self.decoding]
+        if not any(agreed):
+            return
+        for sequence, length in zip(self.decoding, speculation.lengths(agreed), strict=True):
             if length:
-                request = sequence.request
-                end = min(sequence.prompt_length + request.params.max_new_tokens, self.cache.context_length)
-                length = min(length, end - len(sequence.tokens) - 1)
-            sequence.draft = sequence.lookup.draft(length) if length > 0 else []
+                new = sequence.request.params.max_new_tokens
+                left = min(sequence.prompt_length + new, self.cache.context_length) - len(sequence.tokens)
+                sequence.draft = sequence.lookup.draft(min(length, left - 1))
 
     def _affordable(self, missing: int, budget: int) -> bool:
         """Whether `budget` allows the first chunk of a prompt that lacks `missing` tokens."""

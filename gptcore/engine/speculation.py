@@ -11,15 +11,16 @@ there was a draft, so a sequence that does not repeat itself costs nothing but t
 """
 
 from collections.abc import Sequence as Tokens
+from typing import Self
 
 MATCH = 3
 """Tokens that must have occurred before, in this order, for a draft."""
 LONGEST = 15
 """Most tokens of a draft."""
 ROW_COST = 0.5
-"""See `Speculation.row_cost`; about what a CPU with AVX2 alone has, where arithmetic soon is the limit."""
-LEAST_COST, MOST_COST = 0.02, 2.0
-"""A measured cost is within these: a step that others have delayed would give any other."""
+"""See `Speculation.row_cost`: with AVX2 alone, where arithmetic soon is the limit."""
+ROW_COSTS = {"native amx-bf16": 0.05, "native avx512-bf16": 0.15}
+"""The same for runners with faster products."""
 
 
 class Lookup:
@@ -36,19 +37,22 @@ class Lookup:
         self._next = 0  # the place of the next token, if it agrees
         self._places: dict[tuple[int, ...], int] = {}  # n-gram -> the place after its latest occurrence
 
-    def catch_up(self) -> None:
-        """Look up the tokens that were appended since the last call."""
-        tokens, places = self._tokens, self._places
-        for end in range(self._seen + 1, len(tokens) + 1):
+    def catch_up(self) -> int:
+        """Look up the tokens that were appended since the last call; return `agreed`. Takes a microsecond each."""
+        tokens, end = self._tokens, self._seen
+        while end < len(tokens):
+            end += 1
             latest = tuple(tokens[end - MATCH : end])
             if self.agreed and tokens[self._next] == latest[-1]:
                 self._next += 1
                 self.agreed += 1
+            elif place := self._places.get(latest):
+                self._next, self.agreed = place, MATCH
             else:
-                self._next = places.get(latest, 0)
-                self.agreed = MATCH if self._next else 0
-            places[latest] = end
-        self._seen = max(self._seen, len(tokens))
+                self.agreed = 0
+            self._places[latest] = end
+        self._seen = end
+        return self.agreed
 
     def draft(self, length: int) -> list[int]:
         """The `length` tokens that are likely next. If fewer follow the earlier place, the text is a loop of these."""
@@ -62,6 +66,11 @@ class Speculation:
     def __init__(self, row_cost: float = ROW_COST) -> None:
         self.row_cost = row_cost
         """The time of one more token in a step, over the time that a step takes whatever is in it (reading weights)."""
+
+    @classmethod
+    def on(cls, runner: str) -> Self:
+        """With the row cost of a runner, by its name."""
+        return cls(ROW_COSTS.get(runner, ROW_COST))
 
     def lengths(self, agreed: Tokens[int]) -> list[int]:
         """The lengths of the drafts of sequences that decode together, of which so many tokens have agreed.
@@ -78,9 +87,3 @@ class Speculation:
             share = max(1, most // sum(length > 0 for length in lengths))
             lengths = [min(share, length) for length in lengths]
         return lengths
-
-
-def row_cost(one: float, full: float) -> float:
-    """`Speculation.row_cost`, from the seconds of a step with one row, and with 1 + LONGEST rows."""
-    row = max(full - one, 0.0) / LONGEST
-    return min(max(row / max(one - row, 1e-9), LEAST_COST), MOST_COST)

@@ -21,8 +21,6 @@ VOCAB, SPARE = 257, 7
 CONTEXT = 128
 PRIME = (1 << 61) - 1
 ROWS = 4096
-WARM_UP = 2 + 2 * 3
-"""Steps of an engine's warm-up: a prompt, a token, and three each with few and many rows, which are timed."""
 
 
 class FakeRunner:

@@ -11,7 +11,7 @@ from gptcore.errors import ConfigError, EngineError, QueueFull
 from gptcore.package import Package
 from gptcore.sampling import SamplingParams
 
-from .conftest import CONTEXT, SPARE, VOCAB, WARM_UP, Answer, FakeRunner, MakeEngine, ScriptedRunner, alone, run
+from .conftest import CONTEXT, SPARE, VOCAB, Answer, FakeRunner, MakeEngine, ScriptedRunner, alone, run
 
 EOT = VOCAB - 1
 GREEDY = SamplingParams(temperature=0, max_new_tokens=50)
@@ -292,7 +292,7 @@ def test_warming_up_leaves_no_trace_and_refuses_a_broken_model(make_engine: Make
     runner = FakeRunner()
     engine = make_engine(runner)
     engine.warm_up()
-    assert len(runner.steps) == WARM_UP
+    assert len(runner.steps) == 2
     assert engine.stats().steps_total == 0
     params = SamplingParams(seed=7, max_new_tokens=9)
     assert say(engine, params).tokens == alone(runner, b"a", params)

@@ -13,7 +13,7 @@ from gptcore.config import ModelConfig
 from gptcore.engine.engine import Engine
 from gptcore.engine.interface import Request
 from gptcore.engine.settings import EngineSettings
-from gptcore.engine.speculation import LONGEST, MATCH, Lookup, Speculation, row_cost
+from gptcore.engine.speculation import LONGEST, MATCH, Lookup, Speculation
 from gptcore.errors import ConfigError
 from gptcore.model import GPT
 from gptcore.package import Package, save_package
@@ -93,10 +93,10 @@ def test_drafts_make_a_step_with_several_sequences_at_most_twice_as_long(batch: 
     assert len(set(lengths)) == 1, "some get more than others"
 
 
-def test_the_cost_of_a_row_is_measured_within_bounds() -> None:
-    assert row_cost(one=0.015, full=0.015 + LONGEST * 0.005) == pytest.approx(0.5)
-    assert row_cost(one=0.015, full=0.014) == 0.02  # a step was delayed
-    assert row_cost(one=0.001, full=1.0) == 2.0
+def test_where_products_are_faster_fewer_tokens_must_have_agreed() -> None:
+    agreed = [6] * 8
+    assert sum(Speculation.on("native avx2").lengths(agreed)) == 0
+    assert sum(Speculation.on("native amx-bf16").lengths(agreed)) > 8
 
 
 # What a request gets.
@@ -155,8 +155,7 @@ def test_requests_of_all_kinds_get_the_same_with_and_without(
     """Several at once, with prefixes reused that others have generated, and some aborted on the way."""
     plain = make_engine(RepeatingRunner(slots=1), speculation=False, prefix_cache=False)
     engine = make_engine(RepeatingRunner(slots=slots), prefill_tokens=40, max_queue=300)
-    assert engine._speculation is not None
-    engine._speculation.row_cost = row_cost
+    engine._scheduler.speculation = Speculation(row_cost)
     rng = random.Random(slots)
     waiting = requests_of_all_kinds(slots, 60)
     expected = {r.request_id: run(plain, r)[r.request_id] for r in waiting}

@@ -19,7 +19,7 @@ from gptcore.errors import ConfigError, EngineError, QueueFull
 from gptcore.sampling import SamplingParams
 from tests.waiting import until
 
-from .conftest import WARM_UP, Answer, FakeRunner, MakeEngine, ScriptedRunner, alone, run
+from .conftest import Answer, FakeRunner, MakeEngine, ScriptedRunner, alone, run
 
 SECONDS = 20
 
@@ -29,7 +29,7 @@ class GatedRunner(ScriptedRunner):
 
     def __init__(self, script: bytes = b"one, two, three", slots: int = 4) -> None:
         super().__init__(script, slots=slots)
-        self.gate = threading.Semaphore(WARM_UP)
+        self.gate = threading.Semaphore(2)  # for the warm-up
         self.failure: Exception | None = None
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
