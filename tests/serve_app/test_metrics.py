@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -116,6 +117,16 @@ def test_a_sequence_is_timed_from_the_request_to_each_of_its_tokens(clock: list[
     assert value(metrics, "gpt_request_success_total", **labels, finished_reason="abort") == 0
 
 
+def test_guesses_and_right_ones_are_counted():
+    metrics, labels = Metrics(), dict(model="gpt", version="7")
+    timer = metrics.sequence("gpt", "7", since=0.0)
+    timer.update(update(1))
+    timer.update(replace(update(1, 2, 3), draft_tokens=4, accepted_tokens=2))
+    timer.update(replace(update(4), draft_tokens=3))
+    assert value(metrics, "gpt_spec_decode_num_draft_tokens_total", **labels) == 7
+    assert value(metrics, "gpt_spec_decode_num_accepted_tokens_total", **labels) == 2
+
+
 @pytest.mark.parametrize("tokens", [0, 2])
 def test_an_abandoned_sequence_counts_once_as_aborted(tokens: int):
     metrics = Metrics()
@@ -154,7 +165,7 @@ def test_the_sink_gets_everything_that_prometheus_shows():
     metrics = Metrics(heard)
     timer = metrics.sequence("gpt", "7", time.perf_counter())
     timer.update(update(1, cached=2))
-    timer.update(update(2, 3, end=FinishReason.STOP))
+    timer.update(replace(update(2, 3, end=FinishReason.STOP), draft_tokens=2, accepted_tokens=1))
     metrics.request("/generate", 200, "gpt", "7")
     metrics.reload("gpt", False)
     metrics.feedback("gpt", "7", 1)

@@ -38,6 +38,7 @@ def test_every_setting_can_be_set_in_the_environment_with_its_type():
     said = {"models": "a=models:/a@champion,b=hf:x/y", "eager": "b", "canary": "b:0.5", "model": "b", "api_keys": "k,l"}
     said |= {"cors_origins": "*", "tracking_uri": "http://127.0.0.1:5000", "host": "0.0.0.0", "device": "cpu"}
     said |= {"dtype": "float32", "backend": "torch", "log_level": "debug", "compile": "true", "prefix_cache": "false"}
+    said |= {"speculation": "false"}
     said |= {"feedback_bytes": "3000000"}
     vllm = {"engine": "vllm", "tensor_parallel": "2", "gpu_share": "0.3"}  # they exclude some of the others
     said |= dict.fromkeys(FIELDS.keys() - said.keys() - vllm.keys(), "3")

@@ -217,6 +217,24 @@ def test_when_the_engine_dies_every_reader_gets_the_error_and_new_requests_are_r
     assert "no memory left" in caplog.text
 
 
+def test_a_slow_reader_gets_all_guesses_in_one_update_and_none_twice(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        runner = GatedRunner(b"over and " * 12)
+        engine = make_engine(runner)
+        async with started(engine) as served:
+            stream = served.generate(request(max_new_tokens=90), math.inf)
+            runner.let(20)
+            await until(lambda: engine.stats().accepted_tokens_total > 10)
+            runner.failure = MemoryError("no memory left")
+            runner.let()
+            updates = [update async for update in stream]
+        assert sum(update.draft_tokens for update in updates) == engine.stats().draft_tokens_total
+        assert sum(update.accepted_tokens for update in updates) == engine.stats().accepted_tokens_total
+        assert sum(len(update.token_ids) for update in updates) == engine.stats().generated_tokens_total
+
+    within(test())
+
+
 def test_start_raises_the_error_of_the_factory() -> None:
     def factory() -> Engine:
         raise ConfigError("no such model")
