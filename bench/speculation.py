@@ -90,7 +90,9 @@ def measure(package: Package, arguments: argparse.Namespace) -> dict[str, Any]:
     for batch in arguments.batch:
         engines = [open_engine(package, arguments, batch, speculation) for speculation in (False, True)]
         for text in (LOOP, EDIT, WITHOUT):
-            rows[f"{text}, {batch}"] = row = compare(engines, scripts(text, batch, arguments), arguments)
+            rows[f"{text}, {batch}"] = row = compare(
+                engines, scripts(text, batch, package.tokenizer.vocab_size, arguments), arguments
+            )
             print(
                 f"{text + ', ' + str(batch):16}{row['without']:10.1f}{row['with']:10.1f}{row['ratio']:8.3f}"
                 f"{row['spread'][0]:9.3f}{row['spread'][1]:9.3f}{row['steps']:8.0%}{row['accepted']:10.0%}",
@@ -120,10 +122,12 @@ def open_engine(package: Package, arguments: argparse.Namespace, batch: int, spe
     return engine
 
 
-def scripts(text: str, batch: int, arguments: argparse.Namespace) -> list[tuple[tuple[int, ...], list[int]]]:
+def scripts(
+    text: str, batch: int, vocab_size: int, arguments: argparse.Namespace
+) -> list[tuple[tuple[int, ...], list[int]]]:
     """For each sequence its prompt and the text after it; no text if the model chooses."""
     chance, length = random.Random(0), arguments.new_tokens
-    tokens = [[chance.randrange(arguments.vocab_size - 1) for _ in range(length)] for _ in range(batch)]
+    tokens = [[chance.randrange(vocab_size - 1) for _ in range(length)] for _ in range(batch)]
     if text == LOOP:
         return [(tuple(own[:PERIOD]), (own[:PERIOD] * length)[:length]) for own in tokens]
     if text == EDIT:

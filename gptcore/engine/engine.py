@@ -7,7 +7,6 @@ engine the sampling and text of each request.
 import secrets
 import time
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -223,17 +222,21 @@ class Engine:
                 scored.append(active)
             else:
                 ready.append(active)
-                picked += range(row - 1 - len(sequence.draft), row)
+                picked += range(row - 1 - len(sequence.draft), row) if sequence.draft else (row - 1,)
         updates = [self._update(active, "", (), (), FinishReason.LENGTH) for active in scored]
         if not ready:
             return updates
         if len(picked) < row:
             logits = logits[picked]
-        rows = [row for active in ready for row in active.rows()]
-        choices = iter(sample(logits, rows, self._vocab_size, self.runner.next_tokens))
-        return updates + [
-            self._follow(active, list(islice(choices, 1 + len(active.sequence.draft)))) for active in ready
-        ]
+        rows: list[SamplingState] = []
+        for active in ready:
+            rows += active.rows() if active.sequence.draft else (active.row,)
+        choices, at = sample(logits, rows, self._vocab_size, self.runner.next_tokens), 0
+        for active in ready:
+            end = at + 1 + len(active.sequence.draft)
+            updates.append(self._follow(active, choices[at:end]))
+            at = end
+        return updates
 
     def _follow(self, active: ActiveRequest, choices: list[SampledToken]) -> Update:
         """Append sampled tokens to the sequence while its draft is right, and end it if it is complete.
@@ -241,23 +244,26 @@ class Engine:
         A choice is what would have been sampled if the draft before it is right. The first that differs from the draft
         is the last that counts.
         """
-        sequence, tokenizer = active.sequence, self.package.tokenizer
-        asked, drafted = active.row.params.logprobs is not None, len(sequence.draft)
-        text, tokens, logprobs, reason = "", [], [], None
-        for choice, guess in zip(choices, [*sequence.draft, None], strict=True):
-            more, reason = active.continuation.add(choice.token)
+        sequence, draft = active.sequence, active.sequence.draft
+        token, kept = choices[0].token, 1
+        text, reason = active.continuation.add(token)
+        sequence.tokens.append(token)
+        while draft and reason is None and kept <= len(draft) and token == draft[kept - 1]:
+            token = choices[kept].token
+            more, reason = active.continuation.add(token)
+            sequence.tokens.append(token)
             text += more
-            tokens.append(choice.token)
-            if asked:
-                logprobs.append(describe(choice, tokenizer, generated=True))
-            if reason is not None or choice.token != guess:
-                break
-        sequence.accept(tokens)
-        accepted = len(tokens) - 1
-        self._generated += len(tokens)
-        self._drafted += drafted
-        self._accepted += accepted
-        return self._update(active, text, tuple(tokens), tuple(logprobs), reason, drafted, accepted)
+            kept += 1
+        if draft:
+            sequence.accept(kept - 1)
+            self._drafted += len(draft)
+            self._accepted += kept - 1
+        self._generated += kept
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if active.row.params.logprobs is not None:
+            logprobs = tuple(describe(choice, self.package.tokenizer, generated=True) for choice in choices[:kept])
+        tokens = (token,) if kept == 1 else tuple(sequence.tokens[-kept:])
+        return self._update(active, text, tokens, logprobs, reason, len(draft), kept - 1)
 
     def _update(
         self,

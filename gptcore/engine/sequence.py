@@ -56,8 +56,7 @@ class Sequence:
         """Tokens sampled so far."""
         return len(self.tokens) - len(self.request.prompt)
 
-    def accept(self, sampled: list[int]) -> None:
-        """Append what a step sampled: as much of the draft as was right, which is computed, and one more token."""
-        self.tokens += sampled
-        self.computed += len(sampled) - 1
+    def accept(self, right: int) -> None:
+        """So many tokens of the draft were right: they are computed, and the engine has appended them."""
+        self.computed += right
         self.draft = []
