@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("gptcore", "serve_app", "train_job")
 DATA = (
     "gptcore/engine/native.cpp",
+    "gptcore/engine/native_quantised.h",
+    "gptcore/engine/native_vectors.h",
     "train_job/sweeps/quick.yaml",
     *(f"{package}/py.typed" for package in PACKAGES),
 )

@@ -18,7 +18,7 @@ from gptcore.package import open_package
 
 PHYSICAL_BATCH = 512
 """Prompt tokens per pass; llama.cpp's default."""
-WEIGHTS = {"bfloat16": "bf16", "float32": "f32"}
+WEIGHTS = {"bfloat16": "bf16", "float32": "f32", "int8": "q8_0", "int4": "q4_0"}
 
 
 def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[RunTurn, str]:

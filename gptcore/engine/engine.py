@@ -84,7 +84,17 @@ class Engine:
         """Runner, precision, slots and memory."""
         r = self.runner
         dtype = str(r.dtype).removeprefix("torch.")
-        return EngineInfo(r.name, r.note, dtype, str(r.device), r.slots, r.context_length, r.cache_bytes, r.invariant)
+        return EngineInfo(
+            runner=r.name,
+            note=r.note,
+            dtype=dtype,
+            device=str(r.device),
+            slots=r.slots,
+            context_length=r.context_length,
+            cache_bytes=r.cache_bytes,
+            invariant=r.invariant,
+            weights=r.weights,
+        )
 
     @property
     def alive(self) -> bool:

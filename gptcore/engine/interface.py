@@ -118,6 +118,8 @@ class EngineInfo:
     """Whether logits are bit for bit the same however sequences are batched."""
     caveats: tuple[str, ...] = ()
     """What it does less exactly than our own engine, for people."""
+    weights: str = ""
+    """int8 or int4 if the matrices are quantised; empty: they are in `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,8 @@ class Runner(Protocol):
     note: str
     """Why it is this one and not a faster one, and why the context is shorter than the model's; empty if neither."""
     dtype: torch.dtype
+    weights: str
+    """int8 or int4 if the matrices are quantised; empty: they are in `dtype`."""
     device: torch.device
     slots: int
     context_length: int

@@ -11,16 +11,10 @@
 // stream; memory bandwidth is what limits decoding. In bf16 a panel stores pairs of k side by side, a layout that AMX,
 // AVX512-BF16 and plain shifts can all read.
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <condition_variable>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -28,105 +22,14 @@
 #ifdef __linux__
 #include <pthread.h>
 #include <sched.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
+
+#include "native_quantised.h"
+#include "native_vectors.h"
 
 namespace {
-
-constexpr int LANES = 16, PANEL = 64, GROUPS = PANEL / LANES, K_STEP = 32, TILE_ROWS = 16, CACHE_LINE = 64;
-
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef uint32_t BitVec __attribute__((vector_size(64)));
-typedef uint16_t HalfVec __attribute__((vector_size(32)));
-
-struct bf16 {
-    uint16_t bits;
-};
-
-constexpr IntVec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-inline Vec broadcast(float x) { return Vec{} + x; }
-
-inline Vec load(const float* p) {
-    Vec v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-inline Vec load(const bf16* p) {
-    HalfVec h;
-    std::memcpy(&h, p, sizeof h);
-    return (Vec)(__builtin_convertvector(h, BitVec) << 16);
-}
-
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-
-inline void store(bf16* p, Vec v) {  // rounds to nearest, ties to even
-    BitVec b = (BitVec)v;
-    HalfVec h = __builtin_convertvector((b + 0x7fff + ((b >> 16) & 1)) >> 16, HalfVec);
-    std::memcpy(p, &h, sizeof h);
-}
-
-inline float sum(Vec v) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v[i];
-    return s;
-}
-
-// exp(x) for x <= 88, relative error below 2e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (as in Cephes).
-inline Vec exponential(Vec x) {
-    x = x < broadcast(-87.0f) ? broadcast(-87.0f) : x;
-    Vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vec p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
-}
-
-inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(x > broadcast(-80.0f) ? -x : broadcast(80.0f))); }
-inline Vec silu(Vec x) { return x * sigmoid(x); }
-inline Vec gelu(Vec x) {  // the tanh approximation: x/2 (1 + tanh u) = x sigmoid(2u)
-    return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
-}
-
-// Prefetches `count` values into the L2 cache. Any address is allowed.
-template <class T>
-inline void prefetch(const T* p, int count) {
-    for (int i = 0; i < count; i += CACHE_LINE / (int)sizeof(T)) __builtin_prefetch(p + i, 0, 2);
-}
-
-inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
-// Allocates zeroed memory, in huge pages if the system has them. With small pages, reading the weights misses the TLB.
-struct Free {
-    void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Block = std::unique_ptr<T[], Free>;
-
-template <class T>
-Block<T> allocate(size_t count) {
-    constexpr size_t HUGE_PAGE = 2 << 20;
-    size_t bytes = (std::max<size_t>(count * sizeof(T), 64) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    void* p = nullptr;
-    if (posix_memalign(&p, HUGE_PAGE, bytes)) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    std::memset(p, 0, bytes);
-    return Block<T>((T*)p);
-}
 
 // --- matrix products -----------------------------------------------------------------------------------------------
 
@@ -135,29 +38,11 @@ template <class T>
 struct Matrix {
     int N = 0, K = 0, panels = 0;
     Block<T> data;
+    Quantised quantised;  // the weight, if it has bits
     std::vector<float> bias;
 
     const T* panel(int p) const { return data.get() + (size_t)p * PANEL * K; }
 };
-
-template <class T>
-void put(T* to, float x);
-template <>
-void put(float* to, float x) { *to = x; }
-template <>
-void put(bf16* to, float x) {
-    uint32_t b;
-    std::memcpy(&b, &x, 4);
-    to->bits = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-}
-
-inline float value(float x) { return x; }
-inline float value(bf16 x) {
-    uint32_t b = (uint32_t)x.bits << 16;
-    float f;
-    std::memcpy(&f, &b, 4);
-    return f;
-}
 
 template <class T, class Source>
 void pack(Matrix<T>& m, const Source* weight, int N, int K) {
@@ -674,7 +559,7 @@ class Sampler {
 
 // The fields of `shape` and the numbers of the weights. Both must match gptcore.engine.native.
 struct Shape {
-    int32_t rotary, layers, C, H, K, D, M, V, S, slots, threads, is_bf16;
+    int32_t rotary, layers, C, H, K, D, M, V, S, slots, threads, is_bf16, weight_bits, head_bits;  // bits 0: as the dtype
 };
 enum Weight { EMBED, POSITIONS, COS, SIN, FINAL_GAIN, FINAL_BIAS, HEAD, NORM1_GAIN, NORM1_BIAS, QKV, QKV_BIAS,
               Q_NORM, K_NORM, OUT, OUT_BIAS, NORM2_GAIN, NORM2_BIAS, GATE, UP, UP_BIAS, DOWN, DOWN_BIAS };
@@ -795,6 +680,7 @@ class Decoder : public Network {
             to.resize(count);
             for (size_t i = 0; i < count; i++) to[i] = value(data[i]);
         };
+        auto pack = [&](Matrix<T>& m, int bits) { bits ? this->pack(m, data, rows, columns, bits) : ::pack(m, data, rows, columns); };
         auto bias = [&](Matrix<T>& m) {
             for (size_t i = 0; i < count; i++) m.bias[i] = value(data[i]);
         };
@@ -808,29 +694,42 @@ class Decoder : public Network {
             case SIN: vector(sine); break;
             case FINAL_GAIN: vector(final_gain); break;
             case FINAL_BIAS: vector(final_bias); break;
-            case HEAD: pack(head, data, rows, columns); break;
+            case HEAD: pack(head, s.head_bits); break;
             case NORM1_GAIN: vector(l->norm1_gain); break;
             case NORM1_BIAS: vector(l->norm1_bias); break;
-            case QKV: pack(l->qkv, data, rows, columns); break;
+            case QKV: pack(l->qkv, s.weight_bits); break;
             case QKV_BIAS: bias(l->qkv); break;
             case Q_NORM: vector(l->q_norm); break;
             case K_NORM: vector(l->k_norm); break;
-            case OUT: pack(l->out, data, rows, columns); break;
+            case OUT: pack(l->out, s.weight_bits); break;
             case OUT_BIAS: bias(l->out); break;
             case NORM2_GAIN: vector(l->norm2_gain); break;
             case NORM2_BIAS: vector(l->norm2_bias); break;
-            case GATE: pack(l->gate, data, rows, columns); break;
-            case UP: pack(l->up, data, rows, columns); break;
+            case GATE: pack(l->gate, s.weight_bits); break;
+            case UP: pack(l->up, s.weight_bits); break;
             case UP_BIAS: bias(l->up); break;
-            case DOWN: pack(l->down, data, rows, columns); break;
+            case DOWN: pack(l->down, s.weight_bits); break;
             case DOWN_BIAS: bias(l->down); break;
         }
+    }
+
+    template <class Source>
+    void pack(Matrix<T>& m, const Source* weight, int N, int K, int bits) {
+        m.N = N, m.K = round_up(K, K_STEP), m.panels = round_up(N, PANEL) / PANEL;
+        m.bias.assign((size_t)m.panels * PANEL, 0.0f);
+        m.quantised.bits = bits, m.quantised.groups = m.K / GROUP;
+        m.quantised.data = allocate<uint8_t>(m.quantised.group_bytes() * m.quantised.groups * m.panels);
+        pool.run([&](int) { pool.for_each(m.panels, [&](int p) { quantise_panel(m.quantised, p, weight, N, K); }); });
     }
 
     // The embedding (C) of a token. A tied one is a column of the head's panels.
     void embedding(int token, float* to) const {
         if (embed) {
             for (int c = 0; c < s.C; c += LANES) store(to + c, load(embed.get() + (size_t)token * s.C + c));
+            return;
+        }
+        if (head.quantised.bits) {
+            for (int c = 0; c < s.C; c++) to[c] = head.quantised.weight(token / PANEL, token % PANEL, c);
             return;
         }
         constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
@@ -853,20 +752,41 @@ class Decoder : public Network {
         normed_rows.assign((size_t)room * hidden_stride, T{});
         attended_rows.assign((size_t)room * attended_stride, T{});
         middle_rows.assign((size_t)room * middle_stride, T{});
+        activations.resize(s.head_bits ? (size_t)room * std::max({hidden_stride, middle_stride, attended_stride}) / GROUP : 0);
     }
     T* normed(int r) { return &normed_rows[(size_t)r * hidden_stride]; }
     T* attended(int r) { return &attended_rows[(size_t)r * attended_stride]; }
     T* middle(int r) { return &middle_rows[(size_t)r * middle_stride]; }
     float* qkv(int r) { return &qkv_rows[(size_t)r * qkv_stride]; }
 
+    // Quantises n rows for the products with `m`, if its weights are.
+    void prepare(int n, const Matrix<T>& m, const T* a, int stride) {
+        if (!m.quantised.bits) return;
+        int groups = m.quantised.groups;
+        pool.for_each(n, [&](int r) {
+            quantise(a + (size_t)r * stride, groups, m.quantised.bits, &activations[(size_t)r * groups]);
+        });
+        pool.barrier();
+    }
+
+    // out (rows, 64) = rows from `first` on of a times panel p; prepare() comes before it.
+    void multiply(const Matrix<T>& m, int p, int first, const T* a, int stride, int rows, float* out) {
+        int groups = m.quantised.groups;
+        if (m.quantised.bits)
+            ::multiply(m.quantised, p, &activations[(size_t)first * groups], groups, rows, out);
+        else
+            ::multiply(m, p, a + (size_t)first * stride, stride, rows, out);
+    }
+
     // Computes a (n, K) W^T + bias and passes it to `take(row, column, values)`, sixteen columns at a time.
     template <class F>
     void linear(int n, const Matrix<T>& m, const T* a, int stride, F&& take) {
         alignas(64) float out[TILE_ROWS * PANEL];
+        prepare(n, m, a, stride);
         pool.for_each(m.panels, [&](int p) {
             for (int first = 0; first < n; first += TILE_ROWS) {
                 int rows = std::min(TILE_ROWS, n - first), columns = std::min(PANEL, round_up(m.N - p * PANEL, LANES));
-                multiply(m, p, a + (size_t)first * stride, stride, rows, out);
+                multiply(m, p, first, a, stride, rows, out);
                 for (int r = 0; r < rows; r++)
                     for (int c = 0; c < columns; c += LANES)
                         take(first + r, p * PANEL + c, load(out + r * PANEL + c) + load(&m.bias[p * PANEL + c]));
@@ -877,11 +797,12 @@ class Decoder : public Network {
     // The first half of SwiGLU: silu(gate) * up.
     void gated(int n, const Layer& layer) {
         alignas(64) float gate[TILE_ROWS * PANEL], up[TILE_ROWS * PANEL];
+        prepare(n, layer.up, normed(0), hidden_stride);
         pool.for_each(layer.up.panels, [&](int p) {
             for (int first = 0; first < n; first += TILE_ROWS) {
                 int rows = std::min(TILE_ROWS, n - first), columns = std::min(PANEL, s.M - p * PANEL);
-                multiply(layer.gate, p, normed(first), hidden_stride, rows, gate);
-                multiply(layer.up, p, normed(first), hidden_stride, rows, up);
+                multiply(layer.gate, p, first, normed(0), hidden_stride, rows, gate);
+                multiply(layer.up, p, first, normed(0), hidden_stride, rows, up);
                 for (int r = 0; r < rows; r++)
                     for (int c = 0; c < columns; c += LANES)
                         store(middle(first + r) + p * PANEL + c, silu(load(gate + r * PANEL + c)) * load(up + r * PANEL + c));
@@ -1020,6 +941,7 @@ class Decoder : public Network {
     Floats position_embed, cosine, sine, final_gain, final_bias, residual, qkv_rows;
     std::vector<Floats> scores;
     std::vector<T> normed_rows, attended_rows, middle_rows;
+    std::vector<Activations> activations;
     int room = 0, hidden_stride = 0, middle_stride = 0, attended_stride = 0, qkv_stride = 0;
 };
 
@@ -1057,7 +979,8 @@ int64_t gpt_cache_bytes(void* g) { return ((Network*)g)->cache_bytes(); }
 
 void gpt_destroy(void* g) { delete (Network*)g; }
 
-const char* gpt_kernel(int is_bf16) {
+const char* gpt_kernel(int is_bf16, int bits) {
+    if (bits) return QUANTISED_KERNEL;
     if (is_bf16 && amx_allowed()) return "amx-bf16";
 #if defined(__AVX512BF16__)
     if (is_bf16) return "avx512-bf16";

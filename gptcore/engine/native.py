@@ -24,11 +24,17 @@ from gptcore.config import ModelConfig
 from gptcore.cores import available_cores
 from gptcore.engine.interface import Chunk
 from gptcore.errors import FoundryError
+from gptcore.hf_format import count_parameters, empty_model
 from gptcore.home import home
 from gptcore.rotary import rotary_tables
 from gptcore.sampling import LEAST_TEMPERATURE, SamplingState, penalties, uniform
 
 SOURCE = Path(__file__).with_name("native.cpp")
+HEADERS = ("native_vectors.h", "native_quantised.h")
+BITS = {"": (0, 0), "int8": (8, 8), "int4": (4, 8)}
+"""Setting -> bits of the layers' weights and of the head's, in groups that share a scale; 0: as the dtype."""
+SCALE_BITS = 16 / 32
+"""Of each weight: 32 share a scale of 16 bits."""
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 EXTRA_FLAGS: tuple[str, ...] = ()
 """Added last; tests use them to compile for other processors."""
@@ -66,6 +72,7 @@ PLACES = {
     **{f"self_attn.{part}_proj.bias": "qkv_bias" for part in "qkv"},
 }
 """The network's parameter -> the kernel's weight."""
+MATRICES = ("qkv", "out", "gate", "up", "down")
 
 
 class _Draw(ctypes.Structure):
@@ -88,9 +95,9 @@ class NativeUnavailable(FoundryError):
 class NativeRunner:
     """A `gptcore.engine.interface.Runner` on the native kernel. Raises NativeUnavailable.
 
-    `weights` are the network's parameters, taken one at a time, so that they need not fit into memory beside the packed
-    ones. `dtype`, bfloat16 or float32, is that of packed weights and cache; sums, norms and the residual stream are in
-    fp32.
+    `parameters` are the network's, taken one at a time, so that they need not fit into memory beside the packed ones.
+    `dtype`, bfloat16 or float32, is that of packed weights and cache; sums, norms and the residual stream are in fp32.
+    `weights`, one of BITS, quantises the matrices while they are packed.
     """
 
     invariant = True
@@ -100,29 +107,31 @@ class NativeRunner:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Iterable[tuple[str, Tensor]],
+        parameters: Iterable[tuple[str, Tensor]],
         slots: int,
         dtype: torch.dtype,
         threads: int = 0,
         note: str = "",
+        weights: str = "",
     ) -> None:
         check_shape(config)
         self.note = note
         if dtype not in (torch.bfloat16, torch.float32):
             raise NativeUnavailable(f"the native kernel computes in bfloat16 or float32, not in {dtype}")
         self.dtype, self.slots, self.context_length = dtype, slots, config.context_length
+        self.weights = weights
         half = dtype == torch.bfloat16
         self._library = load_library()
-        self.name = f"native {self._library.gpt_kernel(half).decode()}"
+        self.name = f"native {self._library.gpt_kernel(half, BITS[weights][0]).decode()}"
         shape = (
             config.rotary, config.num_layers, config.hidden_size, config.num_heads, config.kv_heads,
             config.head_size, config.intermediate_size or 0, config.vocab_size, config.context_length, slots,
-            threads or available_cores(), half,
+            threads or available_cores(), half, *BITS[weights],
         )  # fmt: skip
         self._handle = self._library.gpt_create((ctypes.c_int32 * len(shape))(*map(int, shape)), config.norm_eps)
         if not self._handle:
             raise NativeUnavailable(f"there is not enough memory for {slots} slots of {config.context_length} tokens")
-        self._pack(config, weights)
+        self._pack(config, parameters)
         self.cache_bytes: int = self._library.gpt_cache_bytes(self._handle)
         self.vocab_size = config.vocab_size
         self._width = -(-config.vocab_size // 64) * 64
@@ -185,12 +194,12 @@ class NativeRunner:
         if getattr(self, "_handle", None):
             self.close()
 
-    def _pack(self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def _pack(self, config: ModelConfig, parameters: Iterable[tuple[str, Tensor]]) -> None:
         if config.rotary:
             for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
                 self._set(name, -1, table)
         joined: dict[str, list[Tensor]] = {"qkv": [], "qkv_bias": []}
-        for parameter, values in weights:
+        for parameter, values in parameters:
             layer, place = _place(parameter)
             if place in joined:
                 joined[place].append(values)
@@ -208,6 +217,20 @@ class NativeRunner:
         values = (values if half else values.float()).contiguous()
         rows, columns = (values.shape[0], values.shape[1]) if values.ndim == 2 else (1, values.shape[0])
         self._library.gpt_set(self._handle, WEIGHTS[name], layer, values.data_ptr(), half, rows, columns)
+
+
+def packed_bytes(config: ModelConfig, dtype: torch.dtype, weights: str = "") -> int:
+    """Bytes of the parameters, in `dtype` or, for the matrices of `weights`, quantised."""
+    if not weights:
+        return count_parameters(config) * dtype.itemsize
+    layers, head = BITS[weights]
+    total = 0.0
+    for name, values in empty_model(config).named_parameters():
+        place = _place(name)[1]
+        tied = place == "embed" and config.tie_embeddings
+        bits = head if place == "head" or tied else layers if place in MATRICES else 0
+        total += values.numel() * (bits + SCALE_BITS) / 8 if bits else values.numel() * dtype.itemsize
+    return int(total)
 
 
 def _place(parameter: str) -> tuple[int, str]:
@@ -251,7 +274,7 @@ def load_library() -> ctypes.CDLL:
     functions.gpt_copy.argtypes = [pointer, integer, integer, integer]
     functions.gpt_cache_bytes.argtypes, functions.gpt_cache_bytes.restype = [pointer], ctypes.c_int64
     functions.gpt_destroy.argtypes = [pointer]
-    functions.gpt_kernel.argtypes, functions.gpt_kernel.restype = [integer], ctypes.c_char_p
+    functions.gpt_kernel.argtypes, functions.gpt_kernel.restype = [integer, integer], ctypes.c_char_p
     return functions
 
 
@@ -268,7 +291,8 @@ def find_compiler() -> str:
 
 def _fingerprint(command: list[str]) -> str:
     """A hash of everything that affects the build: source, flags, compiler, processor."""
-    parts = [SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), _processor()]
+    sources = [SOURCE, *(SOURCE.with_name(name) for name in HEADERS)]
+    parts = [*(file.read_text(encoding="utf-8") for file in sources), *command, platform.machine(), _processor()]
     parts.append(str(Path(command[0]).resolve().stat().st_mtime_ns))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

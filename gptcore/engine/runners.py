@@ -5,11 +5,10 @@ import torch
 from gptcore.config import ModelConfig
 from gptcore.devices import pick_device, pick_dtype
 from gptcore.engine.interface import Runner
-from gptcore.engine.native import NativeRunner, NativeUnavailable
+from gptcore.engine.native import NativeRunner, NativeUnavailable, packed_bytes
 from gptcore.engine.settings import MOST_SLOTS, EngineSettings
 from gptcore.engine.torch_runner import TorchRunner
 from gptcore.errors import ConfigError, NoMemory
-from gptcore.hf_format import count_parameters
 from gptcore.memory import free_memory, require_memory
 from gptcore.package import Package
 
@@ -32,19 +31,30 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
     native = device.type == "cpu" and not settings.compile
     if settings.backend == "native" and not native:
         raise ConfigError("backend is 'native', which needs device cpu and compile off", param="backend")
+    if settings.weights and not native:
+        raise ConfigError(
+            f"weights is {settings.weights!r}, which only the native kernel on a CPU has, but device is {device}; set "
+            "device to cpu, or leave out weights",
+            param="weights",
+        )
     whole = package.config.context_length
     package = fit_context(package, settings, device, dtype)
     config = package.config
     note = context_note(config.context_length, whole, settings)
     if native and settings.backend != "torch":
         try:
-            check_memory(package, device, dtype, native=True)
-            weights = package.parameters(dtype=None)
-            slots = count_slots(config, settings.slots, device, dtype, count_parameters(config) * dtype.itemsize)
-            return NativeRunner(config, weights, slots, dtype, settings.threads, note)
+            check_memory(package, device, dtype, native=True, weights=settings.weights)
+            parameters = package.parameters(dtype=None)
+            packed = packed_bytes(config, dtype, settings.weights)
+            slots = count_slots(config, settings.slots, device, dtype, packed)
+            return NativeRunner(config, parameters, slots, dtype, settings.threads, note, settings.weights)
         except NativeUnavailable as error:
             if settings.backend == "native":
                 raise ConfigError(f"backend is 'native', but {error}", param="backend") from error
+            if settings.weights:
+                raise ConfigError(
+                    f"weights is {settings.weights!r}, which only the native kernel has, but {error}", param="weights"
+                ) from error
             note = "; ".join(filter(None, (f"not native: {error}", note)))
     check_memory(package, device, dtype, native=False)
     model = package.load_model(device, dtype)
@@ -65,7 +75,7 @@ def fit_context(package: Package, settings: EngineSettings, device: torch.device
     config, slots = package.config, settings.slots
     if settings.max_context:
         return package.with_context(settings.max_context)
-    free = free_memory(device) - count_parameters(config) * dtype.itemsize
+    free = free_memory(device) - packed_bytes(config, dtype, settings.weights)
     if slots and slots * slot_bytes(config, dtype) <= free:
         return package
     position = slot_bytes(config, dtype) / config.context_length
@@ -81,8 +91,8 @@ def context_note(context: int, whole: int, settings: EngineSettings) -> str:
     return f"a context of {context:,} of {whole:,} tokens: {why}"
 
 
-def check_memory(package: Package, device: torch.device, dtype: torch.dtype, native: bool) -> None:
-    """Raises NoMemory if the model, packed as `dtype`, and one slot exceed the free memory.
+def check_memory(package: Package, device: torch.device, dtype: torch.dtype, native: bool, weights: str = "") -> None:
+    """Raises NoMemory if the model, packed as `dtype` or quantised to `weights`, and one slot exceed the free memory.
 
     The native kernel packs weights as they are read; torch first loads all of them.
     """
@@ -90,7 +100,7 @@ def check_memory(package: Package, device: torch.device, dtype: torch.dtype, nat
     needs = package.memory(dtype)
     if native:
         needs["weights"] = 0
-    needs["packed weights"] = count_parameters(config) * dtype.itemsize
+    needs["packed weights"] = packed_bytes(config, dtype, weights)
     needs["one slot of keys and values"] = slot_bytes(config, dtype)
     require_memory(f"the model in {package.path}", needs, free_memory(device))
 

@@ -9,6 +9,7 @@ CHOICES = {
     "engine": ("foundry", "vllm"),
     "dtype": ("auto", "bfloat16", "float32"),
     "backend": ("auto", "native", "torch"),
+    "weights": ("", "int8", "int4"),
 }
 MOST_SLOTS = {"cpu": 16, "cuda": 64, "mps": 16}
 """Most slots that an engine chooses by itself, by the kind of device. With few sequences, a step takes as long as
@@ -39,6 +40,8 @@ class EngineSettings:
     """auto, cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
     backend: str = "auto"
     """auto, native or torch; auto: the native kernel on a CPU where it can be compiled, else torch."""
+    weights: str = ""
+    """int8 or int4: quantise the matrices while they are loaded (native kernel only); empty: as `dtype`."""
     threads: int = 0
     """Compute threads; 0: one per core available to this process."""
     compile: bool = False
@@ -62,10 +65,20 @@ class EngineSettings:
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(
-                    f"{name} is {value!r}; expected one of {', '.join(known)}.{did_you_mean(value, known)}", param=name
+                    f"{name} is {value!r}; expected one of {', '.join(filter(None, known))}."
+                    f"{did_you_mean(value, known)}",
+                    param=name,
                 )
         if not 0 < self.gpu_share <= 1:
             raise ConfigError(f"gpu_share is {self.gpu_share}; expected more than 0 and at most 1", param="gpu_share")
+        torch_alone = {"engine": "vllm", "backend": "torch", "compile": True}
+        other = next((name for name, value in torch_alone.items() if getattr(self, name) == value), None)
+        if self.weights and other:
+            raise ConfigError(
+                f"weights is {self.weights!r}, but {other} is {getattr(self, other)!r}; only the native kernel "
+                f"quantises weights: leave out {other} or weights",
+                param="weights",
+            )
         if self.engine == "vllm" and self.backend != "auto":
             raise ConfigError(f"backend is {self.backend!r}; expected auto, since engine is 'vllm'", param="backend")
         if self.engine != "vllm" and self.gpu_share != EngineSettings.gpu_share:

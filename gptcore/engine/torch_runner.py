@@ -37,6 +37,7 @@ class TorchRunner:
     """
 
     invariant = False
+    weights = ""
 
     def __init__(self, model: GPT, slots: int, prefill: int, compile: bool = False, note: str = "") -> None:
         config = model.config

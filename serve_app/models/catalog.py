@@ -52,6 +52,8 @@ class ModelStatus:
     vocab_size: int | None = None
     runner: str | None = None
     dtype: str | None = None
+    weights: str | None = None
+    """int8, int4, or the dtype."""
     slots: int | None = None
     chat: bool | None = None
     """Whether it answers conversations: whether it has a chat template that can be used."""
@@ -229,6 +231,7 @@ class Models:
             vocab_size=served.package.tokenizer.vocab_size,
             runner=info.runner,
             dtype=info.dtype,
+            weights=info.weights or info.dtype,
             slots=info.slots,
             chat=served.chats,
             caveats=info.caveats,

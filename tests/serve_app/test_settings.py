@@ -41,14 +41,15 @@ def test_every_setting_can_be_set_in_the_environment_with_its_type():
     said |= {"speculation": "false"}
     said |= {"feedback_bytes": "3000000"}
     vllm = {"engine": "vllm", "tensor_parallel": "2", "gpu_share": "0.3"}  # they exclude some of the others
-    said |= dict.fromkeys(FIELDS.keys() - said.keys() - vllm.keys(), "3")
+    native = {"weights": "int8"}
+    said |= dict.fromkeys(FIELDS.keys() - said.keys() - vllm.keys() - native.keys(), "3")
     defaults = ServeSettings()
-    for together in (said, vllm):
+    for together in (said, vllm, native):
         settings = load({f"GPT_{name.upper()}": text for name, text in together.items()})
         for name in together:
             assert type(getattr(settings, name)) is type(getattr(defaults, name)), name
             assert getattr(settings, name) != getattr(defaults, name), name
-    assert said.keys() | vllm.keys() == FIELDS.keys()
+    assert said.keys() | vllm.keys() | native.keys() == FIELDS.keys()
 
 
 def test_models_are_named_the_first_is_the_default_and_paths_become_absolute(tmp_path, monkeypatch):
@@ -128,6 +129,8 @@ def test_the_tracking_uri_is_the_given_one_or_mlflows_or_the_embedded_database(t
         ({"request_timeout_s": "inf"}, "request_timeout_s", "finite"),
         ({"compile": "perhaps"}, "compile", "'perhaps'; expected true or false"),
         ({"dtype": "bf16"}, "dtype", "Did you mean 'bfloat16'?"),
+        ({"weights": "q8_0"}, "weights", "expected one of int8, int4"),
+        ({"weights": "int4", "backend": "torch"}, "weights", "leave out backend or weights"),
         ({"log_level": "loud"}, "log_level", "debug, info"),
         ({"port": 70000}, "port", "at most 65535"),
         ({"model": "~nobody-of-this-name/x"}, None, "'~nobody-of-this-name/x' starts with an unknown home folder"),

@@ -30,7 +30,7 @@ class FakeRunner:
     `invariant`, a position's hash also says whether prefill or a decode computed it, as rounding would.
     """
 
-    name, note = "fake", ""
+    name, note, weights = "fake", "", ""
     dtype, device, cache_bytes = torch.float32, torch.device("cpu"), 0
     vocab_size = VOCAB + SPARE
 

@@ -194,11 +194,12 @@ class FakeNative:
     """A stand-in with the arguments of NativeRunner."""
 
     config: ModelConfig
-    weights: Iterable[tuple[str, Tensor]]
+    parameters: Iterable[tuple[str, Tensor]]
     slots: int
     dtype: torch.dtype
     threads: int
     note: str
+    weights: str
 
 
 class NativeUnavailable(FoundryError):
@@ -222,7 +223,7 @@ def test_on_a_cpu_the_native_kernels_are_used(package: Package, native: SimpleNa
     made: Any = make_runner(package, EngineSettings(device="cpu", slots=3, dtype="bfloat16", threads=1))
     assert isinstance(made, FakeNative)
     assert (made.slots, made.dtype, made.threads) == (3, torch.bfloat16, 1)
-    assert dict(made.weights).keys() == dict(package.load_model().named_parameters()).keys()
+    assert dict(made.parameters).keys() == dict(package.load_model().named_parameters()).keys()
 
 
 def test_weights_are_read_in_the_precision_in_which_they_are_stored(package: Package, tmp_path: Path) -> None:
