@@ -14,8 +14,20 @@ namespace {
 
 constexpr int GROUP = 32, QUAD = 4, MOST_QUANTISED_ROWS = 4, GROUPS_AT_ONCE = 16, PREFETCH_AHEAD = 4;
 
+// What the processor multiplies bytes with; plain AVX2 needs another order of activations and other instructions.
+#if defined(__AVX512VNNI__)
+constexpr const char* QUANTISED_KERNEL = "avx512-vnni";
+#elif defined(__AVXVNNI__)
+constexpr const char* QUANTISED_KERNEL = "avx-vnni";
+#elif defined(__AVX2__)
+constexpr const char* QUANTISED_KERNEL = "avx2";
+#define PLAIN_AVX2 1
+#else
+constexpr const char* QUANTISED_KERNEL = "generic";
+#endif
+
 // One register of sums, each of one output column. Every lane reads four weights of its column.
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#ifdef __AVX512VNNI__
 constexpr int SUMS = 16;
 #else
 constexpr int SUMS = 8;
@@ -111,18 +123,16 @@ void quantise_panel(Quantised& m, int panel, const Source* weight, int N, int K)
 
 // --- activations ---------------------------------------------------------------------------------------------------
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
-#define PLAIN_AVX2 1  // it multiplies 8-bit weights in 16 bits
-constexpr const char* QUANTISED_KERNEL = "avx2";
+#ifdef PLAIN_AVX2
+constexpr bool SPREAD = true;
 #else
-#define PLAIN_AVX2 0
-constexpr const char* QUANTISED_KERNEL = "generic";
+constexpr bool SPREAD = false;
 #endif
 
-// 32 activations of one row. For 8-bit weights with plain AVX2 each takes 16 bits, and of four, the first is beside the
-// third and the second beside the fourth.
+// 32 activations of one row. If SPREAD, those for 8-bit weights take 16 bits, and of four, the first is beside the third
+// and the second beside the fourth.
 struct Activations {
-    int8_t values[GROUP * (PLAIN_AVX2 ? 2 : 1)];
+    int8_t values[SPREAD ? 2 * GROUP : GROUP];
     float scale;
     int32_t sum;
 };
@@ -146,7 +156,7 @@ void quantise(const T* x, int groups, int bits, Activations* to) {
         for (int i = 0; i < 2; i++) {
             IntVec q = __builtin_convertvector(nearest(pair[i] * inverse), IntVec);
             sums += q;
-            if (PLAIN_AVX2 && bits == 8) {
+            if (SPREAD && bits == 8) {
                 Shorts h = __builtin_convertvector(q, Shorts);
                 h = __builtin_shuffle(h, Shorts{0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15});
                 std::memcpy(to->values + i * sizeof h, &h, sizeof h);
@@ -165,7 +175,7 @@ void quantise(const T* x, int groups, int bits, Activations* to) {
 
 // acc (ROWS, COLUMNS) += the products of one group's weights, without the offset taken off, with ROWS rows `stride` apart.
 // With few rows, weights are loaded one register at a time, so that all sums stay in registers.
-#if PLAIN_AVX2
+#ifdef PLAIN_AVX2
 
 inline __m256i repeated(const int8_t* p) { return _mm256_set1_epi32(read<int32_t>(p)); }
 
@@ -253,8 +263,14 @@ inline void accumulate4(Sums (&acc)[ROWS][COLUMNS], const uint8_t* w, const Acti
 
 // Adds, in each lane, the products of its four weights with the same four activations.
 inline Sums dot(Sums acc, Quads w, const int8_t* a) {
+#if defined(__AVX512VNNI__)
+    return (Sums)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(read<int32_t>(a)));
+#elif defined(__AVXVNNI__)
+    return (Sums)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(read<int32_t>(a)));
+#else
     for (int j = 0; j < QUAD; j++) acc += (Sums)(w >> (8 * j) & 255) * a[j];
     return acc;
+#endif
 }
 
 template <int ROWS, int COLUMNS>
@@ -283,7 +299,7 @@ inline void accumulate4(Sums (&acc)[ROWS][COLUMNS], const uint8_t* w, const Acti
 // out (ROWS, 64) += a (ROWS, groups) times `groups` groups of a panel.
 template <int BITS, int ROWS>
 void quantised_product(const Quantised& m, const uint8_t* w, int groups, const Activations* a, int stride, float* out) {
-    constexpr int ALL = PANEL / SUMS, COLUMNS = std::min(ALL, ROWS == 1 ? 8 : ROWS == 2 ? 4 : 2);
+    constexpr int ALL = PANEL / SUMS, COLUMNS = SUMS == 16 ? 4 : ROWS == 1 ? 8 : ROWS == 2 ? 4 : 2;
     const size_t bytes = m.group_bytes();
     for (int first = 0; first < PANEL; first += COLUMNS * SUMS) {
         Totals total[ROWS][COLUMNS];
