@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench.floor import Floor, open_floor, step_bytes
-from bench.peers import PEERS, REFERENCES
+from bench.peers import PEERS, QUANTISED, REFERENCES
 from bench.peers.task import DecodeTask, DecodeTurn
 from bench.turns import Contestant, Results, RunTurn, cores, median_ratio, run_in_turn
 from bench.weights import random_package
@@ -57,6 +57,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="gpt2-124m", help="shape of the model")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences decoded together")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="the engine's precision")
+    parser.add_argument(
+        "--weights", default="", choices=["int8", "int4"], help="quantise the engine's weights, and the peers'"
+    )
     names = list(dict.fromkeys(peer.name for peer in PEERS))
     parser.add_argument(
         "--peers", nargs="*", choices=names, metavar="NAME", help=f"measure other engines as well: {', '.join(names)}"
@@ -96,6 +99,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "bench": "decode",
         "preset": arguments.preset,
         "dtype": arguments.dtype,
+        "weights": arguments.weights,
         "machine": machine(arguments.threads, arguments.device),
         "prompt_tokens": task.prompt_tokens,
         "new_tokens": task.new_tokens,
@@ -129,14 +133,19 @@ def engine(precision: str, arguments: argparse.Namespace) -> Contestant:
 
 
 def open_engine(task: DecodeTask, precision: str, backend: str, speculation: bool) -> tuple[RunTurn, str]:
-    """Opens the engine with a slot per sequence. All prompts run in the first step, so later steps only decode."""
+    """Opens the engine with a slot per sequence. All prompts run in the first step, so later steps only decode.
+
+    With int8 or int4 weights, the rest is in bf16.
+    """
+    quantised = precision.startswith("int")
     package = open_package(Path(task.package), verify=False)
     settings = EngineSettings(
         slots=task.batch,
         prefill_tokens=task.batch * task.prompt_tokens,
         max_queue=task.batch,
         max_context=task.prompt_tokens + task.new_tokens,  # else two engines take half of the memory each
-        dtype=precision,
+        dtype="bfloat16" if quantised else precision,
+        weights=precision if quantised else "",
         device=task.device,
         backend=backend,
         threads=task.threads,
@@ -191,12 +200,13 @@ class ContestantResult:
 
 def measure_batch(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, Any]:
     """One batch size: the floor, the engine and the peers in turn; the table is printed."""
-    ours = engine(arguments.dtype, arguments)
+    ours = engine(arguments.weights or arguments.dtype, arguments)
     floor = Contestant(FLOOR, arguments.dtype, open_floor)
     contestants = [floor, ours]
     if arguments.peers is not None:
-        other = "float32" if arguments.dtype == "bfloat16" else "bfloat16"
-        contestants += [*chosen(PEERS, arguments), engine(other, arguments)]
+        others: tuple[str, ...] = ("int8", "int4", arguments.dtype) if arguments.weights else ("bfloat16", "float32")
+        contestants += chosen(QUANTISED if arguments.weights else PEERS, arguments)
+        contestants += [engine(other, arguments) for other in others if other != ours.precision]
     results = run_in_turn(contestants, task, arguments.turns)
     for label in (floor.label, ours.label):
         if label in results.absent:

@@ -21,6 +21,8 @@ from gptcore.engine.torch_runner import packed_linear
 from gptcore.package import open_package
 
 STEPS = 20
+WEIGHT_AND_CACHE_BYTES = {"bfloat16": (2, 2), "float32": (4, 4), "int8": (1, 4), "int4": (0.5, 4)}
+"""Of each number, by precision; scales of quantised weights are not counted."""
 READ_BYTES = 1 << 30
 
 
@@ -66,7 +68,7 @@ def step_bytes(config: ModelConfig, batch: int, length: float, precision: str) -
 
     `length` is the mean number of tokens per sequence over the steps.
     """
-    weight_bytes, cache_bytes = {"bfloat16": (2, 2), "float32": (4, 4), "int8": (1, 4)}[precision]
+    weight_bytes, cache_bytes = WEIGHT_AND_CACHE_BYTES[precision]
     kv = 2 * config.num_layers * config.kv_heads * config.head_size * length * batch
     return weight_bytes * sum(o * i for o, i in matrices(config)) + cache_bytes * kv
 

@@ -10,11 +10,13 @@ import argparse
 import io
 import signal
 import sys
+from collections.abc import Iterator
 
 from gptcore.cli import Parser
+from gptcore.engine.settings import CHOICES, EngineSettings
 from gptcore.errors import FoundryError
 from gptcore.hub import KINDS, resolve
-from gptcore.package import open_package
+from gptcore.package import Package, open_package
 from gptcore.parameters import SAMPLING, Parameter, SamplingParams
 from gptcore.sampling import stream_text
 
@@ -28,8 +30,8 @@ NOT_FLAGS = ("stop_token_ids", "ignore_eos", "logprobs")
 """Parameters that matter to programs only."""
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams]:
-    """Model name, prompt and sampling parameters. Raises ConfigError."""
+def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams, str]:
+    """Model name, prompt, sampling parameters and the kind of quantised weights, or "". Raises ConfigError."""
     parser = Parser(
         prog="python -m gptcore.generate",
         usage="%(prog)s PACKAGE_OR_URI [--prompt TEXT] [--FLAG VALUE ...]",
@@ -39,6 +41,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams]:
     )
     parser.add_argument("model", metavar="PACKAGE_OR_URI", help=KINDS)
     parser.add_argument("--prompt", default="", help="text to continue; without it, the model begins a document")
+    kinds = " or ".join(filter(None, CHOICES["weights"]))
+    parser.add_argument("--weights", default="", metavar="KIND", help=f"quantise the matrices: {kinds} (on a CPU)")
     exclusive = parser.add_mutually_exclusive_group()
     exclusive.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     names = [name for name in SAMPLING if name not in NOT_FLAGS]
@@ -48,7 +52,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams]:
     values = {name: getattr(given, name) for name in names}
     if given.greedy:
         values["temperature"] = 0.0
-    return given.model, given.prompt, SamplingParams(**values)
+    return given.model, given.prompt, SamplingParams(**values), given.weights
 
 
 def _add_flag(parser: argparse._ActionsContainer, parameter: Parameter) -> None:
@@ -62,12 +66,30 @@ def _add_flag(parser: argparse._ActionsContainer, parameter: Parameter) -> None:
         parser.add_argument(flag, type=parameter.type, default=parameter.default, metavar="VALUE", help=help + default)
 
 
+def quantised_text(package: Package, prompt: str, params: SamplingParams, weights: str) -> Iterator[str]:
+    """The continuation by the engine, in pieces, with weights of 8 or 4 bits. Raises ConfigError."""
+    from gptcore.engine import Engine, Request
+
+    engine = Engine(package, EngineSettings(device="cpu", slots=1, weights=weights))
+    prompt_ids = tuple(package.tokenizer.encode_prompt(prompt))
+    engine.add(Request("0", prompt_ids, params))
+
+    def pieces() -> Iterator[str]:
+        while engine.busy:
+            yield from (update.text for update in engine.step())
+
+    return pieces()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
-        name, prompt, params = parse_arguments(argv)
+        name, prompt, params, weights = parse_arguments(argv)
         package = open_package(resolve(name))
-        pieces = stream_text(package.load_model(), package.tokenizer, prompt, params)
+        if weights:
+            pieces = quantised_text(package, prompt, params, weights)
+        else:
+            pieces = stream_text(package.load_model(), package.tokenizer, prompt, params)
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

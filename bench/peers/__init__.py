@@ -24,6 +24,13 @@ PEERS = [
 ]
 """Every engine in every precision that it is measured in."""
 
+QUANTISED = [
+    Contestant("CTranslate2", "int8", open_ctranslate2, CTRANSLATE2),
+    Contestant("llama.cpp", "int8", open_llama_cpp, LLAMA_CPP),
+    Contestant("llama.cpp", "int4", open_llama_cpp, LLAMA_CPP),
+]
+"""Those with quantised weights; llama.cpp's are q8_0 and q4_0."""
+
 REFERENCES = [
     Contestant("transformers", "float32", open_transformers, TRANSFORMERS),
     Contestant("CTranslate2", "float32", open_ctranslate2, CTRANSLATE2),

@@ -22,15 +22,8 @@ WEIGHTS = {"bfloat16": "bf16", "float32": "f32", "int8": "q8_0", "int4": "q4_0"}
 
 
 def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[RunTurn, str]:
-    """Writes the package as GGUF once per precision and scratch folder, and opens it."""
-    import llama_cpp
-
-    if task.device != "cpu":
-        raise Unsupported("measured on a CPU only")
-    file = Path(task.scratch) / f"{precision}.gguf"
-    if not file.exists():
-        export(open_package(task.package, verify=False), file, WEIGHTS[precision])
-    decoder = Decoder(llama_cpp, file, task)
+    """Opens the package in llama.cpp."""
+    decoder = open_decoder(task, precision)
 
     def run_turn() -> DecodeTurn:
         decoder.clear()
@@ -45,7 +38,20 @@ def open_llama_cpp(task: DecodeTask, precision: str) -> tuple[RunTurn, str]:
         sequences = np.stack(tokens, axis=1).tolist()  # (batch, new_tokens)
         return DecodeTurn(first - start, end - first, sequences, task.batch * (task.new_tokens - 1))
 
-    return run_turn, f"llama.cpp by llama-cpp-python {llama_cpp.__version__}, {precision} weights, f16 cache"
+    version = decoder.library.__version__
+    return run_turn, f"llama.cpp by llama-cpp-python {version}, {WEIGHTS[precision]} weights, f16 cache"
+
+
+def open_decoder(task: DecodeTask, precision: str) -> "Decoder":
+    """Writes the package as GGUF once per precision and scratch folder, and opens it. Raises Unsupported."""
+    import llama_cpp
+
+    if task.device != "cpu":
+        raise Unsupported("measured on a CPU only")
+    file = Path(task.scratch) / f"{precision}.gguf"
+    if not file.exists():
+        export(open_package(task.package, verify=False), file, WEIGHTS[precision])
+    return Decoder(llama_cpp, file, task)
 
 
 class Decoder:
@@ -89,6 +95,17 @@ class Decoder:
             self._put(int(token), position, sequence, wanted=True)
         return self._run(len(tokens))
 
+    def nats(self, tokens: list[int]) -> float:
+        """What the tokens after the first cost, by the model's probabilities."""
+        self.clear()
+        self.batch.n_tokens = 0
+        for position, token in enumerate(tokens):
+            self._put(token, position, 0, wanted=True)
+        logits = self._logits(len(tokens))[:-1].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        chosen = np.take_along_axis(logits, np.array(tokens[1:])[:, None], axis=1)[:, 0]
+        return float((np.log(np.exp(logits).sum(axis=1)) - chosen).sum())
+
     def _put(self, token: int, position: int, sequence: int, wanted: bool) -> None:
         i = self.batch.n_tokens
         self.batch.token[i], self.batch.pos[i] = token, position
@@ -97,7 +114,10 @@ class Decoder:
         self.batch.n_tokens = i + 1
 
     def _run(self, count: int) -> np.ndarray:
+        return self._logits(count).argmax(axis=1)
+
+    def _logits(self, count: int) -> np.ndarray:
         if code := self.library.llama_decode(self.context, self.batch):
             raise RuntimeError(f"llama_decode returned {code}")
         logits = self.library.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(logits, shape=(count, self.vocab_size)).argmax(axis=1)
+        return np.ctypeslib.as_array(logits, shape=(count, self.vocab_size))

@@ -48,9 +48,21 @@ def test_every_flag_reaches_the_sampler(package: Package, capsys: Capture) -> No
     assert capsys.readouterr().out == "ab" + generate_text(model, package.tokenizer, "ab", greedy) + "\n"
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_weights_continue_the_text_too(package: Package, weights: str, capsys: Capture) -> None:
+    command = [str(package.path), "--prompt=ab", "--max-new-tokens=9", "--seed=8", f"--weights={weights}"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("ab")
+    assert len(text) > len("ab\n")
+    assert main(command) == 0
+    assert capsys.readouterr().out == text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["PACKAGE", "--weights", "int2"], "weights is 'int2'; expected one of int8, int4."),
         (["PACKAGE", "--temprature", "1"], "unrecognized arguments: --temprature 1. Did you mean '--temperature'?"),
         (["PACKAGE", "--temperature", "-1"], "temperature is -1.0"),
         (["PACKAGE", "--temperature", "hot"], "invalid float value: 'hot'"),

@@ -1,0 +1,99 @@
+"""Measures what quantised weights cost in quality: `python -m bench.quantised PACKAGE --data FILE`.
+
+The end of the corpus, at most `--bytes` of it, is read in windows of the model's context, each behind the end-of-text
+token. For the engine in fp32, bf16, int8 and int4, and for llama.cpp in bf16, q8_0 and q4_0, it reports bits per byte
+and how much more that is than the engine's in fp32. It prints one JSON line last.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench.peers.llama_cpp import open_decoder
+from bench.peers.task import DecodeTask
+from bench.turns import cores
+from gptcore import hub
+from gptcore.engine import EngineSettings, Request
+from gptcore.engine.engine import Engine
+from gptcore.errors import FoundryError
+from gptcore.package import Package, open_package
+from gptcore.sampling import SamplingParams
+from train_job.data.corpus import open_corpus, split
+
+ENGINE = {"fp32": ("float32", ""), "bf16": ("bfloat16", ""), "int8": ("float32", "int8"), "int4": ("float32", "int4")}
+"""Name -> dtype and weights."""
+LLAMA_CPP = {"bf16": "bfloat16", "q8_0": "int8", "q4_0": "int4"}
+"""Name -> precision of the peer."""
+HELD_OUT = 0.1
+"""The share of a corpus that a run keeps for validation by default."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table and the JSON line. Returns 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m bench.quantised", description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="PACKAGE_OR_URI", help=hub.KINDS)
+    parser.add_argument("--data", default="shakespeare", help="corpus, as for train_job/run.py")
+    parser.add_argument("--bytes", type=int, default=100_000, help="at most so much of its end")
+    arguments = parser.parse_args(argv)
+    try:
+        package = open_package(hub.resolve(arguments.model))
+        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+            text = held_out(arguments.data, arguments.bytes, Path(scratch))
+            report = measure(package, text, scratch)
+    except FoundryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"bench": "quantised", "model": arguments.model, "bytes": len(text.encode()), **report}))
+    return 0
+
+
+def held_out(data: str, most: int, cache: Path) -> str:
+    """The last `most` bytes of the corpus, or its validation split if that is shorter."""
+    _, validation = split(open_corpus(data, cache_dir=cache), HELD_OUT)
+    return "\n".join(validation.documents()).encode()[-most:].decode(errors="ignore")
+
+
+def measure(package: Package, text: str, scratch: str) -> dict[str, float]:
+    """Bits per byte of each contestant."""
+    ids, eot = package.tokenizer.encode(text), package.tokenizer.eot
+    length = package.config.context_length - 1
+    windows = [[eot, *ids[i : i + length]] for i in range(0, len(ids), length)]
+    found: dict[str, float] = {}
+
+    def report(name: str, nats: Callable[[list[int]], float]) -> None:
+        found[name] = sum(map(nats, windows)) / math.log(2) / len(text.encode())
+        worse = found[name] / found["engine fp32"] - 1
+        print(f"{name:16}{found[name]:10.5f} bits per byte{worse:+10.3%}", flush=True)
+
+    for name, (dtype, weights) in ENGINE.items():
+        report(f"engine {name}", by_engine(package, dtype, weights))
+    task = DecodeTask(str(package.path), scratch, 1, length + 1, 1, cores(), package.config.vocab_size)
+    for name, precision in LLAMA_CPP.items():
+        report(f"llama.cpp {name}", open_decoder(task, precision).nats)
+    return {name: round(value, 5) for name, value in found.items()}
+
+
+def by_engine(package: Package, dtype: str, weights: str) -> Callable[[list[int]], float]:
+    """What a window's tokens, after the first, cost in nats."""
+    settings = EngineSettings(device="cpu", backend="native", dtype=dtype, weights=weights, slots=1)
+    engine = Engine(package, settings)
+
+    def nats(window: list[int]) -> float:
+        engine.add(Request("0", tuple(window), SamplingParams(), prompt_logprobs=True, prompt_only=True))
+        updates = []
+        while engine.busy:
+            updates += engine.step()
+        return -sum(entry.logprob or 0.0 for update in updates for entry in update.prompt_logprobs)
+
+    return nats
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(cores())
+    sys.exit(main())
