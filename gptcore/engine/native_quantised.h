@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int GROUP = 32, QUAD = 4, MOST_QUANTISED_ROWS = 4, GROUPS_AT_ONCE = 16, PREFETCH_AHEAD = 4;
+constexpr int GROUP = 32, QUAD = 4, MOST_QUANTISED_ROWS = 4, GROUPS_AT_ONCE = 16, FETCH_BYTES = 4096;
 
 // What the processor multiplies bytes with; plain AVX2 needs another order of activations and other instructions.
 #if defined(__AVX512VNNI__)
@@ -174,16 +174,18 @@ void quantise(const T* x, int groups, int bits, Activations* to) {
 // --- products ------------------------------------------------------------------------------------------------------
 
 // acc (ROWS, COLUMNS) += the products of one group's weights, without the offset taken off, with ROWS rows `stride` apart.
-// With few rows, weights are loaded one register at a time, so that all sums stay in registers.
+// With few rows, weights are loaded one register at a time, so that all sums stay in registers. FETCH: the first pass over
+// a panel prefetches what comes next, a little at each step; all of a group at once is no faster than nothing.
 #ifdef PLAIN_AVX2
 
 inline __m256i repeated(const int8_t* p) { return _mm256_set1_epi32(read<int32_t>(p)); }
 
 // Of 8 bits: bytes become 16-bit numbers, whose products are added in pairs.
-template <int ROWS, int COLUMNS>
+template <bool FETCH, int ROWS, int COLUMNS>
 inline void accumulate8(Sums (&acc)[ROWS][COLUMNS], const uint8_t* w, const Activations* a, int stride) {
     const __m256i low = _mm256_set1_epi16(255);
     for (int k = 0; k < GROUP; k += QUAD, w += PANEL * QUAD) {
+        if (FETCH) prefetch(w + FETCH_BYTES, PANEL * QUAD);
         if constexpr (ROWS < COLUMNS) {
             __m256i even[ROWS], odd[ROWS];
             for (int r = 0; r < ROWS; r++) {
@@ -215,13 +217,14 @@ inline void accumulate8(Sums (&acc)[ROWS][COLUMNS], const uint8_t* w, const Acti
 }
 
 // Of 4 bits: the sums of a group fit into 16 bits, as 16 * 15 * 127 < 2^15.
-template <int ROWS, int COLUMNS>
+template <bool FETCH, int ROWS, int COLUMNS>
 inline void accumulate4(Sums (&acc)[ROWS][COLUMNS], const uint8_t* w, const Activations* a, int stride) {
     const __m256i low = _mm256_set1_epi8(15);
     __m256i pairs[ROWS][COLUMNS];
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < COLUMNS; c++) pairs[r][c] = _mm256_setzero_si256();
     for (int k = 0; k < GROUP; k += 2 * QUAD, w += PANEL * QUAD) {
+        if (FETCH) prefetch(w + FETCH_BYTES, PANEL * QUAD);
         if constexpr (ROWS < COLUMNS) {
             __m256i left[ROWS], right[ROWS];
             for (int r = 0; r < ROWS; r++) {
@@ -273,18 +276,21 @@ inline Sums dot(Sums acc, Quads w, const int8_t* a) {
 #endif
 }
 
-template <int ROWS, int COLUMNS>
+template <bool FETCH, int ROWS, int COLUMNS>
 inline void accumulate8(Sums (&acc)[ROWS][COLUMNS], const uint8_t* w, const Activations* a, int stride) {
-    for (int k = 0; k < GROUP; k += QUAD, w += PANEL * QUAD)
+    for (int k = 0; k < GROUP; k += QUAD, w += PANEL * QUAD) {
+        if (FETCH) prefetch(w + FETCH_BYTES, PANEL * QUAD);
         for (int c = 0; c < COLUMNS; c++) {
             Quads column = read<Quads>(w + c * sizeof(Sums));
             for (int r = 0; r < ROWS; r++) acc[r][c] = dot(acc[r][c], column, a[(size_t)r * stride].values + k);
         }
+    }
 }
 
-template <int ROWS, int COLUMNS>
+template <bool FETCH, int ROWS, int COLUMNS>
 inline void accumulate4(Sums (&acc)[ROWS][COLUMNS], const uint8_t* w, const Activations* a, int stride) {
-    for (int k = 0; k < GROUP; k += 2 * QUAD, w += PANEL * QUAD)
+    for (int k = 0; k < GROUP; k += 2 * QUAD, w += PANEL * QUAD) {
+        if (FETCH) prefetch(w + FETCH_BYTES, PANEL * QUAD);
         for (int c = 0; c < COLUMNS; c++) {
             Quads column = read<Quads>(w + c * sizeof(Sums)), low = column & 0x0f0f0f0fu, high = column >> 4 & 0x0f0f0f0fu;
             for (int r = 0; r < ROWS; r++) {
@@ -292,9 +298,18 @@ inline void accumulate4(Sums (&acc)[ROWS][COLUMNS], const uint8_t* w, const Acti
                 acc[r][c] = dot(acc[r][c], high, a[(size_t)r * stride].values + k + QUAD);
             }
         }
+    }
 }
 
 #endif
+
+template <bool FETCH, int BITS, int ROWS, int COLUMNS>
+inline void accumulate(Sums (&acc)[ROWS][COLUMNS], const uint8_t* w, const Activations* a, int stride) {
+    if constexpr (BITS == 8)
+        accumulate8<FETCH>(acc, w, a, stride);
+    else
+        accumulate4<FETCH>(acc, w, a, stride);
+}
 
 // out (ROWS, 64) += a (ROWS, groups) times `groups` groups of a panel.
 template <int BITS, int ROWS>
@@ -308,14 +323,13 @@ void quantised_product(const Quantised& m, const uint8_t* w, int groups, const A
         const uint8_t* scales = w + first * sizeof(bf16);
         for (int g = 0; g < groups; g++, scales += bytes) {
             const uint8_t* weights = scales + (PANEL - first) * sizeof(bf16) + first * QUAD;
-            if (first == 0) prefetch(scales + PREFETCH_AHEAD * bytes, bytes);
             Sums acc[ROWS][COLUMNS];
             for (int r = 0; r < ROWS; r++)
                 for (int c = 0; c < COLUMNS; c++) acc[r][c] = Sums{} - (a[(size_t)r * stride + g].sum << (BITS - 1));
-            if (BITS == 8)
-                accumulate8(acc, weights, a + g, stride);
+            if (first == 0)
+                accumulate<true, BITS>(acc, weights, a + g, stride);
             else
-                accumulate4(acc, weights, a + g, stride);
+                accumulate<false, BITS>(acc, weights, a + g, stride);
             for (int c = 0; c < COLUMNS; c++) {
                 Scales half = read<Scales>(scales + c * sizeof half);
                 Totals scale = (Totals)(__builtin_convertvector(half, Quads) << 16);
