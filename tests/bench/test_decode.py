@@ -109,6 +109,13 @@ def test_the_engine_does_the_same_work(package: Package, task: DecodeTask) -> No
     assert turn.decoded == task.batch * (task.new_tokens - 1)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_engine_does_it_with_quantised_weights(package: Package, task: DecodeTask, weights: str) -> None:
+    run_turn, note = open_engine(task, weights, "native")
+    assert "native" in note
+    assert [len(tokens) for tokens in run_turn().tokens] == [6] * 3
+
+
 def test_the_floor_runs_every_matrix_of_the_model_once(package: Package, task: DecodeTask) -> None:
     model = package.load_model()
     sizes = [p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("embed")]
