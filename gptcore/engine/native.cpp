@@ -559,7 +559,7 @@ class Sampler {
 
 // The fields of `shape` and the numbers of the weights. Both must match gptcore.engine.native.
 struct Shape {
-    int32_t rotary, layers, C, H, K, D, M, V, S, slots, threads, is_bf16, weight_bits, head_bits;  // bits 0: as the dtype
+    int32_t rotary, layers, C, H, K, D, M, V, S, slots, threads, weight_bits, head_bits;  // bits 0: as the dtype
 };
 enum Weight { EMBED, POSITIONS, COS, SIN, FINAL_GAIN, FINAL_BIAS, HEAD, NORM1_GAIN, NORM1_BIAS, QKV, QKV_BIAS,
               Q_NORM, K_NORM, OUT, OUT_BIAS, NORM2_GAIN, NORM2_BIAS, GATE, UP, UP_BIAS, DOWN, DOWN_BIAS };
@@ -953,7 +953,7 @@ void* gpt_create(const int32_t* shape, float eps) {
     Shape s;
     std::memcpy(&s, shape, sizeof s);
     try {
-        return s.is_bf16 ? (Network*)new Decoder<bf16>(s, eps) : (Network*)new Decoder<float>(s, eps);
+        return new Decoder<NUMBER>(s, eps);
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
@@ -979,11 +979,12 @@ int64_t gpt_cache_bytes(void* g) { return ((Network*)g)->cache_bytes(); }
 
 void gpt_destroy(void* g) { delete (Network*)g; }
 
-const char* gpt_kernel(int is_bf16, int bits) {
+const char* gpt_kernel(int bits) {
+    constexpr bool half = sizeof(NUMBER) == 2;
     if (bits) return QUANTISED_KERNEL;
-    if (is_bf16 && amx_allowed()) return "amx-bf16";
+    if (half && amx_allowed()) return "amx-bf16";
 #if defined(__AVX512BF16__)
-    if (is_bf16) return "avx512-bf16";
+    if (half) return "avx512-bf16";
 #endif
 #if defined(__AVX512F__)
     return "avx512";

@@ -35,6 +35,8 @@ BITS = {"": (0, 0), "int8": (8, 8), "int4": (4, 8)}
 """Setting -> bits of the layers' weights and of the head's, in groups that share a scale; 0: as the dtype."""
 SCALE_BITS = 16 / 32
 """Of each weight: 32 share a scale of 16 bits."""
+NUMBERS = {torch.bfloat16: "bf16", torch.float32: "float"}
+"""dtype -> the kernel's type. Each is compiled for itself, when it is needed: that takes half as long as both."""
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 EXTRA_FLAGS: tuple[str, ...] = ()
 """Added last; tests use them to compile for other processors."""
@@ -116,17 +118,16 @@ class NativeRunner:
     ) -> None:
         check_shape(config)
         self.note = note
-        if dtype not in (torch.bfloat16, torch.float32):
+        if dtype not in NUMBERS:
             raise NativeUnavailable(f"the native kernel computes in bfloat16 or float32, not in {dtype}")
         self.dtype, self.slots, self.context_length = dtype, slots, config.context_length
         self.weights = weights
-        half = dtype == torch.bfloat16
-        self._library = load_library()
-        self.name = f"native {self._library.gpt_kernel(half, BITS[weights][0]).decode()}"
+        self._library = load_library(dtype)
+        self.name = f"native {self._library.gpt_kernel(BITS[weights][0]).decode()}"
         shape = (
             config.rotary, config.num_layers, config.hidden_size, config.num_heads, config.kv_heads,
             config.head_size, config.intermediate_size or 0, config.vocab_size, config.context_length, slots,
-            threads or available_cores(), half, *BITS[weights],
+            threads or available_cores(), *BITS[weights],
         )  # fmt: skip
         self._handle = self._library.gpt_create((ctypes.c_int32 * len(shape))(*map(int, shape)), config.norm_eps)
         if not self._handle:
@@ -254,11 +255,11 @@ def check_shape(config: ModelConfig) -> None:
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL:
-    """The compiled kernel, from the cache or compiled now. Raises NativeUnavailable."""
+def load_library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernel for this dtype, from the cache or compiled now. Raises NativeUnavailable."""
     compiler = find_compiler()
     target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [compiler, *FLAGS, target, *EXTRA_FLAGS]
+    command = [compiler, *FLAGS, f"-DNUMBER={NUMBERS[dtype]}", target, *EXTRA_FLAGS]
     library = home() / ".cache" / "native" / f"{_fingerprint(command)}.so"
     if not library.exists():
         _build([*command, str(SOURCE)], library)
@@ -274,7 +275,7 @@ def load_library() -> ctypes.CDLL:
     functions.gpt_copy.argtypes = [pointer, integer, integer, integer]
     functions.gpt_cache_bytes.argtypes, functions.gpt_cache_bytes.restype = [pointer], ctypes.c_int64
     functions.gpt_destroy.argtypes = [pointer]
-    functions.gpt_kernel.argtypes, functions.gpt_kernel.restype = [integer, integer], ctypes.c_char_p
+    functions.gpt_kernel.argtypes, functions.gpt_kernel.restype = [integer], ctypes.c_char_p
     return functions
 
 

@@ -51,7 +51,7 @@ DRAWS = [
 ]
 
 try:
-    native.load_library()
+    native.load_library(torch.float32)
 except NativeUnavailable as reason:
     pytest.skip(str(reason), allow_module_level=True)
 
@@ -203,7 +203,7 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CXX", "no-such-compiler")
     native.load_library.cache_clear()
     with pytest.raises(NativeUnavailable, match="CXX is 'no-such-compiler', which is no program"):
-        native.load_library()
+        native.load_library(torch.float32)
     native.load_library.cache_clear()
 
 
@@ -212,6 +212,6 @@ def test_the_compilers_message_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(native, "EXTRA_FLAGS", ("-not-a-flag",))
     native.load_library.cache_clear()
     with pytest.raises(NativeUnavailable, match="not-a-flag"):
-        native.load_library()
+        native.load_library(torch.float32)
     native.load_library.cache_clear()
     assert not list((tmp_path / ".cache" / "native").iterdir())

@@ -32,7 +32,7 @@ WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4"])
 GROUP = 32
 
 try:
-    native.load_library()
+    native.load_library(torch.float32)
 except NativeUnavailable as reason:
     pytest.skip(str(reason), allow_module_level=True)
 
