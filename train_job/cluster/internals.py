@@ -32,15 +32,15 @@ def start_bare(processes: int) -> None:
 
     for server in ("start_api_server", "start_monitor", "start_log_monitor"):
         setattr(node.Node, server, lambda *_, **__: None)
-    start = services.start_ray_process
+    start = getattr(services.start_ray_process, "__wrapped__", services.start_ray_process)  # of an earlier call
     wanted = ("--num_prestart_python_workers=", "--maximum_startup_concurrency=")
 
+    @functools.wraps(start)
     def start_with(command: list[str], *arguments: Any, **named: Any) -> Any:
         command = [f"{part.partition('=')[0]}={processes}" if part.startswith(wanted) else part for part in command]
         return start(command, *arguments, **named)
 
-    if processes:
-        services.start_ray_process = start_with
+    services.start_ray_process = start_with if processes else start
 
 
 def drop_raylet_reports() -> None:
