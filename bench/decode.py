@@ -74,6 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--speculation", action="store_true", help="let the engine speculate; random models soon repeat themselves"
     )
     arguments = parser.parse_args(argv)
+    if arguments.weights and arguments.dtype != "bfloat16":
+        parser.error(f"--weights {arguments.weights} is measured with --dtype bfloat16, not {arguments.dtype}")
     for name in ("batch", "prompt_tokens", "new_tokens", "turns", "threads"):
         value = getattr(arguments, name)
         least = 2 if name == "new_tokens" else 1

@@ -21,7 +21,7 @@ from gptcore.engine.torch_runner import packed_linear
 from gptcore.package import open_package
 
 STEPS = 20
-WEIGHT_AND_CACHE_BYTES = {"bfloat16": (2, 2), "float32": (4, 4), "int8": (1, 4), "int4": (0.5, 4)}
+WEIGHT_AND_CACHE_BYTES = {"bfloat16": (2, 2), "float32": (4, 4), "int8": (1, 2), "int4": (0.5, 2)}
 """Of each number, by precision; scales of quantised weights are not counted."""
 READ_BYTES = 1 << 30
 

@@ -6,6 +6,7 @@ and how much more that is than the engine's in fp32. It prints one JSON line las
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="shakespeare", help="corpus, as for train_job/run.py")
     parser.add_argument("--bytes", type=int, default=100_000, help="at most so much of its end")
     arguments = parser.parse_args(argv)
+    if arguments.bytes < 1:
+        parser.error(f"argument --bytes: {arguments.bytes}; expected at least 1")
     try:
         package = open_package(hub.resolve(arguments.model))
         with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
@@ -74,6 +77,9 @@ def measure(package: Package, text: str, scratch: str) -> dict[str, float]:
     for name, (dtype, weights) in ENGINE.items():
         report(f"engine {name}", by_engine(package, dtype, weights))
     task = DecodeTask(str(package.path), scratch, 1, length + 1, 1, cores(), package.config.vocab_size)
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama.cpp is not installed: pip install -c constraints.txt -e '.[bench]'")
+        return {name: round(value, 5) for name, value in found.items()}
     for name, precision in LLAMA_CPP.items():
         report(f"llama.cpp {name}", open_decoder(task, precision).nats)
     return {name: round(value, 5) for name, value in found.items()}

@@ -30,8 +30,8 @@ NOT_FLAGS = ("stop_token_ids", "ignore_eos", "logprobs")
 """Parameters that matter to programs only."""
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams, str]:
-    """Model name, prompt, sampling parameters and the kind of quantised weights, or "". Raises ConfigError."""
+def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams, EngineSettings]:
+    """Model name, prompt, sampling parameters, and settings that may quantise the weights. Raises ConfigError."""
     parser = Parser(
         prog="python -m gptcore.generate",
         usage="%(prog)s PACKAGE_OR_URI [--prompt TEXT] [--FLAG VALUE ...]",
@@ -52,7 +52,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, str, SamplingParams, s
     values = {name: getattr(given, name) for name in names}
     if given.greedy:
         values["temperature"] = 0.0
-    return given.model, given.prompt, SamplingParams(**values), given.weights
+    return (
+        given.model,
+        given.prompt,
+        SamplingParams(**values),
+        EngineSettings(device="cpu", slots=1, weights=given.weights),
+    )
 
 
 def _add_flag(parser: argparse._ActionsContainer, parameter: Parameter) -> None:
@@ -66,11 +71,11 @@ def _add_flag(parser: argparse._ActionsContainer, parameter: Parameter) -> None:
         parser.add_argument(flag, type=parameter.type, default=parameter.default, metavar="VALUE", help=help + default)
 
 
-def quantised_text(package: Package, prompt: str, params: SamplingParams, weights: str) -> Iterator[str]:
+def quantised_text(package: Package, prompt: str, params: SamplingParams, settings: EngineSettings) -> Iterator[str]:
     """The continuation by the engine, in pieces, with weights of 8 or 4 bits. Raises ConfigError."""
     from gptcore.engine import Engine, Request
 
-    engine = Engine(package, EngineSettings(device="cpu", slots=1, weights=weights))
+    engine = Engine(package, settings)
     prompt_ids = tuple(package.tokenizer.encode_prompt(prompt))
     engine.add(Request("0", prompt_ids, params))
 
@@ -84,10 +89,10 @@ def quantised_text(package: Package, prompt: str, params: SamplingParams, weight
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
-        name, prompt, params, weights = parse_arguments(argv)
+        name, prompt, params, settings = parse_arguments(argv)
         package = open_package(resolve(name))
-        if weights:
-            pieces = quantised_text(package, prompt, params, weights)
+        if settings.weights:
+            pieces = quantised_text(package, prompt, params, settings)
         else:
             pieces = stream_text(package.load_model(), package.tokenizer, prompt, params)
     except FoundryError as error:

@@ -8,6 +8,7 @@ which model version answers. What only a replica needs, torch above all, is impo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -25,6 +26,7 @@ import ray
 from ray import serve
 from ray.serve import metrics as ray_metrics
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from gptcore.cores import available_cores
@@ -34,7 +36,7 @@ from gptcore.home import home
 from serve_app.feedback import open_log
 from serve_app.front import haproxy
 from serve_app.front.unavailable import RETRY_AFTER_SECONDS
-from serve_app.ray_private import dashboard_later, hide_lines, listening_host, started_ray, wait_for_proxies
+from serve_app.ray_private import dashboard_later, hide_lines, listening_host, wait_for_proxies
 from serve_app.settings import ServeSettings, load_settings
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ START_SECONDS = 600
 """How long `serve run` waits for a proxy on a busy machine."""
 LOOK_BACK_S = 15.0
 """The autoscaler's time window. Replicas report every 10 s, and the window must contain at least one report."""
-PRELOAD = {"RAY_preload_python_modules": "ray.serve"}
-"""For a Ray of our own: all of its first processes are Serve's."""
+DASHBOARD_SECONDS = 60
+"""Ray's dashboard of a local service starts after the first replica, or after so long."""
 SERVE_LOGGING = LoggingConfig(log_level="WARNING")
 """For Serve's controller and proxies. Replicas use the service's own logging. Ray's log folder has everything."""
 MISLEADING = re.compile(
@@ -143,8 +145,8 @@ def build_app(args: Mapping[str, Any], make_engine: MakeEngine | None = None) ->
             if settings.engine == "vllm":
                 _require_vllm()
             haproxy.use_haproxy(body_seconds=settings.body_timeout_s, request_seconds=settings.request_timeout_s)
-        _listen(settings, command.params)
-    return build(settings, make_engine, local=started_ray())
+        return build(settings, make_engine, local=_listen(settings, command.params))
+    return build(settings, make_engine)
 
 
 def build(settings: ServeSettings, make_engine: MakeEngine | None = None, local: bool = False) -> serve.Application:
@@ -239,33 +241,39 @@ def _is_serve(address: str) -> bool:
         return False
 
 
-def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> None:
-    """Start Serve on the configured address, with little output. `flags` are those of `serve run`."""
+def _listen(settings: ServeSettings, flags: Mapping[str, Any]) -> bool:
+    """Start Serve on the configured address, with little output. `flags` are those of `serve run`.
+
+    Returns whether Ray was started here, too, so that its processes have this environment.
+    """
     hide_lines(MISLEADING)
     if ray.is_initialized():
-        return
+        return False
     wanted = HTTPOptions(host=settings.host, port=settings.port)
     if any(flags.get(name) for name in ("runtime_env", "runtime_env_json", "working_dir")):
         if (wanted.host, wanted.port) == (HTTPOptions().host, HTTPOptions().port):
-            return  # Ray's default, too
+            return False  # Ray's default, too
         raise click.ClickException(
             "host and port cannot be combined with a runtime environment; put both into a config like deploy/serve.yaml"
         )
     wait_for_proxies(START_SECONDS)
-    for name, value in (PRELOAD | {"GPT_FOUNDRY_HOME": str(home())}).items():
-        os.environ.setdefault(name, value)
-    start_dashboard = dashboard_later()
-    ray.init(address=flags.get("address"), namespace="serve")
+    os.environ["GPT_FOUNDRY_HOME"] = str(home())
+    with dashboard_later() as dashboard:
+        ray.init(address=flags.get("address"), namespace="serve")
     serve.start(http_options=wanted, logging_config=SERVE_LOGGING)
-    threading.Thread(target=_once_deployed, args=(start_dashboard,), daemon=True).start()
+    for start in dashboard:
+        threading.Thread(target=_once_deployed, args=(start,), daemon=True).start()
+    return bool(dashboard)
 
 
-def _once_deployed(start_dashboard: Callable[[], None]) -> None:
-    """Call the function once an application runs or has failed, so that it takes no time from its start."""
-    on_their_way = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING)
-    while all(app.status in on_their_way for app in serve.status().applications.values()):
-        time.sleep(1)
-    start_dashboard()
+def _once_deployed(start: Callable[[], None]) -> None:
+    """Call `start` once an application runs or has failed, or does neither for long. Its start comes first."""
+    patience = time.monotonic() + DASHBOARD_SECONDS
+    under_way = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING)
+    with contextlib.suppress(ray.exceptions.RayError, RayServeException):  # `serve run` has ended
+        while time.monotonic() < patience and all(a.status in under_way for a in serve.status().applications.values()):
+            time.sleep(1)
+        start()
 
 
 def _ray_metric(metric: Metric) -> Any:

@@ -50,10 +50,10 @@ PROMPT_TOKENS = Metric("gpt_prompt_tokens_total", "counter", "Prompt tokens of s
 CACHED_TOKENS = Metric("gpt_prompt_tokens_cached_total", "counter", "Prompt tokens found in the prefix cache.", MODEL)
 GENERATED_TOKENS = Metric("gpt_generation_tokens_total", "counter", "Generated tokens.", MODEL)
 DRAFT_TOKENS = Metric(
-    "gpt_spec_decode_num_draft_tokens_total", "counter", "Guesses of tokens that were computed (speculation).", MODEL
+    "gpt_spec_decode_num_draft_tokens_total", "counter", "Draft tokens computed (speculation).", MODEL
 )
 ACCEPTED_TOKENS = Metric(
-    "gpt_spec_decode_num_accepted_tokens_total", "counter", "Guesses that were right; each saved a step.", MODEL
+    "gpt_spec_decode_num_accepted_tokens_total", "counter", "Draft tokens accepted; each saved a step.", MODEL
 )
 FIRST_TOKEN = Metric(
     "gpt_time_to_first_token_seconds", "histogram", "Time from the request to its first token.", MODEL, WAITS

@@ -3,8 +3,9 @@
 Tried with Ray 2.60. `tests/serve_app/test_ray_private.py` says which function another version of Ray breaks.
 """
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray._private import ray_logging, services, worker
@@ -13,27 +14,21 @@ from ray.serve._private import api, client
 from ray.serve.context import _get_global_client
 
 
-def dashboard_later() -> Callable[[], None]:
-    """Let `ray.init` start no dashboard, for which it would wait; returns the function that starts it."""
+@contextlib.contextmanager
+def dashboard_later() -> Iterator[list[Callable[[], None]]]:
+    """Let a `ray.init` in the block start no dashboard, for which it would wait; yields what starts it, if anything."""
     start: Any = Node.start_api_server
     left: list[Callable[[], None]] = []
 
     def keep(node: Node, **options: Any) -> None:
         left.append(lambda: start(node, **options))
 
-    def begin() -> None:
-        services.logger.addFilter(lambda _: worker.is_initialized())  # a Ray that ends meanwhile needs no dashboard
-        for one in left:
-            one()
-
     Node.start_api_server = keep  # type: ignore[method-assign,assignment]
-    return begin
-
-
-def started_ray() -> bool:
-    """Whether this process started the Ray that it is connected to, so that Ray's processes have its environment."""
-    node = worker._global_node
-    return node is not None and node.is_head()
+    try:
+        yield left
+    finally:
+        Node.start_api_server = start  # type: ignore[method-assign]
+    services.logger.addFilter(lambda _: worker.is_initialized())  # a Ray that ends meanwhile needs no dashboard
 
 
 def wait_for_proxies(seconds: float) -> None:

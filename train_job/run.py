@@ -8,7 +8,6 @@ stopped by a signal.
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -72,15 +71,20 @@ class TrainingJob:
         if self._config.init_from:
             self._config = replace(self._config, init_from=pin(self._config.init_from, self._uri))
         with contextlib.ExitStack() as stack:
-            # Wrong input should not have to wait for Ray: it starts when there is much to tokenise, or now.
-            workers = 0 if self._config.use_gpu else self._config.workers[0]
-            cluster = functools.cache(lambda: stack.enter_context(ray_cluster(workers)))
+            running: list[tuple[Any, bool]] = []
+
+            def cluster(workers: int = 0) -> tuple[Any, bool]:
+                """Wrong input should not have to wait for Ray: it starts for much text, or when all is well."""
+                if not running:
+                    running.append(stack.enter_context(ray_cluster(workers)))
+                return running[0]
+
             with doing("preparing the text"):
                 inputs = prepare_on_cluster(self._config, cluster, record.text if record else None)
             self._config = inputs.config
             check_user(self._uri)
             import_beside(self._uri)
-            ray, own_ray = cluster()
+            ray, own_ray = cluster(0 if self._config.use_gpu else self._config.workers[0])
             resources = resources_per_worker(self._config, ray.nodes(), own_ray)
             if own_ray and not self._config.use_gpu:
                 require_room(self._config, inputs.model, inputs.parent)

@@ -72,7 +72,7 @@ class Engine:
             settings.prefix_cache,
         )
         exact = self.runner.invariant and self.runner.reuse_granularity == 1  # drafts run in chunks of any length
-        speculation = Speculation.on(self.runner.name) if settings.speculation and exact else None
+        speculation = Speculation.on(self.runner.name, self.runner.weights) if settings.speculation and exact else None
         self._scheduler = Scheduler(cache, settings.prefill_tokens, settings.max_queue, speculation)
         self._vocab_size = package.tokenizer.vocab_size
         self._active: dict[str, ActiveRequest] = {}

@@ -82,9 +82,9 @@ class Update:
     queue_seconds: float = 0.0
     """How long the request waited for its slot."""
     draft_tokens: int = 0
-    """Guesses of tokens that were computed since the previous update."""
+    """Draft tokens that were computed since the previous update (speculation)."""
     accepted_tokens: int = 0
-    """How many of them were right, each of which saved a step."""
+    """How many of them were accepted; each saved a step."""
 
 
 def merge(updates: list[Update]) -> Update:
@@ -136,9 +136,9 @@ class EngineStats:
     generated_tokens_total: int
     steps_total: int
     draft_tokens_total: int = 0
-    """Guesses of tokens that were computed (speculation)."""
+    """Draft tokens that were computed (speculation)."""
     accepted_tokens_total: int = 0
-    """How many of them were right."""
+    """How many of them were accepted."""
 
 
 class Stepped(Protocol):

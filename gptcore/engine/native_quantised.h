@@ -110,10 +110,11 @@ void quantise_panel(Quantised& m, int panel, const Source* weight, int N, int K)
             alignas(64) float x[GROUP] = {};
             for (int k = 0; k < count; k++) x[k] = value(weight[(size_t)row * K + g * GROUP + k]);
             Vec pair[2] = {load(x), load(x + LANES)};
-            float scale = best_scale(pair, m.bits), inverse = scale == 0 ? 0 : 1 / scale;
+            float broken = 0 * (sum(pair[0]) + sum(pair[1]));  // NaN if a weight is, or is infinite: then all logits are
+            float scale = best_scale(pair, m.bits) + broken, inverse = scale == 0 || broken != 0 ? 0 : 1 / scale;
             put((bf16*)to + c, scale);
             for (int k = 0; k < GROUP; k++) {
-                int shift, q = (int)std::nearbyint(x[k] * inverse);
+                int shift, q = inverse == 0 ? 0 : (int)std::nearbyint(x[k] * inverse);
                 uint8_t* byte = m.place(to, c, k, shift);
                 *byte |= (std::min(std::max(q, least), most) + m.offset()) << shift;
             }
@@ -146,10 +147,11 @@ void quantise(const T* x, int groups, int bits, Activations* to) {
             v = v < broadcast(0) ? -v : v;
             most = v > most ? v : most;
         }
-        float largest = 0;
+        float largest = 0, broken = 0 * sum(total);  // NaN if one of them is, or is infinite
         for (int i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
-        to->scale = largest / 127 + 0 * sum(total);  // NaN if one of them is
-        float inverse = largest == 0 ? 0 : 127 / largest;
+        to->scale = largest / 127 + broken;
+        if (broken != 0) pair[0] = pair[1] = Vec{};
+        float inverse = largest < 1e-30f || broken != 0 ? 0 : 127 / largest;
         typedef int16_t Shorts __attribute__((vector_size(32)));
         typedef int8_t Bytes __attribute__((vector_size(16)));
         IntVec sums = {};
@@ -175,7 +177,7 @@ void quantise(const T* x, int groups, int bits, Activations* to) {
 
 // acc (ROWS, COLUMNS) += the products of one group's weights, without the offset taken off, with ROWS rows `stride` apart.
 // With few rows, weights are loaded one register at a time, so that all sums stay in registers. FETCH: the first pass over
-// a panel prefetches what comes next, a little at each step; all of a group at once is no faster than nothing.
+// a panel prefetches what comes next, a little at each step; prefetching a whole group at once gains nothing.
 #ifdef PLAIN_AVX2
 
 inline __m256i repeated(const int8_t* p) { return _mm256_set1_epi32(read<int32_t>(p)); }

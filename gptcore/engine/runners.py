@@ -53,7 +53,9 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
                 raise ConfigError(f"backend is 'native', but {error}", param="backend") from error
             if settings.weights:
                 raise ConfigError(
-                    f"weights is {settings.weights!r}, which only the native kernel has, but {error}", param="weights"
+                    f"weights is {settings.weights!r}, which only the native kernel has, but {error}; correct that, or "
+                    "leave out weights",
+                    param="weights",
                 ) from error
             note = "; ".join(filter(None, (f"not native: {error}", note)))
     check_memory(package, device, dtype, native=False)

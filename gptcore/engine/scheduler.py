@@ -126,12 +126,15 @@ class Scheduler:
         self.cache.check(owners)
 
     def _draft(self, speculation: Speculation) -> None:
-        """Give the decoding sequences drafts, of no more tokens than they may still generate but one."""
+        """Give the decoding sequences drafts, of no more tokens than they may still generate but one.
+
+        One with logprobs gets none: those of tokens that are then discarded would take longer than a step.
+        """
         agreed = [sequence.lookup.catch_up() for sequence in self.decoding]
         if not any(agreed):
             return
         for sequence, length in zip(self.decoding, speculation.lengths(agreed), strict=True):
-            if length:
+            if length and sequence.request.params.logprobs is None:
                 new = sequence.request.params.max_new_tokens
                 left = min(sequence.prompt_length + new, self.cache.context_length) - len(sequence.tokens)
                 sequence.draft = sequence.lookup.draft(min(length, left - 1))

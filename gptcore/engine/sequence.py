@@ -57,6 +57,6 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     def accept(self, right: int) -> None:
-        """So many tokens of the draft were right: they are computed, and the engine has appended them."""
+        """Record that the first `right` draft tokens were right: computed, and appended by the engine."""
         self.computed += right
         self.draft = []

@@ -53,7 +53,7 @@ class ModelStatus:
     runner: str | None = None
     dtype: str | None = None
     weights: str | None = None
-    """int8, int4, or the dtype."""
+    """int8 or int4 if its matrices are quantised."""
     slots: int | None = None
     chat: bool | None = None
     """Whether it answers conversations: whether it has a chat template that can be used."""
@@ -231,7 +231,7 @@ class Models:
             vocab_size=served.package.tokenizer.vocab_size,
             runner=info.runner,
             dtype=info.dtype,
-            weights=info.weights or info.dtype,
+            weights=info.weights or None,
             slots=info.slots,
             chat=served.chats,
             caveats=info.caveats,

@@ -23,7 +23,7 @@ from gptcore.memory import free_memory, require_memory
 from gptcore.package import Package
 from gptcore.progress import doing
 from train_job.cluster.discovery import OWN, cluster_address
-from train_job.cluster.internals import drop_raylet_reports, start_bare, use_own_process_groups
+from train_job.cluster.internals import bare_ray, drop_raylet_reports, use_own_process_groups
 from train_job.config import TrainConfig
 from train_job.session.console import without_log_lines
 from train_job.training.hardware import WORKER_ENV
@@ -48,7 +48,7 @@ RAY_TRAINS_OWN = 2
 def ray_cluster(workers: int = 0) -> Iterator[tuple[Any, bool]]:
     """Connects to Ray within the block; yields the module, and whether this Ray was started for this run alone.
 
-    One that was has the processes of so many `workers` that train on CPUs ready, and of Ray Train's own.
+    If it was, it has started processes for so many `workers` that train on CPUs, and for Ray Train itself.
     """
     import ray
 
@@ -56,11 +56,11 @@ def ray_cluster(workers: int = 0) -> Iterator[tuple[Any, bool]]:
     address = cluster_address(os.environ.get("RAY_ADDRESS"))
     alone = address is None
     if alone:
-        for name, value in (LOCAL_RAY | (WORKER_ENV | PRELOAD if workers else {})).items():
+        for name, value in (LOCAL_RAY | (WORKER_ENV if workers else {})).items():
             os.environ.setdefault(name, value)
         use_own_process_groups()
-        start_bare(workers + RAY_TRAINS_OWN if workers else 0)
-        with doing("starting a Ray of this job's own"):
+        ready = (workers + RAY_TRAINS_OWN, PRELOAD) if workers else (0, {})
+        with doing("starting a Ray of this job's own"), bare_ray(*ready):
             _connect(ray, address="local", include_dashboard=False, **quiet)
     else:
         with doing(f"joining the Ray cluster at {address}"):
@@ -88,8 +88,9 @@ def training_first() -> None:
         return
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error, OSError):
-            if process.name() in ("raylet", "gcs_server") or "RayTrainWorker" in " ".join(process.cmdline()):
-                continue
+            command = " ".join(process.cmdline())
+            if process.name() in ("raylet", "gcs_server") or "RayTrainWorker" in command or "ray::IDLE" in command:
+                continue  # an idle one may become a worker after a failure
             for thread in process.threads():
                 os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
 
@@ -159,13 +160,17 @@ def require_room(config: TrainConfig, shape: ModelConfig, parent: Package | None
 def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float], own_ray: bool) -> Any:
     """Ray Train's trainer for a `WorkerSpec`: workers, storage, retries. `own_ray`: no other job shares this Ray."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from train_job.cluster.failures import Restarts
-    from train_job.cluster.own import OwnTrainer
 
+    trainer: Any
+    if own_ray:
+        from train_job.cluster.own import OwnTrainer as trainer
+    else:
+        from ray.train.torch import TorchTrainer as trainer
+    # Processes of our own Ray have its environment, and with another one they could not be ready.
+    inherited = own_ray and all(os.environ.get(name) == value for name, value in WORKER_ENV.items())
     low, high = spec.config.workers
-    trainer: Any = OwnTrainer if own_ray else TorchTrainer
     return trainer(
         # Not as `train_loop_config`: Ray Train's controller would import all that the workers need.
         lambda: train_worker(spec),
@@ -177,7 +182,7 @@ def torch_trainer(train_worker: Any, spec: Any, resources: dict[str, float], own
         run_config=RunConfig(
             name=spec.config.name,
             storage_path=spec.config.storage_path,
-            worker_runtime_env={} if spec.config.use_gpu or own_ray else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
+            worker_runtime_env={} if spec.config.use_gpu or inherited else {"env_vars": WORKER_ENV},  # type: ignore[call-arg]
             callbacks=[Restarts(spec.channel)],  # type: ignore[list-item]  # typed for Tune's callbacks
             failure_config=FailureConfig(max_failures=spec.config.max_failures),
         ),

@@ -1,13 +1,19 @@
-"""Ray's private modules: all that this project uses of them in training, a function for each use.
+"""Ray's private modules: what this project uses of them in training, beside `own`, a function for each use.
 
 Tried with Ray 2.60. If an upgrade changes one, tests/train_job/cluster/test_internals.py fails and names it. Ray is
 imported inside functions, since that takes a second.
 """
 
+import contextlib
 import functools
 import json
+import os
 import subprocess
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+SERVERS = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Methods of Ray's `Node` that start what a Ray of one job does not need."""
 
 
 def use_own_process_groups() -> None:
@@ -22,25 +28,45 @@ def use_own_process_groups() -> None:
     services.ConsolePopen = functools.partial(subprocess.Popen, process_group=0)  # type: ignore[assignment,misc]
 
 
-def start_bare(processes: int) -> None:
-    """Makes Ray start without servers for a dashboard, an autoscaler and a terminal.
+@contextlib.contextmanager
+def bare_ray(processes: int, environment: Mapping[str, str]) -> Iterator[None]:
+    """A Ray that is started within the block has no servers for a dashboard, an autoscaler and a terminal.
 
-    `ray.init` waits for the dashboard's server even if there is no dashboard. `processes` is how many Python processes
-    start in advance; 0 leaves it at the number of CPUs.
+    `ray.init` waits for the dashboard's server even if there is no dashboard. At least so many Python `processes` start
+    in advance; 0 leaves it at the number of CPUs. Ray's servers have `environment` in addition to this process's.
     """
     from ray._private import node, services
 
-    for server in ("start_api_server", "start_monitor", "start_log_monitor"):
-        setattr(node.Node, server, lambda *_, **__: None)
-    start = getattr(services.start_ray_process, "__wrapped__", services.start_ray_process)  # of an earlier call
-    wanted = ("--num_prestart_python_workers=", "--maximum_startup_concurrency=")
+    start: Any = services.start_ray_process
+    servers = {name: getattr(node.Node, name) for name in SERVERS}
+    added = {name: value for name, value in environment.items() if name not in os.environ}
 
-    @functools.wraps(start)
     def start_with(command: list[str], *arguments: Any, **named: Any) -> Any:
-        command = [f"{part.partition('=')[0]}={processes}" if part.startswith(wanted) else part for part in command]
-        return start(command, *arguments, **named)
+        return start([_with_processes(part, processes) for part in command], *arguments, **named)
 
-    services.start_ray_process = start_with if processes else start
+    os.environ.update(added)
+    for name in servers:
+        setattr(node.Node, name, lambda *_, **__: None)
+    if processes:
+        services.start_ray_process = start_with
+    try:
+        yield
+    finally:
+        services.start_ray_process = start
+        for name, server in servers.items():
+            setattr(node.Node, name, server)
+        for name in added:
+            del os.environ[name]
+
+
+def _with_processes(argument: str, processes: int) -> str:
+    """A raylet's argument, changed if it says how many processes it starts in advance, or at once."""
+    name, _, value = argument.partition("=")
+    if name == "--num_prestart_python_workers":
+        return f"{name}={processes}"
+    if name == "--maximum_startup_concurrency":
+        return f"{name}={max(processes, int(value))}"
+    return argument
 
 
 def drop_raylet_reports() -> None:

@@ -1,4 +1,4 @@
-"""Ray Train on a Ray of the job's own: its processes are ready when they are needed, and none is idle.
+"""Ray Train on a Ray of the job's own, without the helper processes that only a shared cluster needs.
 
 Ray Train expects a cluster that many share and that may grow. So its controller starts helpers that watch over what a
 dead controller may leave behind, that ask for machines, and that hand out Ray's datasets. Each helper is a process that

@@ -23,9 +23,13 @@ from train_job.files import locked, one_line
 _environment = threading.Lock()
 
 
+def _hide_addresses() -> None:
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # they may have passwords
+
+
 def mlflow_client(uri: str) -> Any:
     """An MlflowClient, imported when first needed."""
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints passwords too
+    _hide_addresses()
     from mlflow import MlflowClient
 
     if not uri.startswith("sqlite:///"):
@@ -39,14 +43,15 @@ def mlflow_client(uri: str) -> Any:
 def import_beside(uri: str) -> None:
     """Imports MLflow in a thread, and makes an SQLite database's tables: seconds in which the caller waits for Ray.
 
-    An error is left to the first real call.
+    An error is left to the first real call. The environment stays as it is, since Ray's processes get a copy.
     """
+    _hide_addresses()
 
     def ready() -> None:
-        with contextlib.suppress(Exception), connected(uri):
-            pass
+        with contextlib.suppress(Exception):
+            mlflow_client(uri)
 
-    threading.Thread(target=ready, daemon=True).start()
+    threading.Thread(target=ready).start()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """With weights of 8 or 4 bits, the native kernel computes what its rounding says, bit for bit the same in any batch."""
 
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import replace
@@ -119,6 +120,14 @@ def test_logits_are_bit_identical_however_tokens_are_batched(config: ModelConfig
         first = crowd.forward(ran[:together]).clone()
         for n, row in enumerate(torch.cat([first, crowd.forward(ran[together:])]) if together < 17 else first):
             assert torch.equal(row, alone[n][places[n]])
+
+
+@WEIGHTS
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_no_finite_number_is_not_hidden(weights: str, value: float) -> None:
+    model = random_model(GPT2)
+    model.layers[0].mlp.up_proj.weight.data[3, 40] = value
+    assert not at_once(quantised(model, weights), 1, [1, 2, 3]).isfinite().any()
 
 
 def test_a_quantised_model_fits_into_less_memory(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ with ray_cluster(1) as (ray, own):
 """
     environment = os.environ | {"RAY_ADDRESS": "local"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    with blamed("start_bare or train_job.cluster.own"):
+    with blamed("bare_ray or train_job.cluster.own"):
         last = done.stdout.strip().splitlines()[-1:]
         assert last == ["True {'ready': True, 'helpers': [], 'controller': True}"], done.stdout + done.stderr[-2000:]
 
