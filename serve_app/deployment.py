@@ -120,7 +120,8 @@ class RaySink:
         kept = self._kept[metric.name]
         match metric.kind:
             case "counter":
-                kept.inc(value, labels)
+                if value:  # Ray refuses 0
+                    kept.inc(value, labels)
             case "gauge":
                 kept.set(value, labels)
             case "histogram":

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from serve_app.deployment import build, warn_of_few_slots
+from serve_app.deployment import RaySink, build, warn_of_few_slots
 from serve_app.front import haproxy
+from serve_app.metrics import METRICS
 from serve_app.settings import load_settings
 
 
@@ -77,3 +78,9 @@ def test_an_engine_with_fewer_slots_than_autoscaling_assumes_is_reported(
         warn_of_few_slots(models)
     assert ("gpt@champion v1 has only 6 slots" in caplog.text) is warned
     assert ("set target_ongoing_requests=4.2" in caplog.text) is warned
+
+
+def test_every_metric_takes_a_zero():
+    sink = RaySink()
+    for metric in METRICS:
+        sink(metric, dict.fromkeys(metric.labels, "x"), 0)

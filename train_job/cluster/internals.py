@@ -35,7 +35,7 @@ def bare_ray(processes: int, environment: Mapping[str, str]) -> Iterator[None]:
     `ray.init` waits for the dashboard's server even if there is no dashboard. At least so many Python `processes` start
     in advance; 0 leaves it at the number of CPUs. Ray's servers have `environment` in addition to this process's.
     """
-    from ray._private import node, services
+    from ray._private import node, ray_constants, services
 
     start: Any = services.start_ray_process
     servers = {name: getattr(node.Node, name) for name in SERVERS}
@@ -44,9 +44,14 @@ def bare_ray(processes: int, environment: Mapping[str, str]) -> Iterator[None]:
     def start_with(command: list[str], *arguments: Any, **named: Any) -> Any:
         return start([_with_processes(part, processes) for part in command], *arguments, **named)
 
+    def no_dashboard(head: Any, **_: Any) -> None:
+        """An address where nobody answers: without one, Ray's agent looks for it every second and logs an error."""
+        key, place = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
+        head.get_gcs_client().internal_kv_put(key, b"127.0.0.1:9", True, place)
+
     os.environ.update(added)
     for name in servers:
-        setattr(node.Node, name, lambda *_, **__: None)
+        setattr(node.Node, name, no_dashboard if name == "start_api_server" else lambda *_: None)
     if processes:
         services.start_ray_process = start_with
     try:

@@ -113,8 +113,9 @@ def train_worker(spec: WorkerSpec) -> dict[str, float]:
 def _train(spec: WorkerSpec) -> dict[str, float]:
     config, rank = spec.config, ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device() if config.use_gpu else pick_device(config.device)
-    if threads := os.environ.get("OMP_NUM_THREADS"):  # Ray sets it; torch, if it was imported before, has not read it
-        torch.set_num_threads(int(threads.partition(",")[0]))
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if threads.isdecimal() and int(threads):  # Ray sets it after the preload, and torch has not read it
+        torch.set_num_threads(int(threads))
     with doing("preparing the worker: model and text"):
         model, weights = _model(spec, device)
         train = prepare(spec.train, spec.tokenizer, cache_dir(config), store=shard_store(config))

@@ -92,6 +92,7 @@ print(found["ray_version"] == ray.__version__, "python_version" in found)
 
 def test_a_ray_of_the_jobs_own_has_a_worker_ready_and_no_helpers(tmp_path: Path) -> None:
     code = f"""
+import os
 import sys
 import psutil
 from ray.train import RunConfig, ScalingConfig
@@ -102,7 +103,8 @@ def loop():
     ready = "train_job.cluster.worker" in sys.modules
     processes = [" ".join(p.cmdline()) for p in psutil.Process().parent().parent().children(recursive=True)]
     helpers = [p for p in processes if "Cleaner" in p or "Dataset" in p or "Coordinator" in p or "dashboard.py" in p]
-    return {{"ready": ready, "helpers": helpers, "controller": any("TrainController" in p for p in processes)}}
+    controller = any("TrainController" in p for p in processes)
+    return {{"ready": ready, "threads": os.environ["OMP_NUM_THREADS"], "helpers": helpers, "controller": controller}}
 
 with ray_cluster(1) as (ray, own):
     run = RunConfig(name="own", storage_path={str(tmp_path)!r})
@@ -113,7 +115,9 @@ with ray_cluster(1) as (ray, own):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     with blamed("bare_ray or train_job.cluster.own"):
         last = done.stdout.strip().splitlines()[-1:]
-        assert last == ["True {'ready': True, 'helpers': [], 'controller': True}"], done.stdout + done.stderr[-2000:]
+        assert last == ["True {'ready': True, 'threads': '1', 'helpers': [], 'controller': True}"], (
+            done.stdout + done.stderr[-2000:]
+        )
 
 
 @pytest.mark.parametrize(("bits", "decision"), [(1.5, "CONTINUE"), (9.0, "STOP")])
