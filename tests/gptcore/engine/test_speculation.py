@@ -95,8 +95,9 @@ def test_drafts_make_a_step_with_several_sequences_at_most_twice_as_long(batch: 
 
 def test_where_products_are_faster_fewer_tokens_must_have_agreed() -> None:
     agreed = [6] * 8
-    assert sum(Speculation.on("native avx2").lengths(agreed)) == 0
-    assert sum(Speculation.on("native amx-bf16").lengths(agreed)) > 8
+    assert sum(Speculation.on("native avx2", "").lengths(agreed)) == 0
+    assert sum(Speculation.on("native amx-bf16", "").lengths(agreed)) > 8
+    assert sum(Speculation.on("native amx-bf16", "int8").lengths(agreed)) == 0
 
 
 # What a request gets.
@@ -209,12 +210,19 @@ def test_nothing_after_a_stop_is_told_or_counted(make_engine: MakeEngine) -> Non
     """The stop comes in the middle of a draft that was right."""
     for stop in (dict(stop=("d ov",)), dict(stop_token_ids=(ord("d"),)), dict(max_new_tokens=47)):
         script = b"over an over an over an over an over an over and over an"
-        plain = say(make_engine(ScriptedRunner(script), speculation=False), logprobs=0, **stop)
+        plain = say(make_engine(ScriptedRunner(script), speculation=False), **stop)
         engine = make_engine(ScriptedRunner(script))
-        answer = say(engine, logprobs=0, **stop)
+        answer = say(engine, **stop)
         same(answer, plain)
-        assert engine.stats().generated_tokens_total == len(answer.tokens) == len(answer.logprobs)
+        assert engine.stats().generated_tokens_total == len(answer.tokens)
         assert engine.stats().accepted_tokens_total > 5
+
+
+def test_a_request_with_logprobs_gets_no_drafts(make_engine: MakeEngine) -> None:
+    engine = make_engine(ScriptedRunner(b"over and over " * 6))
+    answer = say(engine, logprobs=0, max_new_tokens=100)
+    assert engine.stats().draft_tokens_total == 0
+    assert len(answer.logprobs) == len(answer.tokens) == 85
 
 
 def test_no_draft_is_computed_past_the_last_token_that_may_be_generated(make_engine: MakeEngine) -> None:

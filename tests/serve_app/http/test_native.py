@@ -73,7 +73,7 @@ def test_the_text_equals_the_one_on_the_command_line(client: httpx2.Client, pack
 
 
 def test_defaults_are_the_same_on_the_command_line_in_each_route_and_in_the_chat() -> None:
-    _, _, on_the_command_line = parse_arguments(["package"])
+    _, _, on_the_command_line, _ = parse_arguments(["package"])
     assert on_the_command_line == SamplingParams() == GenerateRequest(prompt="").params()
     assert {name: default(name) for name in SHAPES} == Parameters().model_dump()
     assert Values().body() == {}
