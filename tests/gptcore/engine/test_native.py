@@ -59,11 +59,16 @@ except NativeUnavailable as reason:
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernel, compiled for an older processor than this one."""
-    if VARIANTS[request.param] and platform.machine() != "x86_64":
+    yield from compiled_with(VARIANTS[request.param], request.param, monkeypatch)
+
+
+def compiled_with(flags: tuple[str, ...], name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Within a fixture, the kernel is compiled with these flags."""
+    if flags and platform.machine() != "x86_64":
         pytest.skip("these variants are of x86-64")
-    monkeypatch.setattr(native, "EXTRA_FLAGS", VARIANTS[request.param])
+    monkeypatch.setattr(native, "EXTRA_FLAGS", flags)
     native.load_library.cache_clear()
-    yield request.param
+    yield name
     native.load_library.cache_clear()
 
 

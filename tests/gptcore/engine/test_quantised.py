@@ -1,7 +1,6 @@
 """With weights of 8 or 4 bits, the native kernel computes what its rounding says, bit for bit the same in any batch."""
 
 import math
-import platform
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,14 +13,14 @@ from gptcore.config import ModelConfig
 from gptcore.engine import native, runners
 from gptcore.engine.engine import Engine
 from gptcore.engine.interface import Chunk
-from gptcore.engine.native import BITS, NativeRunner, NativeUnavailable, packed_bytes
+from gptcore.engine.native import BITS, NativeRunner, packed_bytes
 from gptcore.engine.runners import check_memory, make_runner
 from gptcore.engine.settings import EngineSettings
 from gptcore.errors import ConfigError, NoMemory
 from gptcore.hf_format import count_parameters
 from gptcore.model import GPT
 from gptcore.package import Package
-from tests.gptcore.engine.test_native import GPT2, QWEN3, at_once, random_model, some_tokens
+from tests.gptcore.engine.test_native import GPT2, QWEN3, at_once, compiled_with, random_model, some_tokens
 
 CONFIGS = {
     "gpt2, tied": GPT2,
@@ -32,21 +31,11 @@ VARIANTS = {"as built": (), "AVX2": ("-march=haswell",), "without AVX2": ("-marc
 WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4"])
 GROUP = 32
 
-try:
-    native.load_library(torch.float32)
-except NativeUnavailable as reason:
-    pytest.skip(str(reason), allow_module_level=True)
-
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernel, compiled for an older processor than this one."""
-    if VARIANTS[request.param] and platform.machine() != "x86_64":
-        pytest.skip("these variants are of x86-64")
-    monkeypatch.setattr(native, "EXTRA_FLAGS", VARIANTS[request.param])
-    native.load_library.cache_clear()
-    yield request.param
-    native.load_library.cache_clear()
+    yield from compiled_with(VARIANTS[request.param], request.param, monkeypatch)
 
 
 @pytest.fixture(params=CONFIGS)
