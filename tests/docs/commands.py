@@ -154,11 +154,15 @@ class Checkout:
         return re.sub(r"(train_job/run\.py)(.*)$", lambda m: f"{m[1]}{m[2]} {' '.join(flags)}", command)
 
     def serve(self, command: str) -> None:
-        """Stops the current service, starts this one in the background, and waits until it is ready."""
+        """Stops the current service, starts this one in the background, and waits until it is ready.
+
+        It runs on torch, which compiles nothing, unless it needs the native kernel to quantise weights.
+        """
         self.close()
+        native = "-u GPT_BACKEND " if "GPT_WEIGHTS" in command else ""
         log = open(self.folder / "service.log", "ab")  # noqa: SIM115
         self.service = subprocess.Popen(
-            ["/bin/bash", "-c", f"exec env {command}"],
+            ["/bin/bash", "-c", f"exec env {native}{command}"],
             cwd=self.folder,
             env=self.env(),
             stdout=log,
