@@ -324,9 +324,9 @@ def optimizer_seconds(config: TrainConfig, work: Workload, rates: Rates, device:
 
 
 def newton_schulz_flops(shape: tuple[int, int]) -> int:
-    """Floating-point operations of Muon's five rounds on a matrix."""
+    """Floating-point operations of Muon's four rounds on a matrix."""
     short, long = sorted(shape)
-    return 5 * (4 * short**2 * long + 2 * short**3)
+    return 4 * (4 * short**2 * long + 2 * short**3)
 
 
 # --- serving ----------------------------------------------------------------------------------------------------

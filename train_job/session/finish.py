@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,10 @@ def failure_code(problem: FoundryError, began: bool) -> int:
 def register(session: Session, trained: Trained, package: Package, tell_what_now: bool = True) -> int:
     """Registers the run's package as a version; returns the exit code."""
     config, say = session.config, session.console.say
-    pictures = _figures(session, package)
     session.stops.check()
+    beside = ThreadPoolExecutor(1)  # matplotlib takes as long as registering
+    drawn = beside.submit(_figures, session, package)
+    beside.shutdown(wait=False)
     corpus = session.inputs.validation_corpus
     try:
         published = registry.publish(
@@ -92,7 +95,7 @@ def register(session: Session, trained: Trained, package: Package, tell_what_now
         say(f"the package is whole in {package.path}; register it with: {resume_command(config)}")
         if tell_what_now:
             what_now(session)
-        close(session, trained, "FAILED", [*pictures, session.console.path])
+        close(session, trained, "FAILED", [*drawn.result(), session.console.path])
         return 1
     record = asdict(published) | {"targets": targets(config, trained), "config": config.flat()}
     record |= {"experiment_id": session.experiment_id}
@@ -103,6 +106,7 @@ def register(session: Session, trained: Trained, package: Package, tell_what_now
     show(say, package, record, config)
     if tell_what_now:
         what_now(session, record)
+    pictures = drawn.result()
     session.stops.check(last=True)
     adapter = sorted((session.run_dir / ADAPTER).glob("*"))
     close(session, trained, "FINISHED", [*pictures, *adapter, session.run_dir / CONFIG, session.console.path])
