@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         name, prompt, params, settings = parse_arguments(argv)
         package = open_package(resolve(name))
-        if settings.weights:
+        if settings.weights or package.weights:
             pieces = quantised_text(package, prompt, params, settings)
         else:
             pieces = stream_text(package.load_model(), package.tokenizer, prompt, params)

@@ -7,7 +7,7 @@ Both directions, without files: `ModelConfig` <-> config.json's dict, GPT's stat
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from gptcore.config import ModelConfig
 from gptcore.errors import ConfigError, PackageError, did_you_mean, excerpt
 from gptcore.model import GPT
+from gptcore.quantised import BITS, Quantised
 from gptcore.rope_format import published_rope, rope_fields
 
 GPT2_PARTS = {
@@ -104,6 +105,7 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
 }
 """transformers' class for each rotary family."""
+Value = TypeVar("Value", Tensor, Tensor | Quantised)
 WINDOW = 4096
 """Mistral's sliding window, if config.json does not say another."""
 
@@ -225,12 +227,26 @@ def to_published(model: GPT, state: Mapping[str, Tensor]) -> Iterator[tuple[str,
         yield published, (whole.t() if is_transposed(published) else whole).contiguous()
 
 
-def from_published(model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def from_published(model: GPT, tensors: Iterable[tuple[str, Value]]) -> Iterator[tuple[str, Value]]:
     """Hugging Face's tensors, which must match the config, in our names and shapes, contiguous."""
     groups = _groups(model)
     for published, tensor in tensors:
-        whole, names = tensor.t() if is_transposed(published) else tensor, groups[published]
-        yield from zip(names, (part.contiguous() for part in whole.chunk(len(names))), strict=True)
+        names = groups[published]
+        if isinstance(tensor, Tensor):
+            whole = tensor.t() if is_transposed(published) else tensor
+            yield from zip(names, (part.contiguous() for part in whole.chunk(len(names))), strict=True)
+        else:
+            yield from zip(names, tensor.chunk(len(names)), strict=True)
+
+
+def quantised_bits(config: ModelConfig, published: str, shape: tuple[int, ...], scheme: str) -> int:
+    """The bits of a published tensor in a scheme, 0 if it is not quantised: matrices are, but not what is looked up."""
+    layers, head = BITS.get(scheme, (0, 0))
+    if len(shape) != 2 or published == published_name("embed_positions.weight", "gpt2"):
+        return 0
+    if published == published_name("embed_tokens.weight", config.family):
+        return head if config.tie_embeddings else 0
+    return head if published == published_name("lm_head.weight", config.family) else layers
 
 
 def is_transposed(published: str) -> bool:

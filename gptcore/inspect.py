@@ -15,7 +15,8 @@ from gptcore.chat import chat_template
 from gptcore.cli import Parser
 from gptcore.config import Lora, ModelConfig
 from gptcore.devices import pick_device, pick_dtype
-from gptcore.engine.runners import SEQUENCES, check_memory, fit_context, slot_bytes
+from gptcore.engine.native import packed_bytes
+from gptcore.engine.runners import SEQUENCES, check_memory, fit_context, slot_bytes, used_weights
 from gptcore.engine.settings import EngineSettings
 from gptcore.errors import FoundryError, NoMemory
 from gptcore.hf_format import count_parameters
@@ -60,9 +61,10 @@ def adapters(config: ModelConfig) -> Lora:
 def report(package: Package) -> str:
     """A few lines for people."""
     config, need = package.config, needs(package.config)
+    served = packed_bytes(config, torch.bfloat16, package.weights)
     return f"""{describe(package)}
-to serve: {gib(need.weights)} GiB of weights in bfloat16, and {need.token / 2**10:,.0f} KiB for each token in a \
-sequence, {gib(need.sequence)} GiB for {config.context_length:,}
+to serve: {gib(served)} GiB of weights in {package.weights or "bfloat16"}, and {need.token / 2**10:,.0f} KiB for each \
+token in a sequence, {gib(need.sequence)} GiB for {config.context_length:,}
 here: {served_here(package)}
 to train: {gib(need.training)} GiB for weights, gradients and AdamW's state in fp32, and activations, which depend on \
 the batch (train_job/plan.py computes them); {gib(need.tuning)} GiB with --lora-rank {adapters(config).rank} in \
@@ -88,12 +90,13 @@ def served_here(package: Package) -> str:
     dtype = pick_dtype("auto", device)
     try:
         fitted = fit_context(package, EngineSettings(), device, dtype)
-        check_memory(fitted, device, dtype, native=device.type == "cpu")
+        weights = used_weights(package, EngineSettings(), device)
+        check_memory(fitted, device, dtype, native=device.type == "cpu", weights=weights)
     except NoMemory as error:
         return str(error)
     length, whole = fitted.config.context_length, package.config.context_length
     context = f"{length:,} of {whole:,}" if length < whole else f"all {whole:,}"
-    kind = str(dtype).removeprefix("torch.")
+    kind = str(dtype).removeprefix("torch.") + (f" with weights in {weights}" if weights else "")
     return f"in {kind} on {device.type}, at least {SEQUENCES} sequences of {context} tokens fit into the free memory"
 
 

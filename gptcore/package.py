@@ -9,7 +9,7 @@ Weights are safetensors only; nothing is unpickled.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,21 @@ from gptcore.hf_format import (
 from gptcore.hf_tokenizer import DECIDING, MODEL_FILES, TOKENIZER, without_tokenizer
 from gptcore.memory import free_memory, require_memory
 from gptcore.model import GPT
+from gptcore.model_card import model_card
+from gptcore.quantised import GROUP, MOST_VALUE, Quantised, scheme_of
 from gptcore.rotary import rotary_tables
 from gptcore.tokenizer import Tokenizer, read_tokenizer, save_tokenizer, tokenizer_files
 from gptcore.weights import (
+    DTYPE_NAMES,
     WEIGHTS,
     StoredTensor,
     copied_bytes,
+    full,
     has_untied_head,
     is_plain,
     match_config,
     read_headers,
-    read_tensors,
+    read_stored,
     require_finite,
     weight_files,
     write_tensors,
@@ -52,6 +56,8 @@ from gptcore.weights import (
 
 FORMAT_VERSION = 1
 MANIFEST, CONFIG = "foundry.json", "config.json"
+BASE_TYPE = "base_model_type"
+"""In config.json of quantised weights: the model_type, which then says that only gptcore opens them."""
 POSITIONS = published_name("embed_positions.weight", "gpt2")
 MOST_BESIDE = 1 << 26
 """Most bytes of a file other than the weights, more than any known tokenizer has."""
@@ -59,6 +65,19 @@ PICKLE = (
     "is a pickle, which could run any code, so it is not opened. If you trust it, convert it to "
     f"{WEIGHTS}: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 )
+PICKLE = (
+    "is a pickle, which could run any code, so it is not opened. If you trust it, convert it to "
+    f"{WEIGHTS}: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+)
+IN_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```"""
+"""How to open a package there."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
 
@@ -72,6 +91,11 @@ class Package:
     info: dict[str, Any] = field(repr=False)
     stored: ModelConfig | None = field(default=None, repr=False)
     """The shape in the files, if `config` has a shorter context."""
+
+    @property
+    def weights(self) -> str:
+        """int8 or int4 if its matrices are stored so, else empty."""
+        return scheme_of(self.info)
 
     def with_context(self, length: int) -> "Package":
         """The same package with a context of at most `length` tokens, whose positions take less memory."""
@@ -107,11 +131,24 @@ class Package:
     ) -> Iterator[tuple[str, Tensor]]:
         """Name and value of each of the network's parameters, tied ones once, read one at a time.
 
-        They are in the dtype in which they are stored if `dtype` is None.
+        If `dtype` is None, they are in the dtype in which they are stored, or quantised ones in float32.
 
         Raises PackageError if the weights are unreadable, of another shape or not finite.
         """
         return from_published(empty_model(self.config), self.published_tensors(device, dtype))
+
+    def stored_parameters(self) -> Iterator[tuple[str, Tensor | Quantised]]:
+        """`parameters` as they are stored: the matrices of quantised weights remain so.
+
+        Raises PackageError as `parameters` does.
+        """
+        return from_published(empty_model(self.config), self.published_stored())
+
+    def published_stored(self) -> Iterator[tuple[str, Tensor | Quantised]]:
+        """`stored_parameters` in Hugging Face's names, and in its layout if not quantised."""
+        for name, stored in self._stored_tensors():
+            require_finite(name, stored if isinstance(stored, Tensor) else stored.scales.float() * MOST_VALUE)
+            yield name, stored
 
     def weights_hash(self) -> str:
         """A hash of the weights' files, in hexadecimal. It reads them unless foundry.json has their sha256."""
@@ -121,18 +158,22 @@ class Package:
 
     def places(self) -> dict[str, StoredTensor]:
         """Where each tensor lies, by its published name, in the model's order. Raises PackageError."""
-        return match_config(self.stored or self.config, read_headers(self.path, self.config.family))
+        return match_config(self.stored or self.config, read_headers(self.path, self.config.family), self.weights)
 
     def published_tensors(
         self, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
     ) -> Iterator[tuple[str, Tensor]]:
         """`parameters` in Hugging Face's names and layout, in the order of `tensor_shapes`."""
-        for name, stored in read_tensors(self.places()):
-            if name == POSITIONS:
-                stored = stored[: self.config.context_length]
-            tensor = stored.to(device=device, dtype=dtype)
+        for name, stored in self._stored_tensors():
+            tensor = full(name, stored).to(device=device, dtype=dtype)
             require_finite(name, tensor)  # now, while it is in the CPU caches
             yield name, tensor
+
+    def _stored_tensors(self) -> Iterator[tuple[str, Tensor | Quantised]]:
+        for name, stored in read_stored(self.places()):
+            if name == POSITIONS and isinstance(stored, Tensor):
+                stored = stored[: self.config.context_length]
+            yield name, stored
 
 
 def save_package(
@@ -151,20 +192,37 @@ def save_package(
     _check_vocabulary(config, tokenizer, folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise PackageError(f"{folder} exists and is not a model package; choose another folder")
+    dtype = state["embed_tokens.weight"].dtype
+    shapes = [(name, shape, DTYPE_NAMES[dtype]) for name, shape in tensor_shapes(config)]
     tensors = to_published(empty_model(config), state)
+    raw = {**published_config(config), "torch_dtype": str(dtype).removeprefix("torch.")}
+    return write_package(Package(folder, config, tokenizer, {"training": training}), raw, shapes, tensors)
+
+
+def write_package(
+    package: Package,
+    raw: dict[str, Any],
+    shapes: Iterable[tuple[str, tuple[int, ...], str]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> Package:
+    """Write `package` at its path, with `raw` as config.json, and open it. `shapes` and `tensors`: see write_tensors.
+
+    It appears whole or not at all. Raises PackageError if it cannot be written.
+    """
+    folder, config, tokenizer = package.path, package.config, package.tokenizer
     try:
         with whole_folder(folder) as partial:
-            write_tensors(partial / WEIGHTS, tensor_shapes(config), tensors)
+            write_tensors(partial / WEIGHTS, shapes, tensors)
             save_tokenizer(tokenizer, partial)
-            dtype = str(state["embed_tokens.weight"].dtype).removeprefix("torch.")
-            _write_json(partial / CONFIG, {**published_config(config), "torch_dtype": dtype, **_special_ids(tokenizer)})
+            _write_json(partial / CONFIG, {**raw, **_special_ids(tokenizer)})
             _write_json(partial / "generation_config.json", _generation_config(config, tokenizer))
             info: dict[str, Any] = {
                 "format": FORMAT_VERSION,
                 "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
-                "training": training,
+                **package.info,
             }
-            (partial / "README.md").write_text(_model_card(Package(folder, config, tokenizer, info)), encoding="utf-8")
+            card = model_card(folder.name, describe(package), package.info["training"], package.weights)
+            (partial / "README.md").write_text(card, encoding="utf-8")
             files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
             _write_json(partial / MANIFEST, {**info, "files": files})
     except OSError as error:
@@ -182,6 +240,7 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
         reason = "it is not a folder" if folder.exists() else "no such folder"
         raise PackageError(f"there is no package at {folder}: {reason}")
     info = _read_manifest(folder) if os.path.lexists(folder / MANIFEST) else {}
+    scheme = scheme_of(info)
     listed = {folder / name: digest for name, digest in info.get("files", {}).items()}
     weights = {file: listed[file] for file in listed if file.suffix == ".safetensors"}
     _check_unaltered({file: listed[file] for file in listed if file not in weights}, MOST_BESIDE, verify)
@@ -189,7 +248,8 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
     if info:
         _check_listed(folder, info["files"])
     try:
-        config = parse_config(read_json(folder / CONFIG))
+        raw = read_json(folder / CONFIG)
+        config = parse_config({**raw, "model_type": raw.get(BASE_TYPE)} if scheme else raw)
     except PackageError as error:
         message = str(error)
         raise PackageError(message if message.startswith(str(folder)) else f"{folder / CONFIG}: {message}") from error
@@ -203,7 +263,7 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
         found = read_headers(folder, config.family)
         if has_untied_head(config, found):
             config = replace(config, tie_embeddings=False)
-        match_config(config, found)
+        match_config(config, found, scheme)
     except PackageError as error:
         message = str(error)
         raise PackageError(
@@ -251,6 +311,8 @@ def describe(package: Package) -> str:
     for key, value in package.info.get("training", {}).items():
         if isinstance(value, str | int | float):
             lines.append(f"{key.replace('_', ' ')}: {f'{value:.4g}' if isinstance(value, float) else value}")
+    if package.weights:
+        lines.append(f"weights: {package.weights} in groups of {GROUP}, quantised after all of this was measured")
     return "\n".join(lines)
 
 
@@ -319,37 +381,3 @@ def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _model_card(package: Package) -> str:
-    facts = "\n".join(f"- {line}" for line in describe(package).splitlines())
-    parent = package.info["training"].get("parent")
-    made = f"fine-tuned from {parent}" if parent else "trained from scratch"
-    chats = package.info["training"].get("objective") == "chat"
-    ability = (
-        "It answers conversations that are formatted by its chat template."
-        if chats
-        else "It continues text; it does not follow instructions."
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt-foundry]
----
-# {package.path.name}
-
-A language model {made} with GPT Foundry. {ability}
-
-{facts}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
-```
-
-Here: `python -m gptcore.generate FOLDER --prompt "Once upon a time"`.
-"""

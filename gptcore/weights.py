@@ -21,7 +21,8 @@ from torch import Tensor
 from gptcore.config import ModelConfig
 from gptcore.documents import read_json, require_regular
 from gptcore.errors import PackageError, did_you_mean, excerpt
-from gptcore.hf_format import published_name, tensor_shapes
+from gptcore.hf_format import is_transposed, published_name, quantised_bits, tensor_shapes
+from gptcore.quantised import Quantised, from_stored, stored_shapes
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -30,6 +31,8 @@ INDEX_BYTES = 1 << 26
 MAPPED_BYTES = 1 << 26
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Supported dtypes of stored weights, by safetensors' names."""
+STORED = DTYPES | {"I8": torch.int8, "U8": torch.uint8}
+"""And those of quantised weights' values."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNUSED = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
 """Causal masks, which the published GPT-2 files contain."""
@@ -45,6 +48,8 @@ class StoredTensor:
     """The name in the file; the published name may have an additional prefix."""
     dtype: str
     shape: tuple[int, ...]
+    parts: tuple["StoredTensor", ...] = ()
+    """Values and scales of a quantised matrix. The other fields are then those of the tensor that it stands for."""
 
     @property
     def itemsize(self) -> int:
@@ -100,8 +105,8 @@ def read_headers(folder: Path, family: str) -> dict[str, StoredTensor]:
     return found
 
 
-def match_config(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The stored tensors that the config requires, in the model's order.
+def match_config(config: ModelConfig, found: Mapping[str, StoredTensor], scheme: str = "") -> dict[str, StoredTensor]:
+    """The stored tensors that the config requires, in the model's order, its matrices quantised by `scheme`.
 
     Raises PackageError, naming the tensor, if one is missing, unknown, or of another shape or type.
     """
@@ -110,15 +115,24 @@ def match_config(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict
         head = places.pop(HEAD, None)
         if head is not None:
             places.setdefault(embedding, head)
-    wanted: dict[str, StoredTensor] = {}
-    for name, shape in tensor_shapes(config):
+
+    def take(name: str, shape: tuple[int, ...], kinds: Iterable[str]) -> StoredTensor:
         if name not in places:
             raise PackageError(f"the tensor {name} is missing{_layers_there(config, found, name)}")
-        stored = wanted[name] = places.pop(name)
+        stored = places.pop(name)
         if stored.shape != shape:
             raise PackageError(f"{name} has shape {stored.shape}, expected {shape} according to config.json")
-        if stored.dtype not in DTYPES:
-            raise PackageError(f"{name} is of type {stored.dtype}; expected one of {', '.join(DTYPES)}")
+        if stored.dtype not in kinds:
+            raise PackageError(f"{name} is of type {stored.dtype}; expected one of {', '.join(kinds)}")
+        return stored
+
+    wanted: dict[str, StoredTensor] = {}
+    for name, shape in tensor_shapes(config):
+        if bits := quantised_bits(config, name, shape, scheme):
+            parts = [take(part, its, (kind,)) for part, its, kind in stored_shapes(name, by_outputs(name, shape), bits)]
+            wanted[name] = StoredTensor(parts[0].file, name, "F32", shape, tuple(parts))
+        else:
+            wanted[name] = take(name, shape, DTYPES)
     stranger = next((name for name in places if not UNUSED.fullmatch(name)), None)
     if stranger is not None:
         raise PackageError(f"config.json has no place for the tensor {excerpt(stranger).strip(chr(39))}")
@@ -150,16 +164,50 @@ def has_untied_head(config: ModelConfig, found: Mapping[str, StoredTensor]) -> b
     return not torch.equal(one, other.to(one.dtype))
 
 
+def by_outputs(published: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a published matrix as (out, in)."""
+    first, second = shape
+    return (second, first) if is_transposed(published) else (first, second)
+
+
 def read_tensors(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, in order, memory-mapped rather than copied.
+    """The tensors, in order, memory-mapped rather than copied, except quantised ones, which are what they stand for.
+
+    Raises PackageError if a file has changed since its header was read.
+    """
+    for name, stored in read_stored(places):
+        yield name, full(name, stored)
+
+
+def full(published: str, stored: Tensor | Quantised) -> Tensor:
+    """A published tensor, or what a quantised one stands for."""
+    if isinstance(stored, Tensor):
+        return stored
+    matrix = stored.dequantised()
+    return matrix.t() if is_transposed(published) else matrix
+
+
+def read_stored(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor | Quantised]]:
+    """The tensors as they are stored, in order, memory-mapped rather than copied.
+
+    Raises PackageError if a file has changed since its header was read.
+    """
+    tensors = _read(chain.from_iterable(stored.parts or (stored,) for stored in places.values()))
+    for name, stored in places.items():
+        tensor = next(tensors)
+        yield name, Quantised(from_stored(tensor), next(tensors)) if stored.parts else tensor
+
+
+def _read(places: Iterable[StoredTensor]) -> Iterator[Tensor]:
+    """The tensors at these places.
 
     A file is mapped anew after each MAPPED_BYTES, since what has been read of a mapping counts as memory in use until
-    the mapping is gone. Raises PackageError if a file has changed since its header was read.
+    the mapping is gone.
     """
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
         read = 0
-        for name, stored in places.items():
+        for stored in places:
             try:
                 if read > MAPPED_BYTES:
                     stack.close()
@@ -173,31 +221,29 @@ def read_tensors(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tens
                 raise PackageError(f"{stored.file} cannot be used: {error}") from error
             if tuple(tensor.shape) != stored.shape:
                 raise PackageError(f"{stored.file} has changed while it was read")
-            yield name, tensor
+            yield tensor
 
 
 def write_tensors(
-    file: Path, shapes: Iterable[tuple[str, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]
+    file: Path, shapes: Iterable[tuple[str, tuple[int, ...], str]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Writes a safetensors file a tensor at a time; safetensors itself needs all of them in memory.
 
-    `shapes` has the name and shape of each of `tensors`. All are stored in the dtype of the first. Raises OSError.
+    `shapes` has the name, shape and type of each of `tensors`, as which it is stored. Raises OSError.
     """
-    waiting = iter(tensors)
-    first = next(waiting)
-    dtype = first[1].dtype
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
+    for name, shape, kind in shapes:
+        start, end = end, end + math.prod(shape) * STORED[kind].itemsize
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in chain([first], waiting):
+        for name, tensor in tensors:
             target.seek(8 + len(text) + header[name]["data_offsets"][0])
-            target.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            values = tensor.to(STORED[header[name]["dtype"]]).contiguous()
+            target.write(values.view(-1).view(torch.uint8).numpy().data)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -209,5 +255,5 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
 def copied_bytes(config: ModelConfig, places: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
     """Bytes of weights in `dtype` that must be copied: GPT-2's are transposed, others only converted if needed."""
-    copied = (s for s in places.values() if not config.rotary or DTYPES[s.dtype] != dtype)
+    copied = (s for s in places.values() if not config.rotary or s.parts or DTYPES[s.dtype] != dtype)
     return sum(math.prod(stored.shape) * dtype.itemsize for stored in copied)

@@ -567,6 +567,7 @@ enum Weight { EMBED, POSITIONS, COS, SIN, FINAL_GAIN, FINAL_BIAS, HEAD, NORM1_GA
 struct Network {
     virtual ~Network() = default;
     virtual void set(int what, int layer, const void* data, bool is_bf16, int rows, int columns) = 0;
+    virtual void set_stored(int what, int layer, Stored data, int rows, int columns) = 0;
     virtual void forward(int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,
                          const int32_t* rows, float* logits) = 0;
     virtual void choose(int count, const float* logits, int stride, int V, const Draw* draws, const int32_t* ids,
@@ -594,6 +595,18 @@ class Decoder : public Network {
 
     void set(int what, int layer, const void* data, bool is_bf16, int rows, int columns) override {
         is_bf16 ? set(what, layer, (const bf16*)data, rows, columns) : set(what, layer, (const float*)data, rows, columns);
+    }
+
+    void set_stored(int what, int layer, Stored data, int rows, int columns) override {
+        Layer* l = layer < 0 ? nullptr : &layers[layer];
+        switch (what) {
+            case HEAD: pack(head, data, rows, columns, s.head_bits); break;
+            case QKV: pack(l->qkv, data, rows, columns, s.weight_bits); break;
+            case OUT: pack(l->out, data, rows, columns, s.weight_bits); break;
+            case GATE: pack(l->gate, data, rows, columns, s.weight_bits); break;
+            case UP: pack(l->up, data, rows, columns, s.weight_bits); break;
+            case DOWN: pack(l->down, data, rows, columns, s.weight_bits); break;
+        }
     }
 
     int64_t cache_bytes() const override { return 2 * (int64_t)s.layers * s.slots * s.K * head_cache * sizeof(T); }
@@ -714,7 +727,7 @@ class Decoder : public Network {
     }
 
     template <class Source>
-    void pack(Matrix<T>& m, const Source* weight, int N, int K, int bits) {
+    void pack(Matrix<T>& m, Source weight, int N, int K, int bits) {
         m.N = N, m.K = round_up(K, K_STEP), m.panels = round_up(N, PANEL) / PANEL;
         m.bias.assign((size_t)m.panels * PANEL, 0.0f);
         m.quantised.bits = bits, m.quantised.groups = m.K / GROUP;
@@ -961,6 +974,21 @@ void* gpt_create(const int32_t* shape, float eps) {
 
 void gpt_set(void* g, int what, int layer, const void* data, int is_bf16, int rows, int columns) {
     ((Network*)g)->set(what, layer, data, is_bf16, rows, columns);
+}
+
+// A matrix that is quantised, with columns in multiples of 32.
+void gpt_set_quantised(void* g, int what, int layer, const int8_t* values, const void* scales, int rows, int columns) {
+    ((Network*)g)->set_stored(what, layer, Stored{values, (const bf16*)scales}, rows, columns);
+}
+
+// Rounds a matrix (rows, columns) as gpt_set does.
+void gpt_quantise(int bits, const void* data, int is_bf16, int rows, int columns, int8_t* values, void* scales) {
+    for (size_t i = 0; i < (size_t)rows * columns / GROUP; i++) {
+        size_t first = i * GROUP;
+        float scale = is_bf16 ? quantise_group((const bf16*)data + first, GROUP, bits, values + first)
+                              : quantise_group((const float*)data + first, GROUP, bits, values + first);
+        put((bf16*)scales + i, scale);
+    }
 }
 
 void gpt_forward(void* g, int n, const int32_t* tokens, const int32_t* slots, const int32_t* positions, int wanted,

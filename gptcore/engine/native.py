@@ -16,25 +16,29 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptcore.config import ModelConfig
 from gptcore.cores import available_cores
+from gptcore.devices import pick_dtype
 from gptcore.engine.interface import Chunk
 from gptcore.errors import FoundryError
 from gptcore.hf_format import count_parameters, empty_model
 from gptcore.home import home
+from gptcore.quantised import BITS as SCHEMES
+from gptcore.quantised import GROUP, Quantised, joined
 from gptcore.rotary import rotary_tables
 from gptcore.sampling import LEAST_TEMPERATURE, SamplingState, penalties, uniform
 
 SOURCE = Path(__file__).with_name("native.cpp")
 HEADERS = ("native_vectors.h", "native_quantised.h")
-BITS = {"": (0, 0), "int8": (8, 8), "int4": (4, 8)}
+BITS = {"": (0, 0), **SCHEMES}
 """Setting -> bits of the layers' weights and of the head's, in groups that share a scale; 0: as the dtype."""
-SCALE_BITS = 16 / 32
-"""Of each weight: 32 share a scale of 16 bits."""
+SCALE_BITS = 16 / GROUP
+"""Of each weight: a group shares a scale of 16 bits."""
 NUMBERS = {torch.bfloat16: "bf16", torch.float32: "float"}
 """dtype -> the kernel's type. Each is compiled for itself, when it is needed: that takes half as long as both."""
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
@@ -99,7 +103,7 @@ class NativeRunner:
 
     `parameters` are the network's, taken one at a time, so that they need not fit into memory beside the packed ones.
     `dtype`, bfloat16 or float32, is that of packed weights and cache; sums, norms and the residual stream are in fp32.
-    `weights`, one of BITS, quantises the matrices while they are packed.
+    `weights`, one of BITS, quantises the matrices while they are packed, unless they are already.
     """
 
     invariant = True
@@ -109,7 +113,7 @@ class NativeRunner:
     def __init__(
         self,
         config: ModelConfig,
-        parameters: Iterable[tuple[str, Tensor]],
+        parameters: Iterable[tuple[str, Tensor]] | Iterable[tuple[str, Tensor | Quantised]],
         slots: int,
         dtype: torch.dtype,
         threads: int = 0,
@@ -195,29 +199,58 @@ class NativeRunner:
         if getattr(self, "_handle", None):
             self.close()
 
-    def _pack(self, config: ModelConfig, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def _pack(
+        self, config: ModelConfig, parameters: Iterable[tuple[str, Tensor]] | Iterable[tuple[str, Tensor | Quantised]]
+    ) -> None:
         if config.rotary:
             for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
                 self._set(name, -1, table)
-        joined: dict[str, list[Tensor]] = {"qkv": [], "qkv_bias": []}
+        waiting: dict[str, list[Any]] = {"qkv": [], "qkv_bias": []}
         for parameter, values in parameters:
             layer, place = _place(parameter)
-            if place in joined:
-                joined[place].append(values)
-                if len(joined[place]) < 3:
+            if place in waiting:
+                waiting[place].append(values)
+                if len(waiting[place]) < 3:
                     continue
-                values = torch.cat(joined[place])  # ((H + 2K) D, C)
-                joined[place].clear()
+                join = joined if isinstance(values, Quantised) else torch.cat
+                values = join(waiting[place])  # ((H + 2K) D, C)
+                waiting[place].clear()
             if place == "embed" and config.tie_embeddings:
                 place = "head"  # of which the kernel takes the embeddings too
             self._set(place, layer, values)
 
-    def _set(self, name: str, layer: int, values: Tensor) -> None:
-        values = values.detach().to("cpu")
-        half = values.dtype == torch.bfloat16
-        values = (values if half else values.float()).contiguous()
+    def _set(self, name: str, layer: int, weight: Tensor | Quantised) -> None:
+        what = (self._handle, WEIGHTS[name], layer)
+        if isinstance(weight, Quantised):
+            values, scales = weight.values.contiguous(), weight.scales.contiguous()
+            rows, groups = scales.shape
+            self._library.gpt_set_quantised(*what, values.data_ptr(), scales.data_ptr(), rows, groups * GROUP)
+            return
+        values, half = _readable(weight)
         rows, columns = (values.shape[0], values.shape[1]) if values.ndim == 2 else (1, values.shape[0])
-        self._library.gpt_set(self._handle, WEIGHTS[name], layer, values.data_ptr(), half, rows, columns)
+        self._library.gpt_set(*what, values.data_ptr(), half, rows, columns)
+
+
+def quantise(matrix: Tensor, bits: int) -> Quantised:
+    """A matrix (out, in) as NativeRunner rounds it while it is packed. Raises NativeUnavailable."""
+    values, half = _readable(matrix)
+    rows, columns = values.shape
+    made = Quantised(
+        torch.empty(rows, columns // GROUP, GROUP, dtype=torch.int8),
+        torch.empty(rows, columns // GROUP, dtype=torch.bfloat16),
+    )
+    library = load_library(pick_dtype("auto", torch.device("cpu")))
+    library.gpt_quantise(
+        bits, values.data_ptr(), half, rows, columns, made.values.data_ptr(), made.scales.data_ptr()
+    )  # fmt: skip
+    return made
+
+
+def _readable(values: Tensor) -> tuple[Tensor, bool]:
+    """Values that the kernel can read, and whether they are in bfloat16; otherwise they are in float32."""
+    values = values.detach().to("cpu")
+    half = values.dtype == torch.bfloat16
+    return (values if half else values.float()).contiguous(), half
 
 
 def packed_bytes(config: ModelConfig, dtype: torch.dtype, weights: str = "") -> int:
@@ -270,6 +303,8 @@ def load_library(dtype: torch.dtype) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     functions.gpt_create.argtypes, functions.gpt_create.restype = [pointer, ctypes.c_float], pointer
     functions.gpt_set.argtypes = [pointer, integer, integer, pointer, integer, integer, integer]
+    functions.gpt_set_quantised.argtypes = [pointer, integer, integer, pointer, pointer, integer, integer]
+    functions.gpt_quantise.argtypes = [integer, pointer, integer, integer, integer, pointer, pointer]
     functions.gpt_forward.argtypes = [pointer, integer, pointer, pointer, pointer, integer, pointer, pointer]
     functions.gpt_choose.argtypes = [pointer, integer, pointer, integer, integer, pointer, pointer, pointer, pointer]
     functions.gpt_copy.argtypes = [pointer, integer, integer, integer]

@@ -62,6 +62,15 @@ struct Quantised {
         shift = bits == 8 ? 0 : k / QUAD % 2 * 4;
         return group + PANEL * sizeof(bf16) + ((size_t)step * PANEL + column) * QUAD + k % QUAD;
     }
+    void put_group(int panel, int g, int column, float scale, const int8_t* q) {
+        uint8_t* to = group(panel, g);
+        put((bf16*)to + column, scale);
+        for (int k = 0; k < GROUP; k++) {
+            int shift;
+            uint8_t* byte = place(to, column, k, shift);
+            *byte |= (q[k] + offset()) << shift;
+        }
+    }
     float weight(int panel, int column, int k) const {
         int shift;
         uint8_t* from = group(panel, k / GROUP);
@@ -100,26 +109,49 @@ inline float best_scale(const Vec (&x)[2], int bits) {
     return rounded(scale);
 }
 
+// Rounds a group of `count` weights to multiples q (32) of a scale, which it returns. It is not inlined, so that weights
+// that are rounded for a file are those that are rounded while a model is loaded.
+template <class Source>
+__attribute__((noinline)) float quantise_group(const Source* weight, int count, int bits, int8_t* q) {
+    int most = (1 << (bits - 1)) - 1, least = bits == 8 ? -most : -most - 1;
+    alignas(64) float x[GROUP] = {};
+    for (int k = 0; k < count; k++) x[k] = value(weight[k]);
+    Vec pair[2] = {load(x), load(x + LANES)};
+    float broken = 0 * (sum(pair[0]) + sum(pair[1]));  // NaN if a weight is, or is infinite: then all logits are
+    float scale = best_scale(pair, bits) + broken, inverse = scale == 0 || broken != 0 ? 0 : 1 / scale;
+    for (int k = 0; k < GROUP; k++) {
+        int whole = inverse == 0 ? 0 : (int)std::nearbyint(x[k] * inverse);
+        q[k] = std::min(std::max(whole, least), most);
+    }
+    return scale;
+}
+
 template <class Source>
 void quantise_panel(Quantised& m, int panel, const Source* weight, int N, int K) {
-    int most = m.offset() - 1, least = m.bits == 8 ? -most : -most - 1;
-    for (int g = 0; g < m.groups; g++) {
-        uint8_t* to = m.group(panel, g);
+    int8_t q[GROUP];
+    for (int g = 0; g < m.groups; g++)
         for (int c = 0; c < PANEL; c++) {
             int row = panel * PANEL + c, count = row < N ? std::min(GROUP, K - g * GROUP) : 0;
-            alignas(64) float x[GROUP] = {};
-            for (int k = 0; k < count; k++) x[k] = value(weight[(size_t)row * K + g * GROUP + k]);
-            Vec pair[2] = {load(x), load(x + LANES)};
-            float broken = 0 * (sum(pair[0]) + sum(pair[1]));  // NaN if a weight is, or is infinite: then all logits are
-            float scale = best_scale(pair, m.bits) + broken, inverse = scale == 0 || broken != 0 ? 0 : 1 / scale;
-            put((bf16*)to + c, scale);
-            for (int k = 0; k < GROUP; k++) {
-                int shift, q = inverse == 0 ? 0 : (int)std::nearbyint(x[k] * inverse);
-                uint8_t* byte = m.place(to, c, k, shift);
-                *byte |= (std::min(std::max(q, least), most) + m.offset()) << shift;
-            }
+            const Source* from = count ? weight + (size_t)row * K + g * GROUP : weight;
+            float scale = quantise_group(from, count, m.bits, q);
+            m.put_group(panel, g, c, scale, q);
         }
-    }
+}
+
+// A weight (N, K) that is quantised: values (N, K / 32, 32) and scales (N, K / 32).
+struct Stored {
+    const int8_t* values;
+    const bf16* scales;
+};
+
+inline void quantise_panel(Quantised& m, int panel, Stored weight, int N, int) {
+    const int8_t zeros[GROUP] = {};
+    for (int g = 0; g < m.groups; g++)
+        for (int c = 0; c < PANEL; c++) {
+            int row = panel * PANEL + c;
+            size_t i = (size_t)row * m.groups + g;
+            m.put_group(panel, g, c, row < N ? value(weight.scales[i]) : 0, row < N ? weight.values + i * GROUP : zeros);
+        }
 }
 
 // --- activations ---------------------------------------------------------------------------------------------------

@@ -37,17 +37,18 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
             "device to cpu, or leave out weights",
             param="weights",
         )
+    weights = used_weights(package, settings, device)
     whole = package.config.context_length
     package = fit_context(package, settings, device, dtype)
     config = package.config
     note = context_note(config.context_length, whole, settings)
     if native and settings.backend != "torch":
         try:
-            check_memory(package, device, dtype, native=True, weights=settings.weights)
-            parameters = package.parameters(dtype=None)
-            packed = packed_bytes(config, dtype, settings.weights)
+            check_memory(package, device, dtype, native=True, weights=weights)
+            packed = packed_bytes(config, dtype, weights)
             slots = count_slots(config, settings.slots, device, dtype, packed)
-            return NativeRunner(config, parameters, slots, dtype, settings.threads, note, settings.weights)
+            parameters = package.stored_parameters()
+            return NativeRunner(config, parameters, slots, dtype, settings.threads, note, weights)
         except NativeUnavailable as error:
             if settings.backend == "native":
                 raise ConfigError(f"backend is 'native', but {error}", param="backend") from error
@@ -64,6 +65,22 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
     return TorchRunner(model, slots, min(settings.prefill_tokens, PREFILL[device.type]), settings.compile, note)
 
 
+def used_weights(package: Package, settings: EngineSettings, device: torch.device) -> str:
+    """How the native kernel will hold the matrices: as `settings` say, else as the package stores them.
+
+    Empty for torch, which holds what quantised weights stand for. Raises ConfigError if the package stores others.
+    """
+    stored = package.weights
+    if settings.weights and stored not in ("", settings.weights):
+        raise ConfigError(
+            f"weights is {settings.weights!r}, but the package {package.path} stores {stored}; leave out weights, or "
+            "take the package that it was made from",
+            param="weights",
+        )
+    native = device.type == "cpu" and not settings.compile and settings.backend != "torch"
+    return settings.weights or (stored if native else "")
+
+
 def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one slot: the keys and values of all layers for a full context."""
     return 2 * config.num_layers * config.kv_heads * config.head_size * config.context_length * dtype.itemsize
@@ -77,7 +94,7 @@ def fit_context(package: Package, settings: EngineSettings, device: torch.device
     config, slots = package.config, settings.slots
     if settings.max_context:
         return package.with_context(settings.max_context)
-    free = free_memory(device) - packed_bytes(config, dtype, settings.weights)
+    free = free_memory(device) - packed_bytes(config, dtype, used_weights(package, settings, device))
     if slots and slots * slot_bytes(config, dtype) <= free:
         return package
     position = slot_bytes(config, dtype) / config.context_length

@@ -512,10 +512,10 @@ def _without_spare_rows(package: Package, dtype: torch.dtype) -> Iterator[Path]:
     """A folder with the model for vLLM: the package's own, or a copy in `dtype`.
 
     Models that are trained here have rows of embedding behind the tokenizer's ids, which vLLM would sample. The copy is
-    without them, and is deleted when vLLM has read it.
+    without them, has what quantised weights stand for, and is deleted when vLLM has read it.
     """
     config, tokenizer = package.config, package.tokenizer
-    if config.vocab_size == tokenizer.vocab_size:
+    if config.vocab_size == tokenizer.vocab_size and not package.weights:
         yield package.path
         return
     state = dict(package.parameters(dtype=dtype))
