@@ -2,7 +2,8 @@
 
 The end of the corpus, at most `--bytes` of it, is read in windows of the model's context, each behind the end-of-text
 token. For the engine in fp32, bf16, int8 and int4, and for llama.cpp in bf16, q8_0 and q4_0, it reports bits per byte
-and how much more that is than the engine's in fp32. It prints one JSON line last.
+and how much more that is than the engine's in fp32. `--text FILE` adds int4 with values chosen by that text, as
+`python -m gptcore.quantise` does. It prints one JSON line last.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from bench.turns import cores
 from gptcore import hub
 from gptcore.engine import EngineSettings, Request
 from gptcore.engine.engine import Engine
-from gptcore.errors import FoundryError
+from gptcore.errors import FoundryError, PackageError
 from gptcore.package import Package, open_package
+from gptcore.quantise import quantise_package, read_text
 from gptcore.sampling import SamplingParams
 from train_job.data.corpus import open_corpus, split
 
@@ -40,15 +42,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.quantised", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PACKAGE_OR_URI", help=hub.KINDS)
     parser.add_argument("--data", default="shakespeare", help="corpus, as for train_job/run.py")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="add int4 chosen by this text, which is not measured on"
+    )
     parser.add_argument("--bytes", type=int, default=100_000, help="at most so much of its end")
     arguments = parser.parse_args(argv)
     if arguments.bytes < 1:
         parser.error(f"argument --bytes: {arguments.bytes}; expected at least 1")
     try:
         package = open_package(hub.resolve(arguments.model))
+        if package.weights:
+            raise PackageError(f"{package.path} stores {package.weights}; take the package that it was made from")
         with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
             text = held_out(arguments.data, arguments.bytes, Path(scratch))
-            report = measure(package, text, scratch)
+            chosen = None
+            if arguments.text:
+                chosen = quantise_package(package, Path(scratch) / "chosen", "int4", read_text(arguments.text))
+            report = measure(package, text, scratch, chosen)
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,8 +72,8 @@ def held_out(data: str, most: int, cache: Path) -> str:
     return "\n".join(validation.documents()).encode()[-most:].decode(errors="ignore")
 
 
-def measure(package: Package, text: str, scratch: str) -> dict[str, float]:
-    """Bits per byte of each contestant."""
+def measure(package: Package, text: str, scratch: str, chosen: Package | None = None) -> dict[str, float]:
+    """Bits per byte of each contestant; `chosen` is the package in int4 by a text."""
     ids, eot = package.tokenizer.encode(text), package.tokenizer.eot
     length = package.config.context_length - 1
     windows = [[eot, *ids[i : i + length]] for i in range(0, len(ids), length)]
@@ -72,10 +82,12 @@ def measure(package: Package, text: str, scratch: str) -> dict[str, float]:
     def report(name: str, nats: Callable[[list[int]], float]) -> None:
         found[name] = sum(map(nats, windows)) / math.log(2) / len(text.encode())
         worse = found[name] / found["engine fp32"] - 1
-        print(f"{name:16}{found[name]:10.5f} bits per byte{worse:+10.3%}", flush=True)
+        print(f"{name:18}{found[name]:10.5f} bits per byte{worse:+10.3%}", flush=True)
 
     for name, (dtype, weights) in ENGINE.items():
         report(f"engine {name}", by_engine(package, dtype, weights))
+    if chosen:
+        report("engine int4 text", by_engine(chosen, "float32", ""))
     task = DecodeTask(str(package.path), scratch, 1, length + 1, 1, cores(), package.config.vocab_size)
     if importlib.util.find_spec("llama_cpp") is None:
         print("llama.cpp is not installed: pip install -c constraints.txt -e '.[bench]'")

@@ -17,7 +17,6 @@ from gptcore.quantised import GROUP, Quantised
 
 MOST_TOKENS = 8192
 LEAST_TOKENS = 256
-BATCH_TOKENS = 2048
 GRID = (*torch.arange(-10.0, -4.0, 0.25).tolist(), *torch.arange(6.0, 9.0, 0.25).tolist())
 """What the largest weight of a group is tried as, before values are cut to -8 ... 7."""
 ROWS = 256

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gptcore import generate, inspect
 from gptcore import package as packages
 from gptcore.calibration import error_of, improved, input_squares
-from gptcore.config import ModelConfig
+from gptcore.config import Lora, ModelConfig
 from gptcore.engine import EngineSettings
 from gptcore.engine.native import load_library, quantise
 from gptcore.engine.runners import make_runner
@@ -25,6 +25,7 @@ from gptcore.engine.vllm_engine import _without_spare_rows
 from gptcore.errors import ConfigError, PackageError
 from gptcore.export import export
 from gptcore.hf_format import count_parameters
+from gptcore.lora import Merged
 from gptcore.model import GPT
 from gptcore.package import Package, open_package, save_package
 from gptcore.quantise import main, quantise_package
@@ -133,6 +134,7 @@ def test_everything_else_opens_what_the_stored_weights_stand_for(
         else:
             assert torch.equal(value, exact[name])
     assert sum(isinstance(value, Quantised) for value in stored.values()) > 6 * config.num_layers - 1
+    assert all(torch.equal(value, whole[name]) for name, value in Merged(made, {}, Lora()).items())
     export(made, tmp_path / "model.gguf")
     with _without_spare_rows(made, torch.float32) as folder:
         assert open_package(folder).weights == ""

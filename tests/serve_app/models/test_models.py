@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gptcore.engine.engine import Engine
 from gptcore.errors import EngineError
 from gptcore.hub import resolve
 from gptcore.package import Package, save_package
+from gptcore.quantise import quantise_package
 from gptcore.sampling import SamplingParams
 from serve_app.errors import ApiError
 from serve_app.models.catalog import Models, ModelStatus, share_of
@@ -358,6 +360,26 @@ async def test_a_folders_version_is_a_hash_of_its_content(make_package: MakePack
         assert status(models, "a").bits_per_byte == 2.5
     assert a == b != c
     assert len(a or "") == 12
+
+
+async def test_a_champion_with_stored_weights_follows_and_answers_as_if_they_were_quantised_at_load(
+    registry: TestRegistry, make_package: MakePackage, tmp_path: Path
+):
+    full = make_package(3)
+    small = quantise_package(full, tmp_path / "small", "int4")
+    stored = replace(registry, make_package=lambda *_, **__: small)
+    registry.publish("stored", seed=1)
+    async with running(settings(registry.uri, model="models:/stored@champion", backend="native")) as models:
+        assert models.describe()[0].weights is None
+        assert stored.publish("stored") == "2"  # MLflow has run it once
+        await models.poll()
+        label, text = await ask(models)
+        assert (label, models.describe()[0].weights) == ("stored@champion v2", "int4")
+    async with running(settings(model=str(full.path), backend="native", weights="int4")) as models:
+        assert (await ask(models))[1] == text
+    async with running(settings(model=str(small.path), backend="native", weights="int8")) as models:
+        with pytest.raises(ApiError, match="stores int4"):
+            await ask(models)
 
 
 async def test_two_names_for_one_source_share_an_engine_and_keep_their_names(package: Package):
