@@ -134,7 +134,7 @@ def test_everything_else_opens_what_the_stored_weights_stand_for(
         else:
             assert torch.equal(value, exact[name])
     assert sum(isinstance(value, Quantised) for value in stored.values()) > 6 * config.num_layers - 1
-    assert all(torch.equal(value, whole[name]) for name, value in Merged(made, {}, Lora()).items())
+    assert all(torch.equal(value, whole[name]) for name, value in Merged(made, {}, Lora(1, 1.0)).items())
     export(made, tmp_path / "model.gguf")
     with _without_spare_rows(made, torch.float32) as folder:
         assert open_package(folder).weights == ""
