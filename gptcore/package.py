@@ -65,19 +65,6 @@ PICKLE = (
     "is a pickle, which could run any code, so it is not opened. If you trust it, convert it to "
     f"{WEIGHTS}: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 )
-PICKLE = (
-    "is a pickle, which could run any code, so it is not opened. If you trust it, convert it to "
-    f"{WEIGHTS}: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-)
-IN_TRANSFORMERS = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
-```"""
-"""How to open a package there."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
 
