@@ -12,7 +12,7 @@ import statistics
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -42,6 +42,8 @@ class Contestant:
     """(task, precision) -> (run_turn, a note for the report). Raises Unsupported if it cannot run here."""
     needs: tuple[str, ...] = ()
     """Modules that must be installed."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of its process, beside those of the number of threads."""
 
     @property
     def label(self) -> str:
@@ -113,7 +115,7 @@ def _process(contestant: Contestant, task: Task) -> Iterator[Connection]:
     """Starts a process that opens `contestant`, and yields the connection to it. The process ends with the block."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    with _environment({name: str(task.threads) for name in THREAD_VARIABLES}):
+    with _environment({name: str(task.threads) for name in THREAD_VARIABLES} | dict(contestant.environment)):
         process = context.Process(target=_run_child, args=(there, contestant, task), daemon=True)
         process.start()
     there.close()

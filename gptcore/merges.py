@@ -16,6 +16,9 @@ LONG_SPACE = 100_000
 SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 SPACE_RUN = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONG_SPACE},}}")
 """Matches only at the start of a run; trying every position within shorter runs would take quadratic time."""
+SAMPLED = 1000
+SPACE_SAMPLES = re.compile(rf"{SPACE}{{{LONG_SPACE // SAMPLED}}}")
+"""A run of LONG_SPACE characters has so many among every SAMPLED-th one of the text, which are soon searched."""
 Ranks = dict[bytes, int]
 
 
@@ -88,7 +91,7 @@ def cut_long_space(text: str) -> list[str]:
     tiktoken's regex backtracks through such a run, and its stack overflows near a million characters. The pattern
     splits before the run's last character anyway, so cutting there changes nothing.
     """
-    if len(text) <= LONG_SPACE:
+    if len(text) <= LONG_SPACE or not SPACE_SAMPLES.search(text[::SAMPLED]):
         return [text]
     cuts = [run.end() - 1 for run in SPACE_RUN.finditer(text) if run.end() < len(text)]
     return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]

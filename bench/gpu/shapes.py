@@ -109,10 +109,12 @@ class RandomTokens:
     """A token stream in memory that looks like a TokenSet: uniform ids, one byte per token."""
 
     fingerprint = "random"
+    holds_conversations = False
 
     def __init__(self, vocab_size: int, num_tokens: int) -> None:
         self.ids = np.random.default_rng(0).integers(0, vocab_size, num_tokens, dtype=np.int64)
         self.num_tokens = self.num_bytes = num_tokens
+        self.num_targets = num_tokens - 1
 
     def read(self, start: int, length: int) -> np.ndarray:
         """int64 (length,)."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from gptcore.errors import TokenizerError
-from gptcore.merges import LONG_SPACE
+from gptcore.merges import LONG_SPACE, cut_long_space
 from gptcore.tokenizer import (
     EOT,
     Tokenizer,
@@ -200,6 +200,12 @@ def test_very_long_white_space_encodes_as_if_uncut(learned: Tokenizer) -> None:
     text = "x" + " " * space + "the" + "\n" * space + "b" + "\t " * space + "\u3000é" + " " * space
     assert learned.encode(text) == learned.encoding.encode_ordinary(text)
     assert learned.decode(learned.encode(" " * 3_000_000 + "a")) == " " * 3_000_000 + "a"
+
+
+@pytest.mark.parametrize("before", [1, 500, 999, 1000, 1001])
+def test_the_shortest_long_white_space_is_cut_wherever_it_begins(before: int) -> None:
+    text = "x" * before + " " * LONG_SPACE + "a"
+    assert cut_long_space(text) == [text[:-2], " a"]
 
 
 @pytest.mark.timeout(60)
