@@ -26,7 +26,7 @@ from bench.floor import Floor, open_floor, step_bytes
 from bench.peers import PEERS, QUANTISED, REFERENCES
 from bench.peers.task import DecodeTask, DecodeTurn
 from bench.turns import Contestant, Results, RunTurn, cores, median_ratio, run_in_turn
-from bench.weights import random_package
+from bench.weights import GPT2_VOCAB_SIZE, random_package
 from gptcore.config import ModelConfig
 from gptcore.engine import EngineSettings, Request
 from gptcore.engine.engine import Engine
@@ -55,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="gpt2-124m", help="shape of the model")
+    parser.add_argument(
+        "--vocab-size", type=int, default=GPT2_VOCAB_SIZE, help="of a preset; open models have their own"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences decoded together")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="the engine's precision")
     parser.add_argument(
@@ -64,6 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="*", choices=names, metavar="NAME", help=f"measure other engines as well: {', '.join(names)}"
     )
+    parser.add_argument("--no-agreement", action="store_true", help="do not compare the peers' texts in fp32")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=5, help="rounds that count, after one for warm-up")
@@ -76,9 +80,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.weights and arguments.dtype != "bfloat16":
         parser.error(f"--weights {arguments.weights} is measured with --dtype bfloat16, not {arguments.dtype}")
-    for name in ("batch", "prompt_tokens", "new_tokens", "turns", "threads"):
+    for name in ("vocab_size", "batch", "prompt_tokens", "new_tokens", "turns", "threads"):
         value = getattr(arguments, name)
-        least = 2 if name == "new_tokens" else 1
+        least = {"vocab_size": 300, "new_tokens": 2}.get(name, 1)
         if min(value if isinstance(value, list) else [value]) < least:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected at least {least}")
     return arguments
@@ -86,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Measures everything, and returns the report."""
-    package = random_package(scratch / "package", arguments.preset)
+    package = random_package(scratch / "package", arguments.preset, arguments.vocab_size)
     task = DecodeTask(
         package=str(package.path),
         scratch=str(scratch),
@@ -109,7 +113,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     print(describe(package).splitlines()[0])
     print(f"{report['machine']['cpu']}, {task.threads} threads, torch {torch.__version__}, {task.device}")
-    if arguments.peers is not None:
+    if arguments.peers is not None and not arguments.no_agreement:
         report["agreement"] = agreement(replace(task, batch=AGREE_BATCH, new_tokens=AGREE_TOKENS), arguments)
     batches = {str(batch): measure_batch(replace(task, batch=batch), arguments) for batch in arguments.batch}
     return report | {"batches": batches}
@@ -187,6 +191,8 @@ class ContestantResult:
     note: str
     decode_tokens_per_second: float
     whole_tokens_per_second: float
+    prompt_tokens_per_second: float
+    """Tokens of the prompts, all sequences together, until each has its first token."""
     step_ms: float
     gigabytes_per_second: float
     share_of_floor: float
@@ -194,6 +200,8 @@ class ContestantResult:
     """The engine's decoding rate over this one's."""
     engine_whole_ratio: float
     """The same, from when the prompts arrive."""
+    engine_prompt_ratio: float
+    """The same, until every sequence has its first token."""
     engine_ratio_at_equal_precision: float | None
     """The same for the engine in this one's precision; None if the engine does not support it."""
     spread: tuple[float, float]
@@ -237,7 +245,7 @@ def row_of(
     """The medians of one contestant. Ratios and the share of the floor are computed round by round."""
     turns: list[DecodeTurn] = results.turns[contestant.label]
     rates = [turn.decode_rate for turn in turns]
-    steps = [task.batch / rate for rate in rates]  # seconds
+    steps, prompts = [task.batch / rate for rate in rates], [turn.prompt_seconds for turn in turns]  # seconds
     floors = [f.step_seconds for f in results.turns[floor.label]]
     read = step_bytes(config, task.batch, task.prompt_tokens + task.new_tokens / 2, contestant.precision)
     best: list[DecodeTurn] = results.turns[ours.label]
@@ -247,11 +255,13 @@ def row_of(
         note=results.notes[contestant.label],
         decode_tokens_per_second=round(statistics.median(rates), 1),
         whole_tokens_per_second=round(statistics.median(turn.whole_rate for turn in turns), 1),
+        prompt_tokens_per_second=round(statistics.median(task.batch * task.prompt_tokens / s for s in prompts), 1),
         step_ms=round(statistics.median(steps) * 1e3, 3),
         gigabytes_per_second=round(statistics.median(read / s for s in steps) / 1e9, 2),
         share_of_floor=round(median_ratio(floors, steps), 3),
         engine_ratio=round(median_ratio([t.decode_rate for t in best], rates), 3),
         engine_whole_ratio=round(median_ratio([t.whole_rate for t in best], [t.whole_rate for t in turns]), 3),
+        engine_prompt_ratio=round(median_ratio(prompts, [t.prompt_seconds for t in best]), 3),
         engine_ratio_at_equal_precision=(
             round(median_ratio([t.decode_rate for t in equal], rates), 3) if equal else None
         ),

@@ -180,10 +180,10 @@ def figures(turns: Sequence[Sequence[Reply]]) -> dict[str, Any]:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """The median, the 95th and the 99th percentile, in milliseconds; {} if there are no values."""
+    """The median, the 95th and 99th percentile and the longest, in milliseconds; {} if there are no values."""
     if not seconds:
         return {}
     ordered = sorted(seconds)
     high = {f"p{percent}": ordered[len(ordered) * percent // 100] for percent in (95, 99)}
-    found = {"p50": statistics.median(ordered)} | high
+    found = {"p50": statistics.median(ordered)} | high | {"max": ordered[-1]}
     return {name: round(value * 1e3, 2) for name, value in found.items()}

@@ -90,13 +90,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="gpt2-124m", help="shape of the model")
     parser.add_argument("--vocab-size", type=int, default=GPT2_VOCAB_SIZE)
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
+    parser.add_argument("--batch", type=int, default=2, help="sequences in a step")
     parser.add_argument("--context", type=int, default=256, help="tokens of a sequence")
     parser.add_argument(
         "--precision", default="auto", choices=["auto", "bf16", "fp32"], help="of both; auto as in a job"
     )
-    parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
-    parser.add_argument("--turns", type=int, default=4, help="rounds that count, after one for warm-up")
+    parser.add_argument("--steps", type=int, default=1, help="steps in a turn")
+    parser.add_argument("--turns", type=int, default=5, help="rounds that count, after one for warm-up")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of both")
     arguments = parser.parse_args(argv)
     for name in ("batch", "context", "steps", "turns", "threads"):
