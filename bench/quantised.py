@@ -1,10 +1,10 @@
 """Measures what quantised weights cost in quality: `python -m bench.quantised PACKAGE --data FILE`.
 
-Without a package, a model of the preset quick is trained on the rest of the corpus first, by torch alone. The end of the
-corpus, at most `--bytes` of it, is read in windows of the model's context, each behind the end-of-text token. For the
-engine in fp32, bf16, int8 and int4, and for llama.cpp in bf16, q8_0 and q4_0, it reports bits per byte and how much more
-that is than the engine's in fp32. `--text FILE` adds int4 with values chosen by that text, as `python -m gptcore.quantise`
-does. It prints one JSON line last.
+Without a package, a model of the preset quick is trained on the rest of the corpus first, by torch alone. The end of
+the corpus, at most `--bytes` of it, is read in windows of the model's context, each behind the end-of-text token. For
+the engine in fp32, bf16, int8 and int4, and for llama.cpp in bf16, q8_0 and q4_0, it reports bits per byte and how much
+more that is than the engine's in fp32. `--text FILE` adds int4 with values chosen by that text, as
+`python -m gptcore.quantise` does. It prints one JSON line last.
 """
 
 import argparse

@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from bench.row import Report, Row
 from bench.rows import ROWS
@@ -149,11 +149,10 @@ def run(command: Sequence[str]) -> Outcome:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], errors: Any) -> Any:
+def started(command: Sequence[str], errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
     """The command's process, which ends with the block."""
-    line = [sys.executable, "-m", *command]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line_of(command), cwd=ROOT, stdout=pipe, stderr=errors, text=True) as process:
         try:
             yield process
         finally:
@@ -162,6 +161,11 @@ def started(command: Sequence[str], errors: Any) -> Any:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(STOP_SECONDS)
                 process.kill()
+
+
+def line_of(command: Sequence[str]) -> list[str]:
+    """What the system runs for a command."""
+    return [sys.executable, "-u", "-m", *command]
 
 
 def read_report(line: str) -> Report | None:
