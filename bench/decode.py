@@ -67,6 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="*", choices=names, metavar="NAME", help=f"measure other engines as well: {', '.join(names)}"
     )
+    parser.add_argument("--prompt-floor", action="store_true", help="measure the floor of the prompts too")
     parser.add_argument("--no-agreement", action="store_true", help="do not compare the peers' texts in fp32")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -196,6 +197,8 @@ class ContestantResult:
     step_ms: float
     gigabytes_per_second: float
     share_of_floor: float
+    share_of_prompt_floor: float | None
+    """Of the products of the prompts; None without `--prompt-floor`."""
     engine_ratio: float
     """The engine's decoding rate over this one's."""
     engine_whole_ratio: float
@@ -211,7 +214,7 @@ class ContestantResult:
 def measure_batch(task: DecodeTask, arguments: argparse.Namespace) -> dict[str, Any]:
     """One batch size: the floor, the engine and the peers in turn; the table is printed."""
     ours = engine(arguments.weights or arguments.dtype, arguments)
-    floor = Contestant(FLOOR, arguments.dtype, open_floor)
+    floor = Contestant(FLOOR, arguments.dtype, functools.partial(open_floor, prompts=arguments.prompt_floor))
     contestants = [floor, ours]
     if arguments.peers is not None:
         others: tuple[str, ...] = ("int8", "int4", arguments.dtype) if arguments.weights else ("bfloat16", "float32")
@@ -247,6 +250,7 @@ def row_of(
     rates = [turn.decode_rate for turn in turns]
     steps, prompts = [task.batch / rate for rate in rates], [turn.prompt_seconds for turn in turns]  # seconds
     floors = [f.step_seconds for f in results.turns[floor.label]]
+    ahead = [f.prompt_seconds for f in results.turns[floor.label] if f.prompt_seconds]
     read = step_bytes(config, task.batch, task.prompt_tokens + task.new_tokens / 2, contestant.precision)
     best: list[DecodeTurn] = results.turns[ours.label]
     equal: list[DecodeTurn] = results.turns.get(f"{ENGINE} {contestant.precision}", [])
@@ -259,6 +263,7 @@ def row_of(
         step_ms=round(statistics.median(steps) * 1e3, 3),
         gigabytes_per_second=round(statistics.median(read / s for s in steps) / 1e9, 2),
         share_of_floor=round(median_ratio(floors, steps), 3),
+        share_of_prompt_floor=round(median_ratio(ahead, prompts), 3) if ahead else None,
         engine_ratio=round(median_ratio([t.decode_rate for t in best], rates), 3),
         engine_whole_ratio=round(median_ratio([t.whole_rate for t in best], [t.whole_rate for t in turns]), 3),
         engine_prompt_ratio=round(median_ratio(prompts, [t.prompt_seconds for t in best]), 3),

@@ -34,23 +34,30 @@ class Floor:
     """Time of the matrix products of one step, the median of several."""
     bandwidth: float
     """Bytes per second of one large read."""
+    prompt_seconds: float | None = None
+    """Time of the matrix products of all prompts, if asked for; their last tokens alone go through the output head."""
 
 
-def open_floor(task: DecodeTask, precision: str) -> tuple[Callable[[], Floor], str]:
-    """Prepares both measurements, for the package's shape and the task's batch."""
+def open_floor(task: DecodeTask, precision: str, prompts: bool = False) -> tuple[Callable[[], Floor], str]:
+    """Prepares the measurements, for the package's shape and the task's batch; `prompts` takes as much memory again."""
     dtype, device = getattr(torch, precision), torch.device(task.device)
     torch.set_num_threads(task.threads)
     config = open_package(Path(task.package), verify=False).config
     products = [_product(task.batch, o, i, dtype, device) for o, i in matrices(config)]
+    rows = task.batch * task.prompt_tokens
+    ahead = [_product(rows, o, i, dtype, device) for o, i in matrices(config)[:-1]] + products[-1:] if prompts else []
     large = torch.ones(READ_BYTES // 4, device=device)
 
-    def step() -> None:
-        for product in products:
+    def run_all(chosen: list[Callable[[], Tensor]]) -> None:
+        for product in chosen:
             product()
+
+    def measured(chosen: list[Callable[[], Tensor]], times: int) -> float:
+        return statistics.median(_seconds(partial(run_all, chosen), device) for _ in range(times))
 
     def run_turn() -> Floor:
         read = min(_seconds(large.sum, device) for _ in range(3))
-        return Floor(statistics.median(_seconds(step, device) for _ in range(STEPS)), READ_BYTES / read)
+        return Floor(measured(products, STEPS), READ_BYTES / read, measured(ahead, 1) if prompts else None)
 
     return run_turn, "matrix products alone, " + ("oneDNN, packed once" if device.type == "cpu" else "cuBLAS")
 

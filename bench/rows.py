@@ -86,6 +86,15 @@ DECODING = [
         peer=f"{LLAMA_CPP} bf16",
         peer_figure=f"batches/1/contestants/{LLAMA_CPP} bfloat16/prompt_tokens_per_second",
         ratio_figure=f"batches/1/contestants/{LLAMA_CPP} bfloat16/engine_prompt_ratio",
+        floor_figure="batches/1/contestants/engine bfloat16/share_of_prompt_floor",
+    ),
+    Row(
+        "decoding",
+        "its share of the floor",
+        PROMPT,
+        lambda report: 100 * report["batches"]["1"]["contestants"]["engine bfloat16"]["share_of_prompt_floor"],
+        "%",
+        90,
     ),
     *(
         decoding("shapes", shape, precision, batch, None, weights(preset, *FEW))

@@ -205,7 +205,7 @@ def test_a_ratio_is_the_median_over_the_rounds() -> None:
 @pytest.mark.release
 def test_the_command_reports_engine_floor_and_named_peers_for_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
     command = "--preset tiny --batch 1 2 --dtype float32 --prompt-tokens 5 --new-tokens 4 --turns 1 --threads 1"
-    assert main([*command.split(), "--peers", "transformers"]) == 0
+    assert main([*command.split(), "--peers", "transformers", "--prompt-floor"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["machine"]["threads"] == 1
     assert list(report["batches"]) == ["1", "2"]
@@ -217,6 +217,9 @@ def test_the_command_reports_engine_floor_and_named_peers_for_each_batch(capsys:
         assert row["engine_ratio"] == 1
         assert row["decode_tokens_per_second"] > 0
         assert row["share_of_floor"] > 0
+        assert row["share_of_prompt_floor"] > 0
+        assert row["prompt_tokens_per_second"] > 0
+        assert batch["contestants"]["transformers float32"]["engine_prompt_ratio"] > 0
         assert batch["floor"]["read_gigabytes_per_second"] > 0
 
 
@@ -225,6 +228,7 @@ def test_the_command_reports_engine_floor_and_named_peers_for_each_batch(capsys:
     [
         ("--preset tinny", "Did you mean 'tiny'"),
         ("--batch 0", "--batch"),
+        ("--vocab-size 299", "--vocab-size is 299; expected at least 300"),
         ("--turns 0", "--turns"),
         ("--peers vllm", "'vLLM'"),
     ],

@@ -41,6 +41,27 @@ def test_time_to_quality_says_whether_the_target_was_reached(
     assert float(str(report["seconds"])) > 0
 
 
+def test_the_time_to_quality_of_several_seeds_is_the_median(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [{"seconds": s, "target": 2.1, "reached": s < 60} for s in (42.0, 38.0, 61.0, 40.0, 39.5)]
+    summary = time_to_quality.summary(runs, [1, 2, 3, 4, 5])
+    assert {name: summary[name] for name in ("seconds", "fastest", "slowest")} == {
+        "seconds": 40.0,
+        "fastest": 38.0,
+        "slowest": None,  # the seed that did not reach the target has no time
+    }
+    assert (summary["reached_count"], summary["reached"]) == (4, False)
+    assert "4 of 5 seeds reach 2.1" in capsys.readouterr().out
+
+
+def test_each_seed_is_trained(tmp_path: Path, text_file: Path) -> None:
+    small = ["tokenizer=bytes", "hidden_size=32", "num_layers=1", "max_steps=4", "eval_interval=4"]
+    flags = [f"--data={text_file}", "--bpb=7.9", "--seeds", "1", "2", "--set", *small]
+    code, report = last_line(tmp_path, "bench.time_to_quality", *flags)
+    assert (code, report["seeds"], report["reached_count"]) == (0, [1, 2], 2)
+    one, other = report["runs"]
+    assert one["bits_per_byte"] != other["bits_per_byte"]
+
+
 @pytest.mark.parametrize(
     ("flags", "answer"),
     [
