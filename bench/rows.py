@@ -29,6 +29,7 @@ NAMES = {"bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 
 
 def weights(preset: str, *sizes: str) -> tuple[str, ...]:
+    """The command for quantised weights of a shape."""
     return ("bench.decode", "--preset", preset, "--weights", "int8", *SHORT, *sizes)
 
 
@@ -53,6 +54,7 @@ def decoding(
 
 
 def speculated(text: str, kind: str, batch: int, target: float) -> Row:
+    """The engine with speculation beside the same without."""
     of = f"texts/{kind}, {batch}"
     return Row(
         "speculation",
@@ -127,7 +129,7 @@ DECODING = [
 
 # --- weights of 8 and 4 bits ------------------------------------------------------------------------------------
 
-BITS = ("bench.quantised", "--data", "shakespeare")
+BITS = ("bench.quantised", "--data", "shakespeare", "--bytes", "50000", "--steps", "100")
 
 
 def worse(name: str) -> Callable[[Report], float]:
@@ -154,7 +156,7 @@ QUALITY_OF_WEIGHTS = [
 
 # --- waiting ----------------------------------------------------------------------------------------------------
 
-STARTUP = ("bench.startup", "--times", "3")
+STARTUP = ("bench.startup", "--times", "2")
 AFTER = [phase for _, function, phase in TRACED_FUNCTIONS if function in ("build", "_figures", "publish")]
 WAITING = [
     Row("waiting", "a job of 20 steps of `quick`", STARTUP, lambda r: sum(r["run"].values()), "s", 12, LESS),
@@ -177,7 +179,7 @@ QUICKLY = ("bench.time_to_quality", "--data", "shakespeare", "--bpb", "2.1203", 
 ROUGHLY = ("bench.time_to_quality", "--data", "shakespeare", "--bpb", "2.712", *SEEDS)
 BEST = ("bench.time_to_quality", "--data", "shakespeare", "--bpb", "2.05", "--set", "max_minutes=5")
 LOOPS = ("bench.training", "--preset", "gpt2-124m")
-JOB = ("bench.ray_overhead", "--turns", "4", "--seconds", "20")
+JOB = ("bench.ray_overhead", "--turns", "3", "--seconds", "20")
 TRAINING = [
     Row("quality", "tiny Shakespeare to 2.1203 bits/byte, median seed", QUICKLY, "seconds", "s", 40, LESS),
     Row("quality", "the slowest of these five seeds", QUICKLY, "slowest", "s"),

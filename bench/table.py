@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a command failed, 2 for bad input."""
     arguments = parse(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the command is ended too
     try:
         rows = chosen(arguments.only)
         if arguments.list:
