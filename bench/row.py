@@ -71,12 +71,14 @@ class Row:
         return "met" if missing <= 0 else f"missed by {self.in_target_unit(missing)}"
 
     def absence(self, report: Report) -> str:
-        """Why the report lacks the judged figure: what it says about a contestant that the row reads, if anything."""
+        """Why the report lacks the judged figure: null means that the goal was not reached, or a peer is absent."""
         paths = [path for path in (self.figure, self.peer_figure, self.ratio_figure) if isinstance(path, str)]
+        if any(path in report and report[path] is None for path in paths):
+            return "missed: not reached"
         for label, reason in absent(report).items():
             if any(label in path.split("/") for path in paths):
-                return f"{label}: {reason}"
-        return "its report has no such figure"
+                return f"not measured: {label}: {reason}"
+        return "not measured: its report has no such figure"
 
 
 def read(figure: Figure, report: Report) -> float | None:

@@ -111,6 +111,14 @@ def test_a_report_with_an_exit_code_counts_and_says_so(page: Path, monkeypatch: 
     assert row_called(page.read_text(), "a start")[-1] == "met; the command ended with 1"
 
 
+def test_a_quality_that_was_not_reached_is_missed_and_no_failure(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = DECODED | STARTED | {"end": None, "reached": False}
+    line = [sys.executable, "-c", f"print({json.dumps(json.dumps(report))}); raise SystemExit(1)"]
+    monkeypatch.setattr(table, "line_of", lambda _: line)
+    assert table.main([]) == 0
+    assert row_called(page.read_text(), "an end")[-1] == "missed: not reached"
+
+
 def test_a_peer_that_is_absent_is_named(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = {"engine": DECODED["engine"], "absent": {"llama.cpp": "not installed: llama_cpp"}} | STARTED
     monkeypatch.setattr(table, "run", lambda _: Outcome(report, 1.0))
