@@ -22,7 +22,7 @@ from train_job.data import pieces, shards
 from train_job.data.batches import validation_batches
 from train_job.data.corpus import open_corpus, split
 from train_job.data.inputs import prepare_inputs
-from train_job.data.shards import Shard, TokenSet, prepare, token_dtype
+from train_job.data.shards import Shard, TokenSet, prepare, token_dtype, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,16 @@ def test_a_bad_line_found_by_a_ray_task_is_named_here(many, tmp_path, bytes_toke
     corpus = open_corpus(str(many), cache_dir=tmp_path)
     with pytest.raises(CorpusError, match=r"more\.jsonl, line 2: not JSON"):
         prepare(corpus, bytes_tokenizer, tmp_path, ray_map)
+
+
+LONG = "x" * 70_000 + " " * 200_000 + "the end"
+
+
+@pytest.mark.parametrize("text", ["a <|endoftext|> and it's naïve…\r\n  b", "half \ud800 of one", LONG])
+@pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
+def test_the_ids_that_are_written_are_those_that_the_tokenizer_gives(spec, text):
+    tokenizer = load_tokenizer(spec, lambda: iter(pieces.builtin_documents()))
+    assert token_ids(tokenizer, text, True, "<u2").tolist() == tokenizer.encode(text)
 
 
 def test_second_run_reuses_the_shards(many, tmp_path, bytes_tokenizer, monkeypatch):
