@@ -189,6 +189,8 @@ def check_size(config: TrainConfig, train: Corpus) -> None:
     """Raises CorpusError if the training split cannot fill one sequence, whatever the tokenizer."""
     size, most = 0, 1  # at most one token per byte, and one after each document
     for text in train.documents():
+        if most + len(text) > config.context:  # it has at least as many bytes, and counting those takes longer
+            return
         size, most = size + len(text.encode()), most + len(text.encode()) + 1
         if most > config.context:
             return
