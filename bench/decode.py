@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from bench.weights import GPT2_VOCAB_SIZE, random_package
 from gptcore.config import ModelConfig
 from gptcore.engine import EngineSettings, Request
 from gptcore.engine.engine import Engine
+from gptcore.engine.native import NativeRunner
 from gptcore.errors import FoundryError
 from gptcore.package import describe, open_package
 from gptcore.sampling import SamplingParams
@@ -161,6 +163,7 @@ def open_engine(task: DecodeTask, precision: str, backend: str, speculation: boo
     )
     runner = Engine(package, settings)
     runner.warm_up()
+    clock = KernelClock(runner.runner) if isinstance(runner.runner, NativeRunner) else None
     params = SamplingParams(max_new_tokens=task.new_tokens, temperature=0, ignore_eos=True)
 
     def run_turn() -> DecodeTurn:
@@ -168,17 +171,40 @@ def open_engine(task: DecodeTask, precision: str, backend: str, speculation: boo
         start = time.perf_counter()
         for number, prompt in enumerate(task.prompts()):
             runner.add(Request(str(number), tuple(prompt), params))
-        first, begun = 0.0, 0
+        first, begun, before = 0.0, 0, 0.0
         while runner.busy:
             for update in runner.step():
                 tokens.setdefault(update.request_id, []).extend(update.token_ids)
             if not first and len(tokens) == task.batch:
                 first, begun = time.perf_counter(), sum(map(len, tokens.values()))
+                before = clock.seconds if clock else 0.0
         end = time.perf_counter()
         ordered = [tokens[str(number)] for number in range(task.batch)]
-        return DecodeTurn(first - start, end - first, ordered, sum(map(len, ordered)) - begun)
+        kernel = clock.seconds - before if clock else None
+        return DecodeTurn(first - start, end - first, ordered, sum(map(len, ordered)) - begun, kernel)
 
     return run_turn, f"{runner.info.runner}, slots {runner.info.slots}"
+
+
+class KernelClock:
+    """Counts the seconds that a runner spends in its native kernel; the rest of a step is Python."""
+
+    def __init__(self, runner: NativeRunner) -> None:
+        self.seconds, self._library = 0.0, runner._library
+        self.gpt_forward, self.gpt_choose = map(self._timed, (self._library.gpt_forward, self._library.gpt_choose))
+        runner._library = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            begun = time.perf_counter()
+            result = function(*arguments)
+            self.seconds += time.perf_counter() - begun
+            return result
+
+        return call
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
@@ -199,6 +225,8 @@ class ContestantResult:
     share_of_floor: float
     share_of_prompt_floor: float | None
     """Of the products of the prompts; None without `--prompt-floor`."""
+    share_of_python: float | None
+    """Of a decoding step, what is not in the engine's native kernel."""
     engine_ratio: float
     """The engine's decoding rate over this one's."""
     engine_whole_ratio: float
@@ -251,6 +279,7 @@ def row_of(
     steps, prompts = [task.batch / rate for rate in rates], [turn.prompt_seconds for turn in turns]  # seconds
     floors = [f.step_seconds for f in results.turns[floor.label]]
     ahead = [f.prompt_seconds for f in results.turns[floor.label] if f.prompt_seconds]
+    python = [1 - turn.kernel_seconds / turn.decode_seconds for turn in turns if turn.kernel_seconds is not None]
     read = step_bytes(config, task.batch, task.prompt_tokens + task.new_tokens / 2, contestant.precision)
     best: list[DecodeTurn] = results.turns[ours.label]
     equal: list[DecodeTurn] = results.turns.get(f"{ENGINE} {contestant.precision}", [])
@@ -264,6 +293,7 @@ def row_of(
         gigabytes_per_second=round(statistics.median(read / s for s in steps) / 1e9, 2),
         share_of_floor=round(median_ratio(floors, steps), 3),
         share_of_prompt_floor=round(median_ratio(ahead, prompts), 3) if ahead else None,
+        share_of_python=round(statistics.median(python), 3) if python else None,
         engine_ratio=round(median_ratio([t.decode_rate for t in best], rates), 3),
         engine_whole_ratio=round(median_ratio([t.whole_rate for t in best], [t.whole_rate for t in turns]), 3),
         engine_prompt_ratio=round(median_ratio(prompts, [t.prompt_seconds for t in best]), 3),

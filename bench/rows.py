@@ -69,6 +69,11 @@ def speculated(text: str, kind: str, batch: int, target: float) -> Row:
     )
 
 
+def share_of_python(batch: int) -> Callable[[Report], float]:
+    """In percent of a decoding step of `quick`."""
+    return lambda report: 100 * report["batches"][str(batch)]["contestants"]["engine bfloat16"]["share_of_python"]
+
+
 GPT2 = weights("gpt2-124m", "--new-tokens", "64")
 FEW = ("--prompt-tokens", "8", "--new-tokens", "16", "--no-agreement")
 DECODING = [
@@ -115,6 +120,16 @@ DECODING = [
             floor_figure=f"batches/{batch}/contestants/engine bfloat16/share_of_floor",
         )
         for batch, target in ((1, 3000), (16, 13000))
+    ),
+    *(
+        Row(
+            "small",
+            f"Python's share of a step, {'one sequence' if batch == 1 else f'{batch} sequences'}",
+            QUICK,
+            share_of_python(batch),
+            "%",
+        )
+        for batch in (1, 16)
     ),
     *(
         speculated(text, kind, batch, target)

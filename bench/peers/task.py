@@ -35,6 +35,8 @@ class DecodeTurn:
     """The continuation of each prompt."""
     decoded: int
     """How many of the tokens were generated in `decode_seconds`."""
+    kernel_seconds: float | None = None
+    """Of `decode_seconds`, those in the engine's native kernel; None if it has none."""
 
     @property
     def decode_rate(self) -> float:

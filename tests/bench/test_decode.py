@@ -217,6 +217,7 @@ def test_the_command_reports_engine_floor_and_named_peers_for_each_batch(capsys:
         assert row["engine_ratio"] == 1
         assert row["decode_tokens_per_second"] > 0
         assert row["share_of_floor"] > 0
+        assert 0 < row["share_of_python"] < 1
         assert row["share_of_prompt_floor"] > 0
         assert row["prompt_tokens_per_second"] > 0
         assert batch["contestants"]["transformers float32"]["engine_prompt_ratio"] > 0
