@@ -42,6 +42,7 @@ TARGETS = {"of_engine": 0.85, "first_token_added_ms": 15.0, "of_naive": 4.0}
 def main(argv: list[str] | None = None) -> int:
     """Prints a table and the JSON line. Returns 1 if a request failed, 2 for bad input."""
     arguments = parse(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so would the service
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the services are stopped
     try:
         with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:

@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=3, help="how often each is run; the fastest try counts")
     parser.add_argument("--steps", type=int, default=20, help="steps of the run")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so would the service
     load = os.getloadavg()[0]
     found: dict[str, Marks] = {}
     for turn in range(arguments.times):

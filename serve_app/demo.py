@@ -70,6 +70,10 @@ def demo(chat: bool = False) -> int:
 @contextlib.contextmanager
 def running(output: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `serve run` and its Ray until the block ends."""
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as for a shell's background job; the service would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [str(Path(sys.executable).with_name("serve")), "run", "serve_app:app"]
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(

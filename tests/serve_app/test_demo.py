@@ -1,5 +1,7 @@
 """Claims about the second half of `make demo`, with a service that runs already."""
 
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tests.open_tokenizers import publish, write_tokenizer
 from tests.ports import free_port
 from tests.serve_app.conftest import MakePackage
 from tests.serve_app.running import running
+from tests.waiting import eventually
 
 
 def test_a_reply_is_streamed_with_its_model_and_the_number_of_its_tokens(
@@ -60,3 +63,28 @@ def test_without_a_service_it_is_not_ready():
 def test_a_service_is_asked_where_this_machine_reaches_it(host: str, url: str):
     assert demo.address(host, 8000) == url
     assert not demo.is_ready(demo.address(host, free_port()))
+
+
+SERVICE = """#!{python}
+import signal
+try:
+    print("up", flush=True)
+    signal.pause()
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_a_demo_in_the_background_of_a_shell_stops_its_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script, log = tmp_path / "serve", tmp_path / "log"
+    script.write_text(SERVICE.format(python=sys.executable))
+    script.chmod(0o755)
+    monkeypatch.setattr(demo.sys, "executable", str(tmp_path / "python"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as bash does for background jobs
+    try:
+        with log.open("w") as output, demo.running(output) as process:
+            eventually(lambda: log.read_text() == "up\n", "the service has started")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.returncode == 0
+    assert log.read_text() == "up\nstopped\n"
