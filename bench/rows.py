@@ -172,13 +172,13 @@ QUALITY_OF_WEIGHTS = [
 # --- waiting ----------------------------------------------------------------------------------------------------
 
 STARTUP = ("bench.startup", "--times", "2")
-AFTER = [phase for _, function, phase in TRACED_FUNCTIONS if function in ("build", "_figures", "publish")]
+AFTER = [phase for _, function, phase in TRACED_FUNCTIONS if function in ("build", "_figures", "publish", "show")]
 WAITING = [
     Row("waiting", "a job of 20 steps of `quick`", STARTUP, lambda r: sum(r["run"].values()), "s", 12, LESS),
     Row("waiting", "`serve run` to ready, `quick`", STARTUP, lambda r: sum(r["serve"].values()), "s", 7, LESS),
     Row(
         "waiting",
-        "after training: package, figures, registration, gate",
+        "after training: package, figures, registration, gate, sample",
         STARTUP,
         lambda report: sum(report["run"][phase] for phase in AFTER),
         "s",
