@@ -103,7 +103,7 @@ def trained(settings: dict[str, Any], scratch: Path) -> Package:
     return save_package(scratch / "package", inputs.model, state, inputs.tokenizer, {"step": event.step})
 
 
-def measure(package: Package, text: str, scratch: str, chosen: Package | None = None) -> dict[str, float]:
+def measure(package: Package, text: str, scratch: str, chosen: Package | None = None) -> dict[str, Any]:
     """Bits per byte of each contestant; `chosen` is the package in int4 by a text."""
     ids, eot = package.tokenizer.encode(text), package.tokenizer.eot
     length = package.config.context_length - 1
@@ -122,7 +122,8 @@ def measure(package: Package, text: str, scratch: str, chosen: Package | None = 
     task = DecodeTask(str(package.path), scratch, 1, length + 1, 1, cores(), package.config.vocab_size)
     if importlib.util.find_spec("llama_cpp") is None:
         print("llama.cpp is not installed: pip install -c constraints.txt -e '.[bench]'")
-        return {name: round(value, 5) for name, value in found.items()}
+        absent = {f"llama.cpp {name}": "not installed: llama_cpp" for name in LLAMA_CPP}
+        return {name: round(value, 5) for name, value in found.items()} | {"absent": absent}
     for name, precision in LLAMA_CPP.items():
         report(f"llama.cpp {name}", open_decoder(task, precision).nats)
     return {name: round(value, 5) for name, value in found.items()}

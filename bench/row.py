@@ -68,7 +68,13 @@ class Row:
         if self.target is None:
             return "–"
         missing = self.target - value if self.better == MORE else value - self.target
-        return "met" if missing <= 0 else f"missed by {self.in_target_unit(missing)}"
+        return (
+            "met"
+            if missing <= 0
+            else f"missed by {missing:.3g}"
+            if self.ratio_figure
+            else f"missed by {self.with_unit(missing)}"
+        )
 
     def absence(self, report: Report) -> str:
         """Why the report lacks the judged figure: null means that the goal was not reached, or a peer is absent."""
@@ -76,7 +82,8 @@ class Row:
         if any(path in report and report[path] is None for path in paths):
             return "missed: not reached"
         for label, reason in absent(report).items():
-            if any(label in path.split("/") for path in paths):
+            names = {label, label.partition(" ")[0]}  # with the precision, and without
+            if any(names & set(path.split("/")) for path in paths):
                 return f"not measured: {label}: {reason}"
         return "not measured: its report has no such figure"
 

@@ -21,6 +21,8 @@ PROMPT = (
     "1016",
     "--new-tokens",
     "8",
+    "--prompt-floor",
+    "--no-agreement",
 )
 QUICK = ("bench.decode", "--preset", "quick", "--vocab-size", "2048")
 SPECULATION = ("bench.speculation", "--preset", "quick", "--vocab-size", "2048", "--turns", "9")
@@ -49,7 +51,7 @@ def decoding(
         peer=f"{LLAMA_CPP} {NAMES[precision]}",
         peer_figure=f"{of}/{LLAMA_CPP} {precision}/decode_tokens_per_second",
         ratio_figure=f"{of}/{LLAMA_CPP} {precision}/engine_ratio_at_equal_precision",
-        floor_figure=f"{of}/engine {precision}/share_of_floor",
+        floor_figure=f"{of}/engine {precision}/share_of_floor" if precision == "bfloat16" else "",
     )
 
 
@@ -176,6 +178,9 @@ AFTER = [phase for _, function, phase in TRACED_FUNCTIONS if function in ("build
 WAITING = [
     Row("waiting", "a job of 20 steps of `quick`", STARTUP, lambda r: sum(r["run"].values()), "s", 12, LESS),
     Row("waiting", "`serve run` to ready, `quick`", STARTUP, lambda r: sum(r["serve"].values()), "s", 7, LESS),
+    Row("waiting", "`serve run` to ready, 124M", STARTUP, lambda r: sum(r["serve 124M"].values()), "s", 12, LESS),
+    Row("waiting", "a reload, from the alias's move", STARTUP, lambda r: sum(r["reload"].values()), "s", 4, LESS),
+    Row("waiting", "`gptcore.generate`, first token", STARTUP, lambda r: sum(r["generate"].values()), "s", 2, LESS),
     Row(
         "waiting",
         "after training: package, figures, registration, gate, sample",
@@ -192,7 +197,16 @@ WAITING = [
 SEEDS = ("--seeds", "1", "2", "3", "4", "5")
 QUICKLY = ("bench.time_to_quality", "--data", "shakespeare", "--bpb", "2.1203", *SEEDS)
 ROUGHLY = ("bench.time_to_quality", "--data", "shakespeare", "--bpb", "2.712", *SEEDS)
-BEST = ("bench.time_to_quality", "--data", "shakespeare", "--bpb", "2.05", "--set", "max_minutes=5")
+BEST = (
+    "bench.time_to_quality",
+    "--data",
+    "shakespeare",
+    "--bpb",
+    "2.05",
+    "--set",
+    "max_minutes=5",
+    "target_bits_per_byte=1",
+)
 LOOPS = ("bench.training", "--preset", "gpt2-124m")
 JOB = ("bench.ray_overhead", "--turns", "3", "--seconds", "20")
 TRAINING = [
@@ -270,7 +284,15 @@ SERVING = [
         peer_figure="concurrency/16/contestants/engine/tokens_per_second",
         ratio_figure="concurrency/16/of_engine",
     ),
-    Row("serving", "their first text later", STREAMS, "concurrency/16/first_token_added_ms", "ms", 5, LESS),
+    Row(
+        "serving",
+        "their first text, later than the engine's",
+        STREAMS,
+        "concurrency/16/first_token_added_ms",
+        "ms",
+        5,
+        LESS,
+    ),
     Row(
         "serving",
         "64 streams on 16 slots",

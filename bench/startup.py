@@ -1,8 +1,9 @@
-"""Measures startup times: a run of twenty steps, `serve run` until it is ready, and a mistyped flag.
+"""Measures startup times: a run of twenty steps, `serve run`, a reload, `gptcore.generate`, and a mistyped flag.
 
 `python -m bench.startup` runs each of them several times as a user would. It prints a table with the phases of the
 fastest try of each, and one JSON line last. A phase begins when a function of the job is entered, or when one of Ray's
-processes appears.
+processes appears. A service is measured until it is ready, a reload from when the alias moves to another version until
+that one answers, and `gptcore.generate` until it prints its first token.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from gptcore.cli import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -61,15 +64,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=3, help="how often each is run; the fastest try counts")
     parser.add_argument("--steps", type=int, default=20, help="steps of the run")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so would the service
     load = os.getloadavg()[0]
     found: dict[str, Marks] = {}
+    from bench.weights import random_package  # imports torch, which the traced job does in its own time
+
     for turn in range(arguments.times):
         with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
             home = Path(scratch)
+            package, large = home / "runs" / f"measured-{turn}" / "package", home / "large"
             measured = {
                 "run": run(home, f"--name=measured-{turn}", f"--max-steps={arguments.steps}"),
-                "serve": serve(home, home / "runs" / f"measured-{turn}" / "package"),
+                "serve": serve(home, package),
+                "serve 124M": serve(home, random_package(large, "gpt2-124m").path),
+                "reload": reload(home, package),
+                "generate": generate(home, package),
                 "error": run(home, "--nmae=measured", code=2),
             }
         for what, marks in measured.items():
@@ -165,10 +173,49 @@ def traced(file: Path, flags: list[str]) -> int:
 
 def serve(home: Path, package: Path) -> Marks:
     """Runs `serve run serve_app:app` with a package until it is ready. Raises RuntimeError if it never is."""
+    with service(home, str(package)) as (_, marks):
+        return marks
+
+
+def reload(home: Path, package: Path) -> Marks:
+    """Serves gpt@champion, moves the alias to a new version of the same package, and waits until that one answers."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")
+    with service(home, "models:/gpt@champion") as (port, _):
+        made = client.create_model_version("gpt", package.as_uri())
+        begun = time.time()
+        client.set_registered_model_alias("gpt", "champion", made.version)
+        while answered_by(port) != f"gpt/{made.version}":
+            if time.time() - begun > READY_SECONDS:
+                raise RuntimeError(f"after {READY_SECONDS} s {answered_by(port)} still answers, not gpt/{made.version}")
+            time.sleep(0.05)
+        return [("a reload", 0.0), ("", time.time() - begun)]
+
+
+def generate(home: Path, package: Path) -> Marks:
+    """Runs `python -m gptcore.generate` until it has printed the first token."""
+    command = [sys.executable, "-m", "gptcore.generate", str(package), "--prompt", "The", "--max-new-tokens", "1"]
+    begun = time.time()
+    with subprocess.Popen(command, cwd=ROOT, env=environment(home), stdout=subprocess.PIPE) as it:
+        text = it.stdout.read(len("The") + 1) if it.stdout else b""
+        took = time.time() - begun
+    if it.returncode or len(text) <= len("The"):
+        raise RuntimeError(f"gptcore.generate printed {text!r} and ended with {it.returncode}")
+    return [(FIRST + ", the model, a token", 0.0), ("", took)]
+
+
+@contextlib.contextmanager
+def service(home: Path, model: str) -> Iterator[tuple[int, Marks]]:
+    """Runs `serve run serve_app:app`; yields its port and phases once it is ready.
+
+    Raises RuntimeError if it never is.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = environment(home) | {"GPT_MODEL": str(package), "GPT_PORT": str(port)}
+    env = environment(home) | {"GPT_MODEL": model, "GPT_PORT": str(port)}
+    heed_interrupts()  # or the service would not end
     log, command = home / "serve.log", [str(BIN / "serve"), "run", "serve_app:app"]
     begun = time.time()
     with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output) as it:
@@ -179,7 +226,7 @@ def serve(home: Path, package: Path) -> Marks:
                     raise RuntimeError(f"the service is not ready:\n{log.read_text()}")
                 marks += [(phase, at - begun) for phase, at in appeared(it.pid) if phase not in dict(marks)]
                 time.sleep(0.05)
-            return [*marks, ("", time.time() - begun)]
+            yield port, [*marks, ("", time.time() - begun)]
         finally:
             it.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -202,6 +249,14 @@ def ready(port: int) -> bool:
     with contextlib.suppress(OSError):
         return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).status == 200)
     return False
+
+
+def answered_by(port: int) -> str:
+    """The model and version that answers a request, as gpt/2."""
+    body = json.dumps({"prompt": "The", "max_new_tokens": 1}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/generate", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return str(reply.headers["x-model-version"])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Measures every target and writes the table of docs/performance.md: `python -m bench.table`, or `make bench`.
 
 Runs the commands of its rows one after another, each once, and takes the figures from the JSON lines that they print
-last. A command that fails leaves rows that say why, and the exit code is 1. `--only SECTION ...` runs a part and prints
-it, without writing; `--list` shows rows, commands and targets. Run nothing else at the same time.
+last. A command that fails leaves rows that say why, as does a peer that is not installed, and the exit code is 1.
+`--only SECTION ...` runs a part and prints it, without writing; `--list` shows rows, commands and targets. Run nothing
+else at the same time.
 """
 
 import argparse
@@ -51,9 +52,8 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 if a command failed, 2 for bad input."""
+    """Returns 1 if a command failed or a row could not be measured, 2 for bad input."""
     arguments = parse(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the command is ended too
     try:
         rows = chosen(arguments.only)
         if arguments.list:
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 1 if any(outcome.why for outcome in outcomes.values()) else 0
+    measured = all(not verdict(row, outcomes[row.command]).startswith("not measured") for row in rows)
+    return 0 if measured and not any(outcome.why for outcome in outcomes.values()) else 1
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -278,4 +279,5 @@ def write(page: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the command is ended too
     sys.exit(main())

@@ -17,6 +17,8 @@ from gptcore.quantised import GROUP, Quantised
 
 MOST_TOKENS = 8192
 LEAST_TOKENS = 256
+WINDOW = 512
+"""Tokens that the network reads at once, the end-of-text token first."""
 GRID = (*torch.arange(-10.0, -4.0, 0.25).tolist(), *torch.arange(6.0, 9.0, 0.25).tolist())
 """What the largest weight of a group is tried as, before values are cut to -8 ... 7."""
 ROWS = 256
@@ -44,7 +46,8 @@ def input_squares(package: Package, text: str) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(watch(published_name(f"{name}.weight", package.config.family)))
-    for start in range(0, len(ids), length := package.config.context_length - 1):
+    length = min(WINDOW, package.config.context_length) - 1  # logits, which nobody reads, take V numbers a token
+    for start in range(0, len(ids), length):
         model(torch.tensor([[package.tokenizer.eot, *ids[start : start + length]]]))
     return squares
 

@@ -1,7 +1,8 @@
-"""The argument parser of every command: its errors are one line and name the nearest flag."""
+"""What commands share: a parser whose errors are one line and name the nearest flag, and Ctrl-C's signal."""
 
 import argparse
 import re
+import signal
 from typing import NoReturn
 
 from gptcore.errors import ConfigError, did_you_mean
@@ -18,3 +19,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         raise ConfigError(message + (f".{did_you_mean(flag[1], self.flags)}" if flag else ""))
+
+
+def heed_interrupts() -> None:
+    """Lets SIGINT stop this process and those that it starts, also in a shell's background, where it is ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

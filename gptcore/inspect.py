@@ -61,9 +61,10 @@ def adapters(config: ModelConfig) -> Lora:
 def report(package: Package) -> str:
     """A few lines for people."""
     config, need = package.config, needs(package.config)
-    served = packed_bytes(config, torch.bfloat16, package.weights)
+    weights = used_weights(package, EngineSettings(), pick_device("auto"))
+    served = packed_bytes(config, torch.bfloat16, weights)
     return f"""{describe(package)}
-to serve: {gib(served)} GiB of weights in {package.weights or "bfloat16"}, and {need.token / 2**10:,.0f} KiB for each \
+to serve: {gib(served)} GiB of weights in {weights or "bfloat16"}, and {need.token / 2**10:,.0f} KiB for each \
 token in a sequence, {gib(need.sequence)} GiB for {config.context_length:,}
 here: {served_here(package)}
 to train: {gib(need.training)} GiB for weights, gradients and AdamW's state in fp32, and activations, which depend on \

@@ -103,7 +103,8 @@ def initial_adapters(config: ModelConfig, lora: Lora, seed: int) -> Iterator[tup
 class Merged(Mapping[str, Tensor]):
     """A package's parameters, tied ones once, with adapters added, each computed when it is asked for.
 
-    They have the dtype in which the package stores them. Raises PackageError for one that this dtype cannot hold.
+    They have the dtype in which the package stores them, or float32 instead of 8 or 4 bits. Raises PackageError for one
+    that this dtype cannot hold.
     """
 
     def __init__(self, base: Package, adapters: Mapping[str, Tensor], lora: Lora) -> None:

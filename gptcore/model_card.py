@@ -18,9 +18,9 @@ def model_card(name: str, facts: str, training: Mapping[str, Any], weights: str)
     parent = training.get("parent")
     made = f"fine-tuned from {parent}" if parent else "trained from scratch"
     ability = (
-        "It answers conversations that are formatted by its chat template."
+        " It answers conversations that are formatted by its chat template."
         if training.get("objective") == "chat"
-        else "It continues text; it does not follow instructions."
+        else " It continues text; it does not follow instructions."
     )
     if weights and not training:  # by others
         made, ability = f"quantised to {weights}", ""
@@ -32,7 +32,7 @@ tags: [gpt-foundry]
 ---
 # {name}
 
-A language model {made} with GPT Foundry. {ability}
+A language model {made} with GPT Foundry.{ability}
 
 {listed}
 

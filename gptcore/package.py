@@ -179,7 +179,8 @@ def save_package(
     _check_vocabulary(config, tokenizer, folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise PackageError(f"{folder} exists and is not a model package; choose another folder")
-    dtype = state["embed_tokens.weight"].dtype
+    embedding = state.get("embed_tokens.weight")
+    dtype = torch.float32 if embedding is None else embedding.dtype  # to_published says what is missing
     shapes = [(name, shape, DTYPE_NAMES[dtype]) for name, shape in tensor_shapes(config)]
     tensors = to_published(empty_model(config), state)
     raw = {**published_config(config), "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -227,7 +228,10 @@ def open_package(folder: Path | str, verify: bool = True) -> Package:
         reason = "it is not a folder" if folder.exists() else "no such folder"
         raise PackageError(f"there is no package at {folder}: {reason}")
     info = _read_manifest(folder) if os.path.lexists(folder / MANIFEST) else {}
-    scheme = scheme_of(info)
+    try:
+        scheme = scheme_of(info)
+    except PackageError as error:
+        raise PackageError(f"{folder / MANIFEST}: {error}") from error
     listed = {folder / name: digest for name, digest in info.get("files", {}).items()}
     weights = {file: listed[file] for file in listed if file.suffix == ".safetensors"}
     _check_unaltered({file: listed[file] for file in listed if file not in weights}, MOST_BESIDE, verify)
@@ -299,7 +303,9 @@ def describe(package: Package) -> str:
         if isinstance(value, str | int | float):
             lines.append(f"{key.replace('_', ' ')}: {f'{value:.4g}' if isinstance(value, float) else value}")
     if package.weights:
-        lines.append(f"weights: {package.weights} in groups of {GROUP}, quantised after all of this was measured")
+        measured = "bits_per_byte" in package.info.get("training", {})
+        since = ", quantised after bits per byte were measured" if measured else ""
+        lines.append(f"weights: {package.weights} in groups of {GROUP}{since}")
     return "\n".join(lines)
 
 

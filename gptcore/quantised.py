@@ -88,4 +88,4 @@ def scheme_of(info: dict[str, Any]) -> str:
         if isinstance(given, dict) and description(scheme).items() <= given.items():
             return scheme
     known = " or ".join(str(description(scheme)) for scheme in BITS)
-    raise PackageError(f"foundry.json has {excerpt(given)} for weights; expected {known}")
+    raise PackageError(f"weights is {excerpt(given)}; expected {known}")

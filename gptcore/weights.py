@@ -219,7 +219,7 @@ def _read(places: Iterable[StoredTensor]) -> Iterator[Tensor]:
                 read += tensor.nbytes
             except (OSError, SafetensorError) as error:
                 raise PackageError(f"{stored.file} cannot be used: {error}") from error
-            if tuple(tensor.shape) != stored.shape:
+            if tuple(tensor.shape) != stored.shape or tensor.dtype != STORED[stored.dtype]:
                 raise PackageError(f"{stored.file} has changed while it was read")
             yield tensor
 

@@ -20,6 +20,7 @@ from typing import IO
 
 import httpx2
 
+from gptcore.cli import heed_interrupts
 from gptcore.errors import FoundryError
 from serve_app.settings import load_settings
 
@@ -70,10 +71,7 @@ def demo(chat: bool = False) -> int:
 @contextlib.contextmanager
 def running(output: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `serve run` and its Ray until the block ends."""
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as for a shell's background job; the service would inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    heed_interrupts()  # or the service would not end
     command = [str(Path(sys.executable).with_name("serve")), "run", "serve_app:app"]
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(

@@ -26,6 +26,13 @@ constexpr const char* QUANTISED_KERNEL = "avx2";
 constexpr const char* QUANTISED_KERNEL = "generic";
 #endif
 
+// A function of its own: neither inlined nor specialised for an argument, which may round differently.
+#ifdef __clang__
+#define ONCE __attribute__((noinline))
+#else
+#define ONCE __attribute__((noinline, noclone))
+#endif
+
 // One register of sums, each of one output column. Every lane reads four weights of its column.
 #ifdef __AVX512VNNI__
 constexpr int SUMS = 16;
@@ -109,10 +116,10 @@ inline float best_scale(const Vec (&x)[2], int bits) {
     return rounded(scale);
 }
 
-// Rounds a group of `count` weights to multiples q (32) of a scale, which it returns. It is not inlined, so that weights
-// that are rounded for a file are those that are rounded while a model is loaded.
+// Rounds a group of `count` weights to multiples q (32) of a scale, which it returns. It is compiled once, so that weights
+// are rounded alike for a file and while a model is loaded.
 template <class Source>
-__attribute__((noinline)) float quantise_group(const Source* weight, int count, int bits, int8_t* q) {
+ONCE float quantise_group(const Source* weight, int count, int bits, int8_t* q) {
     int most = (1 << (bits - 1)) - 1, least = bits == 8 ? -most : -most - 1;
     alignas(64) float x[GROUP] = {};
     for (int k = 0; k < count; k++) x[k] = value(weight[k]);

@@ -1,5 +1,7 @@
 """Chooses an engine's runner and its number of slots: the native kernel on a supported CPU, else torch."""
 
+from dataclasses import replace
+
 import torch
 
 from gptcore.config import ModelConfig
@@ -38,8 +40,8 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
             param="weights",
         )
     weights = used_weights(package, settings, device)
-    whole = package.config.context_length
-    package = fit_context(package, settings, device, dtype)
+    given, whole = package, package.config.context_length
+    package = fit_context(given, settings, device, dtype)
     config = package.config
     note = context_note(config.context_length, whole, settings)
     if native and settings.backend != "torch":
@@ -58,7 +60,10 @@ def make_runner(package: Package, settings: EngineSettings) -> Runner:
                     "leave out weights",
                     param="weights",
                 ) from error
-            note = "; ".join(filter(None, (f"not native: {error}", note)))
+            package = fit_context(given, replace(settings, backend="torch"), device, dtype)
+            config = package.config
+            context = context_note(config.context_length, whole, settings)
+            note = "; ".join(filter(None, (f"not native: {error}", context)))
     check_memory(package, device, dtype, native=False)
     model = package.load_model(device, dtype)
     slots = count_slots(config, settings.slots, device, dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import startup
+from bench.rows import ROWS, STARTUP
 from tests.system.conftest import ROOT
 
 
@@ -33,4 +34,7 @@ def test_a_run_and_a_service_have_every_phase() -> None:
     traced = [phase for _, _, phase in startup.TRACED_FUNCTIONS]
     assert [phase for phase in traced if phase not in report["run"]] == []
     assert all(phase in report["run"] for phase in startup.EVENTS.values())
-    assert list(report["serve"]) == [startup.FIRST, *(phase for _, phase in startup.PROCESSES)]
+    for service in ("serve", "serve 124M"):
+        assert list(report[service]) == [startup.FIRST, *(phase for _, phase in startup.PROCESSES)]
+    for row in (row for row in ROWS if row.command == STARTUP):
+        assert (row.ours(report) or 0) > 0, row.what

@@ -108,7 +108,7 @@ def test_foundry_json_has_the_scheme_and_the_training_summary(package: Package, 
     scheme = {"scheme": "int4", "bits": 4, "head_bits": 8, "group_size": 32, "chosen_by": "weights"}
     assert small.info["weights"] == scheme
     assert small.info["training"] == package.info["training"]
-    assert "int4 in groups of 32, quantised after all of this was measured" in packages.describe(small)
+    assert "weights: int4 in groups of 32" in packages.describe(small)
     card = (small.path / "README.md").read_text()
     assert "library_name: gptcore" in card
     assert "Its int4 weights are read by gptcore only." in card
@@ -246,7 +246,7 @@ def test_without_a_compiler_the_error_says_so(package: Package, tmp_path: Path, 
 def test_an_unknown_scheme_is_refused(small: Package, scheme: object) -> None:
     manifest = json.loads((small.path / "foundry.json").read_text())
     (small.path / "foundry.json").write_text(json.dumps({**manifest, "weights": scheme}))
-    with pytest.raises(PackageError, match=r"foundry.json has .* for weights; expected \{'scheme': 'int8'"):
+    with pytest.raises(PackageError, match=r"foundry.json: weights is .*; expected \{'scheme': 'int8'"):
         open_package(small.path)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,10 @@ def register(session: Session, trained: Trained, package: Package, tell_what_now
     """Registers the run's package as a version; returns the exit code."""
     config, say = session.config, session.console.say
     session.stops.check()
+    with doing("reading the model for the figures"):  # now, since registering loads one too
+        logits = figures.next_logits(package, config.sample_prompts[0])
     beside = ThreadPoolExecutor(1)  # matplotlib takes as long as registering
-    drawn = beside.submit(_figures, session, package)
+    drawing = beside.submit(_figures, session, package, logits)
     beside.shutdown(wait=False)
     corpus = session.inputs.validation_corpus
     try:
@@ -95,7 +97,7 @@ def register(session: Session, trained: Trained, package: Package, tell_what_now
         say(f"the package is whole in {package.path}; register it with: {resume_command(config)}")
         if tell_what_now:
             what_now(session)
-        close(session, trained, "FAILED", [*drawn.result(), session.console.path])
+        close(session, trained, "FAILED", [*_drawn(drawing, say), session.console.path])
         return 1
     record = asdict(published) | {"targets": targets(config, trained), "config": config.flat()}
     record |= {"experiment_id": session.experiment_id}
@@ -106,7 +108,7 @@ def register(session: Session, trained: Trained, package: Package, tell_what_now
     show(say, package, record, config)
     if tell_what_now:
         what_now(session, record)
-    pictures = drawn.result()
+    pictures = _drawn(drawing, say)
     session.stops.check(last=True)
     adapter = sorted((session.run_dir / ADAPTER).glob("*"))
     close(session, trained, "FINISHED", [*pictures, *adapter, session.run_dir / CONFIG, session.console.path])
@@ -176,18 +178,31 @@ def _package(session: Session, checkpoint: Path) -> Package:
             name = str(config.init_from)
             # PEFT takes a name on the hub, or a folder.
             base = name.removeprefix("hf:") if name.startswith("hf:") else str(inputs.parent.path)
-            save_adapter(session.run_dir / ADAPTER, inputs.parent, base, state, config.lora)
+            if inputs.parent.weights:
+                session.console.say(
+                    f"no adapter for PEFT: it cannot open {base}, whose weights are {inputs.parent.weights}"
+                )
+            else:
+                save_adapter(session.run_dir / ADAPTER, inputs.parent, base, state, config.lora)
             state = Merged(inputs.parent, state, config.lora)
         return save_package(session.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
 
 
-def _figures(session: Session, package: Package) -> list[Path]:
-    """Draws the loss curve, and what temperature and decoding strategies do to the next token's probabilities."""
+def _figures(session: Session, package: Package, logits: Tensor) -> list[Path]:
+    """Draws the loss curve, and what temperature and decoding strategies do to the next token's logits (V,)."""
     folder = session.run_dir / "figures"
-    with doing("drawing figures"):
-        odds = figures.draw_odds(package, session.config.sample_prompts[0], folder)
-        figures.loss_curve(session.history.rows, folder / "loss_curve.png")
+    odds = figures.draw_odds(logits, package.tokenizer, session.config.sample_prompts[0], folder)
+    figures.loss_curve(session.history.rows, folder / "loss_curve.png")
     return [folder / "loss_curve.png", *odds]
+
+
+def _drawn(drawing: Future[list[Path]], say: Callable[[str], None]) -> list[Path]:
+    """The figures; a warning and none if they could not be drawn, since the version is registered by now."""
+    try:
+        return drawing.result()
+    except (FoundryError, OSError) as error:
+        say(f"warning: the figures could not be drawn: {error}")
+        return []
 
 
 def ended_with(run_dir: Path, config: TrainConfig) -> tuple[Package, dict[str, Any]] | None:

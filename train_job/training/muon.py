@@ -77,8 +77,8 @@ def work(shape: Iterable[int]) -> int:
 class Muon(torch.optim.Optimizer):
     """Muon for matrices that are all whole or all sharded by rows.
 
-    Matrices are sorted by their work and dealt out in rounds, one to each worker. So no worker does more than its share
-    and one matrix, and of sharded matrices none holds more than one whole.
+    They are sorted by their work and dealt out, one to each worker at a time. So no worker does more than its share and
+    one matrix, and of sharded matrices none holds more than one whole. A single worker takes all of one shape at once.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
@@ -88,8 +88,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every matrix that has a gradient."""
         for group in self.param_groups:
-            matrices = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -work(p.shape))
-            for together in _rounds(matrices):
+            for together in _batches([p for p in group["params"] if p.grad is not None]):
                 self._update(together, group)
 
     def _update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
@@ -104,10 +103,11 @@ class Muon(torch.optim.Optimizer):
             local(p).mul_(decay).add_(update, alpha=-rate)
 
 
-def _rounds(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The matrices that are updated together: one for each worker, or of one shape if there is one worker."""
+def _batches(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The matrices that are updated together: one for each worker, the largest first, or those of one shape alone."""
     if (workers := world_size()) > 1:
-        yield from (matrices[start : start + workers] for start in range(0, len(matrices), workers))
+        dealt = sorted(matrices, key=lambda p: -work(p.shape))
+        yield from (dealt[start : start + workers] for start in range(0, len(dealt), workers))
         return
     for shape, group in groupby(sorted(matrices, key=lambda p: p.shape), key=lambda p: p.shape):
         alike, most = list(group), max(1, TOGETHER // shape.numel())

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gptcore import files
 from gptcore.errors import CorpusError, TrainingError
 from gptcore.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
-from tests.open_tokenizers import write_tokenizer
+from tests.open_tokenizers import QWEN_RANKS, write_tokenizer
 from train_job.data import pieces, shards
 from train_job.data.batches import validation_batches
 from train_job.data.corpus import open_corpus, split
@@ -117,7 +117,16 @@ LONG = "x" * 70_000 + " " * 200_000 + "the end"
 @pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
 def test_the_ids_that_are_written_are_those_that_the_tokenizer_gives(spec, text):
     tokenizer = load_tokenizer(spec, lambda: iter(pieces.builtin_documents()))
-    assert token_ids(tokenizer, text, True, "<u2").tolist() == tokenizer.encode(text)
+    for begins in (True, False):
+        assert token_ids(tokenizer, text, begins, "<u2").tolist() == tokenizer.encode(text, begins)
+
+
+def test_the_ids_of_a_published_tokenizer_are_its_own(tmp_path):
+    tokenizer = read_tokenizer(write_tokenizer("qwen3" if QWEN_RANKS.exists() else "smollm2", tmp_path))
+    text = "Grüße, 北京! 🙂 <|endoftext|>\n\n  x"
+    ids = token_ids(tokenizer, text, True, "<u4").tolist()
+    assert ids == tokenizer.encode(text)
+    assert not QWEN_RANKS.exists() or max(ids) > 65535
 
 
 def test_second_run_reuses_the_shards(many, tmp_path, bytes_tokenizer, monkeypatch):

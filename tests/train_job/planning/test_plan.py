@@ -29,6 +29,7 @@ from train_job.planning.costs import (
     all_reduce_seconds,
     block_bytes,
     largest_micro_batch,
+    newton_schulz_flops,
     optimizer_seconds,
     saved_bytes,
     serving,
@@ -36,6 +37,7 @@ from train_job.planning.costs import (
     training_step,
     workload,
 )
+from train_job.training import muon
 from train_job.training.devices import assumed_rates, device_called, find_device
 from train_job.training.optimizer import Optimizers
 from train_job.training.parallel import prepare_model
@@ -347,6 +349,11 @@ def test_bf16_gradients_take_less_time(parallel: str):
     full, half = step(), step(reduce_precision="bf16")
     assert half.gradients < (0.55 if parallel == "ddp" else 0.9) * full.gradients
     assert half.waiting < full.waiting
+
+
+def test_the_plan_counts_the_operations_that_muon_makes():
+    for shape in ((24, 24), (24, 64), (64, 24)):
+        assert newton_schulz_flops(shape) == muon.work(shape)
 
 
 def test_workers_share_muons_products():
