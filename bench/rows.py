@@ -259,6 +259,8 @@ CROWD = (
 TINY = ("bench.serve", "--preset", "tiny", "--concurrency", "16", "--no-naive", "--new-tokens", "1", "--requests", "50")
 SERVICE = "contestants/service"
 
+TURN = ("bench.second_turn",)
+
 
 def longest_wait(report: Report) -> float:
     """The longest wait for a first text over the median."""
@@ -305,6 +307,18 @@ SERVING = [
         ratio_figure=kept,
     ),
     Row("serving", "their longest wait, over the median", CROWD, longest_wait, "times", 2, LESS),
+    Row(
+        "serving",
+        "a second turn of 64 tokens behind 512, until its first text",
+        TURN,
+        "first_text_ms/second",
+        "ms",
+        1.25,
+        LESS,
+        peer="the 64 tokens alone",
+        peer_figure="first_text_ms/alone",
+        ratio_figure="of_new_tokens_alone",
+    ),
     Row(
         "serving",
         "requests of one token, a tiny model",

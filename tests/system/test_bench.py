@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ray_overhead, time_to_quality
+from bench import ray_overhead, second_turn, time_to_quality
 from tests.refusals import one_error
 from tests.system.conftest import ROOT, environment
 
@@ -93,3 +93,21 @@ def test_the_ray_job_is_compared_with_the_bare_loop(tmp_path: Path, text_file: P
 def test_the_overhead_benchmark_refuses_an_unknown_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert ray_overhead.main(["--set", "hiden_size=32"]) == 2
     assert "Did you mean 'hidden_size'?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.release
+def test_the_start_of_a_second_turn_is_measured(tmp_path: Path) -> None:
+    small = ["--preset=tiny", "--dtype=float32", "--first-tokens=100", "--more-tokens=8", "--turns=2", "--threads=1"]
+    code, report = last_line(tmp_path, "bench.second_turn", *small)
+    assert code == 0
+    first_text = report["first_text_ms"]
+    assert isinstance(first_text, dict)
+    assert all(first_text[name] > 0 for name in ("second", "alone", "whole"))
+    assert float(str(report["of_new_tokens_alone"])) > 0
+
+
+def test_the_second_turn_refuses_no_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        second_turn.main(["--more-tokens=0"])
+    assert "--more-tokens is 0; expected at least 1" in capsys.readouterr().err
