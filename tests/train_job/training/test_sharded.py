@@ -345,7 +345,8 @@ def trains_on_four_alone(crew: Workers, base: dict[str, Any]) -> None:
     crew.call(4, train, base | {"parallel": "fsdp", "max_steps": 1})  # imports what a step needs
     # So large that what a process takes besides, for threads and messages, does not decide.
     large = base | dict(hidden_size=384, num_layers=16, num_heads=4, optimizer="adamw", max_steps=2, eval_interval=2)
-    room = int(0.8 * 16 * empty_model(prepare_inputs(build_config(large)).model).num_parameters())
+    # One worker needs more for weights, gradients and AdamW's state. Four take 0.65, and more on a busy machine.
+    room = int(0.95 * 16 * empty_model(prepare_inputs(build_config(large)).model).num_parameters())
     crew.call(4, within, large | {"parallel": "fsdp"}, room)
     with pytest.raises(AssertionError, match=r"can't allocate memory|MemoryError"):
         crew.call(1, within, large, room)
