@@ -198,8 +198,10 @@ def generate(home: Path, package: Path) -> Marks:
     command = [sys.executable, "-m", "gptcore.generate", str(package), "--prompt", "The", "--max-new-tokens", "1"]
     begun = time.time()
     with subprocess.Popen(command, cwd=ROOT, env=environment(home), stdout=subprocess.PIPE) as it:
-        text = it.stdout.read(len("The") + 1) if it.stdout else b""
+        assert it.stdout
+        text = it.stdout.read(len("The") + 1)
         took = time.time() - begun
+        it.stdout.read()  # it is done by then; with its pipe closed it would fail
     if it.returncode or len(text) <= len("The"):
         raise RuntimeError(f"gptcore.generate printed {text!r} and ended with {it.returncode}")
     return [(FIRST + ", the model, a token", 0.0), ("", took)]
