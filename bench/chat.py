@@ -7,19 +7,19 @@ each, and its answer is the line that it continues with. It prints one JSON line
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.command import print_report
 from gptcore import hub
 from gptcore.chat import chat_template
 from gptcore.engine import EngineSettings, FinishReason, Request, Update
 from gptcore.engine.engine import Engine
 from gptcore.engine.interface import merge
-from gptcore.errors import FoundryError, PackageError
+from gptcore.errors import PackageError
 from gptcore.package import Package, open_package
 from gptcore.sampling import SamplingParams
 from train_job.data.tasks import KINDS, Question, held_out
@@ -39,13 +39,7 @@ class Answer:
 def main(argv: list[str] | None = None) -> int:
     """Prints the table and the JSON line. Returns 2 for bad input."""
     arguments = parse(argv)
-    try:
-        report = measure(arguments)
-    except FoundryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report))
-    return 0
+    return print_report(lambda _: measure(arguments))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,6 @@ tokens. It prints one JSON line last.
 """
 
 import argparse
-import json
 import random
 import shutil
 import statistics
@@ -23,9 +22,10 @@ from typing import Any
 
 import tiktoken
 
+from bench.command import print_report
 from bench.decode import machine
 from bench.turns import Contestant, RunTurn, median_ratio, run_in_turn
-from gptcore.errors import ConfigError, FoundryError
+from gptcore.errors import ConfigError
 from gptcore.tokenizer import load_tokenizer
 from train_job.config import build_config
 from train_job.data.corpus import open_corpus
@@ -71,14 +71,7 @@ class Prepared:
 def main(argv: list[str] | None = None) -> int:
     """Prints the figures and the JSON line. Returns 2 for bad input."""
     arguments = parse(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-            report = measure(arguments, Path(scratch))
-    except FoundryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report))
-    return 0
+    return print_report(lambda scratch: measure(arguments, scratch))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -9,12 +9,10 @@ with the engine's. Run nothing else at the same time. It prints one JSON line la
 
 import argparse
 import functools
-import json
 import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bench.command import print_report
 from bench.floor import Floor, open_floor, step_bytes
 from bench.peers import PEERS, QUANTISED, REFERENCES
 from bench.peers.task import DecodeTask, DecodeTurn
@@ -32,7 +31,6 @@ from gptcore.config import ModelConfig
 from gptcore.engine import EngineSettings, Request
 from gptcore.engine.engine import Engine
 from gptcore.engine.native import NativeRunner
-from gptcore.errors import FoundryError
 from gptcore.package import describe, open_package
 from gptcore.sampling import SamplingParams
 
@@ -44,14 +42,7 @@ AGREE_BATCH, AGREE_TOKENS = 2, 24
 def main(argv: list[str] | None = None) -> int:
     """Prints a table per batch and the JSON line. Returns 2 for bad input."""
     arguments = parse(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-            report = measure(arguments, Path(scratch))
-    except FoundryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report))
-    return 0
+    return print_report(lambda scratch: measure(arguments, scratch))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

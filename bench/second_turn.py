@@ -11,18 +11,17 @@ import json
 import random
 import statistics
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+from bench.command import print_report
 from bench.decode import machine
 from bench.load import Load
 from bench.serve import service
 from bench.turns import cores, median_ratio
 from bench.weights import random_package
-from gptcore.errors import FoundryError
 
 ANSWER_TOKENS = 8
 NAMES = {"second": "the second turn", "alone": "its new tokens alone", "whole": "both turns, unknown"}
@@ -31,14 +30,7 @@ NAMES = {"second": "the second turn", "alone": "its new tokens alone", "whole": 
 def main(argv: list[str] | None = None) -> int:
     """Prints a table and the JSON line. Returns 2 for bad input."""
     arguments = parse(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
-            report = measure(arguments, Path(scratch))
-    except FoundryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report))
-    return 0
+    return print_report(lambda scratch: measure(arguments, scratch))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

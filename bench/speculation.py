@@ -7,11 +7,9 @@ of the model's choices; the whole network runs all the same. It prints one JSON 
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
+from bench.command import print_report
 from bench.decode import machine
 from bench.turns import cores, median_ratio
 from bench.weights import GPT2_VOCAB_SIZE, random_package
 from gptcore.engine import EngineSettings, Request
 from gptcore.engine.engine import Engine
-from gptcore.errors import FoundryError
 from gptcore.package import Package, describe
 from gptcore.sampling import SamplingParams, SamplingState
 
@@ -49,15 +47,11 @@ class Turn:
 def main(argv: list[str] | None = None) -> int:
     """Prints a table and the JSON line. Returns 2 for bad input."""
     arguments = parse(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-            package = random_package(Path(scratch) / "package", arguments.preset, arguments.vocab_size)
-            report = measure(package, arguments)
-    except FoundryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report))
-    return 0
+
+    def measured(scratch: Path) -> dict[str, Any]:
+        return measure(random_package(scratch / "package", arguments.preset, arguments.vocab_size), arguments)
+
+    return print_report(measured)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

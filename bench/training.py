@@ -8,10 +8,8 @@ with the same decay, clipped gradients, no dropout. Their losses must agree. It 
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +18,14 @@ from typing import Any
 
 import torch
 
+from bench.command import print_report
 from bench.decode import machine
 from bench.gpu.shapes import RandomTokens
 from bench.peers import TRANSFORMERS
 from bench.turns import Contestant, RunTurn, cores, median_ratio, run_in_turn
 from bench.weights import GPT2_VOCAB_SIZE, random_package
 from gptcore.devices import pick_dtype
-from gptcore.errors import ConfigError, FoundryError
+from gptcore.errors import ConfigError
 from gptcore.package import describe, open_package
 from train_job.config import TrainConfig, build_config
 from train_job.data.inputs import build_model
@@ -76,14 +75,7 @@ class TrainingTurn:
 def main(argv: list[str] | None = None) -> int:
     """Prints the figures and the JSON line. Returns 2 for bad input."""
     arguments = parse(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-            report = measure(arguments, Path(scratch))
-    except FoundryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report))
-    return 0
+    return print_report(lambda scratch: measure(arguments, scratch))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
