@@ -174,7 +174,7 @@ QUALITY_OF_WEIGHTS = [
 # --- waiting ----------------------------------------------------------------------------------------------------
 
 STARTUP = ("bench.startup", "--times", "2")
-AFTER = [phase for _, function, phase in TRACED_FUNCTIONS if function in ("build", "_figures", "publish", "show")]
+AFTER = [phase for _, function, phase in TRACED_FUNCTIONS if function in ("build", "_figures", "publish")]
 WAITING = [
     Row("waiting", "a job of 20 steps of `quick`", STARTUP, lambda r: sum(r["run"].values()), "s", 12, LESS),
     Row("waiting", "`serve run` to ready, `quick`", STARTUP, lambda r: sum(r["serve"].values()), "s", 7, LESS),
@@ -183,7 +183,7 @@ WAITING = [
     Row("waiting", "`gptcore.generate`, first token", STARTUP, lambda r: sum(r["generate"].values()), "s", 2, LESS),
     Row(
         "waiting",
-        "after training: package, figures, registration, gate, sample",
+        "after training: package, figures, registration, gate",
         STARTUP,
         lambda report: sum(report["run"][phase] for phase in AFTER),
         "s",

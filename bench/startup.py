@@ -40,7 +40,7 @@ TRACED_FUNCTIONS = (
     ("train_job.cluster.training", "Training.introduce", "the plan is printed"),
     ("train_job.cluster.training", "torch_trainer", "Ray Train starts"),
     ("train_job.session.finish", "build", "the package is written"),
-    ("train_job.session.finish", "_figures", "figures begin to be drawn, beside what follows"),
+    ("train_job.session.finish", "_figures", "figures are drawn"),
     ("train_job.tracking.registry", "publish", "the version is registered and tested"),
     ("train_job.session.finish", "show", "the sample and the summary are printed"),
     ("train_job.session.finish", "close", "MLflow's run is closed"),

@@ -174,22 +174,18 @@ def decoding_strategies(logits: Tensor, tokenizer: Tokenizer, path: Path, top: i
 
 
 @torch.inference_mode()
-def next_logits(package: Package, prompt: str) -> Tensor:
-    """The logits (V,) of the token after `prompt`. Raises ConfigError if the prompt is longer than the context."""
+def draw_odds(package: Package, prompt: str, folder: Path) -> list[Path]:
+    """Draws both figures of the odds for the token after `prompt` into `folder`; returns their paths."""
     tokens = package.tokenizer.encode_prompt(prompt)
     if len(tokens) > package.config.context_length:
         raise ConfigError(
             f"the prompt is {len(tokens)} tokens long; this model's context is {package.config.context_length}"
         )
-    return package.load_model()(torch.tensor([tokens]))[0, -1].clone()
-
-
-def draw_odds(logits: Tensor, tokenizer: Tokenizer, prompt: str, folder: Path) -> list[Path]:
-    """Draws both figures of the odds for the token after `prompt`, from its logits (V,); returns their paths."""
+    logits = package.load_model()(torch.tensor([tokens]))[0, -1]  # (V,)
     folder.mkdir(parents=True, exist_ok=True)
     temperature, strategies = folder / "temperature_effect.png", folder / "decoding_strategies.png"
-    temperature_effect(logits, tokenizer, temperature, prompt=prompt)
-    decoding_strategies(logits, tokenizer, strategies, prompt=prompt)
+    temperature_effect(logits, package.tokenizer, temperature, prompt=prompt)
+    decoding_strategies(logits, package.tokenizer, strategies, prompt=prompt)
     return [temperature, strategies]
 
 
@@ -269,8 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER", help="(%(default)s)")
     try:
         asked = parser.parse_args(argv)
-        package = open_package(resolve(asked.model))
-        for path in draw_odds(next_logits(package, asked.prompt), package.tokenizer, asked.prompt, asked.out):
+        for path in draw_odds(open_package(resolve(asked.model)), asked.prompt, asked.out):
             print(path)
     except (FoundryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

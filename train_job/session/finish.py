@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,12 +73,8 @@ def failure_code(problem: FoundryError, began: bool) -> int:
 def register(session: Session, trained: Trained, package: Package, tell_what_now: bool = True) -> int:
     """Registers the run's package as a version; returns the exit code."""
     config, say = session.config, session.console.say
+    pictures = _figures(session, package)
     session.stops.check()
-    with doing("reading the model for the figures"):  # now, since registering loads one too
-        logits = figures.next_logits(package, config.sample_prompts[0])
-    beside = ThreadPoolExecutor(1)  # matplotlib takes as long as registering
-    drawing = beside.submit(_figures, session, package, logits)
-    beside.shutdown(wait=False)
     corpus = session.inputs.validation_corpus
     try:
         published = registry.publish(
@@ -97,7 +92,7 @@ def register(session: Session, trained: Trained, package: Package, tell_what_now
         say(f"the package is whole in {package.path}; register it with: {resume_command(config)}")
         if tell_what_now:
             what_now(session)
-        close(session, trained, "FAILED", [*_drawn(drawing, say), session.console.path])
+        close(session, trained, "FAILED", [*pictures, session.console.path])
         return 1
     record = asdict(published) | {"targets": targets(config, trained), "config": config.flat()}
     record |= {"experiment_id": session.experiment_id}
@@ -108,7 +103,6 @@ def register(session: Session, trained: Trained, package: Package, tell_what_now
     show(say, package, record, config)
     if tell_what_now:
         what_now(session, record)
-    pictures = _drawn(drawing, say)
     session.stops.check(last=True)
     adapter = sorted((session.run_dir / ADAPTER).glob("*"))
     close(session, trained, "FINISHED", [*pictures, *adapter, session.run_dir / CONFIG, session.console.path])
@@ -188,21 +182,13 @@ def _package(session: Session, checkpoint: Path) -> Package:
         return save_package(session.run_dir / "package", inputs.model, state, inputs.tokenizer, summary)
 
 
-def _figures(session: Session, package: Package, logits: Tensor) -> list[Path]:
-    """Draws the loss curve, and what temperature and decoding strategies do to the next token's logits (V,)."""
+def _figures(session: Session, package: Package) -> list[Path]:
+    """Draws the loss curve, and what temperature and decoding strategies do to the next token's probabilities."""
     folder = session.run_dir / "figures"
-    odds = figures.draw_odds(logits, package.tokenizer, session.config.sample_prompts[0], folder)
-    figures.loss_curve(session.history.rows, folder / "loss_curve.png")
+    with doing("drawing figures"):
+        odds = figures.draw_odds(package, session.config.sample_prompts[0], folder)
+        figures.loss_curve(session.history.rows, folder / "loss_curve.png")
     return [folder / "loss_curve.png", *odds]
-
-
-def _drawn(drawing: Future[list[Path]], say: Callable[[str], None]) -> list[Path]:
-    """The figures; a warning and none if they could not be drawn, since the version is registered by now."""
-    try:
-        return drawing.result()
-    except (FoundryError, OSError) as error:
-        say(f"warning: the figures could not be drawn: {error}")
-        return []
 
 
 def ended_with(run_dir: Path, config: TrainConfig) -> tuple[Package, dict[str, Any]] | None:

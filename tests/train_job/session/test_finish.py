@@ -1,9 +1,6 @@
-"""Which checkpoint becomes a run's package, and figures that cannot be drawn."""
+"""Which checkpoint becomes a run's package."""
 
-from concurrent.futures import Future
-from pathlib import Path
-
-from train_job.session.finish import _drawn, preferred
+from train_job.session.finish import preferred
 from train_job.training.checkpoint import TrainState
 from train_job.training.storage import StoredCheckpoint
 from train_job.training.targets import TargetStatus
@@ -37,10 +34,3 @@ def test_the_package_has_the_lowest_validation_loss_or_the_next_lowest() -> None
 def test_a_training_loss_target_that_was_reached_decides_instead() -> None:
     assert steps([TargetStatus("target_train_loss", 0.0999, 0.08)]) == [90, 60, 20]
     assert steps([TargetStatus("target_train_loss", 0.0999, 0.2)])[0] == 20, "it was not reached"
-
-
-def test_a_run_whose_figures_cannot_be_drawn_is_finished_with_a_warning() -> None:
-    drawing, said = Future[list[Path]](), list[str]()
-    drawing.set_exception(OSError(28, "No space left on device"))
-    assert _drawn(drawing, said.append) == []
-    assert said == ["warning: the figures could not be drawn: [Errno 28] No space left on device"]
