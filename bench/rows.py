@@ -173,12 +173,13 @@ QUALITY_OF_WEIGHTS = [
 
 # --- waiting ----------------------------------------------------------------------------------------------------
 
-STARTUP = ("bench.startup", "--times", "2")
+STARTUP = ("bench.startup", "--times", "3")
 AFTER = [phase for _, function, phase in TRACED_FUNCTIONS if function in ("build", "_figures", "publish")]
 WAITING = [
     Row("waiting", "a job of 20 steps of `quick`", STARTUP, lambda r: sum(r["run"].values()), "s", 12, LESS),
     Row("waiting", "`serve run` to ready, `quick`", STARTUP, lambda r: sum(r["serve"].values()), "s", 7, LESS),
     Row("waiting", "`serve run` to ready, 124M", STARTUP, lambda r: sum(r["serve 124M"].values()), "s", 12, LESS),
+    Row("waiting", "a second replica", STARTUP, lambda r: sum(r["second replica"].values()), "s", 2, LESS),
     Row("waiting", "a reload, from the alias's move", STARTUP, lambda r: sum(r["reload"].values()), "s", 4, LESS),
     Row("waiting", "`gptcore.generate`, first token", STARTUP, lambda r: sum(r["generate"].values()), "s", 2, LESS),
     Row(

@@ -1,9 +1,10 @@
-"""Measures startup times: a run of twenty steps, `serve run`, a reload, `gptcore.generate`, and a mistyped flag.
+"""Measures startup times: a job of twenty steps, `serve run`, a second replica, a reload, `gptcore.generate`, an error.
 
 `python -m bench.startup` runs each of them several times as a user would. It prints a table with the phases of the
-fastest try of each, and one JSON line last. A phase begins when a function of the job is entered, or when one of Ray's
-processes appears. A service is measured until it is ready, a reload from when the alias moves to another version until
-that one answers, and `gptcore.generate` until it prints its first token.
+median try of each, and one JSON line last. A phase begins when a function of the job is entered, or when one of Ray's
+processes appears. A service is measured until it is ready, a second replica from when its process has its name until
+it listens, while a client keeps the first one busy, a reload from when the alias moves to another version until that
+one answers, `gptcore.generate` until it prints its first token, and the error of a mistyped flag until the job ends.
 """
 
 import argparse
@@ -13,14 +14,17 @@ import importlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +60,19 @@ PROCESSES = (
 )
 """(name of one of Ray's processes, the phase that begins when it appears)."""
 READY_SECONDS = 300
+SERVICE_LOG = "serve.log"
+LISTENS = re.compile(r"INFO (\S+ \S+) .* Started HTTP server on port")
+"""What a replica of Serve logs once the model is loaded, and when."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measures, and prints tables and a JSON line."""
     parser = argparse.ArgumentParser(prog="python -m bench.startup", description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=3, help="how often each is run; the fastest try counts")
+    parser.add_argument("--times", type=int, default=3, help="how often each is run; the median try counts")
     parser.add_argument("--steps", type=int, default=20, help="steps of the run")
     arguments = parser.parse_args(argv)
     load = os.getloadavg()[0]
-    found: dict[str, Marks] = {}
+    found: dict[str, list[Marks]] = {}
     from bench.weights import random_package  # imports torch, which the traced job does in its own time
 
     for turn in range(arguments.times):
@@ -76,20 +83,25 @@ def main(argv: list[str] | None = None) -> int:
                 "run": run(home, f"--name=measured-{turn}", f"--max-steps={arguments.steps}"),
                 "serve": serve(home, package),
                 "serve 124M": serve(home, random_package(large, "gpt2-124m").path),
+                "second replica": second_replica(home, package),
                 "reload": reload(home, package),
                 "generate": generate(home, package),
                 "error": run(home, "--nmae=measured", code=2),
             }
         for what, marks in measured.items():
-            if what not in found or marks[-1][1] < found[what][-1][1]:
-                found[what] = marks
-    report = {what: phases(marks) for what, marks in found.items()}
+            found.setdefault(what, []).append(marks)
+    report = {what: phases(median_try(tries)) for what, tries in found.items()}
     for what, seconds in report.items():
         print(f"\n{what}: {sum(seconds.values()):.1f} s")
         for phase, took in seconds.items():
             print(f"{took:6.1f}  {phase}")
     print(json.dumps({"bench": "startup", "load_before": round(load, 1), **report}))
     return 0
+
+
+def median_try(tries: list[Marks]) -> Marks:
+    """The try whose whole time is the median; of an even number of tries, the slower one of the middle two."""
+    return sorted(tries, key=lambda marks: marks[-1][1])[len(tries) // 2]
 
 
 def phases(marks: Marks) -> dict[str, float]:
@@ -177,6 +189,37 @@ def serve(home: Path, package: Path) -> Marks:
         return marks
 
 
+def second_replica(home: Path, package: Path) -> Marks:
+    """Keeps one replica busy, and waits until a second one listens, from when its process is named as one.
+
+    Raises RuntimeError if there never is one.
+    """
+    from bench.autoscaling import count_replicas  # imports torch
+
+    settings = {"GPT_MAX_REPLICAS": "2", "GPT_TARGET_ONGOING_REQUESTS": "0.1", "GPT_UPSCALE_DELAY_S": "0"}
+    with service(home, str(package), settings) as (port, _):
+        begun, stop = time.time(), threading.Event()
+
+        def keep_busy() -> None:
+            while not stop.is_set():
+                answered_by(port)
+
+        client = threading.Thread(target=keep_busy)
+        client.start()
+        try:
+            named = 0.0
+            while len(listening := LISTENS.findall((home / SERVICE_LOG).read_text())) < 2:
+                named = named or (time.time() if count_replicas(psutil.Process()) > 1 else 0.0)
+                if time.time() - begun > READY_SECONDS:
+                    raise RuntimeError(f"after {READY_SECONDS} s there is no second replica")
+                time.sleep(0.05)
+        finally:
+            stop.set()
+            client.join()
+        listens = max(datetime.strptime(said, "%Y-%m-%d %H:%M:%S,%f").timestamp() for said in listening)
+        return [("a second replica", 0.0), ("", listens - named)]
+
+
 def reload(home: Path, package: Path) -> Marks:
     """Serves gpt@champion, moves the alias to a new version of the same package, and waits until that one answers."""
     from mlflow import MlflowClient
@@ -208,17 +251,17 @@ def generate(home: Path, package: Path) -> Marks:
 
 
 @contextlib.contextmanager
-def service(home: Path, model: str) -> Iterator[tuple[int, Marks]]:
-    """Runs `serve run serve_app:app`; yields its port and phases once it is ready.
+def service(home: Path, model: str, settings: Mapping[str, str] | None = None) -> Iterator[tuple[int, Marks]]:
+    """Runs `serve run serve_app:app` with these variables; yields its port and phases once it is ready.
 
     Raises RuntimeError if it never is.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = environment(home) | {"GPT_MODEL": model, "GPT_PORT": str(port)}
+    env = environment(home) | {"GPT_MODEL": model, "GPT_PORT": str(port)} | dict(settings or {})
     heed_interrupts()  # or the service would not end
-    log, command = home / "serve.log", [str(BIN / "serve"), "run", "serve_app:app"]
+    log, command = home / SERVICE_LOG, [str(BIN / "serve"), "run", "serve_app:app"]
     begun = time.time()
     with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output) as it:
         marks: Marks = [(FIRST, 0.0)]

@@ -17,6 +17,12 @@ def test_phases_add_up_to_the_whole() -> None:
     assert startup.phases(marks) == {"Python": 1.75, "work": 2.5}
 
 
+def test_the_median_try_counts() -> None:
+    tries = [[("work", 0.0), ("", seconds)] for seconds in (3.0, 9.0, 1.0)]
+    assert startup.median_try(tries) == tries[0]
+    assert startup.median_try(tries[:2]) == tries[1]
+
+
 def test_the_time_of_a_mistyped_flag_has_two_phases(tmp_path: Path) -> None:
     found = startup.phases(startup.run(tmp_path, "--nmae=x", code=2))
     assert list(found) == [startup.FIRST, "the error is printed"]

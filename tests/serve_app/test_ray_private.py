@@ -33,8 +33,9 @@ with dashboard_later() as left:
     ray.init(address="local", num_cpus=1, log_to_driver=False, dashboard_port=0)
 for step in (lambda: None, *left):
     step()
-    processes = psutil.Process().children(recursive=True)
-    seen.append(any("dashboard.py" in " ".join(process.cmdline()) for process in processes))
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    said = [process.info for process in psutil.process_iter(["pid", "cmdline"])]  # None once it has ended
+    seen.append(any("dashboard.py" in " ".join(one["cmdline"] or ()) for one in said if one["pid"] in ours))
 print(seen)
 """
     environment = os.environ | {"RAY_ADDRESS": "local"}

@@ -100,7 +100,7 @@ def name_of(process: psutil.Process) -> str:
 
 
 def title(process: psutil.Process) -> str:
-    """The title of a Ray worker's process."""
+    """The title of a Ray worker's process; empty if it has just ended."""
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""

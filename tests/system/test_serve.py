@@ -4,6 +4,7 @@ Each test runs with both of Ray's fronts: HAProxy, the default of `serve run`, a
 Versions are published by the training job's own registry code, into the embedded MLflow that the replicas watch.
 """
 
+import contextlib
 import itertools
 import json
 import time
@@ -80,9 +81,13 @@ def test_the_front_is_the_chosen_one(service: Service, request: pytest.FixtureRe
 
 def test_replicas_and_the_front_get_their_share_of_a_busy_machine(service: Service):
     names = ("haproxy", "ServeReplica", "HAProxyManager", "ProxyActor", "ServeController")
-    ours = [process for process in family(service.cluster) if any(name in title(process) for name in names)]
-    assert len(ours) >= 3
-    assert {process.nice() for process in ours} == {psutil.Process().nice()}
+    found = []
+    for process in family(service.cluster):
+        with contextlib.suppress(psutil.NoSuchProcess):  # HAProxy's old process ends after each reload
+            if any(name in title(process) for name in names):
+                found.append(process.nice())
+    assert len(found) >= 3
+    assert set(found) == {psutil.Process().nice()}
 
 
 def test_the_champion_answers_with_its_name_and_version(service: Service, registry: TestRegistry):

@@ -101,7 +101,9 @@ from train_job.cluster.own import OwnTrainer
 
 def loop():
     ready = "train_job.cluster.worker" in sys.modules
-    processes = [" ".join(p.cmdline()) for p in psutil.Process().parent().parent().children(recursive=True)]
+    ours = {{process.pid for process in psutil.Process().parent().parent().children(recursive=True)}}
+    said = [process.info for process in psutil.process_iter(["pid", "cmdline"])]  # None once it has ended
+    processes = [" ".join(one["cmdline"] or ()) for one in said if one["pid"] in ours]
     helpers = [p for p in processes if "Cleaner" in p or "Dataset" in p or "Coordinator" in p or "dashboard.py" in p]
     controller = any("TrainController" in p for p in processes)
     return {{"ready": ready, "threads": os.environ["OMP_NUM_THREADS"], "helpers": helpers, "controller": controller}}
