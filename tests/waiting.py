@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import subprocess
 import time
 import urllib.request
@@ -42,6 +43,6 @@ def await_server(
 
 def is_up(url: str) -> bool:
     """Whether a GET of `url` succeeds."""
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+    with contextlib.suppress(OSError, http.client.HTTPException), urllib.request.urlopen(url, timeout=5):
         return True
     return False

@@ -30,7 +30,7 @@ from tests.waiting import await_server
 
 COMPOSE = ROOT / "mlflow" / "compose.yaml"
 ENV_EXAMPLE = ROOT / "mlflow" / ".env.example"
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 
 
 def interpolated(value: Any, env: dict[str, str]) -> Any:

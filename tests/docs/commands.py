@@ -8,6 +8,7 @@ not changed otherwise.
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -176,9 +177,13 @@ class Checkout:
         """Ends the service, so that its port is free."""
         if self.service is None:
             return
-        self.service.send_signal(signal.SIGINT)
-        self.service.wait(60)
-        self.service = None
+        service, self.service = self.service, None
+        service.send_signal(signal.SIGINT)
+        try:
+            service.wait(120)
+        except subprocess.TimeoutExpired:
+            os.killpg(service.pid, signal.SIGKILL)
+            service.wait()
         subprocess.run(
             [sys.executable, "-m", "ray.serve.scripts", "shutdown", "--yes"], env=self.env(), capture_output=True
         )

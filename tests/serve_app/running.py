@@ -61,7 +61,7 @@ def running(settings: ServeSettings, make_engine: MakeEngine = Engine) -> Iterat
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
     try:
-        reply = httpx2.get(f"{url}/ready", timeout=120)  # waits in the backlog until there is a server
+        reply = httpx2.get(f"{url}/ready", timeout=500)  # waits in the backlog until there is a server
         assert reply.status_code == 200, reply.text
         yield services[0]
     finally:

@@ -60,7 +60,11 @@ class Host:
     def processes(self) -> list[psutil.Process]:
         """All that runs there."""
         told = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True)
-        return [psutil.Process(int(pid)) for pid in told.stdout.split() if psutil.pid_exists(int(pid))]
+        found = []
+        for pid in told.stdout.split():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(pid)))
+        return found
 
     def die(self) -> None:
         """Ends the host as a power cut does: it loses the network first, then everything is killed."""

@@ -1,6 +1,7 @@
 """Starts the service as a user does, and clients for it, in tests on a real cluster."""
 
 import contextlib
+import http.client
 import json
 import signal
 import subprocess
@@ -41,11 +42,13 @@ def await_figures(cluster: Cluster, names: Iterable[str]) -> None:
     port = in_ray(cluster, "print(ray.nodes()[0]['MetricsExportPort'])")
 
     def exported() -> bool:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        return all(f"\nray_{name}" in text for name in names)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+                text = answer.read().decode()
+            return all(f"\nray_{name}" in text for name in names)
+        return False
 
-    eventually(exported, "Ray's exporter has the figures", 60)
+    eventually(exported, "Ray's exporter has the figures", 180)
 
 
 @dataclass
@@ -74,7 +77,7 @@ class Service:
 
     def is_ready(self) -> bool:
         """Whether the default model is warm."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
             return self.ask("/ready", None)[0] == 200
         return False
 
@@ -185,7 +188,8 @@ def served(
         reader.join()
         # Should that have taken too long, the next test finds another's service no more.
         env = environment(cluster.home, RAY_DASHBOARD_ADDRESS=cluster.dashboard)
-        subprocess.run([BIN / "serve", "shutdown", "--yes"], cwd=ROOT, env=env, capture_output=True, timeout=120)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([BIN / "serve", "shutdown", "--yes"], cwd=ROOT, env=env, capture_output=True, timeout=120)
 
 
 def said(**settings: Any) -> list[str]:

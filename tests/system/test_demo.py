@@ -54,4 +54,4 @@ def serve_and_chat(block: dict[str, str], env: dict[str, str], port: int) -> Non
         assert (said.returncode, bool(said.stdout.strip())) == (0, True), said.stderr
     finally:
         service.send_signal(signal.SIGINT)
-        service.wait(60)
+        service.wait(240)

@@ -16,6 +16,7 @@ from tests.hugging_face import publish_gpt2, put_into_cache
 from tests.system.conftest import ROOT, Job, Launch, environment, what_now
 from tests.system.runs import artifacts, mlflow_client, points, run_id, status, versions, weights
 from tests.system.tracking import TrackingServer
+from tests.waiting import eventually
 
 
 def test_a_finished_run_has_its_curves_artifacts_and_a_registered_version(undisturbed: Job) -> None:
@@ -80,7 +81,8 @@ def test_a_run_ends_with_next_commands_that_work_as_printed(undisturbed: Job) ->
 
 def test_a_run_whose_worker_is_killed_ends_with_identical_weights(launch: Launch, undisturbed: Job) -> None:
     job = launch("killed-worker")
-    job.await_line(r"step +20 \| validation")
+    job.await_line(r"^tracking")
+    eventually(lambda: [*job.run_dir.glob("checkpoint_*/state.json")], "a checkpoint is written", 120)
     workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ())]
     ours = []
     for worker in workers:
@@ -226,15 +228,15 @@ def test_an_outage_of_the_tracking_server_loses_no_step_and_no_point(launch: Lau
     server.start()
     try:
         server.await_answer()
-        job = launch("outage", "--max-steps=200", MLFLOW_TRACKING_URI=server.uri)
+        job = launch("outage", "--max-steps=1000", MLFLOW_TRACKING_URI=server.uri)
         job.await_line(r"step +20 \| validation")
         server.kill()
         job.await_line(r"step +120 \| validation")
         server.start()
         code, output = job.finish()
         assert code == 0, output
-        assert [step for step, _ in points(job, "train/loss")] == list(range(5, 201, 5))
-        assert [step for step, _ in points(job, "val/loss")] == list(range(0, 201, 20))
+        assert [step for step, _ in points(job, "train/loss")] == list(range(5, 1001, 5))
+        assert [step for step, _ in points(job, "val/loss")] == list(range(0, 1001, 20))
         assert mlflow_client(job).get_run(run_id(job)).info.status == "FINISHED"
     finally:
         server.kill()

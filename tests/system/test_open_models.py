@@ -18,7 +18,7 @@ from tests.system.conftest import Cluster, Job, launching
 from tests.system.runs import artifacts, versions
 from tests.system.serving import QUICK, Service, said, served
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # five jobs before the first test
 
 TOKENIZERS = {
     "qwen3": ("qwen3", 151936),

@@ -34,4 +34,4 @@ class TrackingServer:
 
     def await_answer(self) -> None:
         assert self.process
-        await_server(self.process, lambda: is_up(f"{self.uri}/health"), self.folder / "server.log", 120)
+        await_server(self.process, lambda: is_up(f"{self.uri}/health"), self.folder / "server.log", 300)

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tests.ports import free_port
+
 RESET = struct.pack("ii", 1, 0)
 """For SO_LINGER: a close that resets the connection, as a process that was killed leaves it."""
 
@@ -18,7 +20,7 @@ class Relay:
         self.target = target
         self._listener: socket.socket | None = None
         self._open: list[socket.socket] = []
-        self._port = 0
+        self._port = free_port()  # nobody else gets it while the relay is cut
         self.listen()
 
     @property
@@ -28,7 +30,6 @@ class Relay:
     def listen(self) -> None:
         """Accepts connections, on the same port as before."""
         self._listener = socket.create_server(("127.0.0.1", self._port))
-        self._port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def cut(self) -> None:

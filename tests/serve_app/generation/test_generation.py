@@ -113,7 +113,7 @@ def test_a_default_length_is_lowered_to_the_services_limit_and_a_requested_one_i
 
 
 def test_a_request_that_takes_too_long_is_504_and_frees_its_slot(long: str) -> None:
-    with running(ServeSettings(models=(long,), request_timeout_s=0.5, threads=1)) as service:
+    with running(ServeSettings(models=(long,), request_timeout_s=1.5, threads=1)) as service:
         late = httpx2.post(f"{service.url}/generate", json=endless(), timeout=60)
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
         with httpx2.stream("POST", f"{service.url}/generate", json=endless(stream=True), timeout=60) as reply:

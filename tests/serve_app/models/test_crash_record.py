@@ -130,7 +130,7 @@ async def test_a_load_is_visible_and_has_a_time_limit(registry: TestRegistry, mo
     told = settings(registry.uri, model="models:/endless@champion", load_seconds=120)
     async with running(told, make_engine=make) as models:
         second = registry.publish("endless", seed=2)
-        monkeypatch.setattr(models._models["endless"], "_settings", settings(registry.uri, load_seconds=1.0))
+        monkeypatch.setattr(models._models["endless"], "_settings", settings(registry.uri, load_seconds=5.0))
         polling = asyncio.create_task(models.poll())
         await asyncio.to_thread(made.wait, 60)
         seen.append(status(models, "endless"))
@@ -139,7 +139,7 @@ async def test_a_load_is_visible_and_has_a_time_limit(registry: TestRegistry, mo
         assert (seen[0].state, seen[0].version) == ("ready", first)
         known = status(models, "endless")
         assert (known.version, known.loading) == (first, None)
-        assert "the load took longer than load_seconds (1)" in known.refused[second]
+        assert "the load took longer than load_seconds (5)" in known.refused[second]
         models._models["endless"].refused.clear()
         await models.poll()  # does not start beside the load that hangs
         assert engines == 2

@@ -1,7 +1,6 @@
 """One process at a time owns a run's folder, from the first moment on. A process that dies leaves no lock."""
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 
 from tests.refusals import PROGRESS, one_error
 from tests.train_job.sweeps.test_sweep_input import GOOD
+from tests.waiting import eventually
 from train_job import run, sweep
 from train_job.config import build_config
 from train_job.session import begin, lock
@@ -193,11 +193,14 @@ def test_a_claim_is_renewed_and_losing_it_ends_the_run(tmp_path: Path, monkeypat
     us = this_process()
     with claimed(tmp_path.as_uri(), "one", us, {}):
         path = tmp_path / f".one.claim-{us['claim']}.json"
-        first, deadline = json.loads(path.read_text())["renewed"], time.monotonic() + 10
-        while lock._parsed(path.read_bytes()).get("renewed", first) == first:
-            assert time.monotonic() < deadline
-        path.unlink()
-        assert ended.wait(10)
+
+        def renewed() -> str | None:  # nothing while it is written
+            return lock._parsed(path.read_bytes()).get("renewed")
+
+        first = eventually(renewed, "the claim")
+        eventually(lambda: renewed() not in (None, first), "the claim is renewed")
+        # A write that has begun brings it back.
+        eventually(lambda: path.unlink(missing_ok=True) or ended.wait(0.005), "the run ends")
 
 
 def test_a_file_system_without_locks_uses_a_claim_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

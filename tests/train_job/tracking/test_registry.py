@@ -361,7 +361,7 @@ def test_mlflow_serves_the_champion_over_http(uri: str, run_id: str, package: Pa
             command, cwd=tmp_path, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        await_server(server, lambda: is_up(f"http://127.0.0.1:{port}/ping"), tmp_path / "serve.log", 120)
+        await_server(server, lambda: is_up(f"http://127.0.0.1:{port}/ping"), tmp_path / "serve.log", 300)
         body = {"dataframe_split": {"columns": ["prompt"], "data": [["the cat"]]}}
         body |= {"params": {"max_new_tokens": 4, "seed": 7}}
         request = urllib.request.Request(

@@ -50,7 +50,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True
             )
-        await_server(self.process, lambda: is_up(f"{self.uri}/health"), self.folder / "server.log", 90)
+        await_server(self.process, lambda: is_up(f"{self.uri}/health"), self.folder / "server.log", 300)
 
     def kill(self) -> None:
         """Kills the server's whole process group, as a crash would."""

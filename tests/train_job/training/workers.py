@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 500
 
 
 class Workers:
