@@ -139,6 +139,7 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
                         reporter.keep_samples(event.step, samples)
                 writer.check()
                 if isinstance(event, CheckpointDue):
+                    train.check_unchanged()  # no checkpoint has learned from tokens that were changed
                     writer.save(trainer)
         writer.wait()
     except Exception:

@@ -12,8 +12,10 @@ shards are fetched from a `store`, a URL that machines share, if there is one; e
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -43,6 +45,10 @@ BLOCK_CHARS = 2**20
 """A document is tokenised in blocks of about this many characters, to limit memory; the tokens are the same."""
 
 
+class ShardChanged(RuntimeError):
+    """A file of tokens was changed while it was in use. Not a FoundryError: a worker that starts again makes it new."""
+
+
 @dataclass(frozen=True)
 class ShardTask:
     """The pieces of one shard. `opens`: it is the first of the stream; `closes`: its last document ends in it."""
@@ -67,6 +73,8 @@ class Shard:
     num_documents: int
     num_answered: int = 0
     """Tokens of answers, in conversations."""
+    modified_ns: int = 0
+    """When the file was last changed, as the system says."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,13 @@ class TokenSet:
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text, or of the answers in conversations, for bits per byte."""
         return sum(shard.num_bytes for shard in self.shards)
+
+    def check_unchanged(self) -> None:
+        """Raises ShardChanged if a file was changed since `prepare`. A deleted one can be read where it is mapped."""
+        for shard in self.shards:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(shard.path).st_mtime_ns != shard.modified_ns:
+                    raise ShardChanged(f"token shard {shard.path} was changed while it was in use")
 
     def read(self, start: int, length: int) -> np.ndarray:
         """The stream's tokens [start, start + length), int64 (length,). Raises IndexError beyond its ends."""
@@ -204,13 +219,29 @@ def shard_key(task: ShardTask, tokenizer: Tokenizer) -> str:
 
 
 def read_shard(path: Path) -> Shard | None:
-    """The shard at `path`, or None if it is missing or truncated."""
+    """The shard at `path`, or None if it is missing, truncated or changed.
+
+    Its content is read only if the file's time is not the one that was written down, so a second run starts at once.
+    """
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
-        complete = path.stat().st_size == meta.pop("file_size")
-        return Shard(path=str(path), **meta) if complete else None
-    except (OSError, ValueError, KeyError, TypeError):
+        found = path.stat()
+        size, checksum, modified = meta.pop("file_size"), meta.pop("crc32", None), meta.pop("modified_ns", None)
+        written = checksum is None or modified == found.st_mtime_ns  # earlier versions wrote no checksum
+        if found.st_size != size or not (written or crc32(path) == checksum):
+            return None
+        return Shard(path=str(path), modified_ns=found.st_mtime_ns, **meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def crc32(path: Path) -> int:
+    """A checksum of the file's content, at about a gigabyte per second."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def write_shard(task: ShardTask, tokenizer: Tokenizer, folder: Path, store: str | None = None) -> None:
@@ -220,7 +251,7 @@ def write_shard(task: ShardTask, tokenizer: Tokenizer, folder: Path, store: str 
         write = write_conversations if task.holds_conversations else write_text
         counts = write(task, tokenizer, file)
         size = file.tell()
-    meta = counts | {"file_size": size}
+    meta = counts | {"file_size": size, "crc32": crc32(path), "modified_ns": path.stat().st_mtime_ns}
     write_json(path.with_suffix(".json"), meta)
     if store:
         with store_used(store) as (fs, there):
@@ -274,7 +305,12 @@ def fetch_shard(path: Path, store: str) -> bool:
                     shutil.copyfileobj(source, copy)
             except FileNotFoundError:
                 return False
-    return read_shard(path) is not None
+    if read_shard(path) is None:
+        return False
+    with contextlib.suppress(OSError, KeyError):  # with the time that is written down, no start reads it again
+        written = json.loads(path.with_suffix(".json").read_text())["modified_ns"]
+        os.utime(path, ns=(written, written))
+    return True
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from train_job.data import pieces, shards
 from train_job.data.batches import validation_batches
 from train_job.data.corpus import open_corpus, split
 from train_job.data.inputs import prepare_inputs
-from train_job.data.shards import Shard, TokenSet, prepare, token_dtype, token_ids
+from train_job.data.shards import Shard, ShardChanged, TokenSet, prepare, token_dtype, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +239,32 @@ def test_a_token_set_is_small_when_pickled(tmp_path, bytes_tokenizer):
     parcel = pickle.dumps(tokens)
     assert len(parcel) < 2000
     assert stream(pickle.loads(parcel)) == stream(tokens)
+
+
+def test_a_changed_shard_is_made_again_and_one_that_was_only_touched_is_kept(many, tmp_path, bytes_tokenizer):
+    corpus = open_corpus(str(many), cache_dir=tmp_path)
+    before = prepare(corpus, bytes_tokenizer, tmp_path)
+    right, (changed, touched) = contents(before), (Path(shard.path) for shard in before.shards[:2])
+    before.check_unchanged()
+    content = bytearray(changed.read_bytes())
+    content[len(content) // 2] ^= 1
+    changed.write_bytes(content)
+    with pytest.raises(ShardChanged, match="was changed while it was in use"):
+        before.check_unchanged()
+    os.utime(touched, (1, 1))
+    inode = touched.stat().st_ino
+    after = prepare(corpus, bytes_tokenizer, tmp_path)
+    assert contents(after) == right
+    assert touched.stat().st_ino == inode
+    after.check_unchanged()
+
+
+def test_a_deleted_shard_can_be_read_where_it_is_mapped(many, tmp_path, bytes_tokenizer):
+    tokens = prepare(open_corpus(str(many), cache_dir=tmp_path), bytes_tokenizer, tmp_path)
+    before = stream(tokens)
+    Path(tokens.shards[0].path).unlink()
+    tokens.check_unchanged()
+    assert stream(tokens) == before
 
 
 def test_a_missing_shard_is_named(tmp_path):
