@@ -146,7 +146,10 @@ class StoredModel(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self._reader = _Reader(str(folder))
-        stored: Any = self._reader.read_metadata().state_dict_metadata
+        try:
+            stored: Any = self._reader.read_metadata().state_dict_metadata
+        except Exception as error:  # safetensors' own, and whatever a header brings about that means something else
+            raise DamagedCheckpoint(f"{folder} cannot be read: {one_line(error)}") from None
         self._stored = {name: kept for name, kept in stored.items() if not name[0].isdigit()}  # the optimizers'
 
     def __getitem__(self, name: str) -> Tensor:
@@ -207,10 +210,10 @@ def parse_state(text: bytes, where: object) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(text)
         expected, format_version = record.pop("sha256", None), record["format"]
+        if expected != _digest(record) and not (expected is None and format_version == 1):  # early ones had none
+            raise ValueError("it was changed")
         if format_version in READABLE:
             Identity(**record["identity"]), TrainState(**record["state"]), dict(record["files"])
-            if expected not in (None, _digest(record)):  # earlier versions wrote none
-                raise ValueError("it was changed")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where} is damaged ({error})") from None
     if format_version not in READABLE:

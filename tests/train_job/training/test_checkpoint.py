@@ -1,6 +1,7 @@
 """A checkpoint is intact or refused."""
 
 import errno
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gptcore.errors import CheckpointError, TrainingError
+from gptcore.errors import CheckpointError, DamagedCheckpoint, TrainingError
 from gptcore.files import sha256
 from train_job.training import checkpoint
 from train_job.training.checkpoint import (
@@ -83,10 +84,27 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path, what: str) -> None
 
 
 def test_an_unknown_format_is_refused(folder: Path) -> None:
-    record = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(record | {"format": 99}))
+    record = json.loads((folder / "state.json").read_text()) | {"format": 99}
+    del record["sha256"]
+    record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="format 99"):
         check_checkpoint(folder, IDENTITY)
+
+
+@pytest.mark.parametrize("change", [('"format": 2', '"format": 3'), ('"sha256"', '"sha257"')])
+def test_a_changed_state_is_damaged_whatever_it_then_says(folder: Path, change: tuple[str, str]) -> None:
+    state = folder / "state.json"
+    state.write_text(change[1].join(state.read_text().rsplit(change[0], 1)))
+    with pytest.raises(DamagedCheckpoint, match=r"state\.json is damaged \(it was changed\)"):
+        check_checkpoint(folder, IDENTITY)
+
+
+def test_a_shard_that_is_no_safetensors_is_damaged_even_with_the_right_hash(folder: Path) -> None:
+    (folder / SHARD).write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    (folder / SHARD).with_name("shard-00002-model-00002-of-00002.safetensors").write_bytes(b"?")
+    with pytest.raises(DamagedCheckpoint, match="cannot be read"):
+        StoredModel(folder)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_intact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
