@@ -23,7 +23,7 @@ from gptcore.parameters import SAMPLING
 from gptcore.progress import doing
 from gptcore.redact import without_password
 from train_job.files import locked
-from train_job.tracking.client import mlflow_client, translated_errors
+from train_job.tracking.client import mlflow_client, request_limits, translated_errors
 from train_job.tracking.pages import model_note
 
 MODES = ("if-better", "always", "never")
@@ -130,7 +130,8 @@ def publish(
     mlflow.set_tracking_uri(uri)  # logging a model uses only the process-wide URI
     with translated_errors(uri):
         client = mlflow_client(uri)
-        earlier = _registered_before(client, run_id, name, weights)
+        with request_limits(timeout_s=30, retries=3):  # a server that is away is known by now, not after minutes
+            earlier = _registered_before(client, run_id, name, weights)
         if earlier is not None and earlier.tags.get("promotion_mode") == promote:
             promoted, reason = earlier.tags["promoted"] == "true", earlier.tags["promotion_reason"]
             return Published(name, str(earlier.version), promoted, reason, bits_per_byte, new=False)
