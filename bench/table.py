@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(listed(rows))
             return 0
         if not arguments.only:
-            parts_of(PAGE)  # finds out now that the table has no place
+            parts_of(PAGE, BEGIN, END)  # finds out now that the table has no place
         head, begun = heading(), time.perf_counter()
         outcomes = run_all(rows)
         text = (
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print(f"\n{text}", end="")
         if not arguments.only:
-            write(PAGE, text)
+            write_between(PAGE, BEGIN, END, text)
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -262,20 +262,20 @@ def instructions() -> str:
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
-def parts_of(page: Path) -> tuple[str, str]:
+def parts_of(page: Path, begin: str, end: str) -> tuple[str, str]:
     """The page before and behind the table. Raises ConfigError if it does not have each marker once, in order."""
     text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, behind = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in before + behind:
-        raise ConfigError(f"{page} has no place for the table; expected a line {BEGIN!r} and, below it, {END!r}")
+    before, begins, rest = text.partition(begin)
+    _, ends, behind = rest.partition(end)
+    if not begins or not ends or begin in rest or end in before + behind:
+        raise ConfigError(f"{page} has no place for the table; expected a line {begin!r} and, below it, {end!r}")
     return before, behind
 
 
-def write(page: Path, text: str) -> None:
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
     """Replaces what is between the markers."""
-    before, behind = parts_of(page)
-    page.write_text(f"{before}{BEGIN}\n{text}{END}{behind}", encoding="utf-8")
+    before, behind = parts_of(page, begin, end)
+    page.write_text(f"{before}{begin}\n{text}{end}{behind}", encoding="utf-8")
 
 
 if __name__ == "__main__":

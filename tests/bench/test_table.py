@@ -146,7 +146,7 @@ def test_a_page_without_its_markers_is_refused_before_anything_runs(
 
 
 def test_the_page_has_a_place_for_the_table() -> None:
-    before, behind = table.parts_of(table.PAGE)
+    before, behind = table.parts_of(table.PAGE, BEGIN, END)
     assert before.startswith("# Performance")
     assert behind
 

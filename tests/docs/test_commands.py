@@ -41,6 +41,7 @@ ELSEWHERE = {
     r"^(python train_job/run\.py|serve run serve_app:build_app key=value) …": "tests/deploy/test_image.py",
     r"--device mps": "wants Apple's GPU",
     r"-m bench\.(?!plan|gpu|decode)": "tests/bench; minutes each",
+    r"^make chaos|-m tests\.(chaos|fuzz)": "tests/chaos and tests/fuzz; an hour",
     r"^make bench$": "tests/bench/test_table.py; an hour",
     r"-m bench\.(plan|decode --(peers|preset))": "tests/bench; minutes each",
     r"train_job\.tracking deliver": "tests/train_job/tracking/test_tracking.py",

@@ -71,8 +71,12 @@ def journal_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def make_package(tmp_path_factory: pytest.TempPathFactory) -> MakePackage:
+    """Makes packages with random weights."""
+    return package_maker(tmp_path_factory.mktemp("packages"))
+
+
+def package_maker(folder: Path) -> MakePackage:
     """Makes packages with random weights. Different seeds give different texts. Keyword arguments change the shape."""
-    folder = tmp_path_factory.mktemp("packages")
     made: dict[Any, Package] = {}
 
     def make(seed: int = 0, **shape: Any) -> Package:
