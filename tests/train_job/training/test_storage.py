@@ -145,7 +145,7 @@ def test_an_older_checkpoint_without_a_checksum_is_read(config: TrainConfig, sav
     state = saved[-1] / "state.json"
     record = json.loads(state.read_text())
     del record["sha256"], record["state"]["last_loss"]
-    state.write_text(json.dumps(record))
+    state.write_text(json.dumps(record | {"format": 1}))  # format 2 always had one
     assert gone_on_from(config)[0] == 80
 
 
