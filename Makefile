@@ -48,7 +48,7 @@ fuzz: .venv/installed-dev ## property tests, thousands of random examples; SEED=
 bench: .venv/installed-bench ## every speed target in one table, in docs/performance.md (an hour)
 	@$(BIN)/python -m bench.table
 
-chaos: .venv/installed-dev ## break training and serving on purpose, count what is lost (an hour); SEED=N
+chaos: .venv/installed-dev ## break training and serving on purpose (an hour): SEED=N
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES))
 
 check: .venv/installed-dev ## lint, format, types, import rules
