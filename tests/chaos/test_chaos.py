@@ -1,4 +1,4 @@
-"""`make chaos`: its parts by themselves, and a few of its faults on real processes."""
+"""`make chaos`: its parts by themselves, and every broken package that it tries."""
 
 from pathlib import Path
 
