@@ -45,7 +45,7 @@ fuzz: .venv/installed-dev ## property tests, thousands of random examples; SEED=
 	$(PYTEST) -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$$seed --timeout=3600 $(TESTS) || \
 	{ echo "to repeat it: make fuzz SEED=$$seed, and TESTS=FILE::TEST for one test alone"; exit 1; }
 
-bench: .venv/installed-bench ## every speed target in one table, in docs/performance.md (an hour)
+bench: .venv/installed-bench ## every speed target in one table, in docs/performance.md (hours)
 	@$(BIN)/python -m bench.table
 
 chaos: .venv/installed-dev ## break training and serving on purpose (an hour): SEED=N

@@ -246,6 +246,16 @@ def registering(run: Run) -> bool:
     return "egistered model 'gpt'" in run.output or "reated version" in run.output
 
 
+def go_on(site: Site, run: Run, result: Result) -> Run:
+    """Resumes a run that has ended, until it tells a step that it had not told before."""
+    moment, before = time.monotonic(), run.step
+    again = site.resume(run.job.run_dir.name)
+    again.await_step(before + 1)
+    result.recovery.append(time.monotonic() - moment)
+    result.times += 1
+    return again
+
+
 def finished(result: Result, run: Run, reference: Run) -> Result:
     """Waits for the run's end, and compares it."""
     code, output = run.finish()
@@ -278,11 +288,7 @@ def three_seconds(site: Site, rng: random.Random) -> Result:
         for worker in site.workers():
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
-        result.times += 1
-        moment, before = time.monotonic(), run.step
-        run = site.resume(name)
-        run.await_step(before + 1)
-        result.recovery.append(time.monotonic() - moment)
+        run = go_on(site, run, result)
     return finished(result, run, reference)
 
 
@@ -337,11 +343,7 @@ def full_disk(site: Site, rng: random.Random) -> Result:
             _, output = ended(result, run, "the disk was full")
             result.expect("is full" in output, f"it does not say that the disk is full: {output[-300:]}")
             ballast.unlink()
-            result.times += 1
-            moment, before = time.monotonic(), run.step
-            run = site.resume(name)
-            run.await_step(before + 1)
-            result.recovery.append(time.monotonic() - moment)
+            run = go_on(site, run, result)
         return finished(result, run, reference)
 
 
