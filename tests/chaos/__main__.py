@@ -1,11 +1,13 @@
 """Breaks training and serving on purpose, and counts what is lost: `python -m tests.chaos`, or `make chaos`.
 
-Runs every fault on real processes, prints a line for each as it is done, and writes the table of docs/reliability.md.
-The same seed gives the same victims and moments, as far as the machine allows. `--only NAME ...` runs a part and prints
-it; `--list` shows the names. The exit code is 1 if a promise was not kept.
+Runs every fault on real processes and prints a line for each as it is done. What a whole run finds is kept by its seed
+in docs/reliability.json, and the tables of docs/reliability.md show all seeds together. The same seed gives the same
+victims and moments, as far as the machine allows. `--only NAME ...` runs a part and prints it; `--list` shows the
+names. The exit code is 1 if a promise was not kept.
 """
 
 import argparse
+import json
 import random
 import signal
 import sys
@@ -14,7 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from bench.table import heading, parts_of, write_between
 from gptcore.cli import heed_interrupts
 from gptcore.errors import ConfigError, FoundryError, did_you_mean
 from tests.chaos import serving, training
-from tests.chaos.fault import Fault, Result, row, table
+from tests.chaos.fault import Fault, Result, merged, row, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
+RECORD = PAGE.with_suffix(".json")
 BEGIN, END = "<!-- tests.chaos: begin -->", "<!-- tests.chaos: end -->"
 
 
@@ -75,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts_of(PAGE, BEGIN, END)  # finds out now that the table has no place
         head, begun = heading(), time.monotonic()
         done = list(run_all(faults, arguments.seed, arguments.minutes * 60 or float("inf")))
-        took = f"Seed {arguments.seed}. It took {(time.monotonic() - begun) / 60:.0f} minutes."
-        text = f"{head} {took}\n\n{shown(done)}\n"
-        print(f"\n{text}", end="")
+        head = f"{head} It took {(time.monotonic() - begun) / 60:.0f} minutes."
+        print(f"\nSeed {arguments.seed}. {head}\n\n{shown(done)}")
         if whole:
-            write_between(PAGE, BEGIN, END, text)
+            keep(arguments.seed, head, done)
+            write_between(PAGE, BEGIN, END, all_seeds())
     except FoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -149,13 +152,45 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def shown(done: Sequence[tuple[Setting, Fault, Result]]) -> str:
-    """A table for each scene."""
-    titles = list(dict.fromkeys(setting.title for setting, _, _ in done))
+    """A table for each scene. A fault that happened there with several seeds has one row."""
     parts = []
-    for title in titles:
-        rows = [row(fault, result) for setting, fault, result in done if setting.title == title]
+    for title in dict.fromkeys(setting.title for setting, _, _ in done):
+        found: dict[Fault, list[Result]] = {}
+        for setting, fault, result in done:
+            if setting.title == title:
+                found.setdefault(fault, []).append(result)
+        rows = [row(fault, merged(results)) for fault, results in found.items()]
         parts.append(f"**{title[0].upper()}{title[1:]}**\n\n{table(rows)}")
     return "\n\n".join(parts)
+
+
+def keep(seed: int, head: str, done: Sequence[tuple[Setting, Fault, Result]]) -> None:
+    """Writes down what a whole run has found, in the place of an earlier one with this seed."""
+    found = [
+        {"setting": setting.title, "fault": fault.name, "result": asdict(result)} for setting, fault, result in done
+    ]
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    known[str(seed)] = {"head": head, "found": found}
+    RECORD.write_text(json.dumps(dict(sorted(known.items(), key=lambda item: int(item[0]))), indent=1) + "\n")
+
+
+def all_seeds() -> str:
+    """What is known of all seeds, as the page shows it. A fault or a setting that is no more is left out."""
+    known = json.loads(RECORD.read_text())
+    heads = "\n".join(f"- Seed {seed}. {run['head']}" for seed, run in known.items())
+    results = {
+        (one["setting"], one["fault"], seed): Result(**one["result"])
+        for seed, run in known.items()
+        for one in run["found"]
+    }
+    done = [
+        (setting, fault, results[where])
+        for setting in SETTINGS
+        for fault in FAULTS
+        for seed in known
+        if (where := (setting.title, fault.name, seed)) in results
+    ]
+    return f"{heads}\n\n{shown(done)}\n"
 
 
 if __name__ == "__main__":

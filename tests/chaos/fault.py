@@ -32,6 +32,19 @@ class Result:
             self.broken.append(otherwise)
 
 
+def merged(results: Sequence[Result]) -> Result:
+    """What came of a fault in several runs."""
+    whole = Result(unit=results[0].unit)
+    for one in results:
+        whole.times += one.times
+        whole.touched += one.touched
+        whole.lost += one.lost
+        whole.told += one.told
+        whole.recovery += one.recovery
+        whole.broken += one.broken
+    return whole
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something that happens in production."""

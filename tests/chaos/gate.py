@@ -5,6 +5,7 @@ import http.client
 import itertools
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,11 +21,11 @@ Failure = Callable[[BaseHTTPRequestHandler], bool]
 
 
 class Gate:
-    """Passes requests on to a server on this machine, from a port of its own."""
+    """Passes requests on to a server on this machine, from a port and below a path of its own."""
 
-    def __init__(self, target: int) -> None:
-        self.target, self.port = target, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
+    def __init__(self, target: int, prefix: str = "") -> None:
+        self.target, self.port, self.prefix = target, free_port(), prefix
+        self.uri = f"http://127.0.0.1:{self.port}{prefix}"
         self.failure: Failure | None = None
         self.failed = 0
         """Requests that came while the gate was failing."""
@@ -66,7 +67,7 @@ class Gate:
                 failure = gate.failure
                 gate.failed += failure is not None
                 if not (failure and failure(self)):
-                    forward(self, gate.target)
+                    forward(self, gate.target, self.path.removeprefix(gate.prefix))
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = pass_on
 
@@ -84,13 +85,13 @@ class Gate:
             self._server = None
 
 
-def forward(handler: BaseHTTPRequestHandler, port: int) -> None:
+def forward(handler: BaseHTTPRequestHandler, port: int, path: str) -> None:
     """Sends the request on, and the reply back."""
     body = read_body(handler)
     headers = {name: value for name, value in handler.headers.items() if name.lower() not in HOP}
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=READ_SECONDS)) as connection:
         try:
-            connection.request(handler.command, handler.path, body, headers)
+            connection.request(handler.command, path, body, headers)
             reply = connection.getresponse()
             content = reply.read()
         except (OSError, http.client.HTTPException):
@@ -127,15 +128,24 @@ def answer(handler: BaseHTTPRequestHandler, status: int, content: bytes, headers
 # --- failures ---------------------------------------------------------------------------------------------------
 
 
-def status(code: int) -> Failure:
-    """Answers every request with this status and a page, as a proxy does whose server has gone."""
+PAGE = b"<html><h1>no</h1></html>"
+
+
+def status(code: int, content: bytes = PAGE, kind: str = "text/html") -> Failure:
+    """Answers every request with this status and, if nothing else is given, a page, as a proxy does."""
 
     def fail(handler: BaseHTTPRequestHandler) -> bool:
         read_body(handler)
-        answer(handler, code, b"<html><h1>no</h1></html>", {"content-type": "text/html"})
+        answer(handler, code, content, {"content-type": kind})
         return True
 
     return fail
+
+
+def needs(user: str, password: str) -> Failure:
+    """Answers 401 to requests without this user's password."""
+    right, refuse = "Basic " + b64encode(f"{user}:{password}".encode()).decode(), status(401)
+    return lambda handler: handler.headers.get("authorization") != right and refuse(handler)
 
 
 def cut(handler: BaseHTTPRequestHandler) -> bool:

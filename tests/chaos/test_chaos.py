@@ -37,6 +37,18 @@ def test_a_row_says_what_was_lost_and_which_promise_was_not_kept() -> None:
     assert table([row(fault, broken)]).splitlines()[-1].endswith("step 5 is \\| missing |")
 
 
+def test_the_page_shows_all_seeds_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos, "RECORD", tmp_path / "reliability.json")
+    setting, fault = chaos.SETTINGS[0], chaos.FAULTS[0]
+    chaos.keep(2, "The second.", [(setting, fault, Result(times=2, touched=10, recovery=[3.0]))])
+    chaos.keep(1, "An old one.", [(setting, fault, Result(times=7, lost=7))])
+    chaos.keep(1, "The first.", [(setting, fault, Result(times=1, touched=5, recovery=[1.0]))])
+    text = chaos.all_seeds()
+    assert text.startswith("- Seed 1. The first.\n- Seed 2. The second.\n\n**Training**\n")
+    assert f"| {fault.what} | 3 | 15 requests | 0 | 0 | 2.0 s, 3.0 s |" in text
+    assert text.count(fault.what) == 1
+
+
 def test_its_page_has_a_place_for_the_tables() -> None:
     before, behind = chaos.parts_of(chaos.PAGE, chaos.BEGIN, chaos.END)
     assert "make chaos" in before

@@ -158,22 +158,33 @@ class Store:
         return sorted(name.removeprefix(folder + "/") for name in fs.find(folder))
 
 
-@pytest.fixture(scope="session")
-def s3(dotenv: dict[str, str]) -> Iterator[Store]:
-    """moto's S3 server with the bucket of compose.yaml."""
-    moto = pytest.importorskip("moto.server", reason="moto[server], the S3 server of these tests, is not installed")
-    pytest.importorskip("s3fs", reason="s3fs is not installed (the extra s3)")
-    env = services(dotenv)["s3"]["environment"]
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+@contextlib.contextmanager
+def s3_server(bucket: str, keys: dict[str, str]) -> Iterator[Store]:
+    """moto's S3 server with one bucket, for clients that have these keys."""
+    import moto.server
+
+    server = moto.server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request, of which none matters
     host, port = server.get_host_and_port()
-    client = {name: env[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     url = f"http://{host}:{port}"
-    store = Store(url, client | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": url})
-    store.filesystem().mkdir(env["S3_BUCKET"])
-    yield store
-    server.stop()
+    store = Store(url, keys | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": url})
+    store.filesystem().mkdir(bucket)
+    try:
+        yield store
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3(dotenv: dict[str, str]) -> Iterator[Store]:
+    """moto's S3 server with the bucket of compose.yaml."""
+    pytest.importorskip("moto.server", reason="moto[server], the S3 server of these tests, is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed (the extra s3)")
+    env = services(dotenv)["s3"]["environment"]
+    keys = {name: env[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    with s3_server(env["S3_BUCKET"], keys) as store:
+        yield store
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,14 @@ from typing import IO, Any
 import psutil
 import pytest
 
-from tests.system.conftest import BIN, ROOT, environment
+from serve_app.front import haproxy
+from tests.system.conftest import BIN, ROOT, Cluster, environment
+from tests.system.tracking import TrackingServer
+
+NOTICED = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000"}
+"""A silent host is given up after five seconds and not a minute."""
+SILENCE_S = "20"
+"""HAProxy waits no longer for a host that has stopped in the middle of an answer."""
 
 
 @dataclass
@@ -140,3 +148,39 @@ def start_ray(host: Host, *flags: str, temp: str, cpus: int = 2, **env: str) -> 
         if "Ray runtime started" in line:
             return
     raise AssertionError(f"Ray did not start on {host.name}:\n{''.join(said)}")
+
+
+@dataclass
+class Machines:
+    """Hosts with a Ray over all of them, and a tracking server that each of them reaches."""
+
+    hosts: list[Host]
+    tracking: TrackingServer
+    cluster: Cluster
+
+
+@contextlib.contextmanager
+def machines(count: int, folder: Path, head_cpus: int = 2) -> Iterator[Machines]:
+    """Ray on so many hosts of two CPUs, started as docs/cluster.md says; the first is the head."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temp,
+        hosts(count, folder / "home") as made,
+    ):
+        head, *others = made
+        tracking = TrackingServer(folder, head.gateway)
+        tracking.start()
+        try:
+            env = NOTICED | {"MLFLOW_TRACKING_URI": tracking.uri}
+            haproxy.use_haproxy(env)
+            env["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"] = SILENCE_S
+            port, dashboard = 6379, 8265
+            first = ("--head", f"--port={port}", f"--dashboard-host={head.address}")
+            start_ray(head, *first, temp=temp, cpus=head_cpus, **env)
+            for host in others:
+                start_ray(host, f"--address={head.address}:{port}", temp=temp, **env)
+            tracking.await_answer()
+            yield Machines(
+                made, tracking, Cluster(f"{head.address}:{port}", f"http://{head.address}:{dashboard}", head.home)
+            )
+        finally:
+            tracking.kill()
