@@ -1,7 +1,6 @@
 """Disks, stores and files of a run that fill up, fail, are slow or are changed."""
 
 import contextlib
-import os
 import random
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import CheckpointError
+from tests.chaos.disks import fill, mount, mounted_disk, tmpfs
 from tests.chaos.fault import Result
 from tests.chaos.gate import Gate, every, status
 from tests.chaos.training.site import END_SECONDS, Run, Site, ended, finished, go_on
@@ -65,30 +65,34 @@ def full_disk(site: Site, rng: random.Random) -> Result:
         yield
         ballast.unlink()
 
-    return failing_disk(site, rng, full, "is full", 3)
+    return failing_disk(site, rng, full, "is full", 3, *tmpfs("64m"))
 
 
 def read_only_disk(site: Site, rng: random.Random) -> Result:
-    """A disk that becomes read-only, as one does that has errors, and can be written again."""
+    """A disk that has become read-only, also for files that are open, as one does that has errors."""
 
     @contextlib.contextmanager
     def read_only(disk: Path, run: Run) -> Iterator[None]:
-        eventually(lambda: remounted(disk, "ro"), "the disk is read-only", 30)
+        mount(disk, "-o", "remount,abort")
         yield
-        remounted(disk, "rw")
+        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["e2fsck", "-y", image], capture_output=True)
+        mount(disk, "-o", "loop", image)
 
-    return failing_disk(site, rng, read_only, "ead-only", 2)
+    image = site.scratch / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(128 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    return failing_disk(site, rng, read_only, "ead-only", 2, "-o", "loop", image)
 
 
-def remounted(disk: Path, how: str) -> bool:
-    return subprocess.run(["mount", "-o", f"remount,{how}", disk], capture_output=True).returncode == 0
-
-
-def failing_disk(site: Site, rng: random.Random, fails: Callable[[Path, Run], Any], says: str, times: int) -> Result:
+def failing_disk(
+    site: Site, rng: random.Random, fails: Callable[[Path, Run], Any], says: str, times: int, *source: str | Path
+) -> Result:
     """Makes a run's disk fail so many times, each time until the run has ended, and resumes it."""
     reference, name, result = site.reference(), site.name("disk"), Result(unit="steps")
     disk = site.home / "runs" / name
-    with small_disk(disk, "64m") as mounted:
+    with mounted_disk(disk, *source) as mounted:
         if not mounted:
             result.expect(False, "not tried: it takes root to mount a small disk")
             return result
@@ -128,27 +132,6 @@ def store_failing(site: Site, rng: random.Random) -> Result:
         result.times = gate.failed // 3
         result.expect(gate.failed > 30, f"only {gate.failed} calls were made")
     return result
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[bool]:
-    """A disk of that size at this folder until the block ends; False where it cannot be mounted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=False, capture_output=True)
-
-
-def fill(file: Path, leave: int) -> None:
-    """Adds to a file until it leaves so many bytes of its disk."""
-    with contextlib.suppress(OSError), file.open("ab") as out:
-        space = os.statvfs(file.parent)
-        out.write(bytes(max(0, space.f_bavail * space.f_frsize - leave)))
 
 
 def changed_tokens(site: Site, rng: random.Random) -> Result:
