@@ -40,6 +40,8 @@ DRAIN_SECONDS = 2
 """How long a stopping replica still answers, until HAProxy is told. Enough without another load balancer in front."""
 PORTS = range(20_000, 30_000)
 """Range for ports that are used later: below the ephemeral ports, which Ray's agents use among others."""
+LONGEST_FOLDER = 6
+"""Of temporary files: HAProxy's longest path of a socket, 97 characters, less a node's id and the names around it."""
 STATISTICS = {"frontend prometheus": "RAY_SERVE_HAPROXY_METRICS_PORT", "listen stats": "RAY_SERVE_HAPROXY_STATS_PORT"}
 """Sections that listen on all addresses. Each is kept only if the node's environment sets its port."""
 
@@ -97,7 +99,8 @@ def local_environment() -> dict[str, str]:
 
     Only the user can read the files, including HAProxy's command socket. They are deleted when this process ends.
     """
-    folder = Path(tempfile.mkdtemp(prefix="gpt-foundry-"))  # mode 0700, and short enough for sockets
+    near = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST_FOLDER else "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="gpt-foundry-", dir=near))  # mode 0700
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/front.cfg",

@@ -29,6 +29,13 @@ def test_haproxy_is_the_default_with_its_own_files_and_ports():
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+def test_sockets_have_short_paths_wherever_temporary_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    socket = Path(haproxy.local_environment()["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"])
+    node = "f" * 56  # Ray puts them into a folder of the node
+    assert len(str(socket.parent / node / socket.name)) <= 97
+
+
 @pytest.mark.parametrize("said", ["0", ""])
 def test_a_user_can_choose_rays_own_proxy(said: str):
     environment = {haproxy.SWITCH: said}
