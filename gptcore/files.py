@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -54,7 +54,7 @@ def whole_file(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
             _lock(file.fileno())
             yield file
             file.flush()
-            _sync(file)
+            sync(file)
             draft.replace(path)  # while it is locked
     finally:
         draft.unlink(missing_ok=True)
@@ -125,10 +125,11 @@ def _flush(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:
-                _sync(stream)
+                sync(stream)
 
 
-def _sync(file: IO[bytes]) -> None:
+def sync(file: IO[Any]) -> None:
+    """Waits until what was written is on the disk, if its file system can do that."""
     try:
         os.fsync(file.fileno())
     except OSError as error:

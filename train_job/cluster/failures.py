@@ -16,6 +16,8 @@ from ray.train import UserCallback
 SMALLER = "a smaller --micro-batch-size takes less memory"
 PRESSURE = ("OutOfMemory", "out of memory", "not enough memory", "can't allocate memory", "low on memory", "OOM kill ")
 """What Ray, torch and CUDA call a lack of memory."""
+BEGAN = "raised in its creation task"
+"""What Ray says of an actor that could not begin; the error follows."""
 GUESSES = re.compile(r"Some common causes include.*", re.DOTALL)
 """Ray's guesses about any process that it lost."""
 
@@ -73,7 +75,7 @@ def _cause(error: Exception, kernel_killed: bool) -> str:
     if "health" in text.lower() and "check" in text.lower():
         return "did not answer Ray's health check"
     kind = type(error).__name__
-    if kind in ("ActorDiedError", "RayActorError", "ActorUnavailableError", "WorkerCrashedError"):
+    if kind in ("ActorDiedError", "RayActorError", "ActorUnavailableError", "WorkerCrashedError") and BEGAN not in text:
         if kernel_killed:
             return f"lost its process: Linux killed it for lack of memory; {SMALLER}"
         return "lost its process: something outside killed it, or it crashed"
@@ -94,7 +96,7 @@ def why(error: Exception) -> str:
     inner = getattr(error, "controller_failure", None) or error
     if any(words in GUESSES.sub("", str(inner)) for words in PRESSURE):
         return f"a process was killed for lack of memory; {SMALLER}"
-    if type(inner).__name__ in ("ActorDiedError", "RayActorError"):
+    if type(inner).__name__ in ("ActorDiedError", "RayActorError") and BEGAN not in str(inner):
         return "a process of Ray's was lost"
     return last_line(inner)
 

@@ -140,6 +140,8 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
                 writer.check()
                 if isinstance(event, CheckpointDue):
                     train.check_unchanged()  # no checkpoint has learned from tokens that were changed
+                    if reporter:
+                        reporter.spool.sync()  # a resume does not log the steps before a checkpoint again
                     writer.save(trainer)
         writer.wait()
     except Exception:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import RecordError, TrainingError
+from gptcore.files import sync
 from gptcore.home import default_tracking_uri
 from gptcore.redact import without_password
 from train_job.files import read_json, storage_problem, write_json
@@ -188,6 +189,11 @@ class Spool:
         with self._lock:
             self._append({"artifact": str(Path(local_file).absolute()), "to": artifact_path, "table": table})
 
+    def sync(self) -> None:
+        """Waits until every line is on the disk, where it survives a power cut."""
+        with self._lock, self._explained():
+            sync(self._file)
+
     def close(self, timeout_s: float = 30.0) -> int:
         """Delivers the rest for at most `timeout_s` seconds; returns the number of undelivered lines."""
         self._closing.set()
@@ -198,9 +204,14 @@ class Spool:
         return undelivered(self.folder)
 
     def _append(self, line: dict[str, Any]) -> None:
-        try:
+        with self._explained():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             problem = storage_problem(error, self.folder)
             raise (problem or TrainingError(f"cannot write metrics to {self.folder}: {error.strerror}")) from error

@@ -121,6 +121,7 @@ def store_failing(site: Site, rng: random.Random) -> Result:
     reference, result = site.reference(), Result(unit="steps")
     with s3_server(BUCKET, KEYS) as store, Gate(int(store.url.rpartition(":")[2])) as gate:
         env = store.env | {"AWS_ENDPOINT_URL": gate.uri}
+        site.new_cluster(**env)
         with gate.failing(every(3, status(503, SLOW_DOWN, "application/xml"))):
             run = site.launch(site.name("stored"), f"--storage-path=s3://{BUCKET}/runs", **env)
             run.await_step(rng.randint(25, 100))
@@ -129,6 +130,7 @@ def store_failing(site: Site, rng: random.Random) -> Result:
             run.await_step(before + 1)
             result.recovery.append(time.monotonic() - moment)
             finished(result, run, reference)
+        site.new_cluster()
         result.times = gate.failed // 3
         result.expect(gate.failed > 30, f"only {gate.failed} calls were made")
     return result

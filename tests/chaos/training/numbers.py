@@ -15,7 +15,7 @@ def not_a_number(site: Site, rng: random.Random) -> Result:
     result = Result(times=1, unit="steps")
     run = site.launch(site.name("nan"), f"--learning-rate=1e{rng.randint(25, 37)}", "--warmup-steps=100")
     _, output = ended(result, run, "the loss was not a number")
-    found = re.search(r"the loss is (nan|inf) at step (\d+)", output)
+    found = re.search(r"the (loss|gradient norm) is (nan|inf) at step (\d+)", output)
     result.expect(bool(found), f"it does not name the step: {output[-3000:]}")
     result.touched = run.step
     for checkpoint in run.job.run_dir.glob("checkpoint_*/"):

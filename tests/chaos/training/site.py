@@ -94,10 +94,10 @@ class Site:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def new_cluster(self) -> None:
-        """Ends the cluster, with all that runs on it, and starts another."""
+    def new_cluster(self, **env: str) -> None:
+        """Ends the cluster, with all that runs on it, and starts another, with these variables on its nodes."""
         self._stack.close()
-        self.cluster: Cluster = self._stack.enter_context(started(self.home, **self._shim))
+        self.cluster: Cluster = self._stack.enter_context(started(self.home, **self._shim, **env))
         self._launch: Launch = self._stack.enter_context(launching(self.cluster, self.text))
 
     def name(self, kind: str) -> str:

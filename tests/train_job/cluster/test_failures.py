@@ -55,3 +55,13 @@ def test_the_failure_that_caused_the_others_is_reported():
 )
 def test_any_other_failure_is_reported_by_its_last_line_without_addresses(text: str):
     assert explained({0: ValueError(text)}) == f"worker 0 failed: {'ValueError: a b c' if text else 'ValueError'}"
+
+
+def test_a_process_that_could_not_begin_is_reported_with_its_error():
+    unreachable = died(
+        "The actor died because of an error raised in its creation task, \x1b[36mray::Controller.__init__()"
+        "\x1b[39m\nTraceback (most recent call last):\n  File x\nOSError: the bucket 'runs' cannot be reached"
+    )
+    assert why(unreachable) == "OSError: the bucket 'runs' cannot be reached"
+    assert explained({0: unreachable}) == "worker 0 failed: OSError: the bucket 'runs' cannot be reached"
+    assert why(died(DIED)) == "a process of Ray's was lost"

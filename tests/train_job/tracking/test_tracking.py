@@ -1,5 +1,6 @@
 """train_job.tracking, against a real tracking server that is killed and restarted."""
 
+import errno
 import json
 import os
 import signal
@@ -406,3 +407,17 @@ def test_runs_that_begin_together_in_a_new_home_share_one_database(tmp_path: Pat
     for process in together:
         said, errors = process.communicate()
         assert said == "1\n", errors
+
+
+def test_a_disk_that_is_full_only_when_lines_are_synced_is_named(tmp_path, monkeypatch):
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    spool = Spool(tmp_path, "0" * 32, f"sqlite:///{tmp_path}/mlflow.db")
+    spool.metrics(1, {"train/loss": 2.0})
+    spool.sync()
+    with monkeypatch.context() as patched:
+        patched.setattr("gptcore.files.os.fsync", full)
+        with pytest.raises(TrainingError, match="is full"):
+            spool.sync()
+    spool.close(0)
