@@ -97,8 +97,9 @@ def forward(handler: BaseHTTPRequestHandler, port: int, path: str) -> None:
         except (OSError, http.client.HTTPException):
             handler.close_connection = True
             return
-    named = [(name, value) for name, value in reply.getheaders() if name.lower() not in HOP]
-    answer(handler, reply.status, content, dict(named))
+    named = {name.lower(): value for name, value in reply.getheaders()}
+    kept = HOP - {"content-length"} if handler.command == "HEAD" else HOP  # there it is the file's
+    answer(handler, reply.status, content, {name: value for name, value in named.items() if name not in kept})
 
 
 def read_body(handler: BaseHTTPRequestHandler) -> bytes | None:
@@ -119,7 +120,8 @@ def answer(handler: BaseHTTPRequestHandler, status: int, content: bytes, headers
         handler.send_response_only(status)
         for name, value in headers.items():
             handler.send_header(name, value)
-        handler.send_header("content-length", str(len(content)))
+        if handler.command != "HEAD" or "content-length" not in headers:
+            handler.send_header("content-length", str(len(content)))
         handler.end_headers()
         if handler.command != "HEAD":
             handler.wfile.write(content)
