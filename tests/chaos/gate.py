@@ -74,8 +74,7 @@ class Gate:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self._server.daemon_threads = True
+        self._server = Server(("127.0.0.1", self.port), Handler)
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def _close(self) -> None:
@@ -83,6 +82,15 @@ class Gate:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
+
+
+class Server(ThreadingHTTPServer):
+    """Says nothing of clients that were killed."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        pass
 
 
 def forward(handler: BaseHTTPRequestHandler, port: int, path: str) -> None:

@@ -113,7 +113,7 @@ def enlarge(folder: Path, size: int) -> None:
     """Gives a package a width with which its weights have at least that size, all of them zero."""
     config = json.loads((folder / CONFIG).read_text())
     while weights_bytes(config) < size:
-        for field in ("hidden_size", "intermediate_size", "head_dim"):
+        for field in ("hidden_size", "intermediate_size"):
             config[field] *= 2
     (folder / CONFIG).write_text(json.dumps(config))
     header, end = {}, 0

@@ -1,9 +1,13 @@
 """A service on a cluster of its own, under a steady load of clients that know every text."""
 
 import contextlib
+import http.client
+import json
 import subprocess
 import tempfile
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +25,7 @@ from tests.chaos.fault import Result
 from tests.chaos.gate import Gate
 from tests.ports import free_port
 from tests.serve_app.conftest import TestRegistry, package_maker, registry_in
-from tests.system.conftest import BIN, ROOT, environment, started
+from tests.system.conftest import BIN, ROOT, TOKEN, environment, started
 from tests.system.serving import QUICK, START_SECONDS, Service, family, name_of, title
 from tests.system.tracking import TrackingServer
 from tests.waiting import eventually
@@ -120,10 +124,20 @@ class Scene:
         self.registry.point(MODEL, version)
 
     def await_whole(self, replicas: int | None = None) -> None:
-        """Waits until every replica is there and every request is answered."""
-        count = replicas or self.replicas
-        eventually(lambda: len(self.service.replicas()) == count, f"{count} replicas are there", REPLACED_SECONDS)
+        """Waits until every replica runs, none starts or stops, and every request is answered."""
+        whole = {"RUNNING": replicas or self.replicas}
+        eventually(lambda: self.states() == whole, f"the replicas are {whole}", REPLACED_SECONDS)
         self.clients.await_calm(time.monotonic(), REPLACED_SECONDS)
+
+    def states(self) -> Counter[str]:
+        """How many replicas are in each of Ray's states; none while Ray does not say."""
+        url = f"{self.service.cluster.dashboard}/api/serve/applications/"
+        request = urllib.request.Request(url, headers={"authorization": f"Bearer {TOKEN}"})
+        with contextlib.suppress(OSError, ValueError, LookupError, http.client.HTTPException):
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                replicas = json.load(answer)["applications"]["default"]["deployments"]["gpt"]["replicas"]
+            return Counter(str(replica["state"]) for replica in replicas)
+        return Counter()
 
     def await_only(self, version: str) -> None:
         """Waits until this version alone answers, more often than there are clients and replicas."""
