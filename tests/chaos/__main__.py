@@ -107,12 +107,10 @@ def chosen(names: Sequence[str]) -> list[Fault]:
     return [fault for fault in FAULTS if not names or fault.name in names]
 
 
-def run_all(
-    faults: Sequence[Fault], seed: int, seconds: float, settings: Sequence[Setting] = SETTINGS
-) -> Iterator[tuple[Setting, Fault, Result]]:
+def run_all(faults: Sequence[Fault], seed: int, seconds: float) -> Iterator[tuple[Setting, Fault, Result]]:
     """Opens each scene, and makes every fault happen that fits it. Yields what came of each."""
     deadline = time.monotonic() + seconds
-    for setting in settings:
+    for setting in SETTINGS:
         fitting = [fault for fault in faults if fault.section == setting.section and fault.fits(setting)]
         if not fitting or time.monotonic() > deadline:
             continue

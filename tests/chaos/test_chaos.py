@@ -13,8 +13,6 @@ from tests.serve_app.conftest import MakePackage, make_package
 
 __all__ = ["make_package"]  # a fixture, used here too
 
-PART = [(0, ["read-only", "nan", "clock"]), (1, ["kill-replica", "alias", "registry"])]
-"""What CI breaks: in training, and behind HAProxy."""
 BROKEN = dict(packages.broken())
 
 
@@ -69,13 +67,3 @@ def test_an_unforeseen_error_is_a_broken_promise(capsys: pytest.CaptureFixture[s
     result = chaos.run(Fault("training", "x", "x", "x", fail), chaos.SETTINGS[0], None, 1)
     assert result.broken == ["ValueError: no such process"]
     assert "NOT KEPT" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("setting", "names"), [(0, ["read-only", "nan", "clock"]), (1, ["kill-replica", "alias", "registry"])]
-)
-def test_a_part_of_what_it_breaks_is_kept(setting: int, names: list[str]) -> None:
-    done = list(chaos.run_all(chaos.chosen(names), 1, float("inf"), [chaos.SETTINGS[setting]]))
-    assert [fault.name for _, fault, _ in done] == names
-    assert [result.broken for _, _, result in done] == [[]] * len(names)
