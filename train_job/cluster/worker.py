@@ -125,8 +125,9 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
     identity = trainer.identity(spec.tokenizer.fingerprint)
     session = _from_rank_0(f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
     damaged = _restore(spec, trainer, identity)
-    writer = CheckpointWriter(config, identity, session, lambda text: spec.channel.post.remote(text), damaged)
     reporter = Reporter(spec, trainer) if rank == 0 else None
+    sync = reporter.spool.sync if reporter else None  # a resume does not log the steps before its checkpoint again
+    writer = CheckpointWriter(config, identity, session, lambda text: spec.channel.post.remote(text), damaged, sync)
     try:
         with doing(lambda: f"training: {trainer.state.step} steps are done"):
             for event in trainer.run():
@@ -140,8 +141,6 @@ def _train(spec: WorkerSpec) -> dict[str, float]:
                 writer.check()
                 if isinstance(event, CheckpointDue):
                     train.check_unchanged()  # no checkpoint has learned from tokens that were changed
-                    if reporter:
-                        reporter.spool.sync()  # a resume does not log the steps before a checkpoint again
                     writer.save(trainer)
         writer.wait()
     except Exception:

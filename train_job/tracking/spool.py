@@ -190,8 +190,8 @@ class Spool:
             self._append({"artifact": str(Path(local_file).absolute()), "to": artifact_path, "table": table})
 
     def sync(self) -> None:
-        """Waits until every line is on the disk, where it survives a power cut."""
-        with self._lock, self._explained():
+        """Waits until every line so far is on the disk, where it survives a power cut. Blocks no other call."""
+        with self._explained():
             sync(self._file)
 
     def close(self, timeout_s: float = 30.0) -> int:

@@ -75,12 +75,13 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     group: dist.ProcessGroup | None = None,
     upload: Callable[[Path], object] | None = None,
+    sync: Callable[[], None] | None = None,
 ) -> None:
     """Writes a new folder. It is whole once it has a state.json; a failed one is removed.
 
     With a `group`, every worker must call it, and each writes what is in its `tensors`: its shards, and its share of
-    what several have. Each file is passed to `upload` when it is complete, state.json last. Raises TrainingError, on
-    all workers, if one cannot write its share.
+    what several have. Each file is passed to `upload` when it is complete, state.json last. `sync` is called before
+    that. Raises TrainingError, on all workers, if one cannot write its share; else what `sync` raises.
     """
     rank = dist.get_rank(group) if group else 0
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -92,6 +93,8 @@ def save_checkpoint(
             if upload:
                 for file in mine:
                     upload(file)
+            if sync:
+                sync()
         except (Exception, CheckpointException) as error:
             answer = _cause(error)
         answers = _gather(answer, group)

@@ -35,14 +35,21 @@ class CheckpointWriter:
 
     Every worker has one and saves at the same steps. `session` is the same on all workers and unlike that of any
     earlier one: it tells apart the checkpoints of a step that was repeated. `damaged` are names of checkpoints that are
-    no substitute for others; they stay, so that they can be examined.
+    no substitute for others; they stay, so that they can be examined. `sync` puts what must be on the disk before a
+    checkpoint there; it is called in the thread.
     """
 
     def __init__(
-        self, config: TrainConfig, identity: Identity, session: str, say: Say, damaged: Collection[str] = ()
+        self,
+        config: TrainConfig,
+        identity: Identity,
+        session: str,
+        say: Say,
+        damaged: Collection[str] = (),
+        sync: Callable[[], None] | None = None,
     ) -> None:
         self._config, self._identity, self._session, self._say = config, identity, session, say
-        self._damaged = damaged
+        self._damaged, self._sync = damaged, sync
         # A group of its own, since the thread's messages come between those of the steps.
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         cuda = config.use_gpu or pick_device(config.device).type == "cuda"
@@ -94,7 +101,9 @@ class CheckpointWriter:
             upload = partial(copy_file, fs=fs, folder=path)
             first = not self._group or dist.get_rank() == 0
             try:
-                save_checkpoint(folder, state, self._identity, tensors, self._group, None if here else upload)
+                save_checkpoint(
+                    folder, state, self._identity, tensors, self._group, None if here else upload, self._sync
+                )
             except BaseException:
                 if first and not here:
                     with suppress(OSError):

@@ -42,7 +42,7 @@ FAULTS: Sequence[Fault] = [
     Fault("training", "data", "the tokens' files deleted or changed, and the worker killed", SAME, changed_tokens),
     Fault("training", "text", "the text changed before a resume", BACK, changed_text),
     Fault("training", "nan", "a loss that is not a number", NAMED, not_a_number),
-    Fault("training", "clock", "the clock set back by an hour, and on by two", SAME, clock_moved),
+    Fault("training", "clock", "the clock an hour behind, then an hour ahead", SAME, clock_moved),
     Fault("training", "tracking", TRACKING, SAME, tracking),
     Fault("training", "tracking-gone", GONE, f"after a resume {SAME}", tracking_gone),
 ]

@@ -198,7 +198,7 @@ def at_once(claim: Callable[[], bool], what: str) -> None:
         time.sleep(0.002)
 
 
-def go_on(site: Site, run: Run, result: Result, **env: str) -> Run:
+def go_on(site: Site, run: Run, result: Result) -> Run:
     """Resumes a run that has ended, until it tells a step that it had not told before."""
     moment, before = time.monotonic(), run.step
     again = site.resume(run)

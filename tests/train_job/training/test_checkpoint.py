@@ -107,6 +107,24 @@ def test_a_shard_that_is_no_safetensors_is_damaged_even_with_the_right_hash(fold
         StoredModel(folder)
 
 
+def test_what_must_be_on_the_disk_before_a_checkpoint_is_synced_before_it_is_one(tmp_path: Path) -> None:
+    complete: list[bool] = []
+    save_checkpoint(
+        tmp_path / "c", STATE, IDENTITY, TENSORS, sync=lambda: complete.append((tmp_path / "c" / "state.json").exists())
+    )
+    assert complete == [False]
+    check_checkpoint(tmp_path / "c", IDENTITY)
+
+
+def test_a_checkpoint_is_removed_if_what_belongs_to_it_cannot_be_synced(tmp_path: Path) -> None:
+    def full() -> None:
+        raise TrainingError("the disk is full")
+
+    with pytest.raises(TrainingError, match="the disk is full"):
+        save_checkpoint(tmp_path / "c", STATE, IDENTITY, TENSORS, sync=full)
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint_intact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
